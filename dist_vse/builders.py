@@ -1,0 +1,137 @@
+"""From the config to the parts: the only place beside `train` that sees a TrainConfig."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+
+from dist_vse import distributed
+from dist_vse.checkpoint import Progress
+from dist_vse.config import TrainConfig
+from dist_vse.contrast import global_loss
+from dist_vse.engine.optimizer import build_optimizer
+from dist_vse.engine.zero import ZeroEngine
+from dist_vse.grad_cache import Chunk, LossFn
+from dist_vse.index import Index
+from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.tokenizer import Tokenizer
+from dist_vse.run_dir import run_model
+from dist_vse.schedule import learning_rate, warmup_share
+from dist_vse.stream import Batch, EvalBatch, eval_batches, train_batches
+
+
+def build_engine(config: TrainConfig, tokenizer: Tokenizer) -> ZeroEngine:
+    """Build the model, its optimizer and the DeepSpeed engine around them."""
+    model = run_model(config, tokenizer).to(distributed.device())
+    optim = config.optim
+    optimizer = build_optimizer(
+        model,
+        name=optim.name,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        betas=(optim.beta1, optim.beta2),
+        momentum=optim.momentum,
+    )
+    return ZeroEngine(
+        model,
+        optimizer,
+        stage=config.engine.zero_stage,
+        rank_batch_size=config.global_batch_size // distributed.world_size(),
+        clip_norm=optim.clip_norm,
+        precision=config.engine.precision,
+        coalesce=config.engine.coalesce,
+    )
+
+
+def build_train_batches(
+    config: TrainConfig, index: Index, tokenizer: Tokenizer, progress: Progress
+) -> Iterator[Batch]:
+    """Stream this rank's share of the global batches, from where `progress` stands."""
+    data = config.data
+    return train_batches(
+        index,
+        split=data.train_split,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        lanes=data.lanes,
+        shuffle_window=data.shuffle_window,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        num_workers=data.num_workers,
+        size=config.model.image.size,
+        crop=data.crop,
+        min_crop_area=data.min_crop_area,
+        flip=data.flip,
+        tokenizer=tokenizer,
+        state=np.array(progress.lanes, dtype=np.int64) if progress.lanes else None,
+    )
+
+
+def build_eval_batches(
+    config: TrainConfig, index: Index, tokenizer: Tokenizer, split: str
+) -> Iterator[EvalBatch]:
+    """Stream this rank's share of a split, each image once with all of its captions."""
+    return eval_batches(
+        index,
+        split=split,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        batch_size=config.chunk_size,
+        size=config.model.image.size,
+        tokenizer=tokenizer,
+    )
+
+
+def build_loss(
+    config: TrainConfig, batch: Batch, samples_seen: int, statistics: dict[str, Tensor]
+) -> LossFn:
+    """Return the loss of one step; calling it fills `statistics` with detached numbers."""
+    loss = config.loss
+    here = distributed.device()
+    image_ids, text_ids = batch.image_ids.to(here), batch.text_ids.to(here)
+
+    def loss_fn(
+        image_features: Tensor, text_features: Tensor, log_scale: Tensor, bias: Tensor
+    ) -> Tensor:
+        output = global_loss(
+            loss.name,
+            image_features,
+            text_features,
+            log_scale,
+            bias,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            margin=loss.margin,
+            hardness=warmup_share(samples_seen, loss.warmup_samples),
+            twins=loss.twins,
+            transport=loss.transport,
+            memory_gib=loss.memory_gib,
+            bf16_products=loss.bf16_products,
+        )
+        statistics.update(output.stats)
+        return output.loss
+
+    return loss_fn
+
+
+def make_chunks(model: DualEncoder, batch: Batch, chunk_size: int) -> list[Chunk]:
+    """Cut the rank's batch into chunks of what the model's forward takes.
+
+    A frozen trunk runs here, once: its outputs take the place of its inputs.
+    """
+    here = distributed.device()
+    pieces = zip(batch.images.split(chunk_size), batch.tokens.split(chunk_size), strict=True)
+    return [
+        model.prepare(images=images.to(here), tokens=tokens.to(here)) for images, tokens in pieces
+    ]
+
+
+def step_learning_rate(config: TrainConfig, samples_seen: int) -> float:
+    """Return the rate of the step that starts after `samples_seen` pairs."""
+    return learning_rate(
+        samples_seen,
+        peak=config.optim.lr,
+        schedule=config.optim.schedule,
+        warmup_samples=config.optim.warmup_samples,
+        total_samples=config.total_steps * config.global_batch_size,
+    )

@@ -1,0 +1,128 @@
+"""The command `dist-vse`: its subcommands and their options.
+
+Nothing heavy is imported before a subcommand runs, so that `--help` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import launch.cli
+import shards.cli
+from dist_vse import __version__
+from dist_vse.errors import UserError
+
+_Arguments = Callable[[argparse.ArgumentParser], None]
+_Run = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; return 0, or 2 after one line about what the user can mend."""
+    args = _parser().parse_args(arguments)
+    try:
+        run: _Run = args.run
+        return run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dist-vse",
+        description="Train visual-semantic embeddings with exact, very large batches.",
+    )
+    parser.add_argument("--version", action="version", version=f"dist_vse {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, add_arguments, run) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="settings that replace the file's, such as loss.name=convse++ optim.lr=1e-3",
+    )
+
+
+def _train(args: argparse.Namespace) -> int:
+    from dist_vse.config import load_config
+
+    load_config(args.config, args.overrides)  # a slip in it is told before torch is imported
+
+    from dist_vse.train import main as train
+
+    return train([args.config, *args.overrides])
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="the folder of a trained run")
+    parser.add_argument("--split", default="test", help="split to evaluate on (default: test)")
+    parser.add_argument("--data", metavar="DIR", help="another sharded data set than the run's")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from dist_vse.eval_run import eval_run
+
+    return eval_run(args.run_dir, split=args.split, data=args.data)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument("--out", type=Path, help="the page to write (default: RUN/report.html)")
+
+
+def _report(args: argparse.Namespace) -> int:
+    from dist_vse.report import report_run
+
+    path = report_run(args.run_dir, args.out or args.run_dir / "report.html")
+    print(f"wrote {path}")
+    return 0
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from dist_vse.bench import add_arguments
+
+    add_arguments(parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from dist_vse.bench import run
+
+    return run(args)
+
+
+_COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
+    "shard": (
+        "turn images and captions into WebDataset shards",
+        shards.cli.add_arguments,
+        shards.cli.run,
+    ),
+    "train": (
+        "train, in this process or under a launcher (accelerate, torchrun)",
+        _add_config,
+        _train,
+    ),
+    "submit": (
+        "train as a Slurm job, or as local processes",
+        launch.cli.add_arguments,
+        launch.cli.run,
+    ),
+    "eval": (
+        "measure retrieval on a split, beside the untrained model and chance",
+        _add_eval,
+        _eval,
+    ),
+    "report": ("write a run's results as one HTML page", _add_report, _report),
+    "bench": ("measure the losses against the best peer", _add_bench, _bench),
+}

@@ -1,0 +1,27 @@
+"""The configuration of a run."""
+
+from dist_vse.config.load import dump_config, load_config, load_yaml
+from dist_vse.config.schema import (
+    DataConfig,
+    EngineConfig,
+    ImageConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TextConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "EngineConfig",
+    "ImageConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TextConfig",
+    "TrainConfig",
+    "dump_config",
+    "load_config",
+    "load_yaml",
+]

@@ -1,0 +1,88 @@
+"""Reading a config: YAML, `key=value` overrides, and errors that name the nearest right key."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_type_hints
+
+from dist_vse.config.schema import TrainConfig
+from dist_vse.errors import UserError
+
+T = TypeVar("T")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file, apply `key=value` overrides such as `loss.name=convse++`, check it all.
+
+    Raises UserError for a missing file, an unknown key (naming the nearest), or a wrong value.
+    """
+    return load_yaml(path, TrainConfig, overrides)
+
+
+def load_yaml(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
+    """Read a YAML file into a frozen dataclass; see `load_config`."""
+    from omegaconf import OmegaConf  # here, so that `--help` stays fast
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; there are {', '.join(near)}" if near else ""
+        raise UserError(f"{path}: no such config{hint}")
+    for override in overrides:
+        if "=" not in override:
+            hint = "write key=value, such as loss.name=convse++"
+            raise UserError(f"{override!r} is no override; {hint}")
+    try:
+        given = OmegaConf.load(path)
+        _check_keys(OmegaConf.to_container(given), schema, schema)
+        dotlist = OmegaConf.from_dotlist(list(overrides))
+        _check_keys(OmegaConf.to_container(dotlist), schema, schema)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given, dotlist)
+        config = cast(T, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: {key}: {reason}" if key else f"{path}: {reason}") from error
+    except YAMLError as error:
+        raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return config
+
+
+def dump_config(config: TrainConfig) -> str:
+    """Return the whole config as YAML; `load_config` reads it back to an equal one."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _check_keys(given: Any, schema: type, root: type, prefix: str = "") -> None:
+    """Raise UserError at the first key that `schema`, a part of `root`, lacks."""
+    if not isinstance(given, dict):
+        raise UserError(f"{prefix.rstrip('.') or 'the file'} must hold keys and values")
+    hints = get_type_hints(schema)
+    names = [f.name for f in fields(schema)]
+    for key, value in given.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            everywhere = [full for full in _all_keys(root) if full.split(".")[-1] == key]
+            best = [prefix + n for n in near] or everywhere
+            hint = f"did you mean {best[0]!r}?" if best else f"keys here: {', '.join(names)}"
+            raise UserError(f"unknown key {prefix + str(key)!r}; {hint}")
+        if is_dataclass(hints[key]):
+            _check_keys(value, hints[key], root, f"{prefix}{key}.")
+
+
+def _all_keys(schema: type, prefix: str = "") -> list[str]:
+    hints = get_type_hints(schema)
+    keys = []
+    for f in fields(schema):
+        if is_dataclass(hints[f.name]):
+            keys += _all_keys(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            keys.append(prefix + f.name)
+    return keys

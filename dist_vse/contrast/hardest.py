@@ -1,0 +1,111 @@
+"""The hardest negative of each row and each column: ConVSE++ and VSE++ (max hinge).
+
+One product for the maxima, none for the gradient: each active row or column moves two features.
+https://arxiv.org/abs/2110.08872, https://arxiv.org/abs/1707.05612
+
+Among equals the lowest index of the global batch is the hardest. Similarities closer than a few
+roundings are equal: the same two features give other last bits in another place of a product, and
+the choice must not depend on tiles or ranks.
+"""
+
+import torch
+from torch import Tensor
+
+from dist_vse import distributed
+from dist_vse.contrast.positives import Positives
+from dist_vse.contrast.tiles import Tile, ranges
+from dist_vse.contrast.transport import Block
+
+ROUNDINGS = 16
+CHUNK = 1024  # features moved together
+
+
+class Hardest:
+    """The hinge of the hardest negative, times `weight`; `bound` is the largest |similarity|."""
+
+    def __init__(
+        self, positives: Positives, margin: float, *, weight: float, bound: float
+    ) -> None:
+        self.positives = positives
+        self.layout = positives.layout
+        self.margin = margin
+        self.weight = weight
+        self.tolerance = ROUNDINGS * torch.finfo(positives.rows.dtype).eps * bound
+        self.rows = _Best(len(positives.rows), positives.rows)
+        self.columns = _Best(self.layout.total, positives.rows)
+        self.row_pull = self.column_pull = positives.rows
+
+    def see(self, tile: Tile) -> None:
+        self.rows.update(tile.values, tile.rows, tile.columns.start, self.tolerance)
+        first = self.layout.own.start + tile.rows.start
+        self.columns.update(tile.values.T, tile.columns, first, self.tolerance)
+
+    def conclude(self) -> Tensor:
+        self.columns.join(self.tolerance)
+        row_hinges = self.margin + self.rows.values - self.positives.rows
+        column_hinges = self.margin + self.columns.values - self.positives.columns()
+        self.row_pull = (row_hinges > 0) * self.weight
+        self.column_pull = (column_hinges > 0) * self.weight
+        total = row_hinges.clamp(min=0).sum() + column_hinges[self.layout.own].clamp(min=0).sum()
+        return total * self.weight
+
+    def add_gradient(
+        self, block: Block, rows: Tensor, row_grad: Tensor, column_grad: Tensor
+    ) -> None:
+        start, stop = block.columns.start, block.columns.stop
+        places = self.rows.places
+        chosen = (places >= start) & (places < stop) & (self.row_pull > 0)
+        i = chosen.nonzero().view(-1)
+        self._push(block, i, places[i] - start, rows, row_grad, column_grad)
+        places = self.columns.places[block.columns] - self.layout.own.start
+        chosen = (places >= 0) & (places < len(rows)) & (self.column_pull[block.columns] > 0)
+        j = chosen.nonzero().view(-1)
+        self._push(block, places[j], j, rows, row_grad, column_grad)
+
+    def hardest(self) -> Tensor:
+        return self.rows.values
+
+    def _push(
+        self, block: Block, i: Tensor, j: Tensor, rows: Tensor, row_grad: Tensor, column_grad: Tensor
+    ) -> None:
+        """Add the gradient of the similarities of rows i with the block's columns j."""
+        for chunk in ranges(0, len(i), CHUNK):
+            a, b = i[chunk].long(), j[chunk].long()
+            row_grad.index_add_(0, a, block.features[b], alpha=self.weight)
+            column_grad.index_add_(0, b, rows[a], alpha=self.weight)
+
+
+class _Best:
+    """The largest value met so far and the lowest place it was met at, for each of `count`."""
+
+    def __init__(self, count: int, like: Tensor) -> None:
+        self.values = like.new_full((count,), float("-inf"))
+        self.places = torch.full((count,), -1, dtype=torch.int32, device=like.device)
+
+    def update(self, tile: Tensor, where: slice, first: int, tolerance: float) -> None:
+        """Take in a tile (rows, columns): the rows are `where`, the columns start at `first`.
+
+        Maxima come first and places after, for few rows have a new maximum in most tiles.
+        """
+        values, places = self.values[where], self.places[where]
+        maxima = tile.amax(1)
+        better = (maxima > values - tolerance).nonzero().view(-1)
+        if not len(better):
+            return
+        old, new = values[better], maxima[better]
+        threshold = torch.maximum(old, new) - tolerance
+        # The first entry that reaches the threshold has the highest step.
+        steps = torch.arange(tile.shape[1], 0, -1, dtype=tile.dtype, device=tile.device)
+        reached = tile.index_select(0, better).ge_(threshold.unsqueeze(1)).mul_(steps).amax(1)
+        place = (first + tile.shape[1] - reached).to(torch.int32)
+        lower = torch.minimum(place, places[better])
+        places[better] = torch.where(old >= threshold, lower, place)
+        values[better] = torch.maximum(old, new)
+
+    def join(self, tolerance: float) -> None:
+        """Agree over the ranks."""
+        largest = distributed.all_reduce_max(self.values.clone())
+        nowhere = torch.iinfo(torch.int32).max
+        self.places[~((self.values >= largest - tolerance) & (self.places >= 0))] = nowhere
+        distributed.all_reduce_min(self.places)
+        self.values = largest

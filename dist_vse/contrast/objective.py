@@ -1,0 +1,245 @@
+"""`global_loss`: the losses over the global batch, exact on any number of ranks.
+
+b rows on this rank, N on all ranks, W ranks, d embedding.
+
+Images stay on their rank; captions are gathered (or passed round), and their gradients come back.
+The loss is that of the global batch, the same number on every rank. The gradient that a rank gets
+is W times the gradient of that number in the rank's own rows: an engine that averages the
+gradients of parameters over the ranks then has exactly the gradient of one process.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dist_vse import distributed
+from dist_vse.contrast.hardest import Hardest
+from dist_vse.contrast.layout import Layout, Twins
+from dist_vse.contrast.pairwise import Hinges, Sigmoid
+from dist_vse.contrast.positives import Positives
+from dist_vse.contrast.softmax import RunningSoftmax, SharedSoftmax, shared_shift
+from dist_vse.contrast.sweep import Dense, Sparse, Sweep
+from dist_vse.contrast.telemetry import summarize
+from dist_vse.contrast.tiles import default_tile
+from dist_vse.contrast.transport import Gather, Ring, Transport
+from dist_vse.errors import UserError
+
+ON_LOGITS = ("convse", "info_nce", "siglip")  # own pairs are candidates, similarities are scaled
+HINGES = ("convse++", "vse++", "vse0")
+GIB = 2**30
+
+
+class LossOutput(NamedTuple):
+    """The loss, and statistics of the batch: detached numbers, alike on all ranks."""
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+
+
+def global_loss(
+    name: str,
+    image_features: Tensor,
+    text_features: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    margin: float = 0.2,
+    hardness: float = 1.0,
+    twins: str = "exclude",
+    transport: str = "gather",
+    memory_gib: float = 0.25,
+    bf16_products: bool = False,
+    tile: int | None = None,
+) -> LossOutput:
+    """Return the loss called `name` of the global batch, of which each rank passes its own rows.
+
+    Features (b, d) of unit length in any floating type, log_scale = log(1/t) and bias (1,),
+    64-bit ids (b,); b may differ between ranks and be 0, all else must be alike on all ranks.
+    `hardness` goes from 0 (mean of all violations) to 1 (the hardest) for convse++ and vse++.
+    What the losses are: `dist_vse.losses`, docs/losses.md. Raises UserError for arguments that
+    do not fit together.
+    """
+    ids = [x for x in (image_ids, text_ids) if x is not None]
+    _check(name, image_features, text_features, ids, hardness, twins, transport)
+    dtype = torch.promote_types(
+        torch.promote_types(image_features.dtype, text_features.dtype), torch.float32
+    )
+    with torch.autocast(image_features.device.type, enabled=False):
+        scale = log_scale.to(dtype).exp()
+        rows, columns = image_features.to(dtype), text_features.to(dtype)  # (b, d)
+        if name in ON_LOGITS:
+            rows = rows * scale
+        inputs = rows, columns, bias.to(dtype)
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        setting = _Setting(
+            name, margin, hardness, twins == "positive", transport, memory_gib, bf16_products, tile
+        )
+        with torch.no_grad():
+            sweep = _build_sweep(setting, *inputs, ids)
+            local_total = sweep.forward(keep=keep)
+            total, stats = summarize(
+                local_total,
+                sweep,
+                image_features.to(dtype),
+                columns,
+                scale=scale if name in ON_LOGITS else torch.ones_like(scale),
+                margin=margin,
+            )
+        loss = _Total.apply(*inputs, sweep, total.to(dtype))
+        loss = (loss * _unit(name, scale, sweep.positives.layout.total)).view(())
+    return LossOutput(loss, stats | {"temperature": 1 / scale.detach().view(())})
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What does not change from batch to batch."""
+
+    name: str
+    margin: float
+    hardness: float
+    twins_are_positive: bool
+    transport: str
+    memory_gib: float
+    bf16_products: bool
+    tile: int | None
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What all ranks must know of each other's features before they start."""
+
+    layout: Layout
+    largest: float  # no |similarity| of the batch is larger
+    smallest_positive: float
+
+
+class _Total(torch.autograd.Function):
+    """Gives the total that a sweep found the gradient that the same sweep will find."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, columns: Tensor, bias: Tensor, sweep: Sweep, total: Tensor
+    ) -> Tensor:
+        ctx.sweep = sweep
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sweep: Sweep = ctx.sweep
+        with torch.autocast(grad.device.type, enabled=False):
+            row_grad, column_grad, bias_grad = sweep.backward()
+        factor = grad * distributed.world_size()
+        return row_grad.mul_(factor), column_grad.mul_(factor), bias_grad * factor, None, None
+
+
+def _build_sweep(
+    setting: _Setting, rows: Tensor, columns: Tensor, bias: Tensor, ids: Sequence[Tensor]
+) -> Sweep:
+    rows, columns = rows.detach(), columns.detach()
+    own = (rows * columns).sum(1)
+    survey = _take_survey(rows, columns, own)
+    layout = survey.layout
+    positives = Positives(
+        rows,
+        columns,
+        own,
+        layout,
+        Twins(layout.gather(torch.stack(list(ids), 1)), layout) if ids else None,
+        average_twins=setting.twins_are_positive,
+    )
+    carrier: Transport = (
+        Ring(columns, layout)
+        if setting.transport == "ring" and len(layout.counts) > 1
+        else Gather(columns, layout)
+    )
+    positives.include_twins(carrier)
+    dense, sparse = _build_terms(setting, positives, survey, bias)
+    return Sweep(
+        rows,
+        carrier,
+        positives,
+        dense=dense,
+        sparse=sparse,
+        own_are_candidates=setting.name in ON_LOGITS,
+        twins_are_candidates=setting.name in ON_LOGITS and setting.twins_are_positive,
+        tile=setting.tile or default_tile(rows.device),
+        budget=int(setting.memory_gib * GIB),
+        bf16=setting.bf16_products,
+    )
+
+
+def _take_survey(rows: Tensor, columns: Tensor, own: Tensor) -> _Survey:
+    """Exchange four numbers a rank; the one place where the host waits for the device."""
+    zero, infinity = own.new_zeros(1), own.new_full((1,), float("inf"))
+    here = [
+        zero + len(own),
+        torch.cat([rows.square().sum(1).sqrt(), zero]).amax(0, True),
+        torch.cat([columns.square().sum(1).sqrt(), zero]).amax(0, True),
+        torch.cat([own, infinity]).amin(0, True),
+    ]
+    there = distributed.gather_rows(torch.cat(here).double().view(1, 4)).T.tolist()
+    counts, row_norms, column_norms, smallest = there
+    layout = Layout(tuple(int(count) for count in counts), distributed.rank())
+    return _Survey(layout, max(row_norms) * max(column_norms), min(smallest))
+
+
+def _build_terms(
+    setting: _Setting, positives: Positives, survey: _Survey, bias: Tensor
+) -> tuple[Dense | None, Sparse | None]:
+    margin, hardness = setting.margin, setting.hardness
+    if setting.name == "siglip":
+        return Sigmoid(positives, bias.detach()), None
+    if setting.name == "vse0":
+        return Hinges(positives, margin, mean=False, weight=1.0), None
+    if setting.name in HINGES:
+        return (
+            Hinges(positives, margin, mean=True, weight=1 - hardness) if hardness < 1 else None,
+            Hardest(positives, margin, weight=hardness, bound=survey.largest)
+            if hardness > 0
+            else None,
+        )
+    shift = shared_shift(survey.largest, survey.smallest_positive)
+    return RunningSoftmax(positives) if shift is None else SharedSoftmax(positives, shift), None
+
+
+def _unit(name: str, scale: Tensor, count: int) -> Tensor | float:
+    """Return what the sum over rows and columns is multiplied with."""
+    if name in ("vse0", "vse++"):
+        return 1.0
+    share = (0.5 if name == "info_nce" else 1.0) / max(1, count)
+    return scale * share if name == "convse++" else share
+
+
+def _check(
+    name: str,
+    image_features: Tensor,
+    text_features: Tensor,
+    ids: Sequence[Tensor],
+    hardness: float,
+    twins: str,
+    transport: str,
+) -> None:
+    for what, value, choices in (
+        ("loss", name, (*ON_LOGITS, *HINGES)),
+        ("twins", twins, ("exclude", "positive")),
+        ("transport", transport, ("gather", "ring")),
+    ):
+        if value not in choices:
+            raise UserError(f"{what} {value!r} is unknown; choose one of {', '.join(choices)}")
+    if image_features.ndim != 2 or image_features.shape != text_features.shape:
+        raise UserError(
+            f"image_features {tuple(image_features.shape)} and text_features "
+            f"{tuple(text_features.shape)} must have one shape (rows, embedding)"
+        )
+    if any(x.shape != (len(image_features),) or x.dtype != torch.int64 for x in ids):
+        shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in ids)
+        raise UserError(f"ids ({shapes}) must be int64, one a row ({len(image_features)} rows)")
+    if not 0 <= hardness <= 1:
+        raise UserError(f"hardness ({hardness}) must be between 0 (all violations) and 1 (hardest)")

@@ -1,0 +1,106 @@
+"""The pairs that belong together: their similarities, and how they pull on the features.
+
+A row's positive is its own pair, or the mean over its own pair and its twins where twins count
+as positives; so too a column's. b rows on this rank, N on all.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dist_vse import distributed
+from dist_vse.contrast.layout import Layout, Twins
+from dist_vse.contrast.tiles import ranges
+from dist_vse.contrast.transport import Block, Transport
+
+CHUNK = 1024  # pairs (times d numbers) looked at together
+
+
+class Positives:
+    """Mean similarities of the positives of this rank's rows and columns."""
+
+    def __init__(
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        own: Tensor,
+        layout: Layout,
+        twins: Twins | None,
+        *,
+        average_twins: bool,
+    ) -> None:
+        self._rows, self._columns = rows, columns  # (b, d) each
+        self.layout = layout
+        self.twins = twins
+        self.own = own  # (b,) similarities of own pairs
+        self.rows = self.own_columns = own  # (b,) means
+        self.average_twins = average_twins and twins is not None and bool(twins)
+
+    def include_twins(self, transport: Transport) -> None:
+        """Take the twins into the means: a pass over the blocks, but only over the twins."""
+        if not self.average_twins:
+            return
+        rows = self.own.clone()
+        columns = self.own.new_zeros(self.layout.total)
+        columns[self.layout.own] = self.own
+        for block in transport.blocks():
+            for i, j in self._pairs(block):
+                similarity = (self._rows[i] * block.features[j - block.columns.start]).sum(1)
+                rows.index_add_(0, i, similarity)
+                columns.index_add_(0, j, similarity)
+        family = self._family()
+        self.rows = rows / family[self.layout.own]
+        self.own_columns = (distributed.all_reduce_sum(columns) / family)[self.layout.own]
+
+    def columns(self) -> Tensor:
+        """Gather the means of all columns (N,)."""
+        return self.layout.gather(self.own_columns)
+
+    def add_own_gradient(
+        self, row_pull: Tensor, column_pull: Tensor, row_grad: Tensor, column_grad: Tensor
+    ) -> None:
+        """Add the pull (b,) and (N,) of own pairs to the gradients of rows and own columns."""
+        pull = row_pull + column_pull[self.layout.own]
+        if self.average_twins:
+            pull = pull / self._family()[self.layout.own]
+        row_grad.addcmul_(self._columns, pull.unsqueeze(1), value=-1)
+        column_grad.addcmul_(self._rows, pull.unsqueeze(1), value=-1)
+
+    def add_twins_gradient(
+        self,
+        block: Block,
+        row_pull: Tensor,
+        column_pull: Tensor,
+        row_grad: Tensor,
+        column_grad: Tensor,
+    ) -> None:
+        """Add the pull of twins to the gradients of the rows and of the block's columns."""
+        if not self.average_twins:
+            return
+        family = self._family()
+        row_pull, column_pull = row_pull / family[self.layout.own], column_pull / family
+        for i, j in self._pairs(block):
+            pull = -(row_pull[i] + column_pull[j]).unsqueeze(1)
+            local = j - block.columns.start
+            row_grad.index_add_(0, i, block.features[local] * pull)
+            column_grad.index_add_(0, local, self._rows[i] * pull)
+
+    def _family(self) -> Tensor:
+        assert self.twins is not None
+        return self.twins.family
+
+    def _pairs(self, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the twins among a block's columns: rows here, columns of the global batch."""
+        assert self.twins is not None
+        for columns in ranges(block.columns.start, block.columns.stop, CHUNK):
+            for rows in ranges(0, len(self._rows), CHUNK):
+                pairs = self.twins.pairs(rows, columns)
+                if pairs is not None:
+                    for i, j in zip(*(index.split(CHUNK) for index in pairs), strict=True):
+                        yield i + rows.start, j + columns.start
+
+
+def unit_pull(like: Tensor, count: int) -> Tensor:
+    """Return a pull of 1 for each of `count` rows or columns, at no cost of memory."""
+    return torch.ones((), dtype=like.dtype, device=like.device).expand(count)

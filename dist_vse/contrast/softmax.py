@@ -1,0 +1,117 @@
+"""Softmax over the candidates of each row and each column: ConVSE and InfoNCE.
+
+A row's term is the log-sum-exp of its candidates' logits less its positive's logit; so too a
+column's. Rows are whole on their rank; columns are joined over the ranks by one all-reduce.
+"""
+
+import torch
+from torch import Tensor
+
+from dist_vse import distributed
+from dist_vse.contrast.positives import Positives, unit_pull
+from dist_vse.contrast.tiles import Tile
+
+SAFE = 60.0  # exp(60) times any number of columns is within float32's range
+LOW = -1e30  # no logit is as low, and exp(LOW - LOW) is 1
+
+
+def shared_shift(largest: float, smallest_positive: float) -> float | None:
+    """Return a shift with which one exponential serves both the row and the column.
+
+    `largest` bounds all logits. A sum holds at least its positive's exponential, so sums neither
+    overflow nor vanish if shifted logits are at most SAFE and positives at least -SAFE; None if
+    no shift does that.
+    """
+    shift = max(0.0, largest - SAFE)
+    return shift if smallest_positive - shift >= -SAFE else None
+
+
+class SharedSoftmax:
+    """One exponential a pair, less a shift that all pairs share."""
+
+    def __init__(self, positives: Positives, shift: float) -> None:
+        self.positives = positives
+        self.shift = shift
+        self.row_sums = torch.zeros_like(positives.rows)
+        self.column_sums = self.row_sums.new_zeros(positives.layout.total)
+        self.largest = torch.zeros_like(self.row_sums)
+        self.row_pull = unit_pull(self.row_sums, len(self.row_sums))
+        self.column_pull = unit_pull(self.row_sums, len(self.column_sums))
+
+    def prepare(self, tile: Tile) -> None:
+        if self.shift:
+            tile.values.sub_(self.shift)
+        tile.values.exp_()
+
+    def see(self, tile: Tile) -> None:
+        self.row_sums[tile.rows] += tile.values.sum(1)
+        self.column_sums[tile.columns] += tile.values.sum(0)
+        largest = self.largest[tile.rows]
+        torch.maximum(largest, tile.negative_maxima(0.0), out=largest)
+
+    def conclude(self) -> Tensor:
+        distributed.all_reduce_sum(self.column_sums)
+        own = self.column_sums[self.positives.layout.own]
+        total = (self.row_sums.log() + self.shift - self.positives.rows).sum()
+        total = total + (own.log() + self.shift - self.positives.own_columns).sum()
+        self.row_sums.reciprocal_()
+        self.column_sums.reciprocal_()
+        return total
+
+    def weigh(self, tile: Tile) -> Tensor:
+        rows, columns = self.row_sums[tile.rows], self.column_sums[tile.columns]
+        torch.add(rows.unsqueeze(1), columns, out=tile.spare)
+        return tile.values.mul_(tile.spare)
+
+    def hardest(self) -> Tensor:
+        return self.largest.log() + self.shift
+
+
+class RunningSoftmax:
+    """A running maximum for every row and every column: for temperatures of 0.015 and less."""
+
+    def __init__(self, positives: Positives) -> None:
+        self.positives = positives
+        self.row_max = torch.full_like(positives.rows, LOW)
+        self.row_sums = torch.zeros_like(self.row_max)
+        self.column_max = self.row_max.new_full((positives.layout.total,), LOW)
+        self.column_sums = torch.zeros_like(self.column_max)
+        self.largest = torch.full_like(self.row_max, float("-inf"))
+        self.row_pull = unit_pull(self.row_max, len(self.row_max))
+        self.column_pull = unit_pull(self.row_max, len(self.column_max))
+
+    def prepare(self, tile: Tile) -> None:
+        """The logits themselves are what it works on."""
+
+    def see(self, tile: Tile) -> None:
+        _add_exponentials(self.row_max[tile.rows], self.row_sums[tile.rows], tile, 1)
+        _add_exponentials(self.column_max[tile.columns], self.column_sums[tile.columns], tile, 0)
+        largest = self.largest[tile.rows]
+        torch.maximum(largest, tile.negative_maxima(float("-inf")), out=largest)
+
+    def conclude(self) -> Tensor:
+        largest = distributed.all_reduce_max(self.column_max.clone())
+        self.column_sums *= (self.column_max - largest).exp()
+        distributed.all_reduce_sum(self.column_sums)
+        # From here on these are the logarithms of the sums.
+        self.row_sums.log_().add_(self.row_max)
+        self.column_sums.log_().add_(largest)
+        own = self.column_sums[self.positives.layout.own]
+        total = (self.row_sums - self.positives.rows).sum()
+        return total + (own - self.positives.own_columns).sum()
+
+    def weigh(self, tile: Tile) -> Tensor:
+        torch.sub(tile.values, self.column_sums[tile.columns], out=tile.spare)
+        tile.values.sub_(self.row_sums[tile.rows].unsqueeze(1)).exp_()
+        return tile.values.add_(tile.spare.exp_())
+
+    def hardest(self) -> Tensor:
+        return self.largest
+
+
+def _add_exponentials(maximum: Tensor, sums: Tensor, tile: Tile, dim: int) -> None:
+    """Update running maxima and sums of exponentials, in place, along a tile's dimension."""
+    raised = torch.maximum(maximum, tile.values.amax(dim))
+    torch.sub(tile.values, raised.unsqueeze(dim), out=tile.spare)
+    sums.mul_((maximum - raised).exp_()).add_(tile.spare.exp_().sum(dim))
+    maximum.copy_(raised)

@@ -1,0 +1,250 @@
+"""Process identity and collectives: the sole owner of torch.distributed.
+
+Everything here also works in one process without a process group. Shape letters: b rows on
+this rank, B rows on all ranks, W ranks.
+"""
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_vse.errors import UserError
+
+# The newer names first: the older ones are deprecated since torch 2.14.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def rank() -> int:
+    """Return this process's number, 0 to W - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return W, the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Tell whether this is rank 0, which writes and prints."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Return the device of this process: its own GPU where there is one, else the CPU."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def launched_rank() -> int:
+    """Return this process's number as the launcher announced it; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def process_group(timeout_s: float = 1800) -> Iterator[None]:
+    """Join the group that the launcher describes (or a group of one), and leave it at the end.
+
+    Raises UserError if the launcher's description is not complete.
+    """
+    if "RANK" not in os.environ:
+        _describe_single_process()
+    missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise UserError(
+            f"RANK is set, but not {', '.join(missing)}: start with `accelerate launch` or "
+            "`torchrun`, or unset RANK to run one process"
+        )
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        # Without it gloo's threads may abort the process after all work was done.
+        dist.destroy_process_group()
+
+
+def _describe_single_process() -> None:
+    """Set the variables of a group of one, on a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate every rank's rows; the gradient of a row is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # (b, ...) -> (B, ...)
+        return gather_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # (B, ...) -> (b, ...)
+        return reduce_scatter_rows(grad)
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Gather the rows of all ranks, (b, ...) -> (B, ...), in rank order; differentiable.
+
+    Every rank must hold the same number of rows. The backward is a reduce-scatter: it sums over
+    the ranks, so each rank gets the gradient of the sum of all ranks' losses in its own rows.
+    """
+    if world_size() == 1:
+        return x
+    gathered: Tensor = _AllGather.apply(x)
+    return gathered
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Gather equally many rows of all ranks, (b, ...) -> (B, ...), without a gradient."""
+    if world_size() == 1:
+        return x
+    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+    _all_gather_single(out, x.contiguous())
+    return out
+
+
+def reduce_scatter_rows(x: Tensor) -> Tensor:
+    """Sum over the ranks and keep this rank's rows, (B, ...) -> (b, ...)."""
+    if world_size() == 1:
+        return x
+    out = x.new_empty((x.shape[0] // world_size(), *x.shape[1:]))
+    _reduce_scatter_single(out, x.contiguous())
+    return out
+
+
+def all_gather_rows(x: Tensor) -> Tensor:
+    """Gather rows of all ranks where the ranks may hold different numbers of them."""
+    if world_size() == 1:
+        return x
+    counts = row_counts(len(x), x.device)
+    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x
+    parts = gather_rows(padded).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def row_counts(count: int, on: torch.device) -> list[int]:
+    """Return every rank's number of rows, in rank order."""
+    counts: list[int] = gather_rows(torch.tensor([count], device=on)).tolist()
+    return counts
+
+
+class Exchange:
+    """A message to one rank and another from one rank, under way while this rank works on.
+
+    Every rank starts its exchanges in the same order. An empty message is not sent.
+    """
+
+    def __init__(
+        self, outgoing: Tensor, incoming: Tensor, *, destination: int, source: int
+    ) -> None:
+        self._buffers = outgoing, incoming  # both must live until the end
+        messages = ((dist.isend, outgoing, destination), (dist.irecv, incoming, source))
+        started = [dist.P2POp(*message) for message in messages if message[1].numel()]
+        self._works = dist.batch_isend_irecv(started) if started else []
+
+    def wait(self) -> Tensor:
+        """Wait for both messages and return the one that came in."""
+        for work in self._works:
+            work.wait()
+        return self._buffers[1]
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Return every rank's object, in rank order; for small things between steps."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's object on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over the ranks, in place; return the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Take the maximum over the ranks, in place; return the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def all_reduce_min(x: Tensor) -> Tensor:
+    """Take the minimum over the ranks, in place; return the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MIN)
+    return x
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Take the mean over the ranks, in place; return the tensor."""
+    return all_reduce_sum(x).div_(world_size())
+
+
+def any_rank(flag: bool) -> bool:
+    """Tell on every rank alike whether the flag is set on any of them."""
+    if world_size() == 1:
+        return flag
+    return all_reduce_max(torch.tensor([float(flag)], device=device())).item() > 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def same_verdict() -> Iterator[None]:
+    """End the block alike on every rank: a UserError on one rank is raised on all of them.
+
+    Costs one number's reduction where nothing is wrong, and every rank must run the same block.
+    Other exceptions are faults of ours: they end this rank, and the launcher ends the others.
+    """
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    if world_size() == 1:
+        if failure is not None:
+            raise failure
+        return
+    if not any_rank(failure is not None):
+        return
+    messages = all_gather_object(None if failure is None else str(failure))
+    number, message = next((n, m) for n, m in enumerate(messages) if m is not None)
+    on = f" (on rank {number})" if messages.count(message) == 1 else ""
+    raise UserError(message + on)

@@ -1,0 +1,32 @@
+"""What applies gradients: DeepSpeed's ZeRO, or plain PyTorch for tests and debugging.
+
+Convention of the gradients: every rank's loss is its part of the global mean, times W; the
+engine averages parameter gradients over the ranks. So the update equals one process with the
+whole batch.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Engine(Protocol):
+    """The model with its optimizer, as the train step sees them."""
+
+    module: nn.Module
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        """Run the model's forward."""
+
+    def accumulation(self) -> AbstractContextManager[None]:
+        """Return the block in which a step's backward calls stand."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`; `last` marks the step's last call."""
+
+    def step(self) -> None:
+        """Average the gradients over the ranks, clip them, update, and clear them."""
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the rate of the next step."""

@@ -1,0 +1,51 @@
+"""An engine in plain PyTorch: the reference that DeepSpeed's must equal, and easy to debug."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_vse.distributed import all_reduce_mean
+
+
+class PlainEngine:
+    """Replicates the model on every rank and reduces all gradients at once, in `step`."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float = 0.0
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.clip_norm = clip_norm
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        """Run the model's forward."""
+        return self.module(**inputs)
+
+    @contextmanager
+    def accumulation(self) -> Iterator[None]:
+        """Do nothing more: gradients add up in `.grad` anyway."""
+        yield
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`."""
+        loss.backward()
+
+    def step(self) -> None:
+        """Average the gradients over the ranks, clip them, update, and clear them."""
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            all_reduce_mean(parameter.grad)
+        if self.clip_norm > 0:
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate

@@ -1,0 +1,149 @@
+"""DeepSpeed's ZeRO behind the `Engine` protocol: the sole owner of deepspeed.
+
+Its configuration is built here from plain values; nobody writes its JSON by hand. Settings
+that silently change the numbers are always set: `gradient_clipping` (its default is 1.0),
+`gradient_accumulation_steps` (1: a step is a step; with K it would divide the loss by K).
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_vse.distributed import world_size
+
+_LARGEST_BUCKET = 1 << 26  # elements
+_ALIGNMENT = 1 << 10  # DeepSpeed wants buckets in multiples of a small power of two
+
+
+def zero_config(
+    *,
+    stage: int,
+    rank_batch_size: int,
+    clip_norm: float,
+    precision: str,
+    bucket: int,
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; `bucket` is in elements."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if stage in (1, 2):
+        # Reduce to the owner of a partition, not to everyone: fewer bytes.
+        zero["use_multi_rank_bucket_allreduce"] = False
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": rank_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+    }
+    if precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
+
+
+class ZeroEngine:
+    """A DeepSpeed engine that reduces gradients once a step where its stage allows."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        stage: int,
+        rank_batch_size: int,
+        clip_norm: float = 0.0,
+        precision: str = "fp32",
+        coalesce: bool = True,
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        size = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        config = zero_config(
+            stage=stage,
+            rank_batch_size=rank_batch_size,
+            clip_norm=clip_norm,
+            precision=precision,
+            bucket=min(_LARGEST_BUCKET, size + -size % _ALIGNMENT),
+        )
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.module = module
+        self.stage = stage
+        # One reduction for all chunks, at the price of whole gradients in memory for the step.
+        # ZeRO 0 and 1 need no help: the boundary flag alone gives them one reduction.
+        self.coalesce = coalesce and stage >= 2
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        """Run the model's forward (ZeRO 3 gathers parameters on the way)."""
+        return self.engine(**inputs)
+
+    def accumulation(self) -> AbstractContextManager[None]:
+        """Return the block in which a step's backward calls stand."""
+        if self.coalesce:
+            block: AbstractContextManager[None] = self.engine.coalesce_grad_reduction()
+            return block
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`; the last call of a step lets them be reduced."""
+        if not self.coalesce:
+            self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Clip, update, and clear the gradients, which are averaged over the ranks already."""
+        self.engine.step()
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the rate of the next step."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    @contextlib.contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Hold every parameter whole on every rank inside the block (ZeRO 3 splits them)."""
+        if self.stage < 3:
+            yield
+            return
+        deepspeed = _import_deepspeed()
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            yield
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write weights and optimizer state into `folder / tag`; every rank calls this."""
+        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Load what `save` wrote with the same world size and stage; every rank calls this."""
+        self.engine.load_checkpoint(str(folder), tag=tag)
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed without its log lines and without compiling anything."""
+    if world_size() == 1 and "LOCAL_RANK" not in os.environ:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # The shared-memory operator serves inference only, and its build at first use needs a
+    # compiler, ninja and half a minute.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+    return deepspeed

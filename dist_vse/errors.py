@@ -1,0 +1,14 @@
+"""The one exception for what a user can mend."""
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong: the message says what, where, and what to do.
+
+    Commands print it as one line and end with exit code 2; any other exception is a fault of
+    ours and shows its traceback.
+    """
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, to quote it inside a UserError."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

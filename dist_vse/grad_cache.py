@@ -1,0 +1,96 @@
+"""The train step: gradient caching with the exact gradient of the global batch.
+
+Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, 2021,
+https://arxiv.org/abs/2101.06983. Here the learned temperature and bias are cached outputs like
+the features, so that no parameter is touched outside the engine; and the last chunks may keep
+their graphs from the first pass, so that only the others are encoded twice.
+
+Shape letters: b rows on this rank, d embedding size, c chunks.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_vse.distributed import all_reduce_mean
+from dist_vse.engine import Engine
+from dist_vse.errors import UserError
+from dist_vse.models.dual_encoder import frozen_statistics
+from dist_vse.random_state import RandomState, random_state, replay
+
+Chunk = dict[str, Tensor]
+LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(image_features (b, d), text_features (b, d), log_scale (1,), bias (1,)) -> the rank's loss."""
+
+
+class _Encoded(NamedTuple):
+    """A chunk after the first pass: its outputs, with their graph or with what repeats them."""
+
+    outputs: tuple[Tensor, ...]  # (b/c, d), (b/c, d), then (1,) each
+    state: RandomState
+    has_graph: bool
+
+
+def train_step(
+    engine: Engine, loss_fn: LossFn, chunks: Sequence[Chunk], *, keep_graphs: int = 1
+) -> Tensor:
+    """Step as if the global batch had been one forward and one backward.
+
+    `keep_graphs` chunks keep their activations from the first pass to the second. One of them
+    costs no memory at the peak, since the second pass holds one chunk's graph anyway; with one
+    chunk it makes the step an ordinary one.
+
+    Returns the global loss, the mean over the ranks. Raises UserError on every rank, before
+    anything is updated, if it is not finite.
+    """
+    # Pass 1: embeddings only, with a graph where it is kept.
+    first_kept = len(chunks) - keep_graphs
+    encoded = [_encode(engine, chunk, i >= first_kept) for i, chunk in enumerate(chunks)]
+
+    # The cache. autograd.grad, not backward: it reaches no parameter and so fires no engine hook.
+    columns = zip(*(chunk.outputs for chunk in encoded), strict=True)
+    leaves = [torch.cat([part.detach() for part in c]).requires_grad_() for c in columns]
+    image_features, text_features, log_scale, bias = leaves  # (b, d), (b, d), (c,), (c,)
+    loss = loss_fn(image_features, text_features, log_scale.mean(0, True), bias.mean(0, True))
+    mean_loss = all_reduce_mean(loss.detach().clone())
+    if not torch.isfinite(mean_loss):
+        raise UserError(
+            f"the loss is {mean_loss.item()}: nothing was updated; lower optim.lr, set "
+            "optim.clip_norm, or raise loss.temperature"
+        )
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    cache = list(zip(*(_split_like(grad, encoded, i) for i, grad in enumerate(grads)), strict=True))
+
+    # Pass 2: <output, cached gradient> has the gradient of the loss in the parameters. Kept
+    # graphs go first, so that their memory is free for the others.
+    with engine.accumulation():
+        for i in reversed(range(len(chunks))):
+            outputs = _encode_again(engine, chunks[i], encoded[i])
+            surrogate = sum((o * g).sum() for o, g in zip(outputs, cache[i], strict=True))
+            assert isinstance(surrogate, Tensor)
+            encoded[i] = encoded[i]._replace(outputs=())
+            engine.backward(surrogate, last=i == 0)
+    engine.step()
+    return mean_loss
+
+
+def _encode(engine: Engine, chunk: Chunk, keep_graph: bool) -> _Encoded:
+    state = random_state()
+    if keep_graph:
+        return _Encoded(tuple(engine(**chunk)), state, True)
+    with torch.no_grad(), frozen_statistics(engine.module):
+        return _Encoded(tuple(engine(**chunk)), state, False)
+
+
+def _encode_again(engine: Engine, chunk: Chunk, first: _Encoded) -> tuple[Tensor, ...]:
+    """Return outputs that have a graph: the kept ones, or a second forward's with equal dropout."""
+    if first.has_graph:
+        return first.outputs
+    with replay(first.state):
+        return tuple(engine(**chunk))
+
+
+def _split_like(grad: Tensor, encoded: Sequence[_Encoded], i: int) -> tuple[Tensor, ...]:
+    return grad.split([len(chunk.outputs[i]) for chunk in encoded])

@@ -1,0 +1,143 @@
+"""The index of a sharded data set: the contract between the sharding tool and the stream.
+
+A data set is a folder with `index.json`, its tar shards, and beside each tar a side file of
+sample offsets (`train-00000.tar` has `train-00000.npy`): an int64 array (samples, 5), one row a
+sample in the tar's order, with the columns of `OFFSET_COLUMNS`. Bytes are counted from the
+start of the tar, so that a sample is two reads and no tar header is parsed.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_vse.errors import UserError
+
+INDEX_NAME = "index.json"
+FORMAT = 1
+OFFSET_COLUMNS = ("image_offset", "image_bytes", "meta_offset", "meta_bytes", "image_id")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar."""
+
+    path: str  # relative to the index's folder, or a URL
+    num_samples: int
+    num_bytes: int  # size of the tar
+    sha256: str  # of the tar
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, in their fixed order."""
+
+    shards: list[Shard] = field(default_factory=list)
+    num_captions: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Images in the split."""
+        return sum(shard.num_samples for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Index:
+    """A data set's splits; `root` is the folder that relative shard paths start from."""
+
+    root: Path
+    splits: dict[str, Split]
+
+    def split(self, name: str) -> Split:
+        """Return the split called `name`.
+
+        Raises UserError if there is none, or if it has no samples.
+        """
+        if name not in self.splits:
+            near = difflib.get_close_matches(name, self.splits, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            known = ", ".join(sorted(self.splits)) or "none"
+            raise UserError(f"{self.root / INDEX_NAME}: no split {name!r} (splits: {known}){hint}")
+        if self.splits[name].num_samples == 0:
+            raise UserError(
+                f"{self.root / INDEX_NAME}: split {name!r} is empty; shard samples to it"
+            )
+        return self.splits[name]
+
+    def offsets(self, shard: Shard) -> NDArray[np.int64]:
+        """Read the shard's side file: int64 (samples, 5), columns as in `OFFSET_COLUMNS`.
+
+        Raises UserError if the file is missing or disagrees with the index.
+        """
+        path = self.root / offsets_name(shard.path)
+        if not path.is_file():
+            raise UserError(f"{path}: is missing (offsets of {shard.path}); run `dist-vse shard`")
+        table: NDArray[np.int64] = np.load(path, allow_pickle=False)
+        if table.shape != (shard.num_samples, len(OFFSET_COLUMNS)):
+            raise UserError(
+                f"{path}: has shape {table.shape}, but the index says {shard.num_samples} samples; "
+                "run `dist-vse shard` again"
+            )
+        return table
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change when any shard's bytes do."""
+        digests = [s.sha256 for name in sorted(self.splits) for s in self.splits[name].shards]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
+
+
+def offsets_name(shard_path: str) -> str:
+    """Name of the side file of a shard: the tar's base name with `.npy`."""
+    return Path(shard_path).name.removesuffix(".tar") + ".npy"
+
+
+def image_id(identity: str | bytes) -> int:
+    """Hash what identifies an image (or a caption) to a signed 64-bit id.
+
+    Pairs with equal ids are no negatives of each other. Among a billion images the chance that
+    any two ids collide is about 3 %, and a collision only leaves one pair out of the negatives.
+    """
+    data = identity.encode() if isinstance(identity, str) else identity
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def write_index(index: Index) -> Path:
+    """Write `index.json` into the index's root by one rename; return its path."""
+    path = index.root / INDEX_NAME
+    splits = {name: asdict(split) for name, split in sorted(index.splits.items())}
+    for name, split in index.splits.items():
+        splits[name]["num_samples"] = split.num_samples
+    text = json.dumps({"format": FORMAT, "splits": splits}, indent=1, sort_keys=True) + "\n"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def read_index(location: str | Path) -> Index:
+    """Read the index of a data set's folder (or the `index.json` itself).
+
+    Raises UserError if it is missing, no JSON, or of another format.
+    """
+    path = Path(location)
+    path = path / INDEX_NAME if path.name != INDEX_NAME else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such index; make one with `dist-vse shard`")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise UserError(f"{path}: format {content['format']}, but this version reads {FORMAT}")
+        splits = {
+            name: Split([Shard(**shard) for shard in split["shards"]], split["num_captions"])
+            for name, split in content["splits"].items()
+        }
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        hint = "make it with `dist-vse shard`"
+        raise UserError(f"{path}: not a dist_vse index ({error}); {hint}") from error
+    return Index(path.parent, splits)

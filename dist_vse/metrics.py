@@ -1,0 +1,104 @@
+"""The run's record: metrics.jsonl, TensorBoard, and one line a log step on rank 0."""
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_vse import distributed
+from dist_vse.log import logger
+
+METRICS_NAME = "metrics.jsonl"
+GIB = 2**30
+
+
+class Recorder:
+    """Writes the metrics of a run; every rank may call it, rank 0 writes."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        self.path = run_dir / METRICS_NAME
+        self.last_recall: float | None = None
+        self.writer: Any = None
+        if distributed.is_main_process():
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._drop_lines_after(start_step)
+            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
+        """Append one line of metrics; `kind` is train or eval."""
+        if not distributed.is_main_process():
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush what is not written yet."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def _drop_lines_after(self, step: int) -> None:
+        """Forget what a former life wrote after the checkpoint that this one starts from."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a killed run may be cut
+            if record["step"] <= step:
+                kept.append(line)
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+class Meter:
+    """Measures pairs a second between two log steps."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start an interval."""
+        _synchronize()
+        self.started, self.pairs = time.perf_counter(), 0
+
+    def pairs_per_s(self) -> float:
+        """Return the rate over all ranks since `reset`."""
+        _synchronize()
+        return self.pairs / (time.perf_counter() - self.started)
+
+
+def peak_memory_gib() -> float:
+    """Return the largest peak of any rank so far: GPU memory where there is one, else RSS."""
+    here = distributed.device()
+    if here.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(here) / GIB
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    return float(distributed.all_reduce_max(torch.tensor([peak], device=here)).item())
+
+
+def log_line(step: int, total_steps: int, values: dict[str, Any]) -> None:
+    """Print the line of a log step."""
+    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
+    formats = {
+        "loss": "loss {:.4f}",
+        "batch_r1": "batch R@1 {:.1f} %",
+        "lr": "lr {:.1e}",
+        "pairs_per_s": "{:,.0f} pairs/s",
+        "memory_gib": "{:.2f} GiB a rank",
+    }
+    parts += [text.format(values[name]) for name, text in formats.items() if name in values]
+    logger.info("  ".join(parts))
+
+
+def _synchronize() -> None:
+    if distributed.device().type == "cuda":
+        torch.cuda.synchronize()

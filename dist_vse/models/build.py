@@ -1,0 +1,66 @@
+"""Build the whole model from its config."""
+
+import torch
+from torch import nn
+
+from dist_vse.config import ModelConfig
+from dist_vse.models.dual_encoder import DualEncoder, Tower
+from dist_vse.models.image import build_image_trunk
+from dist_vse.models.text import build_text_trunk
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    pad_id: int,
+    temperature: float,
+    learn_temperature: bool,
+    bias: float,
+    learn_bias: bool,
+    seed: int,
+) -> DualEncoder:
+    """Build the model on the CPU, with the same weights on every rank and in every run.
+
+    The random state of the process is left as it was. Raises UserError for an unknown model, or
+    weights that do not fit it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: it would seed the GPUs as well, which the fork does not restore.
+        torch.default_generator.manual_seed(seed)
+        image_trunk = build_image_trunk(
+            config.image, grad_checkpointing=config.grad_checkpointing and not config.image.frozen
+        )
+        text_trunk = build_text_trunk(
+            config.text,
+            vocab_size=vocab_size,
+            pad_id=pad_id,
+            grad_checkpointing=config.grad_checkpointing and not config.text.frozen,
+        )
+        image_head, text_head = (
+            build_head(trunk.dim, config.embed_dim, config.head_hidden, config.head_dropout)
+            for trunk in (image_trunk, text_trunk)
+        )
+    return DualEncoder(
+        Tower(image_trunk, image_head, frozen=config.image.frozen),
+        Tower(text_trunk, text_head, frozen=config.text.frozen),
+        temperature=temperature,
+        learn_temperature=learn_temperature,
+        bias=bias,
+        learn_bias=learn_bias,
+    )
+
+
+def build_head(dim: int, embed_dim: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Build the head (b, dim) -> (b, embed_dim): linear, or with one hidden layer if hidden > 0.
+
+    The hidden layer is that of ConVSE (https://arxiv.org/abs/2110.08872); Xavier's uniform
+    weights and zero biases are those of VSE++ (https://arxiv.org/abs/1707.05612).
+    """
+    layers: list[nn.Module] = [nn.Linear(dim, hidden), nn.ReLU()] if hidden else []
+    layers += [nn.Dropout(dropout), nn.Linear(hidden or dim, embed_dim)]
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)

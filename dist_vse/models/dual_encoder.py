@@ -1,0 +1,152 @@
+"""The model: two towers into one space.
+
+Shape letters: b pairs, h w pixels, l tokens, d the shared space.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+MAX_LOG_SCALE = math.log(100)
+
+
+class Tower(nn.Module):
+    """One modality: a trunk, and the head that maps its output onto the unit sphere."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module, *, frozen: bool) -> None:
+        """Join trunk and head; a frozen trunk gets no gradient and stays in eval mode."""
+        super().__init__()
+        self.trunk = trunk.requires_grad_(False).eval() if frozen else trunk
+        self.head = head
+        self.frozen = frozen
+
+    def train(self, mode: bool = True) -> "Tower":
+        """Set the mode of all but a frozen trunk."""
+        super().train(mode)
+        if self.frozen:
+            self.trunk.eval()
+        return self
+
+    def hidden(self, raw: Tensor) -> Tensor:
+        """Return the trunk's output, float32, for images or tokens."""
+        # The trunk is called as a module: under ZeRO-3 that call fetches its parameters.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            output: Tensor = self.trunk(raw)
+        return output.float()
+
+    def forward(self, raw: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+        """Return unit-length float32 features (b, d) of raw input or of the trunk's output."""
+        assert (raw is None) != (hidden is None), "give the raw input or the trunk's output"
+        hidden = self.hidden(cast(Tensor, raw)) if hidden is None else hidden
+        return functional.normalize(self.head(hidden).float(), dim=-1)
+
+
+class DualEncoder(nn.Module):
+    """An image tower and a text tower, with the temperature and the bias of the loss.
+
+    A frozen trunk is run once a step: `prepare` puts its output where the raw input was, and
+    `forward` takes either. To the train step all models are the same:
+
+        inputs = model.prepare(images=images, tokens=tokens)   # split these by rows
+        outputs = model(**inputs)
+    """
+
+    def __init__(
+        self,
+        image: Tower,
+        text: Tower,
+        *,
+        temperature: float,
+        learn_temperature: bool,
+        bias: float,
+        learn_bias: bool,
+    ) -> None:
+        """Join the towers; `log_scale` starts at log(1 / temperature)."""
+        super().__init__()
+        self.image = image
+        self.text = text
+        # Of shape (1,): DeepSpeed cannot send parameters without a dimension.
+        self.log_scale = nn.Parameter(
+            torch.tensor([-math.log(temperature)]), requires_grad=learn_temperature
+        )
+        self.bias = nn.Parameter(torch.tensor([bias]), requires_grad=learn_bias)
+
+    def prepare(self, *, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Return what `forward` needs, by keyword: all of it has b rows.
+
+        Raw input (b, 3, h, w) and (b, l) for a trunk that learns; for a frozen one its output.
+        """
+        return {
+            **_prepare(self.image, "images", "image_hidden", images),
+            **_prepare(self.text, "tokens", "text_hidden", tokens),
+        }
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        tokens: Tensor | None = None,
+        *,
+        image_hidden: Tensor | None = None,
+        text_hidden: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return features (b, d) of images and captions, log_scale (1,) and bias (1,).
+
+        Images are uint8 (b, 3, h, w), or float if already normalised; tokens int64 (b, l). Either
+        may be replaced by its trunk's output. The features are float32 and of unit length.
+        """
+        image_features = self.image(images, image_hidden)  # (b, d)
+        text_features = self.text(tokens, text_hidden)  # (b, d)
+        # Copies: under ZeRO-3 the parameters themselves are gone when forward returns.
+        return image_features, text_features, self._used_log_scale(), self.bias.clone()
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return unit-length float32 features (b, d) of images (b, 3, h, w)."""
+        features: Tensor = self.image(images)
+        return features
+
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """Return unit-length float32 features (b, d) of tokens (b, l)."""
+        features: Tensor = self.text(tokens)
+        return features
+
+    def _used_log_scale(self) -> Tensor:
+        """Return log_scale (1,), at most log(100) where it is learned (as CLIP does).
+
+        The gradient passes the clamp whole: with a plain clamp it would be zero beyond the
+        bound, and a parameter that has stepped over it could never come back.
+        """
+        if not self.log_scale.requires_grad:
+            return self.log_scale.clone()
+        excess = (self.log_scale - MAX_LOG_SCALE).clamp(min=0)
+        return self.log_scale - excess.detach()
+
+
+def _prepare(tower: Tower, raw_name: str, hidden_name: str, raw: Tensor) -> dict[str, Tensor]:
+    return {hidden_name: tower.hidden(raw)} if tower.frozen else {raw_name: raw}
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep BatchNorm's running statistics as they are; outputs do not change.
+
+    Gradient caching runs every chunk twice, and gradient checkpointing runs it again in backward:
+    with all but one of these in this context (backward included) the statistics move once a step.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+    ]
+    for layer in layers:
+        layer.track_running_stats = False  # in training mode: use the batch's, update nothing
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

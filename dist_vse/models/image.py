@@ -1,0 +1,166 @@
+"""The image trunk: any timm model, with weights from a file.
+
+Shape letters: b images, h w pixels, d the trunk's features.
+"""
+
+import difflib
+import pickle
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from dist_vse.config import ImageConfig
+from dist_vse.errors import UserError, first_line
+
+# What reading a file of something else raises, by its kind.
+_UNREADABLE = (
+    RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError, EOFError,
+    KeyError, TypeError, AttributeError,
+)  # fmt: skip
+
+
+class ImageTrunk(nn.Module):
+    """A timm model without its classifier, and the normalisation it was made for."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, *, dim: int) -> None:
+        """Wrap a timm model whose features are (b, dim)."""
+        super().__init__()
+        self.backbone = backbone
+        self.dim = dim
+        normalisation: dict[str, tuple[float, float, float]] = backbone.pretrained_cfg  # type: ignore[assignment]
+        for name in ("mean", "std"):  # in units of uint8, so that pixels need no division first
+            value = torch.tensor(normalisation[name]).mul(255).view(1, 3, 1, 1)
+            self.register_buffer(name, value)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features (b, d) of uint8 images (b, 3, h, w), or of normalised float ones."""
+        if images.dtype == torch.uint8:
+            images = images.float().sub_(self.mean).div_(self.std)
+        # Convolutions are faster with the channels last, and keep that order from layer to layer.
+        features: Tensor = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        return features
+
+
+def build_image_trunk(config: ImageConfig, *, grad_checkpointing: bool) -> ImageTrunk:
+    """Build the trunk, load its weights, and try it on one image.
+
+    Raises UserError for an unknown name, weights of another model, or an image size that the
+    model cannot take.
+    """
+    backbone = _create(config.name, config.size)
+    if config.weights is not None:
+        _load_weights(backbone, Path(config.weights), config.name)
+    if grad_checkpointing:
+        try:
+            backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError, NotImplementedError) as error:
+            raise UserError(
+                f"model.image.name={config.name!r} has no gradient checkpointing; "
+                "set model.grad_checkpointing=false"
+            ) from error
+    for name, parameter in backbone.named_parameters():
+        if parameter.ndim == 0:
+            raise UserError(
+                f"model.image.name={config.name!r} has a scalar parameter ({name}), which "
+                "DeepSpeed cannot send to the other ranks; choose another model"
+            )
+        parameter.data = parameter.data.contiguous()  # DeepSpeed sends them as flat memory
+    return ImageTrunk(backbone, dim=_output_dim(backbone, config))
+
+
+def _create(name: str, size: int) -> nn.Module:
+    """Create the timm model with random weights."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has the names"
+        raise UserError(f"model.image.name={name!r} is no timm model; {hint}")
+    try:
+        try:
+            model: nn.Module = timm.create_model(name, num_classes=0, img_size=size)
+        except TypeError:  # a convolutional net takes any size, and knows no img_size
+            model = timm.create_model(name, num_classes=0)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"model.image.name={name!r} cannot be built for model.image.size={size}: "
+            f"{first_line(error)}"
+        ) from error
+    return model
+
+
+def _output_dim(backbone: nn.Module, config: ImageConfig) -> int:
+    """Return the size of the features, by a forward of one black image."""
+    training = backbone.training
+    try:
+        with torch.no_grad():
+            features: Tensor = backbone.eval()(torch.zeros(1, 3, config.size, config.size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"model.image.name={config.name!r} does not take images of "
+            f"model.image.size={config.size}: {first_line(error)}"
+        ) from error
+    finally:
+        backbone.train(training)
+    if features.ndim != 2:
+        raise UserError(
+            f"model.image.name={config.name!r} gives features of shape {tuple(features.shape)} "
+            "an image batch, not (batch, features); choose another model"
+        )
+    return features.shape[1]
+
+
+def _load_weights(backbone: nn.Module, path: Path, name: str) -> None:
+    """Load a file of the model's weights; a classifier in the file is left out."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; model.image.weights is a .safetensors or .pth file")
+    try:
+        state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
+        # Older and resized checkpoints (such as another number of patches) are converted by the
+        # function that timm keeps beside the model for its own downloads.
+        convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+        if convert is not None:
+            state = convert(state, backbone)
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{path}: does not read as weights of {name} ({first_line(error)}); "
+            "give a .safetensors file, or a .pth file that holds tensors only"
+        ) from error
+    own = backbone.state_dict()
+    state = {
+        key: value
+        for key, value in state.items()
+        if key in own or not _is_classifier(key, backbone)
+    }
+    reshaped = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    result = backbone.load_state_dict(
+        {k: v for k, v in state.items() if k not in reshaped}, strict=False
+    )
+    problems = {
+        "missing": sorted(set(result.missing_keys) - set(reshaped)),
+        "unexpected": result.unexpected_keys,
+        "of another shape": sorted(reshaped),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+        raise UserError(
+            f"{path}: not the weights of {name} ({listed}); "
+            "set model.image.name to the model they were made with"
+        )
+
+
+def _is_classifier(key: str, backbone: nn.Module) -> bool:
+    names: str | tuple[str, ...] = backbone.pretrained_cfg.get("classifier") or ()  # type: ignore
+    prefixes = (names,) if isinstance(names, str) else names
+    return key.startswith(tuple(f"{prefix}." for prefix in prefixes))
+
+
+def _some(keys: list[str], limit: int = 3) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more

@@ -1,0 +1,300 @@
+"""The text trunks: the paper's GRU, a small transformer, or any transformers encoder.
+
+A trunk maps tokens to one vector a caption, and padding never changes that vector (but for
+rounding). Shape letters: b captions, l tokens, w the trunk's width.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from dist_vse.config import TextConfig
+from dist_vse.errors import UserError, first_line
+
+HEAD_WIDTH = 64
+
+
+class GruTrunk(nn.Module):
+    """Word vectors and a GRU; the state after a caption's last token is its vector.
+
+    The text encoder of VSE++ (https://arxiv.org/abs/1707.05612) and of ConVSE
+    (https://arxiv.org/abs/2110.08872), with dropout on the word vectors and between layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        pad_id: int,
+        word_dim: int,
+        width: int,
+        depth: int,
+        dropout: float,
+        grad_checkpointing: bool,
+    ) -> None:
+        """Build it with random weights; word vectors start uniform in +-0.1 as in VSE++."""
+        super().__init__()
+        self.dim = width
+        self.pad_id = pad_id
+        self.grad_checkpointing = grad_checkpointing
+        self.words = nn.Embedding(vocab_size, word_dim)
+        self.drop = nn.Dropout(dropout)
+        between = dropout if depth > 1 else 0.0
+        self.gru = nn.GRU(word_dim, width, depth, batch_first=True, dropout=between)
+        nn.init.uniform_(self.words.weight, -0.1, 0.1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return (b, w) for int64 tokens (b, l), padded on the right."""
+        states = _maybe_checkpoint(self.grad_checkpointing, self._states, tokens)  # (b, l, w)
+        last = (tokens != self.pad_id).sum(1) - 1  # (b,)
+        return states[torch.arange(len(tokens), device=tokens.device), last]
+
+    def _states(self, tokens: Tensor) -> Tensor:
+        # The state at a token knows nothing of what follows, so no packing is needed.
+        states: Tensor = self.gru(self.drop(self.words(tokens)))[0]
+        return states
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block (https://arxiv.org/abs/2002.04745)."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        """Build it with heads of 64 and an MLP four times the width."""
+        super().__init__()
+        self.dropout = dropout
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return (b, l, w) for x (b, l, w); mask (b, 1, 1, l) is true at tokens."""
+        b, length, width = x.shape
+        qkv = self.qkv(self.norm_attention(x)).view(b, length, 3, -1, HEAD_WIDTH)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (b, heads, l, 64) each
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+        )
+        x = x + self.drop(self.proj(attended.transpose(1, 2).reshape(b, length, width)))
+        output: Tensor = x + self.drop(self.mlp(self.norm_mlp(x)))
+        return output
+
+
+class TransformerTrunk(nn.Module):
+    """A small transformer from scratch: learned positions, pre-norm blocks, mean over tokens."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        pad_id: int,
+        max_tokens: int,
+        width: int,
+        depth: int,
+        dropout: float,
+        grad_checkpointing: bool,
+    ) -> None:
+        """Build it with random weights: normal, 0.02, and 0.02 / sqrt(2 depth) into the residual.
+
+        The scale of GPT-2, which keeps the residual stream's size from growing with depth.
+        """
+        super().__init__()
+        self.dim = width
+        self.pad_id = pad_id
+        self.grad_checkpointing = grad_checkpointing
+        self.words = nn.Embedding(vocab_size, width)
+        self.positions = nn.Embedding(max_tokens, width)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:
+                into_residual = name.endswith(("proj.weight", "mlp.3.weight"))
+                std = 0.02 / (2 * depth) ** 0.5 if into_residual else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return (b, w) for int64 tokens (b, l), padded on the right."""
+        valid = tokens != self.pad_id  # (b, l)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)  # (l,)
+        x = self.drop(self.words(tokens) + self.positions(positions))  # (b, l, w)
+        for block in self.blocks:
+            x = _maybe_checkpoint(self.grad_checkpointing, block, x, valid[:, None, None])
+        return masked_mean(self.norm(x), valid)
+
+
+class PretrainedTrunk(nn.Module):
+    """A transformers encoder; the mean of its last hidden states is a caption's vector.
+
+    The pooling of Sentence-BERT (https://arxiv.org/abs/1908.10084).
+    """
+
+    def __init__(self, encoder: nn.Module, *, dim: int, pad_id: int) -> None:
+        """Wrap an encoder whose last hidden states are (b, l, dim)."""
+        super().__init__()
+        self.encoder = encoder
+        self.dim = dim
+        self.pad_id = pad_id
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return (b, w) for int64 tokens (b, l), padded on the right."""
+        valid = tokens != self.pad_id  # (b, l)
+        output = self.encoder(input_ids=tokens, attention_mask=valid.long())
+        return masked_mean(output.last_hidden_state, valid)
+
+
+def masked_mean(states: Tensor, valid: Tensor) -> Tensor:
+    """Return the float32 mean (b, w) of the states (b, l, w) where valid (b, l) is true."""
+    weights = valid.unsqueeze(-1).float()  # (b, l, 1)
+    return (states.float() * weights).sum(1) / weights.sum(1)
+
+
+TextTrunk = GruTrunk | TransformerTrunk | PretrainedTrunk
+
+
+def build_text_trunk(
+    config: TextConfig, *, vocab_size: int, pad_id: int, grad_checkpointing: bool
+) -> TextTrunk:
+    """Build the trunk of `config.kind`; its features are (b, trunk.dim).
+
+    Raises UserError if a pretrained model does not load or does not fit its tokenizer.
+    """
+    return _BUILDERS[config.kind](config, vocab_size, pad_id, grad_checkpointing)
+
+
+def _build_gru(
+    config: TextConfig, vocab_size: int, pad_id: int, grad_checkpointing: bool
+) -> GruTrunk:
+    return GruTrunk(
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        word_dim=config.word_dim,
+        width=config.width,
+        depth=config.depth,
+        dropout=config.dropout,
+        grad_checkpointing=grad_checkpointing,
+    )
+
+
+def _build_transformer(
+    config: TextConfig, vocab_size: int, pad_id: int, grad_checkpointing: bool
+) -> TransformerTrunk:
+    return TransformerTrunk(
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        max_tokens=config.max_tokens,
+        width=config.width,
+        depth=config.depth,
+        dropout=config.dropout,
+        grad_checkpointing=grad_checkpointing,
+    )
+
+
+def _build_pretrained(
+    config: TextConfig, vocab_size: int, pad_id: int, grad_checkpointing: bool
+) -> PretrainedTrunk:
+    folder = str(config.weights)
+    encoder = load_encoder(folder, config.dropout)
+    for name, needed, remedy in (
+        ("max_position_embeddings", config.max_tokens, "lower model.text.max_tokens"),
+        ("vocab_size", vocab_size, "save the model together with its own tokenizer"),
+    ):
+        limit = getattr(encoder.config, name, None)
+        if limit is not None and needed > limit:
+            raise UserError(f"{folder}: its {name} is {limit}, but {needed} are needed; {remedy}")
+    if grad_checkpointing:
+        _enable_checkpointing(encoder, folder)
+    return PretrainedTrunk(encoder, dim=_encoder_dim(encoder, folder), pad_id=pad_id)
+
+
+_BUILDERS: dict[str, Callable[[TextConfig, int, int, bool], TextTrunk]] = {
+    "gru": _build_gru,
+    "transformer": _build_transformer,
+    "pretrained": _build_pretrained,
+}
+
+
+def load_encoder(folder: str, dropout: float) -> Any:
+    """Load a transformers model from a folder, in float32, with `dropout` at all of its places.
+
+    Raises UserError if the folder holds none, or not all of its weights.
+    """
+    # Slow to import, and needed for this kind only.
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # or every rank draws one
+
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"{folder}: no such folder; model.text.weights is a saved transformers model"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        for name, value in vars(config).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(config, name, dropout)
+        encoder, loading = AutoModel.from_pretrained(
+            folder, config=config, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"{folder}: does not load as a transformers model ({first_line(error)}); "
+            "save one there with model.save_pretrained"
+        ) from error
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(
+            f"{folder}: the weights lack {len(missing)} tensors of the model ({missing[0]}, ...); "
+            "save it again with model.save_pretrained"
+        )
+    pooler = getattr(encoder, "pooler", None)
+    if pooler is not None:
+        pooler.requires_grad_(False)  # the mean does not pass it, so it would get no gradient
+    return encoder.float().train()  # transformers loads in eval mode
+
+
+def _enable_checkpointing(encoder: Any, folder: str) -> None:
+    name = "activation_checkpointing_enable"  # since transformers 5
+    enable = getattr(encoder, name, None) or encoder.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"{folder}: has no gradient checkpointing; set model.grad_checkpointing=false"
+        ) from error
+
+
+def _encoder_dim(encoder: Any, folder: str) -> int:
+    """Return the width of the last hidden states, by a forward of one token."""
+    training = encoder.training
+    try:
+        with torch.no_grad():
+            output = encoder.eval()(input_ids=torch.zeros(1, 1, dtype=torch.int64))
+        return int(output.last_hidden_state.shape[-1])
+    except (AttributeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder}: is no text encoder ({first_line(error)}); "
+            "give a model like BERT, MPNet or MiniLM"
+        ) from error
+    finally:
+        encoder.train(training)
+
+
+def _maybe_checkpoint(enabled: bool, fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """Call `fn`; when enabled, keep no activations and compute them again in backward."""
+    if not (enabled and torch.is_grad_enabled()):
+        return fn(*args)
+    output: Tensor = checkpoint(fn, *args, use_reentrant=False)
+    return output

@@ -1,0 +1,111 @@
+"""The run's folder: its config, its vocabulary, and the model that it holds.
+
+`config.yaml` (whole, resolved), `vocabulary.json` (from-scratch text encoders), `metrics.jsonl`,
+`tensorboard/`, `checkpoints/`, and what evaluation and report add.
+"""
+
+import os
+from pathlib import Path
+
+from dist_vse import checkpoint
+from dist_vse.config import TrainConfig, dump_config, load_config
+from dist_vse.errors import UserError
+from dist_vse.index import Index
+from dist_vse.models.build import build_model
+from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
+from dist_vse.stream import captions
+
+CONFIG_NAME = "config.yaml"
+VOCABULARY_NAME = "vocabulary.json"
+CHECKPOINTS = "checkpoints"
+EXAMPLES_NAME = "examples.json"
+
+_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+"""Settings of a run that a resumed life may change without changing what was learned so far."""
+
+
+def prepare_run_dir(config: TrainConfig) -> Path:
+    """Make the run's folder and write the config into it; rank 0 calls this.
+
+    Raises UserError if the folder holds a run of another config.
+    """
+    run_dir = Path(config.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / CONFIG_NAME
+    if path.is_file():
+        changed = _differences(load_config(path), config)
+        if changed:
+            raise UserError(
+                f"{run_dir} holds a run of another config ({'; '.join(changed)}): give another "
+                "output_dir, or remove that folder"
+            )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    os.replace(temporary, path)
+    return run_dir
+
+
+def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Say what differs, as `loss.name: convse -> convse++`."""
+    from omegaconf import OmegaConf
+
+    def flat(node: object, prefix: str = "") -> dict[str, object]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        items = [flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in node.items()]
+        return {key: value for item in items for key, value in item.items()}
+
+    before, after = (flat(OmegaConf.to_container(OmegaConf.structured(c))) for c in (old, new))
+    ignored = {*_MAY_CHANGE, "output_dir"}  # the folder itself may have been moved
+    return [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in after
+        if key not in ignored and before[key] != after[key]
+    ]
+
+
+def run_tokenizer(config: TrainConfig, run_dir: Path, index: Index, *, build: bool) -> Tokenizer:
+    """Return the run's tokenizer; `build` makes the vocabulary where there is none yet.
+
+    The vocabulary comes from the training split alone, so that evaluation can't leak into it.
+    """
+    path = run_dir / VOCABULARY_NAME
+    if path.is_file():
+        return WordTokenizer.load(path)
+    if config.model.text.kind != "pretrained" and not build:
+        raise UserError(f"{path}: the run's vocabulary is missing; train the run first")
+    tokenizer = build_tokenizer(config.model.text, lambda: captions(index, config.data.train_split), None)
+    if isinstance(tokenizer, WordTokenizer):
+        tokenizer.save(path)
+    return tokenizer
+
+
+def run_model(config: TrainConfig, tokenizer: Tokenizer) -> DualEncoder:
+    """Build the run's model with its initial weights."""
+    return build_model(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        temperature=config.loss.temperature,
+        learn_temperature=config.loss.learn_temperature,
+        bias=config.loss.bias,
+        learn_bias=config.loss.name == "siglip",
+        seed=config.seed,
+    )
+
+
+def open_run(run_dir: Path) -> TrainConfig:
+    """Return the config of a run's folder. Raises UserError if it isn't one."""
+    if not (run_dir / CONFIG_NAME).is_file():
+        raise UserError(f"{run_dir}: no run here ({CONFIG_NAME} is missing)")
+    return load_config(run_dir / CONFIG_NAME)
+
+
+def load_trained(run_dir: Path, model: DualEncoder) -> Path:
+    """Load the newest checkpoint's weights into the model; return the checkpoint's folder."""
+    path = checkpoint.latest(run_dir / CHECKPOINTS)
+    if path is None:
+        raise UserError(f"{run_dir / CHECKPOINTS}: no whole checkpoint yet; train the run first")
+    checkpoint.load_weights(path, model)
+    return path

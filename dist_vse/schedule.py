@@ -1,0 +1,41 @@
+"""The learning rate as a function of the pairs seen, so that it fits any batch size."""
+
+import math
+from collections.abc import Callable
+
+
+def _constant(_: float) -> float:
+    return 1.0
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _step(progress: float) -> float:
+    return 1.0 if progress < 0.5 else 0.1
+
+
+_COURSES: dict[str, Callable[[float], float]] = {
+    "constant": _constant,
+    "cosine": _cosine,  # https://arxiv.org/abs/1608.03983, without restarts
+    "step": _step,  # VSE++ lowers the rate to a tenth half-way, https://arxiv.org/abs/1707.05612
+}
+
+
+def learning_rate(
+    samples_seen: int, *, peak: float, schedule: str, warmup_samples: int, total_samples: int
+) -> float:
+    """Return the rate of the step that starts after `samples_seen` pairs.
+
+    It rises linearly to `peak` over the warm-up; then `schedule` runs to the end.
+    """
+    if samples_seen < warmup_samples:
+        return peak * (samples_seen + 1) / (warmup_samples + 1)
+    progress = (samples_seen - warmup_samples) / max(1, total_samples - warmup_samples)
+    return peak * _COURSES[schedule](min(1.0, progress))
+
+
+def warmup_share(samples_seen: int, warmup_samples: int) -> float:
+    """Return how far a linear warm-up has come: 0 at its start, 1 at its end and without one."""
+    return 1.0 if warmup_samples == 0 else min(1.0, samples_seen / warmup_samples)

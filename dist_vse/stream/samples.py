@@ -1,0 +1,88 @@
+"""What the stream hands out, and how the samples of a lane become tensors.
+
+Shapes: k samples of one lane, b on this rank, h = w pixels, l tokens, L lanes, W ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Tokenizer(Protocol):
+    """Words to numbers; must be picklable, as workers call it."""
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills short rows."""
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Return int64 (n, l), padded to the longest caption."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that could not be used."""
+
+    key: str
+    shard: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.key} in {self.shard}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One lane's share of a batch."""
+
+    images: Tensor  # uint8 (k, 3, h, w); the only tensor: each one costs a file descriptor
+    tokens: NDArray[np.int64]  # (k, l)
+    image_ids: NDArray[np.int64]  # (k,)
+    text_ids: NDArray[np.int64]  # (k,)
+    origin: NDArray[np.int64]  # (k, 2)
+    state: NDArray[np.int64]  # (2,)
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's rows of a global batch, in lane order."""
+
+    images: Tensor
+    """uint8 (b, 3, h, w), RGB."""
+    tokens: Tensor
+    """int64 (b, l), padded to the longest row."""
+    image_ids: Tensor
+    """int64 (b,): equal for equal image files."""
+    text_ids: Tensor
+    """int64 (b,): equal for equal captions."""
+    origin: Tensor
+    """int64 (b, 2): epoch, and the sample's number in the split."""
+    state: NDArray[np.int64]
+    """(L/W, 2): epoch and next position of this rank's lanes after this batch."""
+    skipped: tuple[Skipped, ...]
+    """Bad samples passed over on the way to this batch."""
+
+
+def join_parts(parts: Sequence[Part], pad_id: int) -> Batch:
+    """Concatenate the parts of the rank's lanes; tokens are padded to the longest of all."""
+    return Batch(
+        images=torch.cat([part.images for part in parts]) if len(parts) > 1 else parts[0].images,
+        tokens=torch.from_numpy(_pad([part.tokens for part in parts], pad_id)),
+        image_ids=torch.from_numpy(np.concatenate([part.image_ids for part in parts])),
+        text_ids=torch.from_numpy(np.concatenate([part.text_ids for part in parts])),
+        origin=torch.from_numpy(np.concatenate([part.origin for part in parts])),
+        state=np.stack([part.state for part in parts]),
+        skipped=tuple(skipped for part in parts for skipped in part.skipped),
+    )
+
+
+def _pad(rows: Sequence[NDArray[np.int64]], pad_id: int) -> NDArray[np.int64]:
+    length = max(array.shape[1] for array in rows)
+    fill = [np.pad(a, ((0, 0), (0, length - a.shape[1])), constant_values=pad_id) for a in rows]
+    return np.concatenate(fill)

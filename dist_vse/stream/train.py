@@ -1,0 +1,102 @@
+"""Endless training batches: the same global order for any number of ranks and workers."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_vse.errors import UserError
+from dist_vse.index import Index
+from dist_vse.stream.decode import Transform
+from dist_vse.stream.lanes import Lanes
+from dist_vse.stream.order import Order
+from dist_vse.stream.samples import Batch, Tokenizer, join_parts
+from dist_vse.stream.workers import run_workers
+
+SAMPLES_AHEAD = 64
+
+
+def train_batches(
+    index: Index,
+    *,
+    split: str,
+    seed: int,
+    global_batch_size: int,
+    lanes: int,
+    shuffle_window: int,
+    size: int,
+    crop: str,
+    min_crop_area: float,
+    flip: bool,
+    tokenizer: Tokenizer,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    state: NDArray[np.int64] | None = None,
+) -> Iterator[Batch]:
+    """Yield this rank's rows of one global batch after the other, for ever.
+
+    Each of the L lanes gives N/L samples to a batch, and rank r reads lanes r L/W to (r+1) L/W:
+    concatenated over the ranks, the batches are the same for every W that divides L and for any
+    number of workers. An epoch holds each good sample once; batches cross its end, lane by lane.
+    `crop` is "random" or "center", to `size` pixels. `state` (L, 2) is all ranks' `Batch.state`
+    in rank order, of any W: the stream goes on there.
+
+    Raises UserError: at once for too few samples or a state that does not fit; later for a
+    missing shard or a lane without a single good sample.
+    """
+    assert global_batch_size % lanes == 0, (global_batch_size, lanes)
+    assert lanes % (world_size * max(1, num_workers)) == 0, (lanes, world_size, num_workers)
+    sizes = tuple(shard.num_samples for shard in index.split(split).shards)
+    _check_samples(f"{index.root}: split {split!r}", sum(sizes), lanes, global_batch_size)
+    order = Order(sizes, seed, lanes, shuffle_window)
+    state = np.zeros((lanes, 2), np.int64) if state is None else state
+    _check_state(index, order, state)
+    rank_lanes = lanes // world_size
+    plan = Lanes(
+        index=index,
+        split=split,
+        order=order,
+        first=rank * rank_lanes,
+        state=state[rank * rank_lanes : (rank + 1) * rank_lanes],
+        part_size=global_batch_size // lanes,
+        transform=Transform(size, crop == "random", min_crop_area, flip),
+        tokenizer=tokenizer,
+    )
+    return _batches(plan, num_workers)
+
+
+def _batches(plan: Lanes, num_workers: int) -> Iterator[Batch]:
+    # Workers run one batch ahead, and a few samples at least where batches are small.
+    lanes_a_worker = len(plan.state) // max(1, num_workers)
+    prefetch = max(lanes_a_worker, -(-SAMPLES_AHEAD // plan.part_size))
+    parts = run_workers(plan, num_workers=num_workers, prefetch=prefetch)
+    while True:
+        yield join_parts([next(parts) for _ in plan.state], plan.tokenizer.pad_id)
+
+
+def _check_samples(where: str, num_samples: int, lanes: int, global_batch_size: int) -> None:
+    for name, needed in (("data.lanes", lanes), ("global_batch_size", global_batch_size)):
+        if num_samples < needed:
+            raise UserError(
+                f"{where} has {num_samples} samples, fewer than {name} ({needed}); lower {name}, "
+                "or shard more samples"
+            )
+
+
+def _check_state(index: Index, order: Order, state: NDArray[np.int64]) -> None:
+    """Check that the positions are those of this data set and these lanes."""
+    if state.shape != (order.lanes, 2):
+        raise UserError(
+            f"the checkpoint's stream has {len(state)} lanes, but data.lanes is {order.lanes}; "
+            f"resume with data.lanes={len(state)}"
+        )
+    for epoch in np.unique(state[:, 0]).tolist():
+        epoch_order = order.epoch(epoch)
+        for lane in np.flatnonzero(state[:, 0] == epoch).tolist():
+            position, length = int(state[lane, 1]), epoch_order.lane_length(lane)
+            if not 0 <= position <= length:
+                raise UserError(
+                    f"{index.root}: lane {lane} has {length} samples, but the checkpoint's stream "
+                    f"stands at {position}; resume with the data set that the run began with"
+                )

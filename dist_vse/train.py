@@ -1,0 +1,192 @@
+"""Training: `accelerate launch -m dist_vse.train CONFIG [key=value ...]`.
+
+accelerate (or torchrun, or Slurm) only starts the processes; the DeepSpeed engine is driven
+directly.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_vse import checkpoint, distributed, interrupt
+from dist_vse.builders import (
+    build_engine,
+    build_eval_batches,
+    build_loss,
+    build_train_batches,
+    make_chunks,
+    step_learning_rate,
+)
+from dist_vse.checkpoint import Progress
+from dist_vse.config import TrainConfig, load_config
+from dist_vse.engine.zero import ZeroEngine
+from dist_vse.errors import UserError
+from dist_vse.evaluate import evaluate, save_examples
+from dist_vse.grad_cache import train_step
+from dist_vse.index import Index, read_index
+from dist_vse.log import logger, setup_logging
+from dist_vse.metrics import Meter, Recorder, log_line, peak_memory_gib
+from dist_vse.models.tokenizer import Tokenizer
+from dist_vse.run_dir import CHECKPOINTS, EXAMPLES_NAME, prepare_run_dir, run_tokenizer
+from dist_vse.stream import Batch
+
+INTERRUPTED = 130
+"""Exit code of a run that was asked to stop, saved a checkpoint, and can be continued."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What lives as long as the run."""
+
+    config: TrainConfig
+    run_dir: Path
+    index: Index
+    tokenizer: Tokenizer
+    engine: ZeroEngine
+
+
+def run(config: TrainConfig) -> int:
+    """Train from the newest checkpoint (or from nothing) to `total_steps`; return the exit code.
+
+    Every rank of a process group calls this. Raises UserError alike on every rank.
+    """
+    config.check_world_size(distributed.world_size())
+    interrupt.listen()
+    torch.manual_seed(config.seed + 1000 * distributed.rank())  # dropout differs between ranks
+    run = _open(config)
+    progress = checkpoint.load_latest(run.run_dir / CHECKPOINTS, run.engine)
+    if progress is None:
+        progress = Progress(0, 0, [])
+    elif progress.step >= config.total_steps:
+        logger.info("%s is complete: %d steps", run.run_dir, progress.step)
+        return 0
+    else:
+        logger.info("resuming %s at step %d", run.run_dir, progress.step)
+    progress = _train(run, progress)
+    if progress.step < config.total_steps:
+        logger.info("stopped at step %d and saved: the same command continues", progress.step)
+        return INTERRUPTED
+    return 0
+
+
+def _open(config: TrainConfig) -> Run:
+    with distributed.same_verdict():
+        index = read_index(config.data.index)
+        for split in (config.data.train_split, config.data.eval_split):
+            index.split(split)
+        if distributed.is_main_process():
+            run_tokenizer(config, prepare_run_dir(config), index, build=True)
+    run_dir = Path(config.output_dir)
+    with distributed.same_verdict():
+        tokenizer = run_tokenizer(config, run_dir, index, build=False)
+        engine = build_engine(config, tokenizer)
+    return Run(config, run_dir, index, tokenizer, engine)
+
+
+def _train(run: Run, progress: Progress) -> Progress:
+    """Loop over the steps until the last one or until any rank was asked to stop."""
+    config, engine = run.config, run.engine
+    recorder, meter = Recorder(run.run_dir, progress.step), Meter()
+    batches = build_train_batches(config, run.index, run.tokenizer, progress)
+    if progress.step == 0:
+        _evaluate(run, progress, recorder)
+    meter.reset()
+    stopped = False
+    while progress.step < config.total_steps and not stopped:
+        with distributed.same_verdict():
+            batch = next(batches)
+        rate = step_learning_rate(config, progress.samples_seen)
+        engine.set_learning_rate(rate)
+        statistics: dict[str, Tensor] = {}
+        loss_fn = build_loss(config, batch, progress.samples_seen, statistics)
+        chunks = make_chunks(engine.module, batch, config.chunk_size)
+        loss = train_step(engine, loss_fn, chunks)
+
+        progress = _advance(progress, batch, config.global_batch_size)
+        meter.pairs += config.global_batch_size
+        last = progress.step == config.total_steps
+        stopped = distributed.any_rank(interrupt.asked())
+        if last or progress.step % config.log_every == 0:
+            statistics |= {"loss": loss, "lr": torch.tensor(rate)}
+            _log(run, progress, statistics, meter, recorder)
+        if last or _due(progress.step, config.eval_every):
+            _evaluate(run, progress, recorder)
+            meter.reset()
+        if last or stopped or _due(progress.step, config.checkpoint_every):
+            _save(run, progress)
+            meter.reset()
+    recorder.close()
+    return progress
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _advance(progress: Progress, batch: Batch, global_batch_size: int) -> Progress:
+    for skipped in batch.skipped:
+        logger.warning("skipped %s", skipped)
+    samples_seen = progress.samples_seen + global_batch_size
+    return Progress(progress.step + 1, samples_seen, batch.state.tolist())
+
+
+def _save(run: Run, progress: Progress) -> None:
+    """Write a checkpoint; the lanes of all ranks, in order, are the data's position."""
+    lanes = [lane for lanes in distributed.all_gather_object(progress.lanes) for lane in lanes]
+    folder = run.run_dir / CHECKPOINTS
+    keep = run.config.keep_checkpoints
+    checkpoint.save(folder, run.engine, replace(progress, lanes=lanes), keep=keep)
+
+
+def _log(
+    run: Run, progress: Progress, statistics: dict[str, Tensor], meter: Meter, recorder: Recorder
+) -> None:
+    values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen}
+    values |= {name: number.item() for name, number in statistics.items()}
+    values |= {"pairs_per_s": meter.pairs_per_s(), "memory_gib": peak_memory_gib()}
+    recorder.write("train", progress.step, values)
+    log_line(progress.step, run.config.total_steps, values)
+    meter.reset()
+
+
+def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> None:
+    split = run.config.data.eval_split
+    batches = build_eval_batches(run.config, run.index, run.tokenizer, split)
+    with run.engine.whole_parameters():
+        evaluation = evaluate(run.engine.module, batches, distributed.device())
+    metrics = evaluation.metrics
+    values = {"samples_seen": progress.samples_seen, "split": split, **metrics}
+    recorder.write("eval", progress.step, values)
+    logger.info(
+        "%s: image to text R@1 %.1f %%, text to image R@1 %.1f %%, rsum %.1f",
+        f"step {progress.step}, {split}",
+        metrics["i2t_r1"],
+        metrics["t2i_r1"],
+        metrics["rsum"],
+    )
+    if distributed.is_main_process():
+        save_examples(evaluation, run.run_dir / EXAMPLES_NAME, split=split)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and train; return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    setup_logging()
+    try:
+        if not arguments:
+            raise UserError("no config given: python -m dist_vse.train CONFIG.yaml [key=value ...]")
+        with distributed.process_group():
+            with distributed.same_verdict():
+                config = load_config(arguments[0], arguments[1:])
+            return run(config)
+    except UserError as error:
+        logger.error("error: %s", error) if distributed.launched_rank() == 0 else None
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Starting runs: on a Slurm cluster, or as processes of this machine."""

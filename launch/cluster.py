@@ -1,0 +1,89 @@
+"""Where a run runs: machines, processes and their limits; what is learned is in a run's config."""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dist_vse.config import load_yaml
+from dist_vse.errors import UserError
+from launch.environment import IDENTITY
+
+SCHEDULERS = ("auto", "slurm", "local")
+SIGNAL_SLACK_S = 60
+"""Slurm may send a signal up to this much earlier than asked."""
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The nodes and processes of a job, and what to ask the scheduler for."""
+
+    scheduler: str = "auto"
+    """`slurm`, `local` (processes of this machine), or `auto`: Slurm where sbatch is found."""
+    nodes: int = 1
+    processes_per_node: int = 1
+    """Ranks on each node: one for each of its GPUs."""
+    gpus_per_node: int = 0
+    """0 runs on the CPU."""
+    cpus_per_process: int = 1
+    """Cores of a rank: one computes, the others decode (data.num_workers)."""
+    mem_gib: int | None = None
+    """Memory of a node, GiB; 0 asks for all of it, none for the partition's default."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    """Features that the nodes must have, such as `a100`."""
+    time_min: int = 60
+    """Time limit, minutes. A run that reaches it saves, is queued again, and goes on."""
+    exclusive: bool = False
+    """Share the nodes with no other job."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before the processes start (module load ...); for Slurm."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of every process."""
+    signal_before_end_s: int = 300
+    """Seconds before the time limit at which a run is told to save."""
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in SCHEDULERS:
+            near = difflib.get_close_matches(self.scheduler, SCHEDULERS, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SCHEDULERS)}"
+            )
+            raise UserError(f"scheduler={self.scheduler!r} is unknown; {hint}")
+        for name in ("nodes", "processes_per_node", "cpus_per_process", "time_min"):
+            _check(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
+        for name in ("gpus_per_node", "mem_gib"):
+            value = getattr(self, name)
+            _check(value is None or value >= 0, f"{name} ({value}) must not be negative")
+        _check(
+            self.gpus_per_node in (0, self.processes_per_node),
+            f"processes_per_node ({self.processes_per_node}) must equal gpus_per_node "
+            f"({self.gpus_per_node}): every process drives one GPU",
+        )
+        longest = 60 * self.time_min - SIGNAL_SLACK_S
+        _check(
+            0 < self.signal_before_end_s < max(longest, 2),
+            f"signal_before_end_s ({self.signal_before_end_s}) must be above 0 and below {longest} "
+            f"(time_min={self.time_min} less the scheduler's minute), or the job ends as it starts",
+        )
+        taken = sorted(set(self.env) & set(IDENTITY))
+        _check(not taken, f"env: {', '.join(taken)} differ between processes; remove them")
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.processes_per_node
+
+
+def load_cluster(path: str | Path | None) -> ClusterConfig:
+    """Read a cluster's YAML; none is one process, on Slurm where there is one.
+
+    Raises UserError for a missing file, an unknown key (naming the nearest), or a wrong value.
+    """
+    return ClusterConfig() if path is None else load_yaml(path, ClusterConfig)

@@ -1,0 +1,93 @@
+"""What submitit runs in every process of a job: say who the process is, then do the work."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import submitit
+
+from dist_vse import interrupt
+from dist_vse.log import logger, setup_logging
+from launch import local, slurm
+from launch.environment import FOREIGN_PREFIX, Place, conflicts, job_port
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picklable callable: `work()` on every rank of the job, with its environment set."""
+
+    work: Callable[[], Any]
+    env: Mapping[str, str]
+    """The same on all ranks."""
+    port: int | None = None
+    """Where the ranks of a local job meet; Slurm's derive theirs from the job's id."""
+
+    def __call__(self) -> Any:
+        """Do the work in the process that submitit started; return its result."""
+        environment = submitit.JobEnvironment()
+        if environment.cluster == "local":
+            local.end_with_controller(int(environment.job_id))
+        environment.paths.result_pickle.unlink(missing_ok=True)  # an earlier life's
+        enter(_place(environment, self.port), self.env)
+        try:
+            return self.work()
+        except Exception:
+            if environment.cluster == "local":
+                local.end_controller_at_exit()  # srun does this with --kill-on-bad-exit
+            raise
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train by the resolved config that was saved at submission."""
+
+    config_path: str
+
+    def __call__(self) -> int:
+        """Join the process group and train; return the exit code."""
+        interrupt.listen()  # before the slow imports: an early signal must not end the job
+        from dist_vse import distributed, train
+        from dist_vse.config import load_config
+
+        with distributed.process_group():
+            with distributed.same_verdict():
+                config = load_config(self.config_path)
+            code = train.run(config)
+        environment = submitit.JobEnvironment()
+        if code == train.INTERRUPTED and (environment.cluster, environment.global_rank) == (
+            "slurm",
+            0,
+        ):
+            slurm.requeue(environment.job_id)
+        return code
+
+
+def enter(place: Place, env: Mapping[str, str]) -> None:
+    """Set this process's variables, remove what would contradict them, and log the changes."""
+    wanted = {**env, **place.variables()}
+    changes = conflicts(os.environ, wanted)
+    for name in [n for n in os.environ if n.startswith(FOREIGN_PREFIX) and n not in wanted]:
+        del os.environ[name]
+    os.environ.update(wanted)
+    setup_logging()
+    for name, inherited, value in changes:
+        action = "removed it" if value is None else f"set it to {value}"
+        logger.info("%s=%s was inherited: %s", name, inherited, action)
+
+
+def _place(environment: Any, local_port: int | None) -> Place:
+    """Read the process's place from submitit's JobEnvironment."""
+    if local_port is None:
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        address, port = environment.hostnames[0], job_port(int(environment.raw_job_id), restarts)
+    else:
+        address, port = "127.0.0.1", local_port
+    return Place(
+        rank=environment.global_rank,
+        local_rank=environment.local_rank,
+        world_size=environment.num_tasks,
+        local_world_size=environment.num_tasks // environment.num_nodes,
+        master_addr=address,
+        master_port=port,
+    )

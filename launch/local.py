@@ -1,0 +1,70 @@
+"""Jobs on this machine: submitit's controller starts the ranks, and all of them end together."""
+
+import atexit
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from dist_vse.errors import UserError
+from launch.cluster import ClusterConfig
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def parameters(cluster: ClusterConfig) -> dict[str, Any]:
+    """Return the parameters of submitit's LocalExecutor.
+
+    Raises UserError for what one machine without a scheduler can't do.
+    """
+    if cluster.nodes > 1:
+        raise UserError(
+            f"nodes ({cluster.nodes}) must be 1 for local processes; set nodes to 1, or submit "
+            "where sbatch is found with scheduler: slurm"
+        )
+    if cluster.setup:
+        raise UserError(
+            f"setup ({cluster.setup[0]!r} ...) is run by Slurm only; run these lines in this shell "
+            "and remove them from the cluster's file"
+        )
+    return {
+        "tasks_per_node": cluster.processes_per_node,
+        "gpus_per_node": cluster.gpus_per_node,
+        "timeout_min": cluster.time_min,
+        "signal_delay_s": cluster.signal_before_end_s,
+    }
+
+
+def environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return variables for local ranks: the loopback, and GPUs out of those visible here.
+
+    Raises UserError if fewer GPUs are visible than the cluster's file asks for.
+    """
+    variables = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    if cluster.gpus_per_node and inherited.get("CUDA_VISIBLE_DEVICES"):
+        visible = inherited["CUDA_VISIBLE_DEVICES"].split(",")
+        if len(visible) < cluster.gpus_per_node:
+            raise UserError(
+                f"gpus_per_node ({cluster.gpus_per_node}) is more than CUDA_VISIBLE_DEVICES="
+                f"{','.join(visible)} shows; lower it, or show more GPUs"
+            )
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible[: cluster.gpus_per_node])
+    return variables
+
+
+def end_with_controller(controller: int) -> None:
+    """Have the kernel end this rank when the controller ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != controller:  # it ended before we asked
+        sys.exit(f"the job's controller (process {controller}) is gone")
+
+
+def end_controller_at_exit() -> None:
+    """End the whole job once this failed rank has written its error down.
+
+    Without this the other ranks wait for it until their time limit.
+    """
+    atexit.register(os.kill, os.getppid(), signal.SIGKILL)

@@ -1,0 +1,187 @@
+"""Submitting a run: plan it, check it, show it, and hand it to submitit."""
+
+import contextlib
+import hashlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_vse.config import dump_config, load_config
+from dist_vse.errors import UserError
+from launch import local, slurm
+from launch.cluster import ClusterConfig, load_cluster
+from launch.environment import Place, conflicts, free_port, nested_slurm_names
+from launch.job import Job, Train
+
+# Deaf to the signal that asks for a save until the job listens: before that it would end Python.
+# (`env --ignore-signal` says the same, but not in coreutils before 8.31.)
+PYTHON = f"""sh -c 'trap "" USR2; exec "$0" "$@"' {shlex.quote(sys.executable)}"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a submission will do, known before anything is written or started."""
+
+    scheduler: str
+    cluster: ClusterConfig
+    folder: Path
+    """The run's folder for submissions; every job gets one inside it, by its id."""
+    config_text: str
+    """The resolved config; a later edit of the YAML changes nothing."""
+    parameters: dict[str, Any]
+    """For submitit's executor."""
+    env: dict[str, str]
+    """The variables that are the same on all ranks."""
+
+    @property
+    def config_path(self) -> Path:
+        """Where the resolved config is kept; another content has another name."""
+        digest = hashlib.sha256(self.config_text.encode()).hexdigest()[:12]
+        return self.folder / f"config-{digest}.yaml"
+
+    @property
+    def job_folder(self) -> Path:
+        """The job's folder, with submitit's `%j` for its id."""
+        return self.folder / "%j"
+
+
+def plan_submission(
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    cluster_path: str | Path | None = None,
+    *,
+    inherited: Mapping[str, str] = os.environ,
+) -> Plan:
+    """Read and check the run's and the cluster's config; write and start nothing.
+
+    Raises UserError for all that can be known to fail: keys, values, a batch that the processes
+    can't share.
+    """
+    config = load_config(config_path, overrides)
+    cluster = load_cluster(cluster_path)
+    config.check_world_size(cluster.world_size)
+    scheduler = cluster.scheduler
+    if scheduler == "auto":
+        scheduler = "slurm" if shutil.which("sbatch") else "local"
+    output_dir = Path(config.output_dir).absolute()
+    env = {"OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", str(cluster.cpus_per_process))}
+    if scheduler == "local":
+        parameters = local.parameters(cluster)
+        env |= local.environment(cluster, inherited)
+    else:
+        parameters = slurm.parameters(cluster, name=output_dir.name)
+    return Plan(
+        scheduler=scheduler,
+        cluster=cluster,
+        folder=output_dir / "submit",
+        config_text=dump_config(config),
+        parameters=parameters,
+        env=env | cluster.env,
+    )
+
+
+def submit(plan: Plan) -> Any:
+    """Save the resolved config, start the job, and return it as submitit's Job.
+
+    Raises UserError if Slurm is asked for but not here, or refuses the job.
+    """
+    if plan.scheduler == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise UserError(
+            "scheduler: slurm, but sbatch and srun are not on PATH; submit from a login node, or "
+            "give a cluster with scheduler: local"
+        )
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    temporary = plan.config_path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(plan.config_text, encoding="utf-8")
+    os.replace(temporary, plan.config_path)
+    port = free_port() if plan.scheduler == "local" else None
+    return start(plan, Job(Train(str(plan.config_path)), plan.env, port))
+
+
+def start(plan: Plan, job: Job) -> Any:
+    """Start `job` as planned, with submitit's executor for the scheduler; return its Job."""
+    import submitit
+    from submitit.core.utils import FailedJobError
+
+    if plan.scheduler == "local":
+        executor = submitit.LocalExecutor(plan.job_folder, python=PYTHON)
+        executor.update_parameters(**plan.parameters)
+        with _deaf_to_interrupt():
+            return executor.submit(job)
+    executor = submitit.SlurmExecutor(
+        plan.job_folder, python=PYTHON, max_num_timeout=slurm.MAX_LIVES
+    )
+    executor.update_parameters(**plan.parameters)
+    try:
+        with _outside_of_slurm():
+            return executor.submit(job)
+    except FailedJobError as error:
+        raise UserError(f"sbatch refused the job: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupt() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C until they listen to it: it asks the ranks for a save.
+
+    submitit's controller would end at once instead, and leave a traceback.
+    """
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def _outside_of_slurm() -> Iterator[None]:
+    """Hide the Slurm job around us, if any, from the one that we submit."""
+    hidden = {name: os.environ.pop(name) for name in nested_slurm_names(os.environ)}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def describe(plan: Plan, *, inherited: Mapping[str, str] = os.environ) -> str:
+    """Say in full what `submit` would do: script or processes, environment, conflicts."""
+    cluster = plan.cluster
+    if plan.scheduler == "slurm":
+        head = slurm.sbatch_text(plan.job_folder, PYTHON, plan.parameters).rstrip()
+        address, port = "<first node>", "<from the job's id>"
+    else:
+        head = f"{cluster.world_size} processes on this machine: {PYTHON} -u -m submitit ..."
+        address, port = "127.0.0.1", "<free port>"
+    lines = [head, "", f"config: {plan.config_path}", f"logs: {plan.job_folder}/%j_RANK_log.err"]
+    lines += ["", "environment of all ranks:"]
+    per_node = cluster.processes_per_node
+    shared = plan.env | {
+        "WORLD_SIZE": str(cluster.world_size),
+        "LOCAL_WORLD_SIZE": str(per_node),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+    lines += [f"  {name}={value}" for name, value in sorted(shared.items())]
+    lines += ["", "ranks:"]
+    for rank in range(cluster.world_size):
+        lines.append(f"  RANK={rank} LOCAL_RANK={rank % per_node} on node {rank // per_node}")
+    lines += ["", *_describe_conflicts(plan, inherited)]
+    return "\n".join(lines)
+
+
+def _describe_conflicts(plan: Plan, inherited: Mapping[str, str]) -> list[str]:
+    identity = Place(0, 0, plan.cluster.world_size, plan.cluster.processes_per_node, "", 0)
+    changes = conflicts(inherited, {**plan.env, **identity.variables()})
+    lines = [
+        f"  {name}={value}" + (" would be removed" if ours is None else " would be overwritten")
+        for name, value, ours in changes
+    ]
+    if plan.scheduler == "slurm":
+        nested = nested_slurm_names(inherited)
+        lines += [f"  {name}={inherited[name]} would be removed" for name in nested]
+    return ["conflicts in this shell's environment:", *(lines or ["  none"])]

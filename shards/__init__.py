@@ -1,0 +1,1 @@
+"""Turns images with captions into tar shards and the index that `dist_vse.stream` reads."""

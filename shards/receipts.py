@@ -1,0 +1,79 @@
+"""What has been made: a line of JSON a shard, so that a run can be taken up again.
+
+`receipts.jsonl` lies beside the shards. A line is appended when its shard is whole; a torn last
+line (a kill while writing) counts as none.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+RECEIPTS_NAME = "receipts.jsonl"
+SKIPPED_NAME = "skipped.jsonl"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A bad sample that was left out."""
+
+    key: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A finished shard."""
+
+    name: str
+    split: str
+    fingerprint: str  # of its plan
+    num_samples: int
+    num_captions: int
+    num_bytes: int
+    sha256: str
+    offsets_sha256: str
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def read_receipts(folder: Path) -> dict[str, Receipt]:
+    """Return the folder's receipts by shard name; none if it has no such file."""
+    path = folder / RECEIPTS_NAME
+    receipts = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            fields = json.loads(line)
+            skipped = [Skipped(**entry) for entry in fields.pop("skipped")]
+            receipts[fields["name"]] = Receipt(**fields, skipped=skipped)
+        except (ValueError, KeyError, TypeError):
+            continue  # torn, or of another version: that shard is simply made again
+    return receipts
+
+
+def append_receipt(folder: Path, receipt: Receipt) -> None:
+    """Note that a shard is whole."""
+    with (folder / RECEIPTS_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(receipt)) + "\n")
+
+
+def write_receipts(folder: Path, receipts: Iterable[Receipt]) -> None:
+    """Write all receipts, sorted by name, in place of those that are there."""
+    ordered = sorted(receipts, key=lambda receipt: receipt.name)
+    _write_lines(folder / RECEIPTS_NAME, [asdict(receipt) for receipt in ordered])
+
+
+def write_skipped(folder: Path, skipped: Iterable[Skipped]) -> None:
+    """Write the skipped samples, one a line; without any there is no such file."""
+    lines = [asdict(entry) for entry in sorted(skipped, key=lambda entry: entry.key)]
+    if lines:
+        _write_lines(folder / SKIPPED_NAME, lines)
+    else:
+        (folder / SKIPPED_NAME).unlink(missing_ok=True)
+
+
+def _write_lines(path: Path, lines: list[dict[str, object]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,71 @@
+"""JSON lines: one image a line, with its caption or captions."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dist_vse.errors import UserError
+from shards.record import Record
+from shards.sources.paths import existing_file, existing_folder
+
+
+def read_jsonl(
+    path: Path, *, images: Path | None = None, split: str | None = None
+) -> Iterator[Record]:
+    """Yield a record for each line `{"image": path, "captions": [...], "split"?, "key"?}`.
+
+    `"caption": "..."` stands for one caption. Paths start from `images`, or from the file's
+    folder. A line without a split is of `split` (train by default). Other fields go into the
+    sample's JSON.
+
+    Raises UserError, naming the line, for anything else.
+    """
+    root = existing_folder(images) if images else path.parent
+    with existing_file(path).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _record(line, f"{path}:{number}", root, split or "train")
+
+
+def _record(line: bytes, where: str, root: Path, split: str) -> Record:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise UserError(f"{where}: no JSON ({error}); mend the line") from error
+    if not isinstance(fields, dict):
+        raise UserError(
+            f'{where}: must be an object such as {{"image": "a.jpg", "caption": "..."}}'
+        )
+    image = _text(fields, "image", where)
+    if not image:
+        raise UserError(f'{where}: no "image"; give the path of the image')
+    captions = _captions(fields, where)
+    return Record(
+        image=root / image,
+        captions=captions,
+        split=_text(fields, "split", where) or split,
+        key=_text(fields, "key", where) or os.path.splitext(image)[0],
+        extra=fields,
+    )
+
+
+def _text(fields: dict[str, Any], name: str, where: str) -> str | None:
+    """Take the field out of `fields`; it must be a string where it is present."""
+    value = fields.pop(name, None)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f'{where}: "{name}" is {value!r}; make it a string')
+    return value
+
+
+def _captions(fields: dict[str, Any], where: str) -> tuple[str, ...]:
+    if "caption" in fields and "captions" in fields:
+        raise UserError(f'{where}: both "caption" and "captions"; keep one')
+    if "caption" in fields:
+        caption = _text(fields, "caption", where)
+        return () if caption is None else (caption,)
+    captions = fields.pop("captions", None) or []
+    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        raise UserError(f'{where}: "captions" is {captions!r}; make it a list of strings')
+    return tuple(captions)

@@ -1,0 +1,29 @@
+"""Checks of the paths that a user gives."""
+
+from pathlib import Path
+
+from dist_vse.errors import UserError
+
+
+def existing_file(path: Path) -> Path:
+    """Return `path`, or raise UserError if no file is there."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    return path
+
+
+def existing_folder(path: Path) -> Path:
+    """Return `path`, or raise UserError if no folder is there."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; check the path")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file (a byte-order mark is dropped), or raise UserError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: byte {error.start} is no UTF-8; save the file as UTF-8"
+        ) from error

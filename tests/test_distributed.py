@@ -1,0 +1,83 @@
+"""Collectives: forward order and backward against torch.cat in one process."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from dist_vse import distributed
+from dist_vse.errors import UserError
+from tests.distributed import run_distributed
+
+
+def _gather_and_differentiate() -> tuple[torch.Tensor, torch.Tensor]:
+    rank = distributed.rank()
+    x = (torch.arange(6.0).view(2, 3) + 10 * rank).requires_grad_()
+    weight = torch.arange(1.0, 1 + 2 * distributed.world_size()).view(-1, 1)
+    gathered = distributed.all_gather(x)
+    ((rank + 1) * gathered * weight).sum().backward()
+    assert x.grad is not None
+    return gathered.detach(), x.grad
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_all_gather_concatenates_and_its_backward_sums_over_ranks(world_size: int) -> None:
+    results = run_distributed(_gather_and_differentiate, world_size)
+    whole = torch.cat([torch.arange(6.0).view(2, 3) + 10 * r for r in range(world_size)])
+    total = sum(range(1, world_size + 1))
+    for rank, (gathered, grad) in enumerate(results):
+        assert torch.equal(gathered, whole)
+        weight = torch.arange(1.0 + 2 * rank, 3.0 + 2 * rank).view(-1, 1)
+        assert torch.equal(grad, (total * weight).expand(2, 3))
+
+
+def _gather_ragged() -> torch.Tensor:
+    counts = [3, 0, 2]
+    rank = distributed.rank()
+    return distributed.all_gather_rows(torch.full((counts[rank], 2), float(rank)))
+
+
+def test_ragged_rows_keep_rank_order() -> None:
+    expected = torch.tensor([0.0, 0, 0, 2, 2]).view(-1, 1).expand(5, 2)
+    for gathered in run_distributed(_gather_ragged, 3):
+        assert torch.equal(gathered, expected)
+
+
+def _one_rank_fails() -> str:
+    try:
+        with distributed.same_verdict():
+            if distributed.rank() == 1:
+                raise UserError("shard x is broken")
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_user_error_on_one_rank_is_raised_on_all() -> None:
+    assert run_distributed(_one_rank_fails, 2) == ["shard x is broken (on rank 1)"] * 2
+
+
+def _hang() -> None:
+    if distributed.rank() == 0:
+        time.sleep(60)
+    distributed.barrier()
+
+
+def test_a_hang_fails_within_the_limit_and_shows_where() -> None:
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match="_hang"):
+        run_distributed(_hang, 2, timeout=3)
+    assert time.monotonic() - started < 30
+
+
+def test_an_incomplete_launcher_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(UserError, match="WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        distributed.process_group(),
+    ):
+        pass
+    assert "WORLD_SIZE" not in os.environ

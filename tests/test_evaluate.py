@@ -1,0 +1,177 @@
+"""Evaluation with a small real model over real shards, on one rank and on several."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_vse import distributed
+from dist_vse.errors import UserError
+from dist_vse.evaluate import Evaluation, evaluate, save_examples
+from dist_vse.index import read_index
+from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
+from dist_vse.retrieval import chance, retrieval_metrics
+from dist_vse.stream import EvalBatch, captions, eval_batches
+from tests.datasets import write_dataset
+from tests.distributed import run_distributed
+
+CPU = torch.device("cpu")
+
+
+class TinyEncoders(nn.Module):
+    """Two linear towers with all that differs between training and evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 16))
+        self.norm = nn.BatchNorm1d(16).eval()  # stays in eval mode, as a frozen trunk does
+        self.words = nn.EmbeddingBag(100, 16, mode="sum", padding_idx=0)
+        self.dropout = nn.Dropout(0.5)
+        self.most_texts = 0
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        features = self.norm(self.image(images.float() / 255))
+        return nn.functional.normalize(self.dropout(features), dim=1)
+
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        self.most_texts = max(self.most_texts, len(tokens))
+        return nn.functional.normalize(self.dropout(self.words(tokens)), dim=1)
+
+
+def run_evaluation(root: Path, model: TinyEncoders, batch_size: int = 4) -> Evaluation:
+    index = read_index(root)
+    tokenizer = WordTokenizer(build_vocabulary(captions(index, "val"), 1), 16)
+    batches = eval_batches(
+        index,
+        tokenizer,
+        split="val",
+        batch_size=batch_size,
+        size=32,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    return evaluate(model, batches, CPU)
+
+
+def evaluate_root(root: Path) -> Evaluation:
+    return run_evaluation(root, TinyEncoders())
+
+
+def evaluate_diverged(root: Path) -> str:
+    model = TinyEncoders()
+    nn.init.constant_(model.words.weight, float("nan"))
+    with pytest.raises(UserError) as caught:
+        run_evaluation(root, model)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("num_images", "world_size"), [(22, 2), (22, 3), (2, 3)])
+def test_ranks_agree_with_one_process(tmp_path: Path, num_images: int, world_size: int) -> None:
+    write_dataset(tmp_path, {"val": num_images}, captions=3)  # 2 images: a rank has none
+    alone = evaluate_root(tmp_path)
+    assert alone.metrics["num_images"] == len(alone.keys) == num_images
+    for got in run_distributed(evaluate_root, world_size, tmp_path):
+        assert got.metrics == alone.metrics
+        assert got.keys == alone.keys
+        assert got.captions == alone.captions
+        assert got.image_of_text.equal(alone.image_of_text)
+        torch.testing.assert_close(got.image_features, alone.image_features)
+        torch.testing.assert_close(got.text_features, alone.text_features)
+
+
+def test_scores_the_features_of_eval_mode(tmp_path: Path) -> None:
+    write_dataset(tmp_path, {"val": [5, 6]}, captions=3)
+    model = TinyEncoders().train()
+    model.norm.eval()
+    model.most_texts = 0
+    got = run_evaluation(tmp_path, model)
+
+    assert model.training and model.dropout.training and not model.norm.training
+    assert model.most_texts == 4  # never more texts at once than a batch has images
+    assert not got.text_features.requires_grad
+    assert got.image_of_text.tolist() == [row for row in range(11) for _ in range(3)]
+    assert got.keys[5] == "val000005"
+    tokenizer = WordTokenizer(build_vocabulary(captions(read_index(tmp_path), "val"), 1), 16)
+    whole = model.eval().encode_texts(tokenizer(got.captions))
+    torch.testing.assert_close(got.text_features, whole.detach())
+    direct = retrieval_metrics(got.image_features, got.text_features, got.image_of_text)
+    assert got.metrics == direct | {"num_images": 11, "num_texts": 33}
+
+
+def test_features_that_are_not_finite_end_every_rank_alike(tmp_path: Path) -> None:
+    write_dataset(tmp_path, {"val": 6})
+    first, second = run_distributed(evaluate_diverged, 2, tmp_path)
+    assert first == second
+    assert "text features are not finite: 12 of 12 rows" in first
+
+
+def test_warns_of_collapse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_dataset(tmp_path, {"val": 6})
+    model = TinyEncoders()
+    nn.init.zeros_(model.image[-1].get_parameter("weight"))
+    got = run_evaluation(tmp_path, model)
+    assert "image features have collapsed" in caplog.text
+    assert got.metrics["t2i_r1"] == pytest.approx(100 / 6)
+
+
+def test_nothing_to_evaluate() -> None:
+    none: list[EvalBatch] = []
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        evaluate(TinyEncoders(), none, CPU)
+
+
+@pytest.fixture
+def ranked() -> Evaluation:
+    """Four images on a circle; image i's texts 2i and 2i + 1, the last image's placed badly."""
+    angles = torch.tensor([0.0, 90.0, 180.0, 270.0]).deg2rad()
+    images = torch.stack([angles.cos(), angles.sin()], 1)
+    of_text = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    turned = torch.tensor([0, 10, 90, 100, 180, 190, 5, 15]).deg2rad()
+    texts = torch.stack([turned.cos(), turned.sin()], 1)
+    metrics = retrieval_metrics(images, texts, of_text)
+    keys, captions = [f"k{i}" for i in range(4)], [f"text {j}" for j in range(8)]
+    return Evaluation(metrics, keys, captions, images, texts, of_text)
+
+
+def test_examples_tell_the_best_answers_and_the_right_one(
+    tmp_path: Path, ranked: Evaluation
+) -> None:
+    save_examples(ranked, tmp_path / "examples.json", split="val", num_queries=9, k=2)
+    content = json.loads((tmp_path / "examples.json").read_text())
+    assert content["split"] == "val"
+    assert content["metrics"] == ranked.metrics
+    assert content["chance"] == chance(ranked.image_of_text, 4)
+    by_key = {query["key"]: query for query in content["text_to_image"]}
+    assert sorted(by_key) == ["k0", "k1", "k2", "k3"]
+    assert by_key["k1"]["rank"] == 1
+    assert by_key["k1"]["answers"][0] == {
+        "key": "k1",
+        "score": pytest.approx(1, abs=0.02),
+        "right": True,
+    }
+    assert by_key["k3"]["rank"] == 3  # its text lies by image 0
+    assert [answer["right"] for answer in by_key["k3"]["answers"]] == [False, False]
+    pictures = {query["key"]: query for query in content["image_to_text"]}
+    assert pictures["k2"]["rank"] == 1
+    assert {answer["caption"] for answer in pictures["k2"]["answers"]} == {"text 4", "text 5"}
+    assert pictures["k0"]["answers"][1] == {
+        "caption": "text 6",
+        "score": pytest.approx(0.9962),
+        "right": False,
+    }
+
+
+def test_examples_depend_on_the_seed_alone(tmp_path: Path, ranked: Evaluation) -> None:
+    def saved(seed: int) -> bytes:
+        path = tmp_path / "examples.json"
+        save_examples(dataclasses.replace(ranked), path, split="val", num_queries=2, seed=seed)
+        return path.read_bytes()
+
+    assert saved(0) == saved(0) != saved(1)
+    content = json.loads(saved(0))
+    asked = [query["key"] for query in content["text_to_image"] + content["image_to_text"]]
+    assert sorted(asked) == ["k0", "k1", "k2", "k3"]  # no image twice where there are enough

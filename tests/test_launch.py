@@ -1,0 +1,320 @@
+"""Submission: plans, the environment of each rank, and real jobs of two processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dist_vse import interrupt
+from dist_vse.config import load_config
+from dist_vse.errors import UserError
+from launch import follow, slurm
+from launch.environment import IDENTITY, Place, conflicts, free_port, job_port, nested_slurm_names
+from launch.job import Job
+from launch.submit import PYTHON, Plan, describe, plan_submission, start, submit
+
+REPOSITORY = Path(__file__).parents[1]
+CLUSTERS = REPOSITORY / "configs" / "clusters"
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: {tmp_path}/run\nglobal_batch_size: 64\nchunk_size: 8\n")
+    return path
+
+
+@pytest.fixture
+def local_plan(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # the job imports this module
+    plan = plan_submission(config_path, [], CLUSTERS / "local.yaml")
+    parameters = plan.parameters | {"timeout_min": 2}
+    return replace(plan, parameters=parameters)
+
+
+def sum_of_ranks() -> tuple[float, dict[str, str | None]]:
+    """Join the group that the job described, and add up (rank + 1) over the ranks."""
+    import torch
+
+    from dist_vse import distributed
+
+    torch.set_num_threads(1)
+    with distributed.process_group(timeout_s=60):
+        total = distributed.all_reduce_sum(torch.tensor([distributed.rank() + 1.0]))
+    seen = (*IDENTITY, "DS_ACCELERATOR", "TORCHELASTIC_USE_AGENT_STORE")
+    return total.item(), {name: os.environ.get(name) for name in seen}
+
+
+def fail_before_joining() -> int:
+    """Fail on rank 1; rank 0 waits for it in the rendezvous, as it would for half an hour."""
+    from dist_vse import distributed
+
+    if os.environ["RANK"] == "1":
+        raise UserError("lanes are wrong; take 8")
+    with distributed.process_group(timeout_s=600):
+        return 0
+
+
+def die_after_joining() -> int:
+    """Be killed on rank 1, as by a lack of memory, while rank 0 waits for it."""
+    import torch
+
+    from dist_vse import distributed
+
+    with distributed.process_group(timeout_s=600):
+        distributed.all_reduce_sum(torch.ones(1))
+        if distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        distributed.all_reduce_sum(torch.ones(1))
+    return 0
+
+
+def press_ctrl_c(follower: int) -> int:
+    """Interrupt the process that follows the job, and stop as a run does once it is asked to."""
+    if os.environ["RANK"] == "1":
+        return 0
+    interrupt.listen()
+    os.kill(follower, signal.SIGINT)
+    deadline = time.monotonic() + 60
+    while not interrupt.asked() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return 130 if interrupt.asked() else 1
+
+
+def test_ranks_of_a_local_job_form_one_group(
+    local_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Left over by another launcher: each of them alone would break the group.
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    port = free_port()
+    job = start(local_plan, Job(sum_of_ranks, local_plan.env, port))
+    results = job.results()
+    assert [total for total, _ in results] == [3.0, 3.0]
+    for rank, (_, seen) in enumerate(results):
+        place = Place(rank, rank, 2, 2, "127.0.0.1", port)
+        removed = {"TORCHELASTIC_USE_AGENT_STORE": None}
+        assert seen == {**place.variables(), "DS_ACCELERATOR": "cpu", **removed}
+    log = job.task(0).stderr()
+    assert "RANK=3 was inherited: set it to 0" in log
+    assert "TORCHELASTIC_USE_AGENT_STORE=True was inherited: removed it" in log
+
+
+def test_a_failed_rank_ends_the_job_and_is_named(
+    local_plan: Plan, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = start(local_plan, Job(fail_before_joining, local_plan.env, free_port()))
+    assert follow.follow(job, poll_s=0.05) == 2  # long before rank 0's ten minutes are over
+    log = job.task(1).paths.stderr
+    expected = f"error: job {job.job_id}, rank 1: lanes are wrong; take 8 (log: {log})\n"
+    assert capfd.readouterr().err == expected
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(
+    local_plan: Plan, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = start(local_plan, Job(die_after_joining, local_plan.env, free_port()))
+    assert follow.follow(job, poll_s=0.05) == 1
+    first, second = capfd.readouterr().err.strip().splitlines()
+    assert first.startswith(f"error: job {job.job_id}, rank 1: killed")
+    assert "rank 0: RuntimeError" in second
+
+
+def test_ctrl_c_asks_a_local_job_to_stop(
+    local_plan: Plan, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = start(local_plan, Job(partial(press_ctrl_c, os.getpid()), local_plan.env, free_port()))
+    assert follow.follow(job, poll_s=0.05) == 130
+    assert "asked the job to save and stop" in capfd.readouterr().err
+
+
+def test_submission_keeps_the_resolved_config(config_path: Path) -> None:
+    plan = plan_submission(config_path, ["seed=7"], CLUSTERS / "local.yaml")
+    config_path.write_text("seed: 8\n")
+    job = submit(plan)
+    (saved,) = plan.folder.glob("config-*")
+    assert load_config(saved).seed == 7
+    assert job.submission().function.work.config_path == str(saved)
+    # The data set does not exist: the run itself says so, and the job ends with its code.
+    assert follow.follow(job, poll_s=0.1) == 2
+
+
+def test_dry_run_shows_the_batch_script(config_path: Path, tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(
+        "{scheduler: slurm, nodes: 2, processes_per_node: 4, gpus_per_node: 4, mem_gib: 0,"
+        " cpus_per_process: 6, partition: gpu, account: me, time_min: 90, exclusive: true,"
+        " setup: [module load cuda], env: {NCCL_DEBUG: WARN}}"
+    )
+    inherited = {"RANK": "1", "SLURM_JOB_ID": "5", "SLURM_CONF": "/etc/s", "HOME": "/root"}
+    plan = plan_submission(config_path, [], cluster, inherited=inherited)
+    folder = tmp_path / "run" / "submit" / "%j"
+    text = describe(plan, inherited=inherited)
+    assert text == textwrap.dedent(f"""\
+        #!/bin/bash
+
+        # Parameters
+        #SBATCH --account=me
+        #SBATCH --cpus-per-task=6
+        #SBATCH --error={folder}/%j_0_log.err
+        #SBATCH --exclusive
+        #SBATCH --gpus-per-node=4
+        #SBATCH --job-name=run
+        #SBATCH --mem=0G
+        #SBATCH --nodes=2
+        #SBATCH --ntasks-per-node=4
+        #SBATCH --open-mode=append
+        #SBATCH --output={folder}/%j_0_log.out
+        #SBATCH --partition=gpu
+        #SBATCH --requeue
+        #SBATCH --signal=USR2@300
+        #SBATCH --time=90
+        #SBATCH --wckey=submitit
+
+        # setup
+        module load cuda
+
+        # command
+        export SUBMITIT_EXECUTOR=slurm
+        srun --unbuffered --output {folder}/%j_%t_log.out --error {folder}/%j_%t_log.err \
+--kill-on-bad-exit=1 --cpus-per-task=6 {PYTHON} -u -m submitit.core._submit {folder}
+
+        config: {plan.config_path}
+        logs: {folder}/%j_RANK_log.err
+
+        environment of all ranks:
+          LOCAL_WORLD_SIZE=4
+          MASTER_ADDR=<first node>
+          MASTER_PORT=<from the job's id>
+          NCCL_DEBUG=WARN
+          OMP_NUM_THREADS=6
+          WORLD_SIZE=8
+
+        ranks:
+          RANK=0 LOCAL_RANK=0 on node 0
+          RANK=1 LOCAL_RANK=1 on node 0
+          RANK=2 LOCAL_RANK=2 on node 0
+          RANK=3 LOCAL_RANK=3 on node 0
+          RANK=4 LOCAL_RANK=0 on node 1
+          RANK=5 LOCAL_RANK=1 on node 1
+          RANK=6 LOCAL_RANK=2 on node 1
+          RANK=7 LOCAL_RANK=3 on node 1
+
+        conflicts in this shell's environment:
+          RANK=1 would be overwritten
+          SLURM_JOB_ID=5 would be removed""")
+    assert not plan.folder.exists()
+    assert (
+        subprocess.run(["bash", "-n"], input=text.split("\nconfig:")[0], text=True).returncode == 0
+    )
+
+
+def test_the_batch_script_is_the_one_that_submitit_sends(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import submitit
+
+    (tmp_path / "srun").touch(mode=0o755)  # submitit only looks whether there is one
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    plan = plan_submission(config_path, [], CLUSTERS / "slurm_8xa100.yaml")
+    executor = submitit.SlurmExecutor(plan.job_folder, python=PYTHON)
+    executor.update_parameters(**plan.parameters)
+    sent = executor._make_submission_file_text(executor._submitit_command_str, "")
+    assert slurm.sbatch_text(plan.job_folder, PYTHON, plan.parameters) == sent
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_cluster_file_can_be_planned(config_path: Path, path: Path) -> None:
+    batch = ["global_batch_size=1024", "data.lanes=32", "chunk_size=1024"]
+    plan = plan_submission(config_path, batch, path, inherited={})
+    assert plan.scheduler == path.stem.split("_")[0]
+    assert plan.cluster.world_size in (2, 4, 8, 32)
+    assert f"RANK={plan.cluster.world_size - 1} " in describe(plan, inherited={})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partitoin: gpu", "unknown key 'partitoin'; did you mean 'partition'?"),
+        ("nodes: two", "nodes: "),
+        ("nodes: 0", r"nodes \(0\) must be at least 1"),
+        ("nodes: [", "no YAML"),
+        ("scheduler: slrum", "did you mean 'slurm'?"),
+        ("gpus_per_node: 4", r"processes_per_node \(1\) must equal gpus_per_node \(4\)"),
+        ("time_min: 5", r"signal_before_end_s \(300\) must be above 0 and below 240"),
+        ("env: {RANK: 0}", "env: RANK"),
+        ("{scheduler: local, nodes: 2}", r"nodes \(2\) must be 1 for local"),
+        ("{scheduler: local, setup: [module load x]}", "run these lines in this shell"),
+        ("processes_per_node: 3", r"data.lanes \(8\) must be a multiple of the world size \(3\)"),
+    ],
+)
+def test_wrong_cluster_files(config_path: Path, tmp_path: Path, text: str, message: str) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        plan_submission(config_path, [], cluster)
+    assert "\n" not in str(caught.value)
+
+
+def test_slurm_that_is_not_here(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_submission(config_path, [], CLUSTERS / "slurm_cpu.yaml")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="sbatch and srun are not on PATH"):
+        submit(plan)
+    assert not plan.folder.exists()
+
+
+def test_local_ranks_get_the_gpus_that_are_visible(config_path: Path, tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("{scheduler: local, processes_per_node: 2, gpus_per_node: 2}")
+    inherited = {"CUDA_VISIBLE_DEVICES": "4,5,6"}
+    plan = plan_submission(config_path, [], cluster, inherited=inherited)
+    assert plan.env["CUDA_VISIBLE_DEVICES"] == "4,5"
+    with pytest.raises(UserError, match="more than CUDA_VISIBLE_DEVICES=4 shows"):
+        plan_submission(config_path, [], cluster, inherited={"CUDA_VISIBLE_DEVICES": "4"})
+
+
+def test_ports_differ_between_jobs_and_lives() -> None:
+    ports = {job_port(job_id, restarts) for job_id in range(100) for restarts in range(10)}
+    assert len(ports) == 1000
+    assert all(1024 < port < 32768 for port in ports)
+    assert job_port(10**9, 10**4) < 32768
+
+
+def test_conflicts_and_nesting() -> None:
+    inherited = {"A": "1", "B": "2", "TORCHELASTIC_RUN_ID": "x"}
+    expected = [("A", "1", "3"), ("TORCHELASTIC_RUN_ID", "x", None)]
+    assert conflicts(inherited, {"A": "3", "B": "2", "C": "4"}) == expected
+    outer = {"SLURM_NTASKS": "4", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "me"}
+    assert nested_slurm_names(outer) == []
+    assert nested_slurm_names({**outer, "SLURM_JOB_ID": "1"}) == ["SLURM_JOB_ID", "SLURM_NTASKS"]
+
+
+def test_last_words_of_a_traceback() -> None:
+    try:
+        int("x")
+    except ValueError:
+        import traceback
+
+        trace = traceback.format_exc()
+    assert follow.last_words(trace) == "ValueError: invalid literal for int() with base 10: 'x'"
+    assert len(follow.last_words("  at\n" + "y" * 1000)) < 500
+
+
+def test_command_parses_without_heavy_imports() -> None:
+    code = (
+        "import argparse, sys; from launch import cli; p = argparse.ArgumentParser();"
+        "cli.add_arguments(p); a = p.parse_args(['c.yaml', 'seed=1', '--dry-run']);"
+        "assert (a.config, a.overrides, a.dry_run) == ('c.yaml', ['seed=1'], True);"
+        "print([m for m in ('torch', 'submitit', 'omegaconf', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

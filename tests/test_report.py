@@ -1,0 +1,279 @@
+"""The report of a small run: complete, self-contained, and clear where a file is wrong."""
+
+import html.parser
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_vse.config import DataConfig, TrainConfig, dump_config
+from dist_vse.errors import UserError
+from dist_vse.evaluate import Evaluation, save_examples
+from dist_vse.report import write_report
+from dist_vse.report.chart import Series, line_chart
+from dist_vse.report.numbers import figure, ordinal, short
+from dist_vse.retrieval import retrieval_metrics
+from tests.datasets import write_dataset
+
+VOID = {"meta", "img", "path", "circle", "br", "link"}
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags and text; fails on tags that do not match."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+    def classes(self, name: str) -> int:
+        return sum(name in (attrs.get("class") or "").split() for _, attrs in self.tags)
+
+
+def evaluation(noise: float) -> Evaluation:
+    """Six images with two texts each, the better found the less noise there is."""
+    generator = torch.Generator().manual_seed(0)
+    of_text = torch.arange(12) // 2
+    images = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator))
+    texts = images[of_text] + noise * torch.randn(12, 8, generator=generator)
+    texts = torch.nn.functional.normalize(texts)
+    metrics = retrieval_metrics(images, texts, of_text) | {"num_images": 6, "num_texts": 12}
+    keys = [f"val{i:06d}" for i in range(6)]
+    captions = [f"text <{j}> & more" for j in range(12)]
+    return Evaluation(metrics, keys, captions, images, texts, of_text)
+
+
+def metrics_lines() -> list[str]:
+    lines: list[dict[str, object]] = [
+        {"kind": "eval", "step": 0, "samples_seen": 0, "split": "val", **evaluation(9).metrics}
+    ]
+    for step in range(1, 41):
+        numbers = {"loss": 10 / step, "lr": 1e-3 / step, "pairs_per_s": 1500.0 + step}
+        numbers |= {"memory_gib": 1.25, "temperature": 0.1}
+        lines.append({"kind": "train", "step": step, "samples_seen": 64 * step, **numbers})
+    last = {"samples_seen": 2560, "split": "val", **evaluation(0.5).metrics}
+    lines.append({"kind": "eval", "step": 40, **last})
+    return [json.dumps(line) for line in lines]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    data = tmp_path / "data"
+    write_dataset(data, {"val": [4, 2], "test": 3})
+    path = tmp_path / "my <run>"
+    path.mkdir()
+    config = TrainConfig(output_dir=str(path), total_steps=40, data=DataConfig(index=str(data)))
+    (path / "config.yaml").write_text(dump_config(config))
+    (path / "metrics.jsonl").write_text("\n".join(metrics_lines()) + "\n")
+    save_examples(evaluation(0.5), path / "examples.json", split="val", num_queries=6, k=3)
+    return path
+
+
+def test_page_is_whole_and_needs_nothing_else(run_dir: Path) -> None:
+    out = run_dir / "new" / "report.html"
+    assert write_report(run_dir, None, out) == out
+    page = Page(out)
+    assert "my <run>" in page.text
+    assert "<run>" not in page.source  # escaped
+    assert "text <0> & more" in page.text
+    for metrics in (evaluation(0.5).metrics, evaluation(9).metrics):
+        assert f"{metrics['rsum']:.1f}" in page.text
+    titles = ("Loss", "Recall", "Throughput", "Memory", "Temperature", "Learning rate")
+    assert all(title in page.text for title in titles)
+    assert sum(tag == "svg" and "role" in attrs for tag, attrs in page.tags) == len(titles)
+    assert "global_batch_size: 256" in page.text
+
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    sources = [attrs["src"] for _, attrs in page.tags if attrs.get("src")]
+    assert all(source and source.startswith("data:image/") for source in sources)
+    assert re.search(r"https?:|url\(|@import", page.source) is None
+    assert list(out.parent.iterdir()) == [out]  # no temporary file stays
+
+
+def test_marks_the_right_answers(run_dir: Path) -> None:
+    examples = json.loads((run_dir / "examples.json").read_text())
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    queries = examples["text_to_image"]
+    right = [sum(answer["right"] for answer in query["answers"]) for query in queries]
+    captions = sum(a["right"] for q in examples["image_to_text"] for a in q["answers"])
+    assert 0 < sum(right) < len(right)  # the fixture has hits and misses
+    assert page.classes("check") == sum(right)
+    assert page.classes("missed") == right.count(0)
+    assert page.classes("right") == sum(right) + captions
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == 6 * 3 + right.count(0) + 6
+    of_key = {(image["alt"], image["src"]) for image in images}
+    assert len(of_key) == len({key for key, _ in of_key}) == 6  # each key its own picture
+
+
+def test_shows_the_untrained_model_the_trained_one_and_chance(run_dir: Path) -> None:
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', page.source)
+    cells = {label: re.findall(r"<td.*?>(.*?)</td>", row) for label, row in rows}
+    trained, untrained = evaluation(0.5).metrics["rsum"], evaluation(9).metrics["rsum"]
+    chance = json.loads((run_dir / "examples.json").read_text())["chance"]["rsum"]
+    assert cells["sum of the six recalls (rsum)"] == [
+        f"{value:.1f}" for value in (untrained, trained, chance)
+    ]
+
+
+def test_shows_other_splits_that_were_evaluated(run_dir: Path) -> None:
+    trained = evaluation(0.1).metrics
+    content = {"split": "test", "checkpoint": "step-40", "trained": trained}
+    (run_dir / "eval-test.json").write_text(json.dumps(content))
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert "Split “test”, step-40" in page.text
+    assert "Split “val”, step 40" in page.text
+    assert page.text.index("“test”, step-40") < page.text.index("“val”, step 40")
+
+
+def test_a_run_that_has_just_begun(run_dir: Path) -> None:
+    (run_dir / "examples.json").unlink()
+    (run_dir / "metrics.jsonl").write_text("\n".join(metrics_lines()[:2]) + "\n")
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert "untrained" in page.text
+    assert page.classes("trained") == page.classes("thumb") == 0
+
+
+def test_says_that_the_images_are_not_at_hand(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").rename(tmp_path / "moved")
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert "The data set is not at hand" in page.text
+    assert "val000003" in page.text
+    assert not any(tag == "img" for tag, _ in page.tags)
+    page = Page(write_report(run_dir, tmp_path / "moved", run_dir / "report.html"))
+    assert "not at hand" not in page.text
+
+
+def test_another_data_set(run_dir: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "other", {"val": 2})
+    with pytest.raises(UserError, match=r"split 'val' lacks 4 .* such as 'val000002'; give the"):
+        write_report(run_dir, tmp_path / "other", run_dir / "report.html")
+    with pytest.raises(UserError, match="no such index"):
+        write_report(run_dir, tmp_path / "nowhere", run_dir / "report.html")
+
+
+def test_a_last_line_cut_by_a_kill_is_left_out(run_dir: Path) -> None:
+    whole = Page(write_report(run_dir, None, run_dir / "report.html"))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "ste')
+    assert Page(write_report(run_dir, None, run_dir / "report.html")).text == whole.text
+
+
+def test_a_step_that_ran_twice_counts_once(run_dir: Path) -> None:
+    lines = metrics_lines()
+    again = json.loads(lines[5]) | {"pairs_per_s": 9e9}
+    (run_dir / "metrics.jsonl").write_text("\n".join([*lines[:2], json.dumps(again), lines[-1]]))
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert "4,500,000,750 pairs/s" in page.text  # the median of two, not of three
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: [], "has no train line yet"),
+        (lambda lines: lines[1:3], "has no eval line yet"),
+        (lambda lines: lines[:1], "has no train line yet"),
+        (lambda lines: [*lines[:3], "{oops", *lines[3:]], "line 4 is no JSON"),
+        (lambda lines: [*lines[:3], "7", *lines[3:]], "line 4 is no JSON object"),
+        (
+            lambda lines: [*lines, '{"kind": "train", "step": 50}'],
+            r"line 43 \(train\) lacks samples",
+        ),
+        (
+            lambda lines: [line.replace('"val"', '"dev"') for line in lines],
+            "has no evaluation on split 'val'",
+        ),
+    ],
+)
+def test_metrics_that_cannot_be_read(run_dir: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    (run_dir / "metrics.jsonl").write_text("\n".join(change(metrics_lines())))
+    with pytest.raises(UserError, match=rf"metrics\.jsonl: {message}"):
+        write_report(run_dir, None, run_dir / "report.html")
+    assert not (run_dir / "report.html").exists()
+
+
+def test_folders_that_are_no_run(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such run"):
+        write_report(tmp_path / "nowhere", None, tmp_path / "report.html")
+    (run_dir / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no metrics; has the run started"):
+        write_report(run_dir, None, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "3"])
+def test_examples_that_cannot_be_read(run_dir: Path, content: str) -> None:
+    (run_dir / "examples.json").write_text(content)
+    with pytest.raises(UserError, match=r"examples\.json: .*; run `dist-vse eval` again"):
+        write_report(run_dir, None, run_dir / "report.html")
+
+
+def path_of(svg: str, style: str) -> list[tuple[float, float]]:
+    (found,) = re.findall(rf'class="line {style}" d="M(.*?)"', svg)
+    return [(float(x), float(y)) for x, y in (point.split() for point in found.split("L"))]
+
+
+def test_chart_places_points_and_marks() -> None:
+    points = [(0, 0.0), (50, 100.0), (75, math.nan), (100, 50.0)]
+    svg = line_chart("Recall", [Series("r1", "s1", points)], from_zero=True, x_label="steps")
+    assert 'aria-label="Recall: r1 from 0 to 50"' in svg
+    (x0, y0), (x1, y1), (x2, y2) = path_of(svg, "s1")  # the point that is no number is left out
+    assert x1 - x0 == pytest.approx(x2 - x1)
+    assert y0 - y1 == pytest.approx(2 * (y0 - y2))
+    labels = re.findall(r"<text.*?>(.*?)</text>", svg)
+    assert labels == ["0", "50", "100", "0", "20", "40", "60", "80", "100 steps"]
+
+
+def test_chart_of_many_points_shows_their_spread() -> None:
+    points = [(float(x), 5.0 + (x % 2)) for x in range(10_000)]
+    svg = line_chart("Loss", [Series("loss", "s1", points)], from_zero=False, x_label="steps")
+    line = path_of(svg, "s1")
+    assert len(line) == 200
+    assert len({y for _, y in line}) == 1  # the means of the bins
+    assert 'class="band s1"' in svg
+    assert len(svg) < 20_000
+
+
+@pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [-2.0, -2.0], [1e-9, 2e-9], [1e12, 2e12]])
+def test_chart_of_awkward_values(values: list[float]) -> None:
+    points = list(enumerate(values))
+    svg = line_chart("X", [Series("x", "s1", points)], from_zero=False, x_label="steps")
+    for x, y in path_of(svg, "s1"):
+        assert 0 <= x <= 400
+        assert 0 <= y <= 210
+    assert "No finite" in line_chart(
+        "X", [Series("x", "s1", [(0, math.inf)])], from_zero=True, x_label="steps"
+    )
+
+
+def test_numbers() -> None:
+    assert [figure(x) for x in (12345.6, 193.25, 4.069, 0.0312, 3.14e-6, 0, 100.0)] == [
+        *("12,346", "193.2", "4.07", "0.0312", "3.1e-06", "0", "100")
+    ]
+    assert [short(x) for x in (0, 250, 1500, 3e6, 0.05, 0.0005, -2000)] == [
+        *("0", "250", "1.5k", "3M", "0.05", "5e-4", "-2k")
+    ]
+    assert [ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 112, 1022)] == [
+        *("1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "112th", "1,022nd")
+    ]

@@ -1,0 +1,95 @@
+"""`dist-vse shard`: options, the summary, and what it says when they are wrong."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_vse.errors import UserError
+from dist_vse.index import read_index
+from shards import cli
+from tests.datasets import draw, encode
+
+
+def _shard(*arguments: str | Path) -> int:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return cli.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def _pairs(folder: Path, count: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "pairs.jsonl"
+    with path.open("w") as file:
+        for i in range(count):
+            (folder / f"{i}.png").write_bytes(encode(draw(i)))
+            file.write(json.dumps({"image": f"{i}.png", "captions": ["a", "b"]}) + "\n")
+    return path
+
+
+def test_sharding_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = _pairs(tmp_path / "in", 5)
+    (tmp_path / "in/3.png").write_bytes(b"")
+    options = ("--shard-size", "2", "--max-bad", "20%", "--workers", "1", "--split", "val")
+    assert _shard("jsonl", pairs, tmp_path / "out", *options) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if "val" in line)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[:4] == ["val", "4", "8", "3"]
+    assert cells[-1] == "1"
+    assert "skipped.jsonl" in out.replace("\n", "")
+    assert read_index(tmp_path / "out").split("val").num_samples == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["jsonlines"], "no source 'jsonlines'; did you mean 'jsonl'"),
+        (["csv"], "no source 'csv'; choose one of folder, jsonl, karpathy"),
+        (["jsonl", "--restval", "x"], "--restval means nothing to the source jsonl"),
+        (["jsonl", "--shard-size", "0"], r"--shard-size \(0\) must be at least 1"),
+        (["jsonl", "--workers", "0"], r"--workers \(0\) must be at least 1"),
+        (["jsonl", "--max-bad", "few"], "--max-bad 'few': give a number"),
+        (["jsonl", "--max-bad=-1"], "--max-bad '-1': give a number"),
+        (["jsonl", "--images", "/nowhere"], "/nowhere: no such folder"),
+        (["folder"], "pairs.jsonl: no such folder"),
+    ],
+)
+def test_wrong_options_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    source, *options = arguments
+    with pytest.raises(UserError, match=message) as caught:
+        _shard(source, _pairs(tmp_path / "in", 1), tmp_path / "out", *options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pairs\.jsonl: no images found for the source jsonl"):
+        _shard("jsonl", _pairs(tmp_path / "in", 0), tmp_path / "out")
+    with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
+        _shard("jsonl", tmp_path / "none.jsonl", tmp_path / "out")
+
+
+def test_out_must_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match=r"out: cannot write the shards \(File exists\)"):
+        _shard("jsonl", _pairs(tmp_path / "in", 1), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"), [("0", 0), ("7", 7), ("0.1%", 10), ("0.29%", 29), ("100%", 10_000)]
+)
+def test_max_bad_is_a_count_or_a_share(text: str, allowed: int) -> None:
+    assert cli.parse_max_bad(text, 10_000) == allowed
+
+
+def test_its_options_need_no_heavy_import() -> None:
+    code = (
+        "import argparse, sys; from shards import cli; cli.add_arguments(argparse.ArgumentParser());"
+        "print(sorted({'PIL', 'numpy', 'rich', 'torch'} & sys.modules.keys()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

@@ -1,0 +1,84 @@
+"""Keys are safe and unique, and the plan is a pure function of the records."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_vse.errors import UserError
+from shards.keys import MAX_CHARS, safe_key, safe_keys
+from shards.plan import fingerprint, plan_shards
+from shards.record import Record
+
+
+def _records(count: int, split: str = "train") -> list[Record]:
+    return [Record(Path(f"/none/{i}.png"), (f"caption {i}",), split, f"k{i}") for i in range(count)]
+
+
+def test_a_safe_name_is_its_own_key() -> None:
+    assert safe_key("COCO_val2014_000000391895") == "COCO_val2014_000000391895"
+
+
+def test_an_unsafe_name_stays_readable_and_distinct() -> None:
+    assert safe_key("dir/a.b").startswith("dir_a_b-")
+    assert safe_key("Café").startswith("Cafe-")
+    assert len({safe_key(name) for name in ("a.b", "a/b", "a_b", "a b", "苹果", "桌子", "")}) == 7
+
+
+def test_equal_names_are_numbered_in_order() -> None:
+    assert list(safe_keys(["a", "a", "a-2", "a"])) == ["a", "a-2", "a-2-2", "a-3"]
+
+
+@given(st.lists(st.text(max_size=120), max_size=30))
+def test_keys_are_safe_unique_and_repeatable(names: list[str]) -> None:
+    keys = list(safe_keys(names))
+    assert len(set(keys)) == len(names)
+    assert keys == list(safe_keys(names))
+    for key in keys:
+        assert key.isascii() and key.replace("-", "").replace("_", "").isalnum()
+        assert len(key) <= MAX_CHARS + 4
+
+
+def test_the_plan_shuffles_each_split_and_cuts_it() -> None:
+    records = _records(25) + [replace(r, key="v" + r.key) for r in _records(3, "val")]
+    tasks = plan_shards(records, shard_size=10, seed=0)
+    assert [(t.name, len(t.records)) for t in tasks] == [
+        ("train-00000.tar", 10),
+        ("train-00001.tar", 10),
+        ("train-00002.tar", 5),
+        ("val-00000.tar", 3),
+    ]
+    keys = [r.key for t in tasks for r in t.records if t.split == "train"]
+    assert sorted(keys) == sorted(r.key for r in records[:25])
+    assert keys != [r.key for r in records[:25]]
+
+
+def test_the_plan_does_not_depend_on_the_order_given_but_on_the_seed() -> None:
+    records = _records(40)
+    shuffled = random.Random(1).sample(records, len(records))
+    plan = plan_shards(records, shard_size=7, seed=3)
+    assert plan == plan_shards(shuffled, shard_size=7, seed=3)
+    assert plan != plan_shards(records, shard_size=7, seed=4)
+
+
+def test_a_split_must_be_a_file_name() -> None:
+    with pytest.raises(UserError, match=r"split '\.\./x' of 'k0' is no file name"):
+        plan_shards(_records(1, "../x"), shard_size=1, seed=0)
+
+
+def test_the_fingerprint_changes_with_captions_and_images(tmp_path: Path) -> None:
+    image = tmp_path / "0.png"
+    record = Record(image, ("caption",), "train", "k")
+
+    def digest(record: Record) -> str:
+        return fingerprint(plan_shards([record], shard_size=1, seed=0)[0])
+
+    missing = digest(record)
+    image.write_bytes(b"one")
+    present = digest(record)
+    image.write_bytes(b"longer")
+    assert len({missing, present, digest(record), digest(replace(record, captions=("x",)))}) == 4
+    assert digest(record) == digest(record)

@@ -1,0 +1,39 @@
+"""Tiny real models and batches for tests of the train step."""
+
+import torch
+from torch import Tensor
+
+from dist_vse.config import ImageConfig, ModelConfig, TextConfig
+from dist_vse.models.build import build_model
+from dist_vse.models.dual_encoder import DualEncoder
+
+VOCABULARY = 50
+
+
+def tiny_model(*, dropout: float = 0.0, learn_temperature: bool = True) -> DualEncoder:
+    """Build a ViT of 32 pixels and a two-layer text transformer; equal weights every time."""
+    config = ModelConfig(
+        image=ImageConfig(name="test_vit", size=32),
+        text=TextConfig(kind="transformer", width=64, depth=1, max_tokens=8, dropout=dropout),
+        embed_dim=16,
+        head_hidden=32,
+        head_dropout=dropout,
+    )
+    return build_model(
+        config,
+        vocab_size=VOCABULARY,
+        pad_id=0,
+        temperature=0.1,
+        learn_temperature=learn_temperature,
+        bias=-10.0,
+        learn_bias=False,
+        seed=0,
+    )
+
+
+def tiny_batch(num_pairs: int, step: int) -> tuple[Tensor, Tensor]:
+    """Draw images (B, 3, 32, 32) uint8 and tokens (B, 8) of a step; equal on every rank."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (num_pairs, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    tokens = torch.randint(1, VOCABULARY, (num_pairs, 8), generator=generator)
+    return images, tokens
