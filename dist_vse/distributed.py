@@ -44,11 +44,6 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def launched_rank() -> int:
-    """Return this process's number as the launcher announced it; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
 @contextlib.contextmanager
 def process_group(timeout_s: float = 1800) -> Iterator[None]:
     """Join the group that the launcher describes (or a group of one), and leave it at the end.

@@ -176,16 +176,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and train; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     setup_logging()
-    try:
-        if not arguments:
-            raise UserError("no config given: python -m dist_vse.train CONFIG.yaml [key=value ...]")
-        with distributed.process_group():
+    if not arguments:
+        logger.error("error: no config given: python -m dist_vse.train CONFIG.yaml [key=value ...]")
+        return 2
+    with distributed.process_group():
+        try:
             with distributed.same_verdict():
                 config = load_config(arguments[0], arguments[1:])
             return run(config)
-    except UserError as error:
-        logger.error("error: %s", error) if distributed.launched_rank() == 0 else None
-        return 2
+        except UserError as error:  # alike on every rank
+            if distributed.is_main_process():
+                logger.error("error: %s", error)
+            # A launcher ends all ranks when the first one ends: let rank 0 speak before.
+            distributed.barrier()
+            return 2
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_vse.errors import UserError
+from shards.sources import SOURCES
 
 if TYPE_CHECKING:
     from shards.receipts import Receipt
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `dist-vse shard` to its parser."""
-    parser.add_argument("source", metavar="SOURCE", help="folder, jsonl or karpathy")
+    parser.add_argument("source", metavar="SOURCE", help=", ".join(SOURCES))
     parser.add_argument("input", metavar="INPUT", type=Path, help="the folder or file to read")
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="folder for the shards and index.json"
@@ -101,8 +102,6 @@ def parse_max_bad(text: str, num_records: int) -> int:
 
 def _read(args: argparse.Namespace) -> "Sequence[Record]":
     """Read all records of the source that the command names."""
-    from shards.sources import SOURCES
-
     if args.source not in SOURCES:
         near = difflib.get_close_matches(args.source, SOURCES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SOURCES)}"

@@ -1,14 +1,17 @@
 """Submission: plans, the environment of each rank, and real jobs of two processes."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,9 +22,13 @@ from launch import follow, slurm
 from launch.environment import IDENTITY, Place, conflicts, free_port, job_port, nested_slurm_names
 from launch.job import Job
 from launch.submit import PYTHON, Plan, describe, plan_submission, start, submit
+from tests.datasets import write_dataset
 
 REPOSITORY = Path(__file__).parents[1]
 CLUSTERS = REPOSITORY / "configs" / "clusters"
+
+
+Launch = Callable[..., Any]
 
 
 @pytest.fixture
@@ -37,6 +44,22 @@ def local_plan(config_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     plan = plan_submission(config_path, [], CLUSTERS / "local.yaml")
     parameters = plan.parameters | {"timeout_min": 2}
     return replace(plan, parameters=parameters)
+
+
+@pytest.fixture
+def launch_job(local_plan: Plan) -> Iterator[Launch]:
+    """Start a function on every rank; a job that still runs at the end of the test is ended."""
+    jobs = []
+
+    def launch(work: Callable[[], Any], num_ranks: int = 2) -> Any:
+        plan = replace(local_plan, parameters=local_plan.parameters | {"tasks_per_node": num_ranks})
+        jobs.append(start(plan, Job(work, plan.env, free_port())))
+        return jobs[-1]
+
+    yield launch
+    for job in jobs:
+        if job.state == "RUNNING":
+            os.kill(int(job.job_id), signal.SIGKILL)
 
 
 def sum_of_ranks() -> tuple[float, dict[str, str | None]]:
@@ -78,8 +101,6 @@ def die_after_joining() -> int:
 
 def press_ctrl_c(follower: int) -> int:
     """Interrupt the process that follows the job, and stop as a run does once it is asked to."""
-    if os.environ["RANK"] == "1":
-        return 0
     interrupt.listen()
     os.kill(follower, signal.SIGINT)
     deadline = time.monotonic() + 60
@@ -89,16 +110,16 @@ def press_ctrl_c(follower: int) -> int:
 
 
 def test_ranks_of_a_local_job_form_one_group(
-    local_plan: Plan, monkeypatch: pytest.MonkeyPatch
+    launch_job: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Left over by another launcher: each of them alone would break the group.
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    port = free_port()
-    job = start(local_plan, Job(sum_of_ranks, local_plan.env, port))
+    job = launch_job(sum_of_ranks)
     results = job.results()
     assert [total for total, _ in results] == [3.0, 3.0]
+    port = job.submission().function.port
     for rank, (_, seen) in enumerate(results):
         place = Place(rank, rank, 2, 2, "127.0.0.1", port)
         removed = {"TORCHELASTIC_USE_AGENT_STORE": None}
@@ -109,9 +130,9 @@ def test_ranks_of_a_local_job_form_one_group(
 
 
 def test_a_failed_rank_ends_the_job_and_is_named(
-    local_plan: Plan, capfd: pytest.CaptureFixture[str]
+    launch_job: Launch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    job = start(local_plan, Job(fail_before_joining, local_plan.env, free_port()))
+    job = launch_job(fail_before_joining)
     assert follow.follow(job, poll_s=0.05) == 2  # long before rank 0's ten minutes are over
     log = job.task(1).paths.stderr
     expected = f"error: job {job.job_id}, rank 1: lanes are wrong; take 8 (log: {log})\n"
@@ -119,9 +140,9 @@ def test_a_failed_rank_ends_the_job_and_is_named(
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(
-    local_plan: Plan, capfd: pytest.CaptureFixture[str]
+    launch_job: Launch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    job = start(local_plan, Job(die_after_joining, local_plan.env, free_port()))
+    job = launch_job(die_after_joining)
     assert follow.follow(job, poll_s=0.05) == 1
     first, second = capfd.readouterr().err.strip().splitlines()
     assert first.startswith(f"error: job {job.job_id}, rank 1: killed")
@@ -129,22 +150,33 @@ def test_a_killed_rank_ends_the_job_and_is_named(
 
 
 def test_ctrl_c_asks_a_local_job_to_stop(
-    local_plan: Plan, capfd: pytest.CaptureFixture[str]
+    launch_job: Launch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    job = start(local_plan, Job(partial(press_ctrl_c, os.getpid()), local_plan.env, free_port()))
+    job = launch_job(partial(press_ctrl_c, os.getpid()), num_ranks=1)
     assert follow.follow(job, poll_s=0.05) == 130
     assert "asked the job to save and stop" in capfd.readouterr().err
 
 
-def test_submission_keeps_the_resolved_config(config_path: Path) -> None:
+def test_training_by_the_config_as_it_was_submitted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "data", {"train": [16, 16], "val": [8]})
+    config_path = tmp_path / "run.yaml"
+    config_path.write_text(
+        f"{{output_dir: {tmp_path}/run, global_batch_size: 8, chunk_size: 2, total_steps: 3,"
+        f" log_every: 1, data: {{index: {tmp_path}/data, lanes: 4, num_workers: 0}},"
+        " model: {embed_dim: 8, image: {name: test_vit, size: 32},"
+        " text: {width: 64, depth: 1, max_tokens: 8}}}"
+    )
     plan = plan_submission(config_path, ["seed=7"], CLUSTERS / "local.yaml")
     config_path.write_text("seed: 8\n")
     job = submit(plan)
-    (saved,) = plan.folder.glob("config-*")
-    assert load_config(saved).seed == 7
-    assert job.submission().function.work.config_path == str(saved)
-    # The data set does not exist: the run itself says so, and the job ends with its code.
-    assert follow.follow(job, poll_s=0.1) == 2
+    assert follow.follow(job, poll_s=0.1) == 0
+    assert load_config(tmp_path / "run" / "config.yaml").seed == 7
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
+    assert steps == [1, 2, 3]
+    assert "step 3/3" in capfd.readouterr().out  # rank 0's log was followed
 
 
 def test_dry_run_shows_the_batch_script(config_path: Path, tmp_path: Path) -> None:

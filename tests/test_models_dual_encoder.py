@@ -95,7 +95,8 @@ def test_features_are_float32_under_autocast() -> None:
     model = build(learn_temperature=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(IMAGES, TOKENS)
-    assert [x.dtype for x in outputs] == [torch.float32] * 4
+        hidden = model.image.hidden(IMAGES)
+    assert [x.dtype for x in (*outputs, hidden)] == [torch.float32] * 5
     torch.testing.assert_close(outputs[0].norm(dim=1), torch.ones(4))
 
 

@@ -1,5 +1,6 @@
 """Image trunks: normalisation, weights from files, sizes, errors."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def images() -> torch.Tensor:
 )
 def test_features_have_the_announced_size(name: str, dim: int, images: torch.Tensor) -> None:
     trunk = build(name)
-    assert trunk.training
+    assert all(module.training for module in trunk.modules())
     assert trunk.dim == dim
     assert trunk(images).shape == (3, dim)
     assert all(p.ndim and p.is_contiguous() for p in trunk.parameters())
@@ -97,10 +98,21 @@ def test_unreadable_weights(tmp_path: Path, content: bytes, suffix: str) -> None
         build(weights=path)
 
 
+class MakesAFolder:
+    """A pickle of this runs code when it is loaded without care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
 def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
-    torch.save({"state_dict": Path("/")}, tmp_path / "weights.pth")  # any class but tensors'
+    torch.save({"state_dict": MakesAFolder(tmp_path / "mark")}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="holds tensors only"):
         build(weights=tmp_path / "weights.pth")
+    assert not (tmp_path / "mark").exists()
 
 
 def test_name_and_size_errors() -> None:

@@ -50,6 +50,16 @@ def _bytes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
+def _contents(folder: Path) -> dict[str, list[str]]:
+    """Return index and receipts by their shards' names."""
+    receipts = (folder / "receipts.jsonl").read_text().splitlines()
+    splits = read_index(folder).splits.values()
+    return {
+        "receipts": [json.loads(line)["name"] for line in receipts],
+        "shards": [shard.sha256 for split in splits for shard in split.shards],
+    }
+
+
 def test_webdataset_reads_every_sample_back(tmp_path: Path) -> None:
     records = _records(tmp_path / "in", 14)
     _build(records, tmp_path / "out")
@@ -114,7 +124,7 @@ def test_a_finished_run_is_kept_and_a_damaged_one_mended(tmp_path: Path) -> None
     damaged[600] ^= 1
     (out / "train-00001.tar").write_bytes(damaged)
     (out / "train-00002.npy").write_bytes(b"")
-    (out / "train-00002.tar.tmp").write_bytes(b"half")
+    (out / "train-00007.tar.tmp").write_bytes(b"half")
     _build(records, out)
     assert _bytes(out) == before
 
@@ -124,12 +134,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     records = _records(tmp_path / "in", 12)
     expected = tmp_path / "expected"
     names = [shard.name for shard in _build(records, expected)]
-    last = [json.loads(line) for line in (expected / "receipts.jsonl").read_text().splitlines()][-1]
-    assert last["name"] == names[-1] == "train-00002.tar"
-    keys = [
-        s["__key__"] for s in webdataset.WebDataset([str(expected / names[-1])], shardshuffle=0)
-    ]
-    blocked = next(record for record in records if record.key == keys[1])
+    assert names[-1] == "train-00002.tar"
+    last = webdataset.WebDataset([str(expected / names[-1])], shardshuffle=False)
+    second = [sample["__key__"] for sample in last][1]
+    blocked = next(record for record in records if record.key == second)
     status, content = blocked.image.stat(), blocked.image.read_bytes()
     blocked.image.unlink()
     os.mkfifo(blocked.image)
@@ -190,6 +198,11 @@ def test_another_run_may_add_a_split(tmp_path: Path) -> None:
         "train": 6,
         "val": 3,
     }
+    other = tmp_path / "other"
+    _build(_records(tmp_path / "in", 3, "val"), other)
+    _build(_records(tmp_path / "in", 6), other)
+    assert _contents(other) == _contents(out)
+
     broken = _records(tmp_path / "in", 6)
     broken[3].image.write_bytes(b"")
     with pytest.raises(UserError):

@@ -31,6 +31,13 @@ def test_a_flipped_bit_in_a_png_is_bad() -> None:
         check_image(bytes(data))
 
 
+def test_a_wrong_checksum_is_bad() -> None:
+    data = bytearray(encode(draw(1)))
+    data[data.index(b"IEND") - 5] ^= 1  # the last byte of the pixels' checksum
+    with pytest.raises(BadSampleError, match="does not decode"):
+        check_image(bytes(data))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

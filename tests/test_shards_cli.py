@@ -12,6 +12,7 @@ from dist_vse.errors import UserError
 from dist_vse.index import read_index
 from shards import cli
 from tests.datasets import draw, encode
+from tests.test_shards_sources import COCO
 
 
 def _shard(*arguments: str | Path) -> int:
@@ -42,6 +43,27 @@ def test_sharding_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cells[-1] == "1"
     assert "skipped.jsonl" in out.replace("\n", "")
     assert read_index(tmp_path / "out").split("val").num_samples == 4
+
+
+def test_karpathy_from_end_to_end(tmp_path: Path) -> None:
+    (tmp_path / "dataset_coco.json").write_text(json.dumps(COCO))
+    for i, entry in enumerate(COCO["images"]):
+        path = tmp_path / "coco" / entry["filepath"] / entry["filename"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(draw(i), "JPEG"))
+    options = ("--images", tmp_path / "coco", "--restval", "extra", "--workers", "1")
+    assert _shard("karpathy", tmp_path / "dataset_coco.json", tmp_path / "out", *options) == 0
+    index = read_index(tmp_path / "out")
+    assert {name: (s.num_samples, s.num_captions) for name, s in index.splits.items()} == {
+        "test": (1, 6),
+        "extra": (1, 7),
+        "train": (1, 5),
+    }
+    shard = index.split("test").shards[0]
+    _, _, offset, length, _ = index.offsets(shard)[0].tolist()
+    meta = json.loads((tmp_path / "out" / shard.path).read_bytes()[offset : offset + length])
+    assert meta["cocoid"] == 391895
+    assert meta["captions"][5] == "A man rides a motor bike, take 5."
 
 
 @pytest.mark.parametrize(
@@ -88,7 +110,8 @@ def test_max_bad_is_a_count_or_a_share(text: str, allowed: int) -> None:
 
 def test_its_options_need_no_heavy_import() -> None:
     code = (
-        "import argparse, sys; from shards import cli; cli.add_arguments(argparse.ArgumentParser());"
+        "import argparse, sys; from shards import cli;"
+        "cli.add_arguments(argparse.ArgumentParser());"
         "print(sorted({'PIL', 'numpy', 'rich', 'torch'} & sys.modules.keys()))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,11 +1,12 @@
 """Keys are safe and unique, and the plan is a pure function of the records."""
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_vse.errors import UserError
@@ -32,13 +33,14 @@ def test_equal_names_are_numbered_in_order() -> None:
     assert list(safe_keys(["a", "a", "a-2", "a"])) == ["a", "a-2", "a-2-2", "a-3"]
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.text(max_size=120), max_size=30))
 def test_keys_are_safe_unique_and_repeatable(names: list[str]) -> None:
     keys = list(safe_keys(names))
     assert len(set(keys)) == len(names)
     assert keys == list(safe_keys(names))
     for key in keys:
-        assert key.isascii() and key.replace("-", "").replace("_", "").isalnum()
+        assert re.fullmatch("[A-Za-z0-9_-]+", key)
         assert len(key) <= MAX_CHARS + 4
 
 

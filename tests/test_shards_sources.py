@@ -21,23 +21,15 @@ def _image(path: Path, number: int = 0) -> Path:
 
 
 def _sentences(imgid: int, captions: list[str]) -> dict[str, Any]:
-    first = imgid * 5
-    return {
-        "imgid": imgid,
-        "sentids": [first + i for i in range(len(captions))],
-        "sentences": [
-            {
-                "tokens": c.lower().rstrip(" .").split(),
-                "raw": c,
-                "imgid": imgid,
-                "sentid": first + i,
-            }
-            for i, c in enumerate(captions)
-        ],
-    }
+    sentids = [imgid * 5 + i for i in range(len(captions))]
+    sentences = [
+        {"tokens": raw.lower().strip(" .").split(), "raw": raw, "imgid": imgid, "sentid": sentid}
+        for raw, sentid in zip(captions, sentids, strict=True)
+    ]
+    return {"imgid": imgid, "sentids": sentids, "sentences": sentences}
 
 
-COCO = {
+COCO: dict[str, Any] = {
     "images": [
         {
             "filepath": "val2014",

@@ -75,7 +75,7 @@ def test_workers_give_the_same_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (Sample("odd", b"no image", ("a cat",)), r"odd in val-00000\.tar .*UnidentifiedImageError"),
+        (Sample("odd", b"no image", ("a cat",)), r"odd in val-00000\.tar .*not an image file"),
         (replace(make_sample(2), key="odd", captions=(" ",)), r"odd in .* \(no caption\)"),
         (replace(make_sample(2), meta=b"{"), r"row 1 in .*broken metadata"),
     ],

@@ -46,7 +46,7 @@ def test_a_wrong_copy_never_appears(shard: Shard, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["file:///nowhere/a.tar", "pipe:exit 3; cat /nowhere/a.tar"])
 def test_a_missing_source_is_named(shard: Shard, tmp_path: Path, path: str) -> None:
-    with pytest.raises(UserError, match="nowhere.*DIST_VSE_CACHE"):
+    with pytest.raises(UserError, match=r"nowhere.*DIST_VSE_CACHE"):
         fetch(replace(shard, path=path), tmp_path / "cache", delays_s=())
 
 

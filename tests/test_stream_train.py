@@ -99,7 +99,7 @@ def test_an_epoch_holds_every_sample_once(index: Index, world_size: int) -> None
 
 @pytest.mark.parametrize(
     ("world_size", "num_workers", "steps"),
-    [(2, 0, 40), (3, 0, 25), (4, 0, 25), (12, 0, 25), (1, 1, 25), (1, 2, 40), (2, 2, 25)],
+    [(2, 0, 40), (3, 0, 25), (4, 0, 25), (12, 0, 25), (2, 1, 25), (1, 2, 40)],
 )
 def test_global_batches_are_the_same_for_all_readers(
     index: Index,
@@ -170,7 +170,10 @@ def test_crops_differ_between_epochs_and_seeds(tmp_path: Path) -> None:
     def pixels(seed: int) -> list[dict[int, bytes]]:
         (stream,) = start(index, global_batch_size=16, lanes=1, seed=seed, min_crop_area=0.2)
         return [
-            dict(zip(batch.image_ids.tolist(), (i.numpy().tobytes() for i in batch.images)))
+            {
+                number: image.numpy().tobytes()
+                for number, image in zip(batch.image_ids.tolist(), batch.images, strict=True)
+            }
             for batch in itertools.islice(stream, 2)
         ]
 
@@ -211,7 +214,7 @@ def test_bad_samples_are_skipped_and_named(flawed: Index, num_workers: int) -> N
     }
     assert all(3 <= count <= 5 for count in named.values())  # 24 batches are four epochs and more
     reasons = " ".join(reason for _, _, reason in named)
-    assert re.search("UnidentifiedImageError", reasons)
+    assert re.search("not an image file", reasons)
     assert re.search("no caption", reasons)
     assert re.search("broken metadata", reasons)
 
@@ -246,8 +249,8 @@ def test_a_state_that_does_not_fit(index: Index) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_missing_shard_is_named(tmp_path: Path, num_workers: int) -> None:
     index = write_dataset(tmp_path, {"train": [9, 9]}, size=16)
-    (tmp_path / "train-00001.tar").unlink()
     (stream,) = start(index, lanes=2, global_batch_size=18, num_workers=num_workers)
+    (tmp_path / "train-00001.tar").unlink()
     with pytest.raises(UserError, match=r"^\S*train-00001\.tar: the shard is missing; copy it"):
         next(stream)
 

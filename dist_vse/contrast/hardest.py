@@ -17,7 +17,8 @@ from dist_vse.contrast.tiles import Tile, ranges
 from dist_vse.contrast.transport import Block
 
 ROUNDINGS = 16
-CHUNK = 1024  # features moved together
+CHUNK = 4096  # features moved together
+FEW = 8  # up to an eighth of a tile's rows are looked at apart from the others
 
 
 class Hardest:
@@ -36,16 +37,16 @@ class Hardest:
         self.row_pull = self.column_pull = positives.rows
 
     def see(self, tile: Tile) -> None:
-        self.rows.update(tile.values, tile.rows, tile.columns.start, self.tolerance)
         first = self.layout.own.start + tile.rows.start
-        self.columns.update(tile.values.T, tile.columns, first, self.tolerance)
+        self.rows.update(tile, tile.rows, 1, tile.columns.start, self.tolerance)
+        self.columns.update(tile, tile.columns, 0, first, self.tolerance)
 
     def conclude(self) -> Tensor:
         self.columns.join(self.tolerance)
         row_hinges = self.margin + self.rows.values - self.positives.rows
         column_hinges = self.margin + self.columns.values - self.positives.columns()
-        self.row_pull = (row_hinges > 0) * self.weight
-        self.column_pull = (column_hinges > 0) * self.weight
+        self.row_pull = (row_hinges > 0).to(row_hinges.dtype) * self.weight
+        self.column_pull = (column_hinges > 0).to(row_hinges.dtype) * self.weight
         total = row_hinges.clamp(min=0).sum() + column_hinges[self.layout.own].clamp(min=0).sum()
         return total * self.weight
 
@@ -71,8 +72,8 @@ class Hardest:
         """Add the gradient of the similarities of rows i with the block's columns j."""
         for chunk in ranges(0, len(i), CHUNK):
             a, b = i[chunk].long(), j[chunk].long()
-            row_grad.index_add_(0, a, block.features[b], alpha=self.weight)
-            column_grad.index_add_(0, b, rows[a], alpha=self.weight)
+            row_grad.index_add_(0, a, block.features.index_select(0, b), alpha=self.weight)
+            column_grad.index_add_(0, b, rows.index_select(0, a), alpha=self.weight)
 
 
 class _Best:
@@ -82,25 +83,30 @@ class _Best:
         self.values = like.new_full((count,), float("-inf"))
         self.places = torch.full((count,), -1, dtype=torch.int32, device=like.device)
 
-    def update(self, tile: Tensor, where: slice, first: int, tolerance: float) -> None:
-        """Take in a tile (rows, columns): the rows are `where`, the columns start at `first`.
+    def update(self, tile: Tile, where: slice, dim: int, first: int, tolerance: float) -> None:
+        """Take in a tile along `dim`, for the rows (columns) `where`; its entries start at `first`.
 
         Maxima come first and places after, for few rows have a new maximum in most tiles.
         """
         values, places = self.values[where], self.places[where]
-        maxima = tile.amax(1)
+        maxima = tile.values.amax(dim)
         better = (maxima > values - tolerance).nonzero().view(-1)
         if not len(better):
             return
-        old, new = values[better], maxima[better]
-        threshold = torch.maximum(old, new) - tolerance
-        # The first entry that reaches the threshold has the highest step.
-        steps = torch.arange(tile.shape[1], 0, -1, dtype=tile.dtype, device=tile.device)
-        reached = tile.index_select(0, better).ge_(threshold.unsqueeze(1)).mul_(steps).amax(1)
-        place = (first + tile.shape[1] - reached).to(torch.int32)
-        lower = torch.minimum(place, places[better])
-        places[better] = torch.where(old >= threshold, lower, place)
-        values[better] = torch.maximum(old, new)
+        which: slice | Tensor = slice(None)
+        entries, reached = tile.values, tile.spare
+        if len(better) * FEW < len(values):
+            which = better
+            entries = entries.index_select(1 - dim, better)
+            reached = entries
+        old, new = values[which], maxima[which]
+        largest = torch.maximum(old, new)
+        threshold = largest - tolerance
+        torch.ge(entries, threshold.unsqueeze(dim), out=reached)
+        place = _first_place(reached, dim).add_(first)
+        place = torch.where(old < threshold, place, torch.minimum(place, places[which]))
+        places[which] = torch.where(new > old - tolerance, place, places[which])
+        values[which] = largest
 
     def join(self, tolerance: float) -> None:
         """Agree over the ranks."""
@@ -109,3 +115,11 @@ class _Best:
         self.places[~((self.values >= largest - tolerance) & (self.places >= 0))] = nowhere
         distributed.all_reduce_min(self.places)
         self.values = largest
+
+
+def _first_place(reached: Tensor, dim: int) -> Tensor:
+    """Return the place (int32) of the first 1 along `dim` of ones and zeros; overwrites them."""
+    length = reached.shape[dim]
+    steps = torch.arange(length, 0, -1, dtype=reached.dtype, device=reached.device)
+    reached.mul_(steps.unsqueeze(1 - dim))  # the first has the highest step
+    return (length - reached.amax(dim)).to(torch.int32)

@@ -8,6 +8,7 @@ is W times the gradient of that number in the rank's own rows: an engine that av
 gradients of parameters over the ranks then has exactly the gradient of one process.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from dist_vse import distributed
 from dist_vse.contrast.hardest import Hardest
 from dist_vse.contrast.layout import Layout, Twins
 from dist_vse.contrast.pairwise import Hinges, Sigmoid
-from dist_vse.contrast.positives import Positives
+from dist_vse.contrast.positives import OwnPairs, Positives
 from dist_vse.contrast.softmax import RunningSoftmax, SharedSoftmax, shared_shift
 from dist_vse.contrast.sweep import Dense, Sparse, Sweep
 from dist_vse.contrast.telemetry import summarize
@@ -28,7 +29,8 @@ from dist_vse.contrast.tiles import default_tile
 from dist_vse.contrast.transport import Gather, Ring, Transport
 from dist_vse.errors import UserError
 
-ON_LOGITS = ("convse", "info_nce", "siglip")  # own pairs are candidates, similarities are scaled
+SOFTMAX = ("convse", "info_nce")
+ON_LOGITS = (*SOFTMAX, "siglip")  # own pairs are candidates, similarities are scaled
 HINGES = ("convse++", "vse++", "vse0")
 GIB = 2**30
 
@@ -73,8 +75,9 @@ def global_loss(
     with torch.autocast(image_features.device.type, enabled=False):
         scale = log_scale.to(dtype).exp()
         rows, columns = image_features.to(dtype), text_features.to(dtype)  # (b, d)
+        unit = _unit_of_similarity(name, scale)
         if name in ON_LOGITS:
-            rows = rows * scale
+            rows = rows * unit
         inputs = rows, columns, bias.to(dtype)
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         setting = _Setting(
@@ -88,11 +91,11 @@ def global_loss(
                 sweep,
                 image_features.to(dtype),
                 columns,
-                scale=scale if name in ON_LOGITS else torch.ones_like(scale),
+                scale=unit,
                 margin=margin,
             )
         loss = _Total.apply(*inputs, sweep, total.to(dtype))
-        loss = (loss * _unit(name, scale, sweep.positives.layout.total)).view(())
+        loss = (loss * _unit_of_loss(name, scale, sweep.positives.layout.total)).view(())
     return LossOutput(loss, stats | {"temperature": 1 / scale.detach().view(())})
 
 
@@ -134,17 +137,19 @@ class _Total(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sweep: Sweep = ctx.sweep
         with torch.autocast(grad.device.type, enabled=False):
-            row_grad, column_grad, bias_grad = sweep.backward()
+            row_grad, column_grad = sweep.backward()
         factor = grad * distributed.world_size()
-        return row_grad.mul_(factor), column_grad.mul_(factor), bias_grad * factor, None, None
+        siglip = sweep.dense if isinstance(sweep.dense, Sigmoid) else None
+        bias_grad = siglip.take_bias_grad() * factor if siglip is not None else None
+        return row_grad.mul_(factor), column_grad.mul_(factor), bias_grad, None, None
 
 
 def _build_sweep(
     setting: _Setting, rows: Tensor, columns: Tensor, bias: Tensor, ids: Sequence[Tensor]
 ) -> Sweep:
     rows, columns = rows.detach(), columns.detach()
-    own = (rows * columns).sum(1)
-    survey = _take_survey(rows, columns, own)
+    own = OwnPairs.of(rows, columns)
+    survey = _take_survey(own)
     layout = survey.layout
     positives = Positives(
         rows,
@@ -175,14 +180,14 @@ def _build_sweep(
     )
 
 
-def _take_survey(rows: Tensor, columns: Tensor, own: Tensor) -> _Survey:
+def _take_survey(own: OwnPairs) -> _Survey:
     """Exchange four numbers a rank; the one place where the host waits for the device."""
-    zero, infinity = own.new_zeros(1), own.new_full((1,), float("inf"))
+    zero, infinity = own.row_norms.new_zeros(1), own.row_norms.new_full((1,), float("inf"))
     here = [
-        zero + len(own),
-        torch.cat([rows.square().sum(1).sqrt(), zero]).amax(0, True),
-        torch.cat([columns.square().sum(1).sqrt(), zero]).amax(0, True),
-        torch.cat([own, infinity]).amin(0, True),
+        zero + len(own.row_norms),
+        torch.cat([own.row_norms, zero]).amax(0, True),
+        torch.cat([own.column_norms, zero]).amax(0, True),
+        torch.cat([own.similarities, infinity]).amin(0, True),
     ]
     there = distributed.gather_rows(torch.cat(here).double().view(1, 4)).T.tolist()
     counts, row_norms, column_norms, smallest = there
@@ -209,12 +214,21 @@ def _build_terms(
     return RunningSoftmax(positives) if shift is None else SharedSoftmax(positives, shift), None
 
 
-def _unit(name: str, scale: Tensor, count: int) -> Tensor | float:
+def _unit_of_similarity(name: str, scale: Tensor) -> Tensor:
+    """Return what cosines are multiplied with: 1/t, in bits for a softmax; 1 for hinges."""
+    if name in SOFTMAX:
+        return scale / math.log(2)
+    return scale if name in ON_LOGITS else torch.ones_like(scale)
+
+
+def _unit_of_loss(name: str, scale: Tensor, count: int) -> Tensor | float:
     """Return what the sum over rows and columns is multiplied with."""
     if name in ("vse0", "vse++"):
         return 1.0
-    share = (0.5 if name == "info_nce" else 1.0) / max(1, count)
-    return scale * share if name == "convse++" else share
+    if name == "convse++":
+        return scale / max(1, count)
+    bits = math.log(2) if name in SOFTMAX else 1.0
+    return (0.5 if name == "info_nce" else 1.0) * bits / max(1, count)
 
 
 def _check(

@@ -11,6 +11,8 @@ from dist_vse import distributed
 from dist_vse.contrast.positives import Positives
 from dist_vse.contrast.tiles import Tile
 
+EXACT = 40.0  # from here on softplus(z) is z, to a float64
+
 
 class Sigmoid:
     """SigLIP: every pair is a yes or no. https://arxiv.org/abs/2303.15343
@@ -29,13 +31,13 @@ class Sigmoid:
             family = positives.twins.family[positives.layout.own]
             self.row_pull = family.to(self.row_sums.dtype)
         self.column_pull = self.row_sums.new_zeros(()).expand(positives.layout.total)
-        self.bias_grad = torch.zeros_like(bias)
+        self._weight_sum = torch.zeros_like(bias)
 
     def prepare(self, tile: Tile) -> None:
         tile.values.add_(self.bias)
 
     def see(self, tile: Tile) -> None:
-        self.row_sums[tile.rows] += softplus(tile.values).sum(1)
+        self.row_sums[tile.rows] += softplus(tile.values, threshold=EXACT).sum(1)
         largest = self.largest[tile.rows]
         torch.maximum(largest, tile.negative_maxima(float("-inf")), out=largest)
 
@@ -44,8 +46,14 @@ class Sigmoid:
 
     def weigh(self, tile: Tile) -> Tensor:
         weights = tile.values.sigmoid_()
-        self.bias_grad += weights.sum()
+        self._weight_sum += weights.sum()
         return weights
+
+    def take_bias_grad(self) -> Tensor:
+        """Return this rank's share of the gradient in the bias (1,), after a backward sweep."""
+        grad = self._weight_sum - self.row_pull.sum()
+        self._weight_sum = torch.zeros_like(self.bias)
+        return grad
 
     def hardest(self) -> Tensor:
         return self.largest - self.bias

@@ -5,6 +5,7 @@ as positives; so too a column's. b rows on this rank, N on all.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,20 @@ from dist_vse.contrast.transport import Block, Transport
 CHUNK = 1024  # pairs (times d numbers) looked at together
 
 
+class OwnPairs(NamedTuple):
+    """This rank's own pairs: similarities, and the lengths of the features, (b,) each."""
+
+    similarities: Tensor
+    row_norms: Tensor
+    column_norms: Tensor
+
+    @staticmethod
+    def of(rows: Tensor, columns: Tensor) -> "OwnPairs":
+        """Look at features (b, d) and (b, d)."""
+        norms = (torch.linalg.vector_norm(x, dim=1) for x in (rows, columns))
+        return OwnPairs(torch.linalg.vecdot(rows, columns), *norms)
+
+
 class Positives:
     """Mean similarities of the positives of this rank's rows and columns."""
 
@@ -24,7 +39,7 @@ class Positives:
         self,
         rows: Tensor,
         columns: Tensor,
-        own: Tensor,
+        own: OwnPairs,
         layout: Layout,
         twins: Twins | None,
         *,
@@ -33,17 +48,17 @@ class Positives:
         self._rows, self._columns = rows, columns  # (b, d) each
         self.layout = layout
         self.twins = twins
-        self.own = own  # (b,) similarities of own pairs
-        self.rows = self.own_columns = own  # (b,) means
+        self.own = own
+        self.rows = self.own_columns = own.similarities  # (b,) means
         self.average_twins = average_twins and twins is not None and bool(twins)
 
     def include_twins(self, transport: Transport) -> None:
         """Take the twins into the means: a pass over the blocks, but only over the twins."""
         if not self.average_twins:
             return
-        rows = self.own.clone()
-        columns = self.own.new_zeros(self.layout.total)
-        columns[self.layout.own] = self.own
+        rows = self.own.similarities.clone()
+        columns = rows.new_zeros(self.layout.total)
+        columns[self.layout.own] = rows
         for block in transport.blocks():
             for i, j in self._pairs(block):
                 similarity = (self._rows[i] * block.features[j - block.columns.start]).sum(1)

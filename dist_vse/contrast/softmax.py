@@ -2,6 +2,8 @@
 
 A row's term is the log-sum-exp of its candidates' logits less its positive's logit; so too a
 column's. Rows are whole on their rank; columns are joined over the ranks by one all-reduce.
+
+Logits, and terms, are in bits (to base 2): a power of 2 costs less than half of one of e.
 """
 
 import torch
@@ -11,14 +13,14 @@ from dist_vse import distributed
 from dist_vse.contrast.positives import Positives, unit_pull
 from dist_vse.contrast.tiles import Tile
 
-SAFE = 60.0  # exp(60) times any number of columns is within float32's range
-LOW = -1e30  # no logit is as low, and exp(LOW - LOW) is 1
+SAFE = 86.0  # 2^86 times any number of columns is within float32's range
+LOW = -1e30  # no logit is as low, and 2^(LOW - LOW) is 1
 
 
 def shared_shift(largest: float, smallest_positive: float) -> float | None:
-    """Return a shift with which one exponential serves both the row and the column.
+    """Return a shift with which one power of 2 serves both the row and the column.
 
-    `largest` bounds all logits. A sum holds at least its positive's exponential, so sums neither
+    `largest` bounds all logits. A sum holds at least its positive's power, so sums neither
     overflow nor vanish if shifted logits are at most SAFE and positives at least -SAFE; None if
     no shift does that.
     """
@@ -27,7 +29,7 @@ def shared_shift(largest: float, smallest_positive: float) -> float | None:
 
 
 class SharedSoftmax:
-    """One exponential a pair, less a shift that all pairs share."""
+    """One power of 2 a pair, less a shift that all pairs share."""
 
     def __init__(self, positives: Positives, shift: float) -> None:
         self.positives = positives
@@ -41,7 +43,7 @@ class SharedSoftmax:
     def prepare(self, tile: Tile) -> None:
         if self.shift:
             tile.values.sub_(self.shift)
-        tile.values.exp_()
+        tile.values.exp2_()
 
     def see(self, tile: Tile) -> None:
         self.row_sums[tile.rows] += tile.values.sum(1)
@@ -52,8 +54,8 @@ class SharedSoftmax:
     def conclude(self) -> Tensor:
         distributed.all_reduce_sum(self.column_sums)
         own = self.column_sums[self.positives.layout.own]
-        total = (self.row_sums.log() + self.shift - self.positives.rows).sum()
-        total = total + (own.log() + self.shift - self.positives.own_columns).sum()
+        total = (self.row_sums.log2() + self.shift - self.positives.rows).sum()
+        total = total + (own.log2() + self.shift - self.positives.own_columns).sum()
         self.row_sums.reciprocal_()
         self.column_sums.reciprocal_()
         return total
@@ -64,11 +66,11 @@ class SharedSoftmax:
         return tile.values.mul_(tile.spare)
 
     def hardest(self) -> Tensor:
-        return self.largest.log() + self.shift
+        return self.largest.log2() + self.shift
 
 
 class RunningSoftmax:
-    """A running maximum for every row and every column: for temperatures of 0.015 and less."""
+    """A running maximum for every row and every column: for very low temperatures."""
 
     def __init__(self, positives: Positives) -> None:
         self.positives = positives
@@ -84,34 +86,34 @@ class RunningSoftmax:
         """The logits themselves are what it works on."""
 
     def see(self, tile: Tile) -> None:
-        _add_exponentials(self.row_max[tile.rows], self.row_sums[tile.rows], tile, 1)
-        _add_exponentials(self.column_max[tile.columns], self.column_sums[tile.columns], tile, 0)
+        _add_powers(self.row_max[tile.rows], self.row_sums[tile.rows], tile, 1)
+        _add_powers(self.column_max[tile.columns], self.column_sums[tile.columns], tile, 0)
         largest = self.largest[tile.rows]
         torch.maximum(largest, tile.negative_maxima(float("-inf")), out=largest)
 
     def conclude(self) -> Tensor:
         largest = distributed.all_reduce_max(self.column_max.clone())
-        self.column_sums *= (self.column_max - largest).exp()
+        self.column_sums *= (self.column_max - largest).exp2()
         distributed.all_reduce_sum(self.column_sums)
         # From here on these are the logarithms of the sums.
-        self.row_sums.log_().add_(self.row_max)
-        self.column_sums.log_().add_(largest)
+        self.row_sums.log2_().add_(self.row_max)
+        self.column_sums.log2_().add_(largest)
         own = self.column_sums[self.positives.layout.own]
         total = (self.row_sums - self.positives.rows).sum()
         return total + (own - self.positives.own_columns).sum()
 
     def weigh(self, tile: Tile) -> Tensor:
         torch.sub(tile.values, self.column_sums[tile.columns], out=tile.spare)
-        tile.values.sub_(self.row_sums[tile.rows].unsqueeze(1)).exp_()
-        return tile.values.add_(tile.spare.exp_())
+        tile.values.sub_(self.row_sums[tile.rows].unsqueeze(1)).exp2_()
+        return tile.values.add_(tile.spare.exp2_())
 
     def hardest(self) -> Tensor:
         return self.largest
 
 
-def _add_exponentials(maximum: Tensor, sums: Tensor, tile: Tile, dim: int) -> None:
-    """Update running maxima and sums of exponentials, in place, along a tile's dimension."""
+def _add_powers(maximum: Tensor, sums: Tensor, tile: Tile, dim: int) -> None:
+    """Update running maxima and sums of powers, in place, along a tile's dimension."""
     raised = torch.maximum(maximum, tile.values.amax(dim))
     torch.sub(tile.values, raised.unsqueeze(dim), out=tile.spare)
-    sums.mul_((maximum - raised).exp_()).add_(tile.spare.exp_().sum(dim))
+    sums.mul_((maximum - raised).exp2_()).add_(tile.spare.exp2_().sum(dim))
     maximum.copy_(raised)

@@ -104,11 +104,8 @@ class Sweep:
                     self._kept[rows.start, columns.start] = tile.values
         return torch.stack([term.conclude() for term in self.terms]).sum()
 
-    def backward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return gradients of the sum over all ranks: in rows and own columns (b, d), in the bias.
-
-        That of the bias is this rank's share.
-        """
+    def backward(self) -> tuple[Tensor, Tensor]:
+        """Return the gradient of the sum over all ranks in the rows and in own columns (b, d)."""
         row_grad = torch.zeros_like(self.rows)
         pulls = (
             torch.stack([term.row_pull for term in self.terms]).sum(0),
@@ -124,7 +121,7 @@ class Sweep:
 
         column_grad = self.transport.collect(contribute)
         self.positives.add_own_gradient(*pulls, row_grad, column_grad)
-        return row_grad, column_grad, bias_grad
+        return row_grad, column_grad
 
     def _add_dense(self, term: Dense, block: Block, row_grad: Tensor, column_grad: Tensor) -> None:
         operand = self.products.operand(block.features)
@@ -145,7 +142,7 @@ class Sweep:
         here = slice(tile.columns.start - start, tile.columns.stop - start)
         self.products.similarities(tile.rows, operand[here], tile.values)
         if self.products.bf16:
-            tile.own.copy_(self.positives.own[tile.own_rows])
+            tile.own.copy_(self.positives.own.similarities[tile.own_rows])
         tile.mask(own=self.mask_own, twins=self.mask_twins, value=float("-inf"))
         if self.dense is not None:
             self.dense.prepare(tile)

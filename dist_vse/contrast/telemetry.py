@@ -25,25 +25,26 @@ def summarize(
     The sweep's similarities are cosines times `scale` (1,).
     """
     layout, twins = sweep.positives.layout, sweep.positives.twins
-    own = sweep.positives.own / scale
+    pairs = sweep.positives.own
+    own = pairs.similarities / scale
     hardest = (sweep.terms[0].hardest() / scale).clamp(min=-1)  # without a negative: -1
-    squares = image_features.square().sum(1) + text_features.square().sum(1)
+    distances = (pairs.row_norms / scale).square() + pairs.column_norms.square() - 2 * own
     sums = [
         local_total,
         own.sum(),
         hardest.sum(),
         (hardest > own - margin).sum(),
-        (squares - 2 * own).sum(),
+        distances.sum(),
         (_closeness(image_features) + _closeness(text_features)) * (len(own) / 2),
     ]
     joined = distributed.all_reduce_sum(torch.stack([x.double() for x in sums]))
-    positive, hard, active, distance, closeness = joined[1:] / max(1, layout.total)
+    positive, hard, active, alignment, closeness = joined[1:] / max(1, layout.total)
     masked = (twins.family - 1).sum() if twins is not None else joined.new_zeros(())
     return joined[0], {
         "positive_similarity": positive,
         "hardest_similarity": hard,
         "active_share": active,
-        "alignment": distance,
+        "alignment": alignment,
         "uniformity": closeness.log(),
         "masked_pairs": masked,
         "masked_share": masked / max(1, layout.total * (layout.total - 1)),

@@ -11,9 +11,11 @@ from dist_vse.metrics import METRICS_NAME
 from dist_vse.run_dir import CONFIG_NAME, EXAMPLES_NAME
 
 Line = dict[str, Any]  # of metrics.jsonl
+RETRIEVAL = tuple(f"{way}_{name}" for way in ("i2t", "t2i") for name in ("r1", "r5", "r10", "medr"))
+_EXAMPLES = ("split", "chance", "text_to_image", "image_to_text")
 _FIELDS = {
     "train": ("samples_seen", "loss", "lr", "pairs_per_s", "memory_gib"),
-    "eval": ("samples_seen", "split", "rsum", "num_images", "num_texts"),
+    "eval": ("samples_seen", "split", "num_images", "num_texts", "rsum", *RETRIEVAL),
 }
 
 
@@ -58,7 +60,7 @@ def read_record(run_dir: Path) -> Record:
     if not evals:
         raise UserError(f"{run_dir / METRICS_NAME}: has no evaluation on split {split!r}")
     path = run_dir / EXAMPLES_NAME
-    examples = _read_json(path, "split", "chance", "text_to_image") if path.is_file() else None
+    examples = _read_json(path, *_EXAMPLES) if path.is_file() else None
     tested = [
         Result(content["split"], content["checkpoint"], _columns(content))
         for file in sorted(run_dir.glob("eval-*.json"))

@@ -24,6 +24,14 @@ _ROWS: dict[str, dict[str, str]] = {
     },
     "Both": {"rsum": "sum of the six recalls (rsum)"},
 }
+_LOSS_NAMES = {
+    "convse": "ConVSE",
+    "convse++": "ConVSE++",
+    "info_nce": "InfoNCE",
+    "vse0": "VSE0",
+    "vse++": "VSE++",
+    "siglip": "SigLIP",
+}
 
 
 @dataclass(frozen=True)
@@ -84,16 +92,6 @@ def header(record: Record) -> str:
         f"“{escape(result.split)}”.</p>"
         f'<dl class="figures">{cards}</dl>'
     )
-
-
-_LOSS_NAMES = {
-    "convse": "ConVSE",
-    "convse++": "ConVSE++",
-    "info_nce": "InfoNCE",
-    "vse0": "VSE0",
-    "vse++": "VSE++",
-    "siglip": "SigLIP",
-}
 
 
 def result_tables(record: Record) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 CROP_TRIES = 10
 CROP_ASPECT = 4 / 3  # width : height of a random crop lies between 3/4 and 4/3
@@ -61,8 +61,10 @@ def decode_image(
         return _transform(image, transform, rng)
     except MemoryError:
         raise  # ours, not the file's
+    except UnidentifiedImageError as error:  # its own message holds an address in memory
+        raise BadSampleError("not an image file" if data else "no bytes") from error
     except Exception as error:  # a broken file can raise anything from within a codec
-        raise BadSampleError(f"{type(error).__name__}: {error}" if data else "no bytes") from error
+        raise BadSampleError(f"{type(error).__name__}: {error}") from error
 
 
 def _transform(

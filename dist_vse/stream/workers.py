@@ -2,15 +2,21 @@
 
 Workers are spawned, not forked: a training process has threads (gloo, CUDA), and locks that a
 fork would copy in a locked state. They ignore the signals that Slurm sends to every process of
-a job: it is the training process that decides when to stop, and they end with it.
+a job: it is the training process that decides when to stop. They end when a pipe from it closes,
+which it does by itself even if that process is killed.
 """
 
+import atexit
 import contextlib
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import torch
@@ -32,8 +38,10 @@ def run_workers(items: Items[T], *, num_workers: int, prefetch: int) -> Iterator
     if num_workers == 0:
         yield from items(0, 1)
         return
+    ended, end = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    atexit.register(end.close)  # before multiprocessing waits for its children
     loader = DataLoader(
-        _Items(items),
+        _Items(items, ended),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetch,
@@ -43,6 +51,7 @@ def run_workers(items: Items[T], *, num_workers: int, prefetch: int) -> Iterator
     try:
         with _without_our_main():
             iterator = iter(loader)
+        ended.close()  # ours; the workers have their own
         for item in iterator:
             if isinstance(item, _Failure):
                 raise UserError(item.message)
@@ -54,6 +63,9 @@ def run_workers(items: Items[T], *, num_workers: int, prefetch: int) -> Iterator
             f"a data worker died ({str(error).splitlines()[0]}); if memory or /dev/shm ran out, "
             "lower data.num_workers (0 needs no shared memory)"
         ) from error
+    finally:
+        end.close()
+        atexit.unregister(end.close)
 
 
 @dataclass(frozen=True)
@@ -64,18 +76,23 @@ class _Failure:
 
 
 class _Items(IterableDataset[Any]):
-    def __init__(self, items: Items[Any]) -> None:
-        self._items = items
+    def __init__(self, items: Items[Any], ended: Connection) -> None:
+        self._items, self._ended = items, ended
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         assert worker is not None
         for number in IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        threading.Thread(target=self._exit_at_the_end, daemon=True).start()
         try:
             yield from self._items(worker.id, worker.num_workers)
         except UserError as error:
             yield _Failure(str(error))
+
+    def _exit_at_the_end(self) -> None:
+        self._ended.poll(None)  # nothing is ever sent: it returns when the other end is closed
+        os._exit(0)
 
 
 @contextlib.contextmanager

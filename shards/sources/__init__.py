@@ -2,6 +2,7 @@
 
 To add a source, write `read_x(path, *, ...) -> Iterator[Record]` and name it in `SOURCES`. Its
 keyword parameters are the command's options that it understands (`images`, `split`, `restval`).
+A heavy import belongs into the function: `dist-vse --help` reads this dict.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,0 +1,90 @@
+"""Worker processes: signals meant for the trainer, death, and the end of the trainer."""
+
+import multiprocessing
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from dist_vse.errors import UserError
+from dist_vse.stream.workers import run_workers
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def numbers(worker: int, num_workers: int) -> Iterator[int]:
+    """Count for ever: worker w of n has w, w + n, ..."""
+    while True:
+        yield worker
+        worker += num_workers
+
+
+def one_worker() -> tuple[Iterator[int], BaseProcess]:
+    before = set(multiprocessing.active_children())
+    items = run_workers(numbers, num_workers=1, prefetch=1)
+    assert next(items) == 0
+    (worker,) = set(multiprocessing.active_children()) - before
+    return items, worker
+
+
+def test_signals_of_the_scheduler_are_left_to_the_trainer() -> None:
+    items, worker = one_worker()
+    assert worker.pid is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(worker.pid, number)
+    assert [next(items) for _ in range(5)] == [1, 2, 3, 4, 5]
+    items.close()  # type: ignore[attr-defined]
+    worker.join(10)
+    assert not worker.is_alive()
+
+
+def test_a_dead_worker_is_told_in_one_line() -> None:
+    items, worker = one_worker()
+    with pytest.raises(UserError, match=r"^a data worker died .*data\.num_workers \(0 needs"):
+        worker.kill()
+        for _ in range(100):
+            next(items)
+
+
+ABANDON = """
+import multiprocessing, sys
+from dist_vse.stream.workers import run_workers
+from tests.test_stream_workers import numbers
+if __name__ == "__main__":
+    items = run_workers(numbers, num_workers=1, prefetch=1)
+    next(items)
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "is killed"])
+def test_workers_end_with_a_trainer_that(how: str, tmp_path: Path) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(ABANDON)
+    command = [sys.executable, str(script)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    trainer = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # a killed trainer's resource tracker reports what it cleans up
+        text=True,
+        env=environment,
+    )
+    assert trainer.stdin is not None and trainer.stdout is not None
+    worker = os.pidfd_open(int(trainer.stdout.readline()))
+    if how == "is killed":
+        trainer.kill()
+    trainer.stdin.close()
+    trainer.wait(30)
+    ready, _, _ = select.select([worker], [], [], 30)  # readable once the process is gone
+    trainer.stdout.close()
+    os.close(worker)
+    assert ready
