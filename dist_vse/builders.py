@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dist_vse import distributed
@@ -114,16 +115,19 @@ def build_loss(
     return loss_fn
 
 
-def make_chunks(model: DualEncoder, batch: Batch, chunk_size: int) -> list[Chunk]:
+def make_chunks(model: DualEncoder, batch: Batch, config: TrainConfig) -> list[Chunk]:
     """Cut the rank's batch into chunks of what the model's forward takes.
 
     A frozen trunk runs here, once: its outputs take the place of its inputs.
     """
     here = distributed.device()
-    pieces = zip(batch.images.split(chunk_size), batch.tokens.split(chunk_size), strict=True)
-    return [
-        model.prepare(images=images.to(here), tokens=tokens.to(here)) for images, tokens in pieces
-    ]
+    images, tokens = (x.split(config.chunk_size) for x in (batch.images, batch.tokens))
+    bf16 = config.engine.precision == "bf16"
+    with torch.autocast(here.type, torch.bfloat16, enabled=bf16):
+        return [
+            model.prepare(images=i.to(here), tokens=t.to(here))
+            for i, t in zip(images, tokens, strict=True)
+        ]
 
 
 def step_learning_rate(config: TrainConfig, samples_seen: int) -> float:

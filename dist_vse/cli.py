@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import dist_vse.bench.cli
 import launch.cli
 import shards.cli
 from dist_vse import __version__
@@ -79,27 +80,16 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument("--data", metavar="DIR", type=Path, help="where its shards are now")
     parser.add_argument("--out", type=Path, help="the page to write (default: RUN/report.html)")
 
 
 def _report(args: argparse.Namespace) -> int:
-    from dist_vse.report import report_run
+    from dist_vse.report import write_report
 
-    path = report_run(args.run_dir, args.out or args.run_dir / "report.html")
+    path = write_report(args.run_dir, args.data, args.out or args.run_dir / "report.html")
     print(f"wrote {path}")
     return 0
-
-
-def _add_bench(parser: argparse.ArgumentParser) -> None:
-    from dist_vse.bench import add_arguments
-
-    add_arguments(parser)
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from dist_vse.bench import run
-
-    return run(args)
 
 
 _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
@@ -124,5 +114,9 @@ _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
         _eval,
     ),
     "report": ("write a run's results as one HTML page", _add_report, _report),
-    "bench": ("measure the losses against the best peer", _add_bench, _bench),
+    "bench": (
+        "measure against the best peer",
+        dist_vse.bench.cli.add_arguments,
+        dist_vse.bench.cli.run,
+    ),
 }

@@ -17,9 +17,9 @@ from dist_vse.log import setup_logging
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.tokenizer import Tokenizer
 from dist_vse.retrieval import chance
-from dist_vse.run_dir import EXAMPLES_NAME, load_trained, open_run, run_model, run_tokenizer
+from dist_vse.run_dir import load_trained, open_run, run_model, run_tokenizer
+from dist_vse.run_files import EXAMPLES_NAME, RESULT_NAME
 
-RESULT_NAME = "eval-{split}.json"
 _ROWS = {
     "i2t_r1": "image to text R@1, %",
     "i2t_r5": "R@5, %",

@@ -64,8 +64,9 @@ def train_step(
     cache = list(zip(*(_split_like(grad, encoded, i) for i, grad in enumerate(grads)), strict=True))
 
     # Pass 2: <output, cached gradient> has the gradient of the loss in the parameters. Kept
-    # graphs go first, so that their memory is free for the others.
-    with engine.accumulation():
+    # graphs go first, so that their memory is free for the others. BatchNorm's statistics have
+    # moved in pass 1, once.
+    with engine.accumulation(), frozen_statistics(engine.module):
         for i in reversed(range(len(chunks))):
             outputs = _encode_again(engine, chunks[i], encoded[i])
             surrogate = sum((o * g).sum() for o, g in zip(outputs, cache[i], strict=True))
@@ -78,10 +79,8 @@ def train_step(
 
 def _encode(engine: Engine, chunk: Chunk, keep_graph: bool) -> _Encoded:
     state = random_state()
-    if keep_graph:
-        return _Encoded(tuple(engine(**chunk)), state, True)
-    with torch.no_grad(), frozen_statistics(engine.module):
-        return _Encoded(tuple(engine(**chunk)), state, False)
+    with torch.set_grad_enabled(keep_graph):
+        return _Encoded(tuple(engine(**chunk)), state, keep_graph)
 
 
 def _encode_again(engine: Engine, chunk: Chunk, first: _Encoded) -> tuple[Tensor, ...]:

@@ -10,8 +10,8 @@ import torch
 
 from dist_vse import distributed
 from dist_vse.log import logger
+from dist_vse.run_files import METRICS_NAME
 
-METRICS_NAME = "metrics.jsonl"
 GIB = 2**30
 
 

@@ -1,8 +1,4 @@
-"""The run's folder: its config, its vocabulary, and the model that it holds.
-
-`config.yaml` (whole, resolved), `vocabulary.json` (from-scratch text encoders), `metrics.jsonl`,
-`tensorboard/`, `checkpoints/`, and what evaluation and report add.
-"""
+"""The run's folder: its config, its vocabulary, and the model that it holds."""
 
 import os
 from pathlib import Path
@@ -14,12 +10,8 @@ from dist_vse.index import Index
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
+from dist_vse.run_files import CHECKPOINTS, CONFIG_NAME, VOCABULARY_NAME
 from dist_vse.stream import captions
-
-CONFIG_NAME = "config.yaml"
-VOCABULARY_NAME = "vocabulary.json"
-CHECKPOINTS = "checkpoints"
-EXAMPLES_NAME = "examples.json"
 
 _MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
 """Settings of a run that a resumed life may change without changing what was learned so far."""
@@ -75,7 +67,9 @@ def run_tokenizer(config: TrainConfig, run_dir: Path, index: Index, *, build: bo
         return WordTokenizer.load(path)
     if config.model.text.kind != "pretrained" and not build:
         raise UserError(f"{path}: the run's vocabulary is missing; train the run first")
-    tokenizer = build_tokenizer(config.model.text, lambda: captions(index, config.data.train_split), None)
+    tokenizer = build_tokenizer(
+        config.model.text, lambda: captions(index, config.data.train_split), None
+    )
     if isinstance(tokenizer, WordTokenizer):
         tokenizer.save(path)
     return tokenizer

@@ -30,8 +30,10 @@ from dist_vse.grad_cache import train_step
 from dist_vse.index import Index, read_index
 from dist_vse.log import logger, setup_logging
 from dist_vse.metrics import Meter, Recorder, log_line, peak_memory_gib
+from dist_vse.models.dual_encoder import average_statistics
 from dist_vse.models.tokenizer import Tokenizer
-from dist_vse.run_dir import CHECKPOINTS, EXAMPLES_NAME, prepare_run_dir, run_tokenizer
+from dist_vse.run_dir import prepare_run_dir, run_tokenizer
+from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME
 from dist_vse.stream import Batch
 
 INTERRUPTED = 130
@@ -103,7 +105,7 @@ def _train(run: Run, progress: Progress) -> Progress:
         engine.set_learning_rate(rate)
         statistics: dict[str, Tensor] = {}
         loss_fn = build_loss(config, batch, progress.samples_seen, statistics)
-        chunks = make_chunks(engine.module, batch, config.chunk_size)
+        chunks = make_chunks(engine.module, batch, config)
         loss = train_step(engine, loss_fn, chunks)
 
         progress = _advance(progress, batch, config.global_batch_size)
@@ -136,6 +138,7 @@ def _advance(progress: Progress, batch: Batch, global_batch_size: int) -> Progre
 
 def _save(run: Run, progress: Progress) -> None:
     """Write a checkpoint; the lanes of all ranks, in order, are the data's position."""
+    average_statistics(run.engine.module)
     lanes = [lane for lanes in distributed.all_gather_object(progress.lanes) for lane in lanes]
     folder = run.run_dir / CHECKPOINTS
     keep = run.config.keep_checkpoints
@@ -156,11 +159,12 @@ def _log(
 def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> None:
     split = run.config.data.eval_split
     batches = build_eval_batches(run.config, run.index, run.tokenizer, split)
+    average_statistics(run.engine.module)
     with run.engine.whole_parameters():
         evaluation = evaluate(run.engine.module, batches, distributed.device())
     metrics = evaluation.metrics
-    values = {"samples_seen": progress.samples_seen, "split": split, **metrics}
-    recorder.write("eval", progress.step, values)
+    values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen, "split": split}
+    recorder.write("eval", progress.step, {**values, **metrics})
     logger.info(
         "%s: image to text R@1 %.1f %%, text to image R@1 %.1f %%, rsum %.1f",
         f"step {progress.step}, {split}",

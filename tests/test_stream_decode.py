@@ -33,7 +33,7 @@ def decode(image: Image.Image, format: str = "PNG", size: int = 8, **options: An
 def indexed(transparency: int | None = None) -> bytes:
     image = flat("P", 0)
     image.putpalette([220, 40, 40, 0, 0, 0])
-    return encode(image, **({} if transparency is None else {"transparency": transparency}))
+    return encode(image) if transparency is None else encode(image, transparency=transparency)
 
 
 KINDS: dict[str, tuple[bytes, tuple[int, int, int]]] = {
@@ -50,9 +50,9 @@ KINDS: dict[str, tuple[bytes, tuple[int, int, int]]] = {
     "opaque": (encode(flat("RGBA", (*RED, 255))), RED),
     "gray with alpha": (encode(flat("LA", (0, 0))), (255, 255, 255)),
     "RGB with a transparent colour": (encode(flat("RGB", RED), transparency=RED), (255,) * 3),
-    "16 bits": (encode(flat("I;16", 257 * 77)), (77, 77, 77)),
-    "16 bits, big-endian tiff": (encode(flat("I;16B", 257 * 77), "TIFF"), (77, 77, 77)),
-    "32 bits": (encode(flat("I", 257 * 77), "TIFF"), (77, 77, 77)),
+    "16 bits": (encode(flat("I;16", 20_000)), (77, 77, 77)),
+    "16 bits, big-endian tiff": (encode(flat("I;16B", 20_000), "TIFF"), (77, 77, 77)),
+    "32 bits": (encode(flat("I", 20_000), "TIFF"), (77, 77, 77)),
     "float": (encode(flat("F", 77.0), "TIFF"), (77, 77, 77)),
     "CMYK jpeg": (encode(flat("CMYK", (0, 255, 255, 0)), "JPEG"), (255, 0, 0)),
     "CMYK tiff": (encode(flat("CMYK", (255, 0, 0, 0)), "TIFF"), (0, 255, 255)),

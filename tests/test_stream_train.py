@@ -183,6 +183,22 @@ def test_crops_differ_between_epochs_and_seeds(tmp_path: Path) -> None:
         assert sum(first[image] == different[image] for image in first) <= 1
 
 
+def test_a_crop_depends_on_nothing_but_seed_epoch_and_sample(tmp_path: Path) -> None:
+    index = write_dataset(tmp_path, {"train": [9, 7]}, size=16)
+
+    def pixels(lanes: int, window: int) -> dict[tuple[int, ...], bytes]:
+        (stream,) = start(index, global_batch_size=16, lanes=lanes, shuffle_window=window)
+        return {
+            tuple(origin): image.numpy().tobytes()
+            for batch in itertools.islice(stream, 2)
+            for origin, image in zip(batch.origin.tolist(), batch.images, strict=True)
+        }
+
+    reference = pixels(1, 100)
+    assert len(reference) == 32
+    assert pixels(4, 2) == reference
+
+
 BAD = {
     "undecodable": Sample("undecodable", b"GIF89a nonsense", ("a cat",)),
     "mute": Sample("mute", make_sample(900).image, ("  ", "")),
@@ -267,7 +283,7 @@ def test_a_short_shard_is_named(tmp_path: Path) -> None:
 
 def test_the_global_random_state_is_left_alone(index: Index) -> None:
     torch.manual_seed(0)
-    before, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    before, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     streams = start(index, num_workers=1)
     take(streams, 1)
     take(start(index), 1)

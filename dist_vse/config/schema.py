@@ -269,6 +269,12 @@ class TrainConfig:
         _at_least(1, global_batch_size=self.global_batch_size, chunk_size=self.chunk_size)
         _at_least(1, total_steps=self.total_steps, log_every=self.log_every)
         _at_least(1, keep_checkpoints=self.keep_checkpoints)
+        image = self.model.image
+        _check(
+            image.weights is not None or not image.frozen,
+            "model.image.frozen=true would freeze random weights: give model.image.weights, or "
+            "set it to false",
+        )
         _at_least(0, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
 
     def check_world_size(self, world_size: int) -> None:

@@ -24,9 +24,7 @@ FEW = 8  # up to an eighth of a tile's rows are looked at apart from the others
 class Hardest:
     """The hinge of the hardest negative, times `weight`; `bound` is the largest |similarity|."""
 
-    def __init__(
-        self, positives: Positives, margin: float, *, weight: float, bound: float
-    ) -> None:
+    def __init__(self, positives: Positives, margin: float, *, weight: float, bound: float) -> None:
         self.positives = positives
         self.layout = positives.layout
         self.margin = margin
@@ -67,7 +65,13 @@ class Hardest:
         return self.rows.values
 
     def _push(
-        self, block: Block, i: Tensor, j: Tensor, rows: Tensor, row_grad: Tensor, column_grad: Tensor
+        self,
+        block: Block,
+        i: Tensor,
+        j: Tensor,
+        rows: Tensor,
+        row_grad: Tensor,
+        column_grad: Tensor,
     ) -> None:
         """Add the gradient of the similarities of rows i with the block's columns j."""
         for chunk in ranges(0, len(i), CHUNK):

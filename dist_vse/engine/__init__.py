@@ -8,13 +8,15 @@ whole batch.
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from dist_vse.models.dual_encoder import DualEncoder
 
 
 class Engine(Protocol):
     """The model with its optimizer, as the train step sees them."""
 
-    module: nn.Module
+    module: DualEncoder
 
     def __call__(self, **inputs: Tensor) -> Any:
         """Run the model's forward."""

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from dist_vse.distributed import all_reduce_mean
+from dist_vse.models.dual_encoder import DualEncoder
 
 
 class PlainEngine:
     """Replicates the model on every rank and reduces all gradients at once, in `step`."""
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float = 0.0
+        self, module: DualEncoder, optimizer: torch.optim.Optimizer, clip_norm: float = 0.0
     ) -> None:
         self.module = module
         self.optimizer = optimizer

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_vse.distributed import world_size
+from dist_vse.models.dual_encoder import DualEncoder
 
 _LARGEST_BUCKET = 1 << 26  # elements
 _ALIGNMENT = 1 << 10  # DeepSpeed wants buckets in multiples of a small power of two
@@ -58,7 +59,7 @@ class ZeroEngine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: DualEncoder,
         optimizer: torch.optim.Optimizer,
         *,
         stage: int,

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dist_vse.distributed import all_reduce_mean
+
 MAX_LOG_SCALE = math.log(100)
 
 
@@ -129,6 +131,15 @@ class DualEncoder(nn.Module):
 
 def _prepare(tower: Tower, raw_name: str, hidden_name: str, raw: Tensor) -> dict[str, Tensor]:
     return {hidden_name: tower.hidden(raw)} if tower.frozen else {raw_name: raw}
+
+
+def average_statistics(model: nn.Module) -> None:
+    """Average BatchNorm's running statistics over the ranks, each of which saw its own rows."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            assert module.running_var is not None
+            all_reduce_mean(module.running_mean)
+            all_reduce_mean(module.running_var)
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from typing import Any
 
 from dist_vse.config import TrainConfig, dump_config, load_config
 from dist_vse.errors import UserError
-from dist_vse.metrics import METRICS_NAME
-from dist_vse.run_dir import CONFIG_NAME, EXAMPLES_NAME
+from dist_vse.run_files import CONFIG_NAME, EXAMPLES_NAME, METRICS_NAME
 
 Line = dict[str, Any]  # of metrics.jsonl
 RETRIEVAL = tuple(f"{way}_{name}" for way in ("i2t", "t2i") for name in ("r1", "r5", "r10", "medr"))

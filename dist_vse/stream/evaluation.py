@@ -55,7 +55,12 @@ def eval_batches(
     Raises UserError for a sample that cannot be used: leaving it out would change the metrics.
     """
     num_samples = index.split(split).num_samples
-    start, stop = (num_samples * r // world_size for r in (rank, rank + 1))
+    # Shares of whole batches: a batch holds the same rows for any number of ranks, so that its
+    # features have the same last bits.
+    num_batches = -(-num_samples // batch_size)
+    start, stop = (
+        min(num_samples, num_batches * r // world_size * batch_size) for r in (rank, rank + 1)
+    )
     share = _Share(index, split, start, stop, batch_size, Transform(size), tokenizer)
     return run_workers(share, num_workers=num_workers, prefetch=BATCHES_AHEAD)
 
