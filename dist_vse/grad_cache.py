@@ -9,7 +9,7 @@ Shape letters: b rows on this rank, d embedding size, c chunks.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def train_step(
 def _encode(engine: Engine, chunk: Chunk, keep_graph: bool) -> _Encoded:
     state = random_state()
     with torch.set_grad_enabled(keep_graph):
-        return _Encoded(tuple(engine(**chunk)), state, keep_graph)
+        return _Encoded(engine(**chunk), state, keep_graph)
 
 
 def _encode_again(engine: Engine, chunk: Chunk, first: _Encoded) -> tuple[Tensor, ...]:
@@ -88,7 +88,7 @@ def _encode_again(engine: Engine, chunk: Chunk, first: _Encoded) -> tuple[Tensor
     if first.has_graph:
         return first.outputs
     with replay(first.state):
-        return tuple(engine(**chunk))
+        return cast(tuple[Tensor, ...], engine(**chunk))
 
 
 def _split_like(grad: Tensor, encoded: Sequence[_Encoded], i: int) -> tuple[Tensor, ...]:

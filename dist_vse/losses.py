@@ -39,8 +39,9 @@ def dense_loss(
         return siglip(s * scale + bias, positive, negative)
     if name == "vse0":
         return vse0(s, positive, negative, margin)
+    assert name in ("vse++", "convse++"), name
     total = vse_max(s, positive, negative, margin, hardness)
-    return total if name == "vse++" else total * scale / max(1, len(s))
+    return total if name == "vse++" else (total * scale / max(1, len(s))).view(())
 
 
 def pair_masks(

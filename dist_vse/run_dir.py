@@ -10,7 +10,7 @@ from dist_vse.index import Index
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
-from dist_vse.run_files import CHECKPOINTS, CONFIG_NAME, VOCABULARY_NAME
+from dist_vse.run_files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, VOCABULARY_NAME
 from dist_vse.stream import captions
 
 _MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
@@ -25,7 +25,9 @@ def prepare_run_dir(config: TrainConfig) -> Path:
     run_dir = Path(config.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / CONFIG_NAME
-    if path.is_file():
+    if not (run_dir / METRICS_NAME).is_file():  # nothing was trained yet
+        (run_dir / VOCABULARY_NAME).unlink(missing_ok=True)
+    elif path.is_file():
         changed = _differences(load_config(path), config)
         if changed:
             raise UserError(

@@ -17,7 +17,7 @@ from dist_vse.contrast.tiles import Tile, ranges
 from dist_vse.contrast.transport import Block
 
 ROUNDINGS = 16
-CHUNK = 4096  # features moved together
+CHUNK = 1024  # features moved together
 FEW = 8  # up to an eighth of a tile's rows are looked at apart from the others
 
 
@@ -32,7 +32,7 @@ class Hardest:
         self.tolerance = ROUNDINGS * torch.finfo(positives.rows.dtype).eps * bound
         self.rows = _Best(len(positives.rows), positives.rows)
         self.columns = _Best(self.layout.total, positives.rows)
-        self.row_pull = self.column_pull = positives.rows
+        self.own_pull, self.row_pull, self.column_pull = (positives.rows,) * 3
 
     def see(self, tile: Tile) -> None:
         first = self.layout.own.start + tile.rows.start
@@ -43,8 +43,9 @@ class Hardest:
         self.columns.join(self.tolerance)
         row_hinges = self.margin + self.rows.values - self.positives.rows
         column_hinges = self.margin + self.columns.values - self.positives.columns()
-        self.row_pull = (row_hinges > 0).to(row_hinges.dtype) * self.weight
-        self.column_pull = (column_hinges > 0).to(row_hinges.dtype) * self.weight
+        self.row_pull = (row_hinges > 0) * self.positives.row_share * self.weight
+        self.column_pull = (column_hinges > 0) * self.positives.column_share * self.weight
+        self.own_pull = self.row_pull + self.column_pull[self.layout.own]
         total = row_hinges.clamp(min=0).sum() + column_hinges[self.layout.own].clamp(min=0).sum()
         return total * self.weight
 

@@ -8,6 +8,7 @@ is W times the gradient of that number in the rank's own rows: an engine that av
 gradients of parameters over the ranks then has exactly the gradient of one process.
 """
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from dist_vse.contrast.transport import Gather, Ring, Transport
 from dist_vse.errors import UserError
 
 SOFTMAX = ("convse", "info_nce")
-ON_LOGITS = (*SOFTMAX, "siglip")  # own pairs are candidates, similarities are scaled
+ON_LOGITS = (*SOFTMAX, "siglip")  # scaled similarities; positives are candidates
 HINGES = ("convse++", "vse++", "vse0")
 GIB = 2**30
 
@@ -119,7 +120,7 @@ class _Survey:
 
     layout: Layout
     largest: float  # no |similarity| of the batch is larger
-    smallest_positive: float
+    smallest_own: float
 
 
 class _Total(torch.autograd.Function):
@@ -172,7 +173,6 @@ def _build_sweep(
         positives,
         dense=dense,
         sparse=sparse,
-        own_are_candidates=setting.name in ON_LOGITS,
         twins_are_candidates=setting.name in ON_LOGITS and setting.twins_are_positive,
         tile=setting.tile or default_tile(rows.device),
         budget=int(setting.memory_gib * GIB),
@@ -210,7 +210,7 @@ def _build_terms(
             if hardness > 0
             else None,
         )
-    shift = shared_shift(survey.largest, survey.smallest_positive)
+    shift = shared_shift(survey.largest, survey.smallest_own)
     return RunningSoftmax(positives) if shift is None else SharedSoftmax(positives, shift), None
 
 
@@ -246,7 +246,9 @@ def _check(
         ("transport", transport, ("gather", "ring")),
     ):
         if value not in choices:
-            raise UserError(f"{what} {value!r} is unknown; choose one of {', '.join(choices)}")
+            near = difflib.get_close_matches(value, choices, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(choices)}"
+            raise UserError(f"{what} {value!r} is unknown; {hint}")
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise UserError(
             f"image_features {tuple(image_features.shape)} and text_features "

@@ -9,16 +9,15 @@ from torch.nn.functional import softplus
 
 from dist_vse import distributed
 from dist_vse.contrast.positives import Positives
-from dist_vse.contrast.tiles import Tile
-
-EXACT = 40.0  # from here on softplus(z) is z, to a float64
+from dist_vse.contrast.tiles import EXACT, Tile
 
 
 class Sigmoid:
     """SigLIP: every pair is a yes or no. https://arxiv.org/abs/2303.15343
 
-    With z a pair's logit plus the bias, a negative gives softplus(z) and a positive softplus(-z),
-    which is softplus(z) - z: so all candidates are alike in the sweep, and the positives pull.
+    With z a pair's logit plus the bias, a negative gives softplus(z) and a positive softplus(-z).
+    The latter is softplus(z) - z: so twins that are positives are like negatives in the tiles,
+    and pull with 1 outside of them.
     """
 
     def __init__(self, positives: Positives, bias: Tensor) -> None:
@@ -26,10 +25,8 @@ class Sigmoid:
         self.bias = bias
         self.row_sums = torch.zeros_like(positives.rows)
         self.largest = torch.full_like(self.row_sums, float("-inf"))
+        self.own_pull = (-positives.own.similarities - bias).sigmoid()
         self.row_pull = torch.ones_like(self.row_sums)
-        if positives.average_twins and positives.twins is not None:
-            family = positives.twins.family[positives.layout.own]
-            self.row_pull = family.to(self.row_sums.dtype)
         self.column_pull = self.row_sums.new_zeros(()).expand(positives.layout.total)
         self._weight_sum = torch.zeros_like(bias)
 
@@ -42,21 +39,27 @@ class Sigmoid:
         torch.maximum(largest, tile.negative_maxima(float("-inf")), out=largest)
 
     def conclude(self) -> Tensor:
-        return (self.row_sums - self.row_pull * (self.positives.rows + self.bias)).sum()
+        own = self.positives.own.similarities
+        # A mean over the positives times their number, less the own one: the sum of the twins.
+        twins = self.positives.rows / self.positives.row_share - own + self._num_twins() * self.bias
+        return (self.row_sums + softplus(-own - self.bias, threshold=EXACT) - twins).sum()
 
     def weigh(self, tile: Tile) -> Tensor:
         weights = tile.values.sigmoid_()
         self._weight_sum += weights.sum()
         return weights
 
+    def hardest(self) -> Tensor:
+        return self.largest - self.bias
+
     def take_bias_grad(self) -> Tensor:
         """Return this rank's share of the gradient in the bias (1,), after a backward sweep."""
-        grad = self._weight_sum - self.row_pull.sum()
+        grad = self._weight_sum - (self.own_pull + self._num_twins()).sum()
         self._weight_sum = torch.zeros_like(self.bias)
         return grad
 
-    def hardest(self) -> Tensor:
-        return self.largest - self.bias
+    def _num_twins(self) -> Tensor:
+        return 1 / self.positives.row_share - 1  # (b,)
 
 
 class Hinges:
@@ -76,7 +79,8 @@ class Hinges:
         self.row_stats = self.row_thresholds.new_zeros(2, len(self.row_thresholds))
         self.column_stats = self.row_stats.new_zeros(2, len(self.column_thresholds))
         self.largest = torch.full_like(self.row_thresholds, float("-inf"))
-        self.row_pull, self.column_pull = self.row_stats[1], self.column_stats[1]
+        self.positives = positives
+        self.own_pull, self.row_pull, self.column_pull = (self.row_thresholds,) * 3
 
     def prepare(self, tile: Tile) -> None:
         """The similarities themselves are what it works on."""
@@ -93,8 +97,9 @@ class Hinges:
         distributed.all_reduce_sum(self.column_stats)
         row_terms, self.row_weights = self._weigh_violations(*self.row_stats)
         column_terms, self.column_weights = self._weigh_violations(*self.column_stats)
-        self.row_pull = self.row_stats[1] * self.row_weights
-        self.column_pull = self.column_stats[1] * self.column_weights
+        self.row_pull = self.row_stats[1] * self.row_weights * self.positives.row_share
+        self.column_pull = self.column_stats[1] * self.column_weights * self.positives.column_share
+        self.own_pull = self.row_pull + self.column_pull[self.layout.own]
         return row_terms.sum() + column_terms[self.layout.own].sum()
 
     def weigh(self, tile: Tile) -> Tensor:

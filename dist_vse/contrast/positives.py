@@ -51,6 +51,11 @@ class Positives:
         self.own = own
         self.rows = self.own_columns = own.similarities  # (b,) means
         self.average_twins = average_twins and twins is not None and bool(twins)
+        # What each of a row's (column's) positives weighs in its mean: (b,) and (N,).
+        self.column_share = self.rows.new_ones(()).expand(layout.total)
+        if self.average_twins and twins is not None:
+            self.column_share = 1 / twins.family.to(self.rows.dtype)
+        self.row_share = self.column_share[layout.own]
 
     def include_twins(self, transport: Transport) -> None:
         """Take the twins into the means: a pass over the blocks, but only over the twins."""
@@ -64,21 +69,16 @@ class Positives:
                 similarity = (self._rows[i] * block.features[j - block.columns.start]).sum(1)
                 rows.index_add_(0, i, similarity)
                 columns.index_add_(0, j, similarity)
-        family = self._family()
-        self.rows = rows / family[self.layout.own]
-        self.own_columns = (distributed.all_reduce_sum(columns) / family)[self.layout.own]
+        self.rows = rows * self.row_share
+        columns = distributed.all_reduce_sum(columns) * self.column_share
+        self.own_columns = columns[self.layout.own]
 
     def columns(self) -> Tensor:
         """Gather the means of all columns (N,)."""
         return self.layout.gather(self.own_columns)
 
-    def add_own_gradient(
-        self, row_pull: Tensor, column_pull: Tensor, row_grad: Tensor, column_grad: Tensor
-    ) -> None:
-        """Add the pull (b,) and (N,) of own pairs to the gradients of rows and own columns."""
-        pull = row_pull + column_pull[self.layout.own]
-        if self.average_twins:
-            pull = pull / self._family()[self.layout.own]
+    def add_own_gradient(self, pull: Tensor, row_grad: Tensor, column_grad: Tensor) -> None:
+        """Add the pull (b,) of own pairs to the gradients of rows and own columns."""
         row_grad.addcmul_(self._columns, pull.unsqueeze(1), value=-1)
         column_grad.addcmul_(self._rows, pull.unsqueeze(1), value=-1)
 
@@ -90,20 +90,14 @@ class Positives:
         row_grad: Tensor,
         column_grad: Tensor,
     ) -> None:
-        """Add the pull of twins to the gradients of the rows and of the block's columns."""
+        """Add the pull (b,) and (N,) of twins to the gradients of rows and the block's columns."""
         if not self.average_twins:
             return
-        family = self._family()
-        row_pull, column_pull = row_pull / family[self.layout.own], column_pull / family
         for i, j in self._pairs(block):
             pull = -(row_pull[i] + column_pull[j]).unsqueeze(1)
             local = j - block.columns.start
             row_grad.index_add_(0, i, block.features[local] * pull)
             column_grad.index_add_(0, local, self._rows[i] * pull)
-
-    def _family(self) -> Tensor:
-        assert self.twins is not None
-        return self.twins.family
 
     def _pairs(self, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the twins among a block's columns: rows here, columns of the global batch."""
@@ -114,8 +108,3 @@ class Positives:
                 if pairs is not None:
                     for i, j in zip(*(index.split(CHUNK) for index in pairs), strict=True):
                         yield i + rows.start, j + columns.start
-
-
-def unit_pull(like: Tensor, count: int) -> Tensor:
-    """Return a pull of 1 for each of `count` rows or columns, at no cost of memory."""
-    return torch.ones((), dtype=like.dtype, device=like.device).expand(count)

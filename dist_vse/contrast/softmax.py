@@ -6,26 +6,30 @@ column's. Rows are whole on their rank; columns are joined over the ranks by one
 Logits, and terms, are in bits (to base 2): a power of 2 costs less than half of one of e.
 """
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from dist_vse import distributed
-from dist_vse.contrast.positives import Positives, unit_pull
-from dist_vse.contrast.tiles import Tile
+from dist_vse.contrast.positives import Positives
+from dist_vse.contrast.tiles import EXACT, Tile
 
 SAFE = 86.0  # 2^86 times any number of columns is within float32's range
+LN2 = math.log(2)
 LOW = -1e30  # no logit is as low, and 2^(LOW - LOW) is 1
 
 
-def shared_shift(largest: float, smallest_positive: float) -> float | None:
+def shared_shift(largest: float, smallest_own: float) -> float | None:
     """Return a shift with which one power of 2 serves both the row and the column.
 
-    `largest` bounds all logits. A sum holds at least its positive's power, so sums neither
-    overflow nor vanish if shifted logits are at most SAFE and positives at least -SAFE; None if
-    no shift does that.
+    `largest` bounds all logits. A softmax's sum holds at least its own pair's power, so it neither
+    overflows nor vanishes if shifted logits are at most SAFE and those of own pairs at least
+    -SAFE; None if no shift does that.
     """
     shift = max(0.0, largest - SAFE)
-    return shift if smallest_positive - shift >= -SAFE else None
+    return shift if smallest_own - shift >= -SAFE else None
 
 
 class SharedSoftmax:
@@ -37,8 +41,8 @@ class SharedSoftmax:
         self.row_sums = torch.zeros_like(positives.rows)
         self.column_sums = self.row_sums.new_zeros(positives.layout.total)
         self.largest = torch.zeros_like(self.row_sums)
-        self.row_pull = unit_pull(self.row_sums, len(self.row_sums))
-        self.column_pull = unit_pull(self.row_sums, len(self.column_sums))
+        self.own_pull, self.row_pull = self.row_sums, positives.row_share
+        self.column_pull = positives.column_share
 
     def prepare(self, tile: Tile) -> None:
         if self.shift:
@@ -52,12 +56,16 @@ class SharedSoftmax:
         torch.maximum(largest, tile.negative_maxima(0.0), out=largest)
 
     def conclude(self) -> Tensor:
+        layout, own = self.positives.layout, self.positives.own.similarities
         distributed.all_reduce_sum(self.column_sums)
-        own = self.column_sums[self.positives.layout.own]
-        total = (self.row_sums.log2() + self.shift - self.positives.rows).sum()
-        total = total + (own.log2() + self.shift - self.positives.own_columns).sum()
-        self.row_sums.reciprocal_()
-        self.column_sums.reciprocal_()
+        total, self.own_pull = _terms(
+            self.positives,
+            self.row_sums.log2() + self.shift,
+            self.column_sums[layout.own].log2() + self.shift,
+        )
+        # From here on these are what a power weighs in the gradient.
+        self.row_sums.add_((own - self.shift).exp2_()).reciprocal_()
+        self.column_sums.add_((layout.gather(own) - self.shift).exp2_()).reciprocal_()
         return total
 
     def weigh(self, tile: Tile) -> Tensor:
@@ -79,8 +87,8 @@ class RunningSoftmax:
         self.column_max = self.row_max.new_full((positives.layout.total,), LOW)
         self.column_sums = torch.zeros_like(self.column_max)
         self.largest = torch.full_like(self.row_max, float("-inf"))
-        self.row_pull = unit_pull(self.row_max, len(self.row_max))
-        self.column_pull = unit_pull(self.row_max, len(self.column_max))
+        self.own_pull, self.row_pull = self.row_sums, positives.row_share
+        self.column_pull = positives.column_share
 
     def prepare(self, tile: Tile) -> None:
         """The logits themselves are what it works on."""
@@ -92,15 +100,17 @@ class RunningSoftmax:
         torch.maximum(largest, tile.negative_maxima(float("-inf")), out=largest)
 
     def conclude(self) -> Tensor:
+        layout, own = self.positives.layout, self.positives.own.similarities
         largest = distributed.all_reduce_max(self.column_max.clone())
         self.column_sums *= (self.column_max - largest).exp2()
         distributed.all_reduce_sum(self.column_sums)
         # From here on these are the logarithms of the sums.
         self.row_sums.log2_().add_(self.row_max)
         self.column_sums.log2_().add_(largest)
-        own = self.column_sums[self.positives.layout.own]
-        total = (self.row_sums - self.positives.rows).sum()
-        return total + (own - self.positives.own_columns).sum()
+        total, self.own_pull = _terms(self.positives, self.row_sums, self.column_sums[layout.own])
+        self.row_sums = torch.logaddexp2(self.row_sums, own)
+        self.column_sums = torch.logaddexp2(self.column_sums, layout.gather(own))
+        return total
 
     def weigh(self, tile: Tile) -> Tensor:
         torch.sub(tile.values, self.column_sums[tile.columns], out=tile.spare)
@@ -109,6 +119,21 @@ class RunningSoftmax:
 
     def hardest(self) -> Tensor:
         return self.largest
+
+
+def _terms(positives: Positives, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the terms of rows and own columns, and the pull of own pairs (b,).
+
+    `rows` and `columns` (b,) are log-sum-exps without the own pair. Kept apart, it costs no
+    digits where the softmax is nearly certain: both results are then as small as they should be.
+    """
+    own = positives.own.similarities
+    total, pull = own.new_zeros(()), torch.zeros_like(own)
+    for others, mean in ((rows, positives.rows), (columns, positives.own_columns)):
+        gap = (others - own) * LN2
+        total = total + (softplus(gap, threshold=EXACT) / LN2 + (own - mean)).sum()
+        pull += gap.sigmoid() + (positives.row_share - 1)
+    return total, pull
 
 
 def _add_powers(maximum: Tensor, sums: Tensor, tile: Tile, dim: int) -> None:

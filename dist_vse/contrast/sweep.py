@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dist_vse.contrast.layout import Twins
 from dist_vse.contrast.positives import Positives
 from dist_vse.contrast.tiles import Products, Tile, ranges
 from dist_vse.contrast.transport import Block, Transport
@@ -18,8 +17,9 @@ from dist_vse.contrast.transport import Block, Transport
 class Term(Protocol):
     """A part of a loss: a sum over rows and columns of what their candidates give."""
 
-    row_pull: Tensor  # (b,) by how much a row's term falls as its positives rise
-    column_pull: Tensor  # (N,) likewise of columns
+    own_pull: Tensor  # (b,) minus the gradient in the similarities of own pairs
+    row_pull: Tensor  # (b,) and
+    column_pull: Tensor  # (N,): their sum is the same for a pair of twins that are positives
 
     def see(self, tile: Tile) -> None:
         """Take a tile into the statistics."""
@@ -53,9 +53,9 @@ class Sparse(Term, Protocol):
 class Sweep:
     """Runs one or two terms over all pairs of this rank's rows with the global batch's columns.
 
-    Own pairs that are no candidates are -inf in the tiles, and so are twins unless they are
-    candidates as well. Up to `budget` bytes of prepared tiles are kept from the forward sweep for
-    the backward one.
+    Own pairs are -inf in the tiles: what they give is a matter of b numbers, not of b x N. Twins
+    are -inf as well, unless they are positives and the terms count those as candidates. Up to
+    `budget` bytes of prepared tiles are kept from the forward sweep for the backward one.
     """
 
     def __init__(
@@ -66,7 +66,6 @@ class Sweep:
         *,
         dense: Dense | None,
         sparse: Sparse | None,
-        own_are_candidates: bool,
         twins_are_candidates: bool,
         tile: int,
         budget: int,
@@ -77,8 +76,7 @@ class Sweep:
         self.positives = positives
         self.dense = dense
         self.sparse = sparse
-        self.mask_own = not own_are_candidates
-        self.mask_twins = not twins_are_candidates
+        self.twins_are_candidates = twins_are_candidates
         self.side = tile
         self.budget = budget
         self.products = Products(rows, bf16=bf16)
@@ -107,7 +105,8 @@ class Sweep:
     def backward(self) -> tuple[Tensor, Tensor]:
         """Return the gradient of the sum over all ranks in the rows and in own columns (b, d)."""
         row_grad = torch.zeros_like(self.rows)
-        pulls = (
+        own_pull = torch.stack([term.own_pull for term in self.terms]).sum(0)
+        twin_pulls = (
             torch.stack([term.row_pull for term in self.terms]).sum(0),
             torch.stack([term.column_pull for term in self.terms]).sum(0),
         )
@@ -117,10 +116,10 @@ class Sweep:
                 self._add_dense(self.dense, block, row_grad, column_grad)
             if self.sparse is not None:
                 self.sparse.add_gradient(block, self.rows, row_grad, column_grad)
-            self.positives.add_twins_gradient(block, *pulls, row_grad, column_grad)
+            self.positives.add_twins_gradient(block, *twin_pulls, row_grad, column_grad)
 
         column_grad = self.transport.collect(contribute)
-        self.positives.add_own_gradient(*pulls, row_grad, column_grad)
+        self.positives.add_own_gradient(own_pull, row_grad, column_grad)
         return row_grad, column_grad
 
     def _add_dense(self, term: Dense, block: Block, row_grad: Tensor, column_grad: Tensor) -> None:
@@ -141,11 +140,21 @@ class Sweep:
         start = block.columns.start
         here = slice(tile.columns.start - start, tile.columns.stop - start)
         self.products.similarities(tile.rows, operand[here], tile.values)
-        if self.products.bf16:
-            tile.own.copy_(self.positives.own.similarities[tile.own_rows])
-        tile.mask(own=self.mask_own, twins=self.mask_twins, value=float("-inf"))
+        self._own_entries(tile).fill_(float("-inf"))
+        if tile.twins is not None and not self.twins_are_candidates:
+            tile.values[tile.twins] = float("-inf")
+            tile.twins = None
         if self.dense is not None:
             self.dense.prepare(tile)
+
+    def _own_entries(self, tile: Tile) -> Tensor:
+        """Return a view of the entries of own pairs; empty in most tiles."""
+        offset = self.positives.layout.own.start
+        first = max(tile.rows.start, tile.columns.start - offset)
+        last = max(first, min(tile.rows.stop, tile.columns.stop - offset))
+        entries = tile.values[first - tile.rows.start : last - tile.rows.start]
+        first, last = first + offset - tile.columns.start, last + offset - tile.columns.start
+        return entries[:, first:last].diagonal()
 
     def _places(self, block: Block) -> Iterator[tuple[slice, slice]]:
         for columns in ranges(block.columns.start, block.columns.stop, self.side):
@@ -158,20 +167,12 @@ class Sweep:
 
     def _tile(self, rows: slice, columns: slice, values: Tensor, spare: Tensor) -> Tile:
         shape = _shape(rows, columns)
-        values = values.view(-1)[: shape.numel()].view(shape)
-        offset = self.positives.layout.own.start
-        first = max(rows.start, columns.start - offset)
-        last = max(first, min(rows.stop, columns.stop - offset))
-        own = values[first - rows.start : last - rows.start]
-        own = own[:, first + offset - columns.start : last + offset - columns.start].diagonal()
         twins = self.positives.twins
         return Tile(
-            values,
+            values.view(-1)[: shape.numel()].view(shape),
             spare[: shape.numel()].view(shape),
             rows,
             columns,
-            own,
-            slice(first, last),
             twins.pairs(rows, columns) if twins is not None else None,
         )
 

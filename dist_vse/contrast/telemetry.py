@@ -1,4 +1,4 @@
-"""What a batch says about training, beside the loss: a few numbers, at under a percent of its cost."""
+"""What a batch tells about training beside the loss: a few numbers that cost next to nothing."""
 
 from collections.abc import Mapping
 
@@ -61,9 +61,9 @@ def collapsed(stats: Mapping[str, Tensor | float]) -> str | None:
     if uniformity < -0.1 or abs(positive - hardest) > 0.05:
         return None
     return (
-        f"the features have collapsed: all are nearly the same vector (uniformity {uniformity:.3f}, "
-        f"positives {positive:.3f}, hardest negatives {hardest:.3f}); raise loss.warmup_samples or "
-        "lower optim.lr"
+        "the features have collapsed: all are nearly the same vector "
+        f"(uniformity {uniformity:.3f}, positives {positive:.3f}, hardest negatives {hardest:.3f})"
+        "; raise loss.warmup_samples or lower optim.lr"
     )
 
 

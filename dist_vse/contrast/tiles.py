@@ -11,6 +11,7 @@ from torch import Tensor
 
 CPU_TILE = 512  # a tile (1 MiB) and its operands stay in a core's cache
 CUDA_TILE = 4096  # large enough to fill the device with every product and every pass
+EXACT = 40.0  # from here on softplus(z) is z, even to a float64
 
 
 def default_tile(device: torch.device) -> int:
@@ -32,27 +33,15 @@ class Tile:
     spare: Tensor  # as large, for intermediate results
     rows: slice
     columns: slice
-    own: Tensor  # view of the entries that are own pairs; often empty
-    own_rows: slice  # the rows of those
-    twins: tuple[Tensor, Tensor] | None  # indices of the twins here
-
-    def mask(self, *, own: bool, twins: bool, value: float) -> None:
-        """Overwrite own pairs, twins, or both."""
-        if own:
-            self.own.fill_(value)
-        if twins and self.twins is not None:
-            self.values[self.twins] = value
+    twins: tuple[Tensor, Tensor] | None  # indices of twins that are candidates, if any are here
 
     def negative_maxima(self, value: float) -> Tensor:
-        """Return each row's maximum (rows,), with `value` in place of own pairs and twins."""
-        own = self.own.clone()
-        twins = None if self.twins is None else self.values[self.twins]
-        self.mask(own=True, twins=True, value=value)
-        maxima = self.values.amax(1)
-        self.own.copy_(own)
-        if twins is not None and self.twins is not None:
-            self.values[self.twins] = twins
-        return maxima
+        """Return each row's maximum (rows,), with `value` in place of twins."""
+        if self.twins is None:
+            return self.values.amax(1)
+        negatives = self.values.clone()
+        negatives[self.twins] = value
+        return negatives.amax(1)
 
 
 class Products:

@@ -1,0 +1,156 @@
+"""The losses over the global batch on several ranks: equal to one process that has it all.
+
+One group of processes runs many cases. The gradient that a rank gets is W times that of one
+process; scalars (scale, bias) are averaged over the ranks, as an engine does.
+"""
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_vse import distributed
+from dist_vse.contrast import global_loss
+from dist_vse.losses import dense_loss
+from tests.contrast_cases import NAMES, Case, error, gradients
+from tests.distributed import run_distributed
+
+RAGGED = {1: (10,), 2: (7, 3), 3: (7, 3, 0), 4: (0, 6, 1, 3)}
+EVEN = {1: (12,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
+
+
+def _whole(grads: list[Tensor]) -> list[Tensor]:
+    """Turn a rank's loss and gradients into what one process would have."""
+    loss, images, texts, *scalars = grads
+    means = [distributed.all_reduce_mean(x.clone()) for x in (loss, *scalars)]
+    features = [distributed.all_gather_rows(x) / distributed.world_size() for x in (images, texts)]
+    return [means[0], *features, *means[1:]]
+
+
+def _take_part(case: Case, counts: tuple[int, ...]) -> None:
+    start = sum(counts[: distributed.rank()])
+    case.part = slice(start, start + counts[distributed.rank()])
+
+
+def _compare(
+    shares: dict[int, tuple[int, ...]], dtype: torch.dtype, names: tuple[str, ...]
+) -> dict[str, float]:
+    """Return the error of each case against one process in float64."""
+    counts = shares[distributed.world_size()]
+    errors = {}
+    for name, transport, twins, (temperature, hardness, tile, kept) in itertools.product(
+        names,
+        ("gather", "ring"),
+        ("exclude", "positive"),
+        ((0.1, 1.0, 3, 0.0), (0.005, 0.4, 4, 1.0), (0.1, 0.0, 64, 0.0)),
+    ):
+        case = Case(
+            name,
+            sum(counts),
+            temperature=temperature,
+            hardness=hardness,
+            twins=twins,
+            families=8,
+        )
+        exact = gradients(dense_loss, case)
+        _take_part(case, counts)
+        options: dict[str, Any] = {"transport": transport, "tile": tile, "memory_gib": kept}
+        ours = _whole(gradients(global_loss, case, dtype=dtype, **options))
+        errors[f"{name} {transport} {twins} t={temperature} h={hardness}"] = error(ours, exact)
+    return errors
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ragged_ranks_equal_one_process_in_float64(world_size: int) -> None:
+    for errors in run_distributed(_compare, world_size, RAGGED, torch.float64, NAMES):
+        assert len(errors) == 6 * 2 * 2 * 3
+        assert max(errors.values()) < 1e-10, errors
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_even_ranks_equal_one_process(world_size: int) -> None:
+    for errors in run_distributed(_compare, world_size, EVEN, torch.float64, NAMES):
+        assert max(errors.values()) < 1e-10, errors
+    for errors in run_distributed(_compare, world_size, EVEN, torch.float32, NAMES):
+        assert max(errors.values()) < 1e-5, errors
+
+
+def _copies(transport: str) -> list[Tensor]:
+    case = Case("convse++", 12, width=64)
+    case.texts = case.texts[torch.arange(12) % 5]
+    case.images = case.images[torch.arange(12) % 4]
+    _take_part(case, EVEN[distributed.world_size()])
+    case.options |= {"margin": 2.0}
+    leaves = case.leaves(torch.float32)
+    loss = global_loss(case.name, *leaves, **case.options, transport=transport, tile=5).loss
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return _whole([loss.detach(), *grads])
+
+
+def test_among_copies_the_first_of_the_global_batch_is_the_hardest() -> None:
+    expected = run_distributed(_copies, 1, "gather")[0]
+    for world_size, transport in ((2, "ring"), (3, "ring"), (4, "gather")):
+        for grads in run_distributed(_copies, world_size, transport):
+            torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)
+
+
+def _one_bad_rank(name: str, transport: str) -> float:
+    case = Case(name, 12)
+    _take_part(case, EVEN[distributed.world_size()])
+    if distributed.rank() == 1:
+        case.images[case.part] = torch.nan
+    return case.run(global_loss, transport=transport, tile=2).item()
+
+
+def test_a_bad_rank_is_seen_by_all() -> None:
+    for name, transport in (("convse", "gather"), ("convse++", "ring")):
+        losses = run_distributed(_one_bad_rank, 2, name, transport)
+        assert all(loss != loss for loss in losses), losses
+
+
+def _statistics() -> dict[str, float]:
+    case = Case("convse", 12, families=8)
+    _take_part(case, EVEN[distributed.world_size()])
+    return {key: value.item() for key, value in case.output(tile=5).stats.items()}
+
+
+def test_statistics_are_those_of_the_global_batch() -> None:
+    expected = run_distributed(_statistics, 1)[0]
+    assert expected["masked_pairs"] == 8
+    for stats in run_distributed(_statistics, 3):
+        # Uniformity is measured within each rank's own sample.
+        for key in stats.keys() - {"uniformity"}:
+            assert stats[key] == pytest.approx(expected[key], rel=1e-12), key
+
+
+def _floats_sent(name: str) -> float:
+    """Count what a rank hands to the network, in float32 numbers."""
+    sent: Counter[str] = Counter()
+    dist = torch.distributed
+
+    def counted(label: str, fn: Any, argument: int) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            sent[label] += args[argument].numel() * args[argument].element_size()
+            return fn(*args, **kwargs)
+
+        return wrapped
+
+    distributed._all_gather_single = counted("gather", distributed._all_gather_single, 1)
+    distributed._reduce_scatter_single = counted("scatter", distributed._reduce_scatter_single, 1)
+    dist.all_reduce = counted("reduce", dist.all_reduce, 0)
+    case = Case(name, 12 * 64, width=32)
+    case.part = slice(distributed.rank() * 192, distributed.rank() * 192 + 192)
+    leaves = case.leaves(torch.float32)
+    torch.autograd.grad(global_loss(name, *leaves).loss, leaves[:2])
+    return sum(sent.values()) / 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_one_side_is_sent(name: str) -> None:
+    rows, total, width = 192, 768, 32
+    peer = 2 * rows * width + 2 * total * width  # gather two sides, reduce two gradients
+    for sent in run_distributed(_floats_sent, 4, name):
+        assert peer / 2 < sent <= peer / 2 + 4 * total
