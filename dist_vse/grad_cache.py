@@ -80,7 +80,8 @@ def train_step(
 def _encode(engine: Engine, chunk: Chunk, keep_graph: bool) -> _Encoded:
     state = random_state()
     with torch.set_grad_enabled(keep_graph):
-        return _Encoded(engine(**chunk), state, keep_graph)
+        outputs = cast(tuple[Tensor, ...], engine(**chunk))
+    return _Encoded(outputs, state, keep_graph)
 
 
 def _encode_again(engine: Engine, chunk: Chunk, first: _Encoded) -> tuple[Tensor, ...]:
@@ -92,4 +93,4 @@ def _encode_again(engine: Engine, chunk: Chunk, first: _Encoded) -> tuple[Tensor
 
 
 def _split_like(grad: Tensor, encoded: Sequence[_Encoded], i: int) -> tuple[Tensor, ...]:
-    return grad.split([len(chunk.outputs[i]) for chunk in encoded])
+    return tuple(grad.split([len(chunk.outputs[i]) for chunk in encoded]))

@@ -4,13 +4,22 @@ import logging
 import os
 import sys
 
+from tqdm import tqdm
+
 logger = logging.getLogger("dist_vse")
+
+
+class _Handler(logging.Handler):
+    """Writes above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def setup_logging() -> None:
     """Send the log to standard error; call once, at the start of a command."""
     rank = int(os.environ.get("RANK", "0"))
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler()
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
     logger.handlers = [handler]

@@ -2,11 +2,13 @@
 
 import json
 import resource
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from tqdm import tqdm
 
 from dist_vse import distributed
 from dist_vse.log import logger
@@ -97,6 +99,12 @@ def log_line(step: int, total_steps: int, values: dict[str, Any]) -> None:
     }
     parts += [text.format(values[name]) for name, text in formats.items() if name in values]
     logger.info("  ".join(parts))
+
+
+def progress_bar(total_steps: int, done: int) -> tqdm[NoReturn]:
+    """Return a bar of the steps with the time left; shown by rank 0 on a terminal only."""
+    shown = distributed.is_main_process() and sys.stderr.isatty()
+    return tqdm(total=total_steps, initial=done, unit="step", disable=not shown, leave=False)
 
 
 def _synchronize() -> None:

@@ -23,13 +23,14 @@ from dist_vse.builders import (
 )
 from dist_vse.checkpoint import Progress
 from dist_vse.config import TrainConfig, load_config
+from dist_vse.contrast import collapsed
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.errors import UserError
 from dist_vse.evaluate import evaluate, save_examples
 from dist_vse.grad_cache import train_step
 from dist_vse.index import Index, read_index
 from dist_vse.log import logger, setup_logging
-from dist_vse.metrics import Meter, Recorder, log_line, peak_memory_gib
+from dist_vse.metrics import Meter, Recorder, log_line, peak_memory_gib, progress_bar
 from dist_vse.models.dual_encoder import average_statistics
 from dist_vse.models.tokenizer import Tokenizer
 from dist_vse.run_dir import prepare_run_dir, run_tokenizer
@@ -97,6 +98,7 @@ def _train(run: Run, progress: Progress) -> Progress:
     if progress.step == 0:
         _evaluate(run, progress, recorder)
     meter.reset()
+    bar = progress_bar(config.total_steps, progress.step)
     stopped = False
     while progress.step < config.total_steps and not stopped:
         with distributed.same_verdict():
@@ -110,6 +112,7 @@ def _train(run: Run, progress: Progress) -> Progress:
 
         progress = _advance(progress, batch, config.global_batch_size)
         meter.pairs += config.global_batch_size
+        bar.update()
         last = progress.step == config.total_steps
         stopped = distributed.any_rank(interrupt.asked())
         if last or progress.step % config.log_every == 0:
@@ -121,6 +124,7 @@ def _train(run: Run, progress: Progress) -> Progress:
         if last or stopped or _due(progress.step, config.checkpoint_every):
             _save(run, progress)
             meter.reset()
+    bar.close()
     recorder.close()
     return progress
 
@@ -153,6 +157,9 @@ def _log(
     values |= {"pairs_per_s": meter.pairs_per_s(), "memory_gib": peak_memory_gib()}
     recorder.write("train", progress.step, values)
     log_line(progress.step, run.config.total_steps, values)
+    warning = collapsed(statistics)
+    if warning is not None:
+        logger.warning(warning)
     meter.reset()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_vse.config import TrainConfig, dump_config, load_config
+from dist_vse.config.document import document
 from dist_vse.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -95,3 +96,8 @@ def test_numbers_that_do_not_divide_name_the_nearest_that_do(
     path.write_text("seed: 1\n")
     with pytest.raises(UserError, match=message):
         load_config(path, overrides).check_world_size(world_size)
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    page = Path(__file__).parent.parent / "docs" / "config.md"
+    assert page.read_text() == document(), "run python -m dist_vse.config.document > docs/config.md"

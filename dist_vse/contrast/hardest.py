@@ -18,7 +18,7 @@ from dist_vse.contrast.transport import Block
 
 ROUNDINGS = 16
 CHUNK = 1024  # features moved together
-FEW = 8  # up to an eighth of a tile's rows are looked at apart from the others
+BLOCK = 64  # columns of a tile that are searched together
 
 
 class Hardest:
@@ -36,8 +36,8 @@ class Hardest:
 
     def see(self, tile: Tile) -> None:
         first = self.layout.own.start + tile.rows.start
-        self.rows.update(tile, tile.rows, 1, tile.columns.start, self.tolerance)
-        self.columns.update(tile, tile.columns, 0, first, self.tolerance)
+        self.rows.update(tile.values, tile.rows, tile.columns.start, self.tolerance)
+        self.columns.update(tile.values.T, tile.columns, first, self.tolerance)
 
     def conclude(self) -> Tensor:
         self.columns.join(self.tolerance)
@@ -76,7 +76,7 @@ class Hardest:
     ) -> None:
         """Add the gradient of the similarities of rows i with the block's columns j."""
         for chunk in ranges(0, len(i), CHUNK):
-            a, b = i[chunk].long(), j[chunk].long()
+            a, b = i[chunk], j[chunk]
             row_grad.index_add_(0, a, block.features.index_select(0, b), alpha=self.weight)
             column_grad.index_add_(0, b, rows.index_select(0, a), alpha=self.weight)
 
@@ -86,45 +86,43 @@ class _Best:
 
     def __init__(self, count: int, like: Tensor) -> None:
         self.values = like.new_full((count,), float("-inf"))
-        self.places = torch.full((count,), -1, dtype=torch.int32, device=like.device)
+        self.places = torch.full((count,), -1, device=like.device)
 
-    def update(self, tile: Tile, where: slice, dim: int, first: int, tolerance: float) -> None:
-        """Take in a tile along `dim`, for the rows (columns) `where`; its entries start at `first`.
+    def update(self, tile: Tensor, where: slice, first: int, tolerance: float) -> None:
+        """Take in a tile (rows, columns): the rows are `where`, the columns start at `first`.
 
-        Maxima come first and places after, for few rows have a new maximum in most tiles.
+        Maxima come first and places after: few rows have a new maximum in most tiles, and for
+        those only the block of columns is searched that has it.
         """
         values, places = self.values[where], self.places[where]
-        maxima = tile.values.amax(dim)
+        size = BLOCK if tile.shape[1] % BLOCK == 0 else tile.shape[1]
+        blocks = tile.unflatten(1, (-1, size))  # (rows, blocks, size)
+        block_maxima = blocks.amax(2)
+        maxima = block_maxima.amax(1)
         better = (maxima > values - tolerance).nonzero().view(-1)
         if not len(better):
             return
-        which: slice | Tensor = slice(None)
-        entries, reached = tile.values, tile.spare
-        if len(better) * FEW < len(values):
-            which = better
-            entries = entries.index_select(1 - dim, better)
-            reached = entries
-        old, new = values[which], maxima[which]
+        old, new = values[better], maxima[better]
         largest = torch.maximum(old, new)
         threshold = largest - tolerance
-        torch.ge(entries, threshold.unsqueeze(dim), out=reached)
-        place = _first_place(reached, dim).add_(first)
-        place = torch.where(old < threshold, place, torch.minimum(place, places[which]))
-        places[which] = torch.where(new > old - tolerance, place, places[which])
-        values[which] = largest
+        block = _first(block_maxima[better], threshold)
+        place = _first(blocks[better, block], threshold) + block * size + first
+        lower = torch.minimum(place, places[better])
+        places[better] = torch.where(old >= threshold, lower, place)
+        values[better] = largest
 
     def join(self, tolerance: float) -> None:
         """Agree over the ranks."""
         largest = distributed.all_reduce_max(self.values.clone())
-        nowhere = torch.iinfo(torch.int32).max
+        nowhere = torch.iinfo(torch.int64).max
         self.places[~((self.values >= largest - tolerance) & (self.places >= 0))] = nowhere
         distributed.all_reduce_min(self.places)
         self.values = largest
 
 
-def _first_place(reached: Tensor, dim: int) -> Tensor:
-    """Return the place (int32) of the first 1 along `dim` of ones and zeros; overwrites them."""
-    length = reached.shape[dim]
-    steps = torch.arange(length, 0, -1, dtype=reached.dtype, device=reached.device)
-    reached.mul_(steps.unsqueeze(1 - dim))  # the first has the highest step
-    return (length - reached.amax(dim)).to(torch.int32)
+def _first(values: Tensor, threshold: Tensor) -> Tensor:
+    """Return in each row (rows, columns) the first column that reaches the row's threshold."""
+    length = values.shape[1]
+    steps = torch.arange(length, 0, -1, dtype=values.dtype, device=values.device)
+    # The first one has the highest step.
+    return length - values.ge_(threshold.unsqueeze(1)).mul_(steps).amax(1).long()

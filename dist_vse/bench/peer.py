@@ -1,0 +1,32 @@
+"""The peer: OpenCLIP's loss, with the flags that give the gradient of the global batch."""
+
+from collections.abc import Callable
+from importlib import metadata
+
+from torch import Tensor
+
+from dist_vse import distributed
+
+
+def peer_version() -> str | None:
+    """Return the version of open_clip_torch (extra `bench`), or None where it is missing."""
+    try:
+        return metadata.version("open_clip_torch")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def peer_loss() -> Callable[[Tensor, Tensor, float], Tensor] | None:
+    """Return OpenCLIP's loss of (image features, text features, scale), or None if missing."""
+    if peer_version() is None:
+        return None
+    from open_clip.loss import ClipLoss
+
+    loss: Callable[[Tensor, Tensor, float], Tensor] = ClipLoss(
+        local_loss=True,
+        gather_with_grad=True,
+        cache_labels=True,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    return loss

@@ -1,0 +1,50 @@
+"""Counts what a rank sends, by looking at every collective that a step runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_vse import distributed
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes that leave this rank, if each collective sends as little as it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            self.sent += _bytes_sent(func.__name__, args, distributed.world_size())
+        return func(*args, **(kwargs or {}))
+
+
+def bytes_sent(step: Callable[[], Any]) -> float:
+    """Run a step on every rank and return what one rank sends."""
+    with _Traffic() as traffic:
+        step()
+    return traffic.sent
+
+
+def _bytes_sent(name: str, args: Any, world_size: int) -> float:
+    """Return the bytes of one collective: each part goes to the ranks that lack it, once."""
+    operation = name.split(".")[0]
+    others = world_size - 1
+    if operation in ("allgather_", "_allgather_base_"):  # (outputs, inputs, ...)
+        return _size(args[1]) * others
+    if operation in ("reduce_scatter_", "_reduce_scatter_base_", "alltoall_", "alltoall_base_"):
+        return _size(args[0 if operation == "alltoall_base_" else 1]) * others / world_size
+    if operation == "allreduce_":
+        return _size(args[0]) * 2 * others / world_size
+    return _size(args[0]) if operation == "send" else 0.0
+
+
+def _size(tensors: Any) -> int:
+    if isinstance(tensors, torch.Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_size(tensor) for tensor in tensors)
