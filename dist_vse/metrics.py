@@ -101,7 +101,7 @@ def log_line(step: int, total_steps: int, values: dict[str, Any]) -> None:
     logger.info("  ".join(parts))
 
 
-def progress_bar(total_steps: int, done: int) -> tqdm[NoReturn]:
+def progress_bar(total_steps: int, done: int) -> "tqdm[NoReturn]":
     """Return a bar of the steps with the time left; shown by rank 0 on a terminal only."""
     shown = distributed.is_main_process() and sys.stderr.isatty()
     return tqdm(total=total_steps, initial=done, unit="step", disable=not shown, leave=False)
