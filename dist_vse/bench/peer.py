@@ -16,13 +16,13 @@ def peer_version() -> str | None:
         return None
 
 
-def peer_loss() -> Callable[[Tensor, Tensor, float], Tensor] | None:
+def peer_loss() -> Callable[..., Tensor] | None:
     """Return OpenCLIP's loss of (image features, text features, scale), or None if missing."""
     if peer_version() is None:
         return None
     from open_clip.loss import ClipLoss
 
-    loss: Callable[[Tensor, Tensor, float], Tensor] = ClipLoss(
+    loss: Callable[..., Tensor] = ClipLoss(
         local_loss=True,
         gather_with_grad=True,
         cache_labels=True,

@@ -8,13 +8,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_vse import distributed
 
+_SPREADING = (
+    "reduce_scatter_",
+    "_reduce_scatter_base_",
+    "alltoall_",
+    "alltoall_base_",
+    "scatter_",  # the inputs are one rank's; elsewhere the list is empty
+)
+
 
 class _Traffic(TorchDispatchMode):
     """Adds up the bytes that leave this rank, if each collective sends as little as it can."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.sent = 0.0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sent: float = 0.0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -26,7 +34,8 @@ class _Traffic(TorchDispatchMode):
 
 def bytes_sent(step: Callable[[], Any]) -> float:
     """Run a step on every rank and return what one rank sends."""
-    with _Traffic() as traffic:
+    traffic = _Traffic()
+    with traffic:
         step()
     return traffic.sent
 
@@ -36,12 +45,15 @@ def _bytes_sent(name: str, args: Any, world_size: int) -> float:
     operation = name.split(".")[0]
     others = world_size - 1
     if operation in ("allgather_", "_allgather_base_"):  # (outputs, inputs, ...)
-        return _size(args[1]) * others
-    if operation in ("reduce_scatter_", "_reduce_scatter_base_", "alltoall_", "alltoall_base_"):
-        return _size(args[0 if operation == "alltoall_base_" else 1]) * others / world_size
+        return float(_size(args[1]) * others)
+    if operation in _SPREADING:  # (outputs, inputs, ...)
+        return float(_size(args[1]) * others / world_size)
     if operation == "allreduce_":
-        return _size(args[0]) * 2 * others / world_size
-    return _size(args[0]) if operation == "send" else 0.0
+        return float(_size(args[0]) * 2 * others / world_size)
+    if operation == "send":
+        return float(_size(args[0]))
+    assert operation in ("recv_", "barrier"), operation
+    return 0.0
 
 
 def _size(tensors: Any) -> int:

@@ -36,8 +36,8 @@ class Hardest:
 
     def see(self, tile: Tile) -> None:
         first = self.layout.own.start + tile.rows.start
-        self.rows.update(tile.values, tile.rows, tile.columns.start, self.tolerance)
-        self.columns.update(tile.values.T, tile.columns, first, self.tolerance)
+        self.rows.update(tile.values, 1, tile.rows, tile.columns.start, self.tolerance)
+        self.columns.update(tile.values, 0, tile.columns, first, self.tolerance)
 
     def conclude(self) -> Tensor:
         self.columns.join(self.tolerance)
@@ -88,27 +88,28 @@ class _Best:
         self.values = like.new_full((count,), float("-inf"))
         self.places = torch.full((count,), -1, device=like.device)
 
-    def update(self, tile: Tensor, where: slice, first: int, tolerance: float) -> None:
-        """Take in a tile (rows, columns): the rows are `where`, the columns start at `first`.
+    def update(self, tile: Tensor, dim: int, where: slice, first: int, tolerance: float) -> None:
+        """Take in a tile along `dim`: for the rows (columns) `where`; its entries start at `first`.
 
         Maxima come first and places after: few rows have a new maximum in most tiles, and for
-        those only the block of columns is searched that has it.
+        those only the block of entries is searched that has it.
         """
         values, places = self.values[where], self.places[where]
-        size = BLOCK if tile.shape[1] % BLOCK == 0 else tile.shape[1]
-        blocks = tile.unflatten(1, (-1, size))  # (rows, blocks, size)
-        block_maxima = blocks.amax(2)
-        maxima = block_maxima.amax(1)
+        size = BLOCK if tile.shape[dim] % BLOCK == 0 else tile.shape[dim]
+        blocks = tile.unflatten(dim, (-1, size))
+        block_maxima = blocks.amax(dim + 1)
+        maxima = block_maxima.amax(dim)
         better = (maxima > values - tolerance).nonzero().view(-1)
         if not len(better):
             return
         old, new = values[better], maxima[better]
         largest = torch.maximum(old, new)
-        threshold = largest - tolerance
-        block = _first(block_maxima[better], threshold)
-        place = _first(blocks[better, block], threshold) + block * size + first
+        threshold = (largest - tolerance).unsqueeze(1)
+        block = _first(block_maxima[better] if dim else block_maxima[:, better].T, threshold)
+        entries = blocks[better, block] if dim else blocks[block, :, better]
+        place = _first(entries, threshold) + block * size + first
         lower = torch.minimum(place, places[better])
-        places[better] = torch.where(old >= threshold, lower, place)
+        places[better] = torch.where(old >= threshold.view(-1), lower, place)
         values[better] = largest
 
     def join(self, tolerance: float) -> None:
@@ -121,8 +122,9 @@ class _Best:
 
 
 def _first(values: Tensor, threshold: Tensor) -> Tensor:
-    """Return in each row (rows, columns) the first column that reaches the row's threshold."""
+    """Return for each row of (rows, columns) the first that reaches its threshold (rows, 1)."""
     length = values.shape[1]
     steps = torch.arange(length, 0, -1, dtype=values.dtype, device=values.device)
-    # The first one has the highest step.
-    return length - values.ge_(threshold.unsqueeze(1)).mul_(steps).amax(1).long()
+    # The first one has the highest step. (None reaches a threshold that is not a number.)
+    highest = (values >= threshold).to(values.dtype).mul_(steps).amax(1)
+    return length - highest.clamp_(min=1).long()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_vse.contrast.positives import Positives
-from dist_vse.contrast.tiles import Products, Tile, ranges
+from dist_vse.contrast.tiles import HEIGHT, Products, Tile, ranges
 from dist_vse.contrast.transport import Block, Transport
 
 
@@ -78,6 +78,7 @@ class Sweep:
         self.sparse = sparse
         self.twins_are_candidates = twins_are_candidates
         self.side = tile
+        self.height = tile if dense is not None else HEIGHT * tile
         self.budget = budget
         self.products = Products(rows, bf16=bf16)
         self.terms: list[Term] = [term for term in (dense, sparse) if term is not None]
@@ -139,7 +140,7 @@ class Sweep:
         """Fill a tile with what the terms work on."""
         start = block.columns.start
         here = slice(tile.columns.start - start, tile.columns.stop - start)
-        self.products.similarities(tile.rows, operand[here], tile.values)
+        self.products.similarities(tile.rows, operand[here], tile.values, self.side)
         self._own_entries(tile).fill_(float("-inf"))
         if tile.twins is not None and not self.twins_are_candidates:
             tile.values[tile.twins] = float("-inf")
@@ -158,19 +159,20 @@ class Sweep:
 
     def _places(self, block: Block) -> Iterator[tuple[slice, slice]]:
         for columns in ranges(block.columns.start, block.columns.stop, self.side):
-            for rows in ranges(0, len(self.rows), self.side):
+            for rows in ranges(0, len(self.rows), self.height):
                 yield rows, columns
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
-        side = min(self.side, len(self.rows)), min(self.side, self.positives.layout.total)
-        return self.rows.new_empty(side[0] * side[1]), self.rows.new_empty(side[0] * side[1])
+        """Return memory for a tile, and for the intermediate results of a dense term."""
+        size = min(self.height, len(self.rows)) * min(self.side, self.positives.layout.total)
+        return self.rows.new_empty(size), self.rows.new_empty(size if self.dense is not None else 0)
 
     def _tile(self, rows: slice, columns: slice, values: Tensor, spare: Tensor) -> Tile:
         shape = _shape(rows, columns)
         twins = self.positives.twins
         return Tile(
             values.view(-1)[: shape.numel()].view(shape),
-            spare[: shape.numel()].view(shape),
+            spare[: shape.numel()].view(shape) if self.dense is not None else spare,
             rows,
             columns,
             twins.pairs(rows, columns) if twins is not None else None,
