@@ -13,7 +13,7 @@ demo: .venv/demo.installed
 	$(BIN)/python demo/openmoji.py $(DEMO)/openmoji
 	$(BIN)/python demo/weights.py $(DEMO)/weights
 	$(BIN)/dist-vse shard jsonl $(DEMO)/openmoji/pairs.jsonl $(DEMO)/shards
-	DS_ACCELERATOR=cpu $(BIN)/accelerate launch --config_file configs/accelerate/cpu_2proc.yaml \
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu_2proc.yaml \
 		-m dist_vse.train configs/demo.yaml loss.name=$(LOSS)
 	$(BIN)/dist-vse eval $(DEMO)/$(LOSS) --split test
 	$(BIN)/dist-vse report $(DEMO)/$(LOSS)

@@ -8,6 +8,7 @@ that silently change the numbers are always set: `gradient_clipping` (its defaul
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -142,6 +143,8 @@ def _import_deepspeed() -> Any:
     # compiler, ninja and half a minute.
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It still calls collectives that PyTorch has renamed: nothing that a user can mend.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated")
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo",
         auto_mpi_discovery=False,
