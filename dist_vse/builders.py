@@ -23,7 +23,11 @@ from dist_vse.stream import Batch, EvalBatch, eval_batches, train_batches
 
 def build_engine(config: TrainConfig, tokenizer: Tokenizer) -> ZeroEngine:
     """Build the model, its optimizer and the DeepSpeed engine around them."""
-    model = run_model(config, tokenizer).to(distributed.device())
+    return wrap_model(config, run_model(config, tokenizer).to(distributed.device()))
+
+
+def wrap_model(config: TrainConfig, model: DualEncoder) -> ZeroEngine:
+    """Build the optimizer and the DeepSpeed engine around a model that is on its device."""
     optim = config.optim
     optimizer = build_optimizer(
         model,

@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
         "run_files",
     },
     {"distributed"},
-    {"models"},
+    {"models", "local_ranks"},
     {"contrast", "stream", "engine", "metrics"},
     {"grad_cache", "checkpoint", "evaluate"},
     {"run_dir"},

@@ -22,10 +22,10 @@ from torch import Tensor
 from dist_vse import distributed
 from dist_vse.bench.memory import measure_memory
 from dist_vse.bench.peer import peer_loss, peer_version
-from dist_vse.bench.ranks import run_on_ranks
 from dist_vse.bench.traffic import bytes_sent
 from dist_vse.contrast import global_loss
 from dist_vse.contrast.tiles import CPU_TILE, ranges
+from dist_vse.local_ranks import run_on_ranks
 from dist_vse.losses import dense_loss
 
 Step = Callable[[], Any]

@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from dist_vse import distributed
 from dist_vse.bench.peer import peer_loss, peer_version
-from dist_vse.bench.ranks import run_on_ranks
 from dist_vse.contrast import global_loss
+from dist_vse.local_ranks import run_on_ranks
 
 TRACED = 65_536  # up to this batch every allocation is traced; beyond it takes too long
 PEER_BYTES = 24  # a similarity, over both of OpenCLIP's matrices, their softmax and gradients

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_vse.distributed import all_reduce_mean
+from dist_vse.models.precision import at_least_float32
 
 MAX_LOG_SCALE = math.log(100)
 
@@ -40,13 +41,13 @@ class Tower(nn.Module):
         # The trunk is called as a module: under ZeRO-3 that call fetches its parameters.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             output: Tensor = self.trunk(raw)
-        return output.float()
+        return at_least_float32(output)
 
     def forward(self, raw: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         """Return unit-length float32 features (b, d) of raw input or of the trunk's output."""
         assert (raw is None) != (hidden is None), "give the raw input or the trunk's output"
         hidden = self.hidden(cast(Tensor, raw)) if hidden is None else hidden
-        return functional.normalize(self.head(hidden).float(), dim=-1)
+        return functional.normalize(at_least_float32(self.head(hidden)), dim=-1)
 
 
 class DualEncoder(nn.Module):

@@ -43,7 +43,7 @@ class ImageTrunk(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (b, d) of uint8 images (b, 3, h, w), or of normalised float ones."""
         if images.dtype == torch.uint8:
-            images = images.float().sub_(self.mean).div_(self.std)
+            images = images.to(self.mean.dtype).sub_(self.mean).div_(self.std)
         # Convolutions are faster with the channels last, and keep that order from layer to layer.
         features: Tensor = self.backbone(images.contiguous(memory_format=torch.channels_last))
         return features

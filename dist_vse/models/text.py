@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_vse.config import TextConfig
 from dist_vse.errors import UserError, first_line
+from dist_vse.models.precision import at_least_float32
 
 HEAD_WIDTH = 64
 
@@ -155,9 +156,13 @@ class PretrainedTrunk(nn.Module):
 
 
 def masked_mean(states: Tensor, valid: Tensor) -> Tensor:
-    """Return the float32 mean (b, w) of the states (b, l, w) where valid (b, l) is true."""
-    weights = valid.unsqueeze(-1).float()  # (b, l, 1)
-    return (states.float() * weights).sum(1) / weights.sum(1)
+    """Return the float32 mean (b, w) of the states (b, l, w) where valid (b, l) is true.
+
+    States of float64 keep their precision.
+    """
+    states = at_least_float32(states)
+    weights = valid.unsqueeze(-1).to(states.dtype)  # (b, l, 1)
+    return (states * weights).sum(1) / weights.sum(1)
 
 
 TextTrunk = GruTrunk | TransformerTrunk | PretrainedTrunk

@@ -1,4 +1,4 @@
-"""Runs a benchmark's function on several processes of this machine, one thread each, over gloo."""
+"""Runs a function on several processes of this machine, one thread each, over gloo."""
 
 import os
 import pickle
