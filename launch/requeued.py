@@ -1,0 +1,27 @@
+"""Training under accelerate or torchrun inside a Slurm job that returns to the queue by itself.
+
+`accelerate launch -m launch.requeued CONFIG [key=value ...]`, as configs/clusters/accelerate.sbatch
+does: like `-m dist_vse.train`, but a run that was told to save asks Slurm for another life.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from dist_vse import interrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; after a stop that was asked for, queue the job again; return the exit code."""
+    interrupt.listen()  # before the slow imports: an early signal must not end the job
+    from dist_vse import train
+    from launch import slurm
+
+    code = train.main(arguments)
+    if code == train.INTERRUPTED and os.environ.get("RANK") == "0":
+        slurm.requeue(os.environ["SLURM_JOB_ID"])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

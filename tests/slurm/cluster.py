@@ -1,0 +1,110 @@
+"""What the tests do to the cluster: send jobs, wait, and break things."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SCRIPT = str(Path(__file__).with_name("cluster.sh"))
+PATIENCE_S = 90
+
+
+def wait_until(done: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
+    """Poll until `done()` is true; return what it returned. Fails after `patience_s`."""
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        value = done()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"waited {patience_s} s for {what}")
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+class Cluster:
+    """The running cluster; nodes are n0, n1 and n2."""
+
+    def __init__(self) -> None:
+        self.bin = _run(SCRIPT, "bin").strip()
+
+    def __call__(self, *command: str) -> str:
+        """Run a command of Slurm or of cluster.sh; return what it printed."""
+        own = ("crash", "boot", "cut", "heal", "pids")
+        return _run(SCRIPT, *command) if command[0] in own else _run(*command)
+
+    def job(self, job_id: str, key: str) -> str:
+        """Return what `scontrol show job` says of a job, such as JobState or Restarts."""
+        words = self("scontrol", "--oneliner", "show", "job", job_id).split()
+        return next(word.split("=", 1)[1] for word in words if word.startswith(f"{key}="))
+
+    def wait_for_end(self, job_id: str, patience_s: float = PATIENCE_S) -> str:
+        """Wait until the job is over for good; return its state."""
+        from launch.slurm import ENDED_STATES
+
+        def state() -> str | None:
+            now = self.job(job_id, "JobState")
+            return now if now in ENDED_STATES else None
+
+        return str(wait_until(state, f"the end of job {job_id}", patience_s))
+
+    def ranks(self, node: str) -> list[int]:
+        """Return the node's processes that run a rank of a job, as this machine numbers them."""
+        return [pid for pid in map(int, self("pids", node).split()) if _is_rank(_command_line(pid))]
+
+    def received(self, node: str) -> int:
+        """Return the bytes that came into a node over its network cable."""
+        (pid, *_) = self("pids", node).split()
+        for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
+            name, _, numbers = line.strip().partition(":")
+            if name == "eth0":
+                return int(numbers.split()[0])
+        raise AssertionError(f"{node} has no eth0")
+
+    def bring_down(self, node: str) -> None:
+        """Have Slurm give a node up at once, as it would do by itself some minutes later."""
+        self("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def clean(self) -> None:
+        """End all jobs and have all nodes idle again."""
+        self("scancel", "--user=root")
+        for node in ("n0", "n1", "n2"):
+            self("heal", node)
+            if not self("pids", node):
+                self("boot", node)
+        for node in ("n0", "n1", "n2"):
+            for pid in self.ranks(node):
+                with_gone(os.kill, pid, signal.SIGKILL)
+        for node in ("n0", "n1", "n2"):
+            if "DOWN" in self("sinfo", "-h", "-n", node, "-o", "%T").upper():
+                self("scontrol", "update", f"nodename={node}", "state=resume")
+        wait_until(lambda: self._idle() == 3, "three idle nodes")
+
+    def _idle(self) -> int:
+        return int(self("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() or 0)
+
+
+def with_gone(act: Callable[..., Any], *args: Any) -> None:
+    """Do something to a process that may have ended meanwhile."""
+    try:
+        act(*args)
+    except ProcessLookupError:
+        return
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def _is_rank(command_line: str) -> bool:
+    return "submitit.core._submit" in command_line and command_line.split()[0].endswith("python")
