@@ -1,160 +1,114 @@
-"""The command `dist-vse shard`: its options, and what it tells."""
+"""The command `dist-vse shard`: its subcommands, and what they run."""
 
 import argparse
-import difflib
-import inspect
-import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from fractions import Fraction
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dist_vse.errors import UserError
+from shards.budget import parse_budget
+from shards.options import (
+    add_output_options,
+    add_run_options,
+    add_source_options,
+    at_least_1,
+    output_options,
+    source_options,
+)
 from shards.sources import SOURCES
 
 if TYPE_CHECKING:
-    from shards.receipts import Receipt
     from shards.record import Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `dist-vse shard` to its parser."""
-    parser.add_argument("source", metavar="SOURCE", help=", ".join(SOURCES))
-    parser.add_argument("input", metavar="INPUT", type=Path, help="the folder or file to read")
-    parser.add_argument(
-        "out", metavar="OUT", type=Path, help="folder for the shards and index.json"
+    """Add a subcommand a source, and those that work on finished shards."""
+    commands = parser.add_subparsers(dest="shard_command", required=True, metavar="COMMAND")
+    for name, (text, read) in SOURCES.items():
+        source = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        source.add_argument("input", metavar="INPUT", help="the folder, file or URL to read")
+        add_source_options(source, read)
+        add_output_options(source)
+        add_run_options(source)
+        source.set_defaults(shard_run=_build)
+    index = commands.add_parser("index", help="index existing tars where they are")
+    index.add_argument(
+        "tars", metavar="TAR", nargs="+", help="tars, folders of tars, URLs or pipe:COMMAND"
     )
-    parser.add_argument("--images", metavar="DIR", type=Path, help="where image paths start from")
-    parser.add_argument("--split", metavar="NAME", help="split of samples that name none [train]")
-    parser.add_argument(
-        "--restval", metavar="NAME", help="split that Karpathy's restval goes to [train]"
+    index.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder for index.json [that of the first tar]"
     )
-    parser.add_argument(
-        "--shard-size", metavar="N", type=int, default=500, help="samples a shard [%(default)s]"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle [%(default)s]")
-    parser.add_argument(
-        "--max-bad",
-        metavar="N|P%",
-        default="0",
-        help="bad samples to skip and list, a number or a share such as 0.1%% [%(default)s]",
-    )
-    parser.add_argument(
-        "--workers",
-        metavar="N",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="processes that check and write [one a core: %(default)s]",
-    )
+    index.add_argument("--split", metavar="NAME", default="train", help="[%(default)s]")
+    add_run_options(index)
+    index.set_defaults(shard_run=_index)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Shard a data set and print a table of it; return the exit code.
+    """Run the subcommand; return the exit code.
 
     Raises UserError for what the user can mend.
     """
-    from shards.build import build_dataset
+    run_command = args.shard_run
+    code: int = run_command(args)
+    return code
 
-    for name in ("shard_size", "workers"):
-        if getattr(args, name) < 1:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} ({getattr(args, name)}) must be at least 1")
+
+def _build(args: argparse.Namespace) -> int:
+    """Shard a data set and print a table of it."""
+    from shards.build import build_dataset
+    from shards.show import print_summary, progress_bar
+
+    at_least_1(args, "workers")
+    options, max_bad = output_options(args), parse_budget(args.max_bad)
+    start = time.monotonic()
     records = _read(args)
-    max_bad = parse_max_bad(args.max_bad, len(records))
     try:
-        with _progress(len(records)) as advance:
+        with progress_bar("sharding", len(records), "images") as advance:
             receipts = build_dataset(
-                records,
-                args.out,
-                shard_size=args.shard_size,
-                seed=args.seed,
-                max_bad=max_bad,
-                workers=args.workers,
-                advance=advance,
+                records, args.out, options, max_bad=max_bad, workers=args.workers, advance=advance
             )
     except OSError as error:
         raise UserError(
             f"{error.filename or args.out}: cannot write the shards ({error.strerror}); "
             "mend that and run the command again"
         ) from error
-    _print_summary(receipts, args.out)
+    print_summary(receipts, args.out, seconds=time.monotonic() - start)
     return 0
-
-
-def parse_max_bad(text: str, num_records: int) -> int:
-    """Return the number of bad samples that `text`, a count or a share such as 0.1%, allows.
-
-    Raises UserError for anything else.
-    """
-    try:
-        if text.endswith("%"):
-            allowed = math.floor(Fraction(text[:-1]) * num_records / 100)  # exact, as 0.29 is not
-        else:
-            allowed = int(text)
-    except (ValueError, ZeroDivisionError):
-        allowed = -1
-    if allowed < 0:
-        raise UserError(f"--max-bad {text!r}: give a number of samples, or a share such as 0.1%")
-    return allowed
 
 
 def _read(args: argparse.Namespace) -> "Sequence[Record]":
     """Read all records of the source that the command names."""
-    if args.source not in SOURCES:
-        near = difflib.get_close_matches(args.source, SOURCES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SOURCES)}"
-        raise UserError(f"no source {args.source!r}; {hint}")
-    read = SOURCES[args.source]
-    options: dict[str, Any] = {}
-    for name in ("images", "split", "restval"):
-        value = getattr(args, name)
-        if value is not None and name not in inspect.signature(read).parameters:
-            raise UserError(f"--{name} means nothing to the source {args.source}; leave it out")
-        if value is not None:
-            options[name] = value
-    records = list(read(args.input, **options))
+    from shards.remote import to_path
+
+    _, read = SOURCES[args.shard_command]
+    records = list(read(to_path(args.input), **source_options(args)))
     if not records:
         raise UserError(
-            f"{args.input}: no images found for the source {args.source}; check the path"
+            f"{args.input}: no images found for the source {args.shard_command}; check the path"
         )
     return records
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr while the body runs; yield the function that advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+def _index(args: argparse.Namespace) -> int:
+    """Index tars and print a table of them."""
+    from shards.show import print_summary, progress_bar
+    from shards.tars import find_tars, index_tars
 
-    columns = ("sharding", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=total)
-        yield lambda count: progress.advance(bar, count)
-
-
-def _print_summary(receipts: "Sequence[Receipt]", folder: Path) -> None:
-    from rich.console import Console
-    from rich.filesize import decimal
-    from rich.table import Table
-
-    from shards.receipts import SKIPPED_NAME
-
-    table = Table("split", title=str(folder))
-    for heading in ("images", "captions", "shards", "size", "skipped"):
-        table.add_column(heading, justify="right")
-    for split in sorted({receipt.split for receipt in receipts}):
-        of_split = [receipt for receipt in receipts if receipt.split == split]
-        table.add_row(
-            split,
-            f"{sum(r.num_samples for r in of_split):,}",
-            f"{sum(r.num_captions for r in of_split):,}",
-            f"{len(of_split):,}",
-            decimal(sum(r.num_bytes for r in of_split)),
-            f"{sum(len(r.skipped) for r in of_split):,}",
-        )
-    console = Console()
-    console.print(table)
-    if any(receipt.skipped for receipt in receipts):
-        console.print(f"skipped samples: {folder / SKIPPED_NAME}", soft_wrap=True)
+    at_least_1(args, "workers")
+    max_bad = parse_budget(args.max_bad)
+    tars, folder = find_tars(args.tars, args.out)
+    start = time.monotonic()
+    try:
+        with progress_bar("indexing", len(tars), "tars") as advance:
+            receipts = index_tars(
+                tars, folder, split=args.split, max_bad=max_bad, workers=args.workers,
+                advance=advance,
+            )  # fmt: skip
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be read or written ({error.strerror}); mend that "
+            "and run the command again"
+        ) from error
+    print_summary(receipts, folder, seconds=time.monotonic() - start)
+    return 0

@@ -36,6 +36,8 @@ class Receipt:
     sha256: str
     offsets_sha256: str
     skipped: list[Skipped] = field(default_factory=list)
+    side: str = ""  # as in the index: not empty for a tar that is not ours
+    meta_sha256: str = ""  # of the side file of JSON
 
 
 def read_receipts(folder: Path) -> dict[str, Receipt]:

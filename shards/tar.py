@@ -2,36 +2,81 @@
 
 import hashlib
 import tarfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
+CHUNK_BYTES = 1 << 22  # written and digested at a time
 _END = b"\0" * (2 * tarfile.BLOCKSIZE)
+_PADDING = tuple(b"\0" * count for count in range(tarfile.BLOCKSIZE))
+_NAME_BYTES, _SIZE_AT, _SUM_AT = 100, 124, 148  # places in a header
+_MAX_SIZE = 8**11 - 1
+
+# A header with neither name nor size; the checksum counts its own field as blanks.
+_BLANK = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT, "ascii")  # mode 644, no owner, time 0
+_BLANK_SUM = sum(_BLANK[:_SIZE_AT]) + sum(_BLANK[_SIZE_AT + 11 : _SUM_AT]) + 8 * 32
+_BLANK_SUM += sum(_BLANK[_SUM_AT + 8 :])
 
 
 class TarWriter:
-    """Writes members one after another; knows where each begins and the digest of it all."""
+    """Writes members one after another; knows where each begins and the digest of it all.
+
+    The digest runs in a thread beside the writing (neither holds Python's lock). `file` should be
+    unbuffered: it gets large chunks.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._digested: Future[None] | None = None
+        self._parts: list[bytes] = []
+        self._written = 0
         self.num_bytes = 0
 
     def add(self, name: str, data: bytes) -> int:
         """Append a member; return the offset of its data from the start of the tar, bytes."""
-        info = tarfile.TarInfo(name)  # its defaults are fixed: mode 644, no owner, time 0
-        info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT, "ascii"))
-        offset = self.num_bytes
-        self._write(data)
-        self._write(b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        offset = self.num_bytes + tarfile.BLOCKSIZE
+        padding = _PADDING[-len(data) % tarfile.BLOCKSIZE]
+        self._parts += (header(name, len(data)), data, padding)
+        self.num_bytes = offset + len(data) + len(padding)
+        if self.num_bytes - self._written >= CHUNK_BYTES:
+            self._flush()
         return offset
 
     def close(self) -> str:
         """Write the end of the archive; return the sha256 of all bytes, hex."""
-        self._write(_END)
-        self._write(b"\0" * (-self.num_bytes % tarfile.RECORDSIZE))
+        end = _END + b"\0" * (-(self.num_bytes + len(_END)) % tarfile.RECORDSIZE)
+        self._parts.append(end)
+        self.num_bytes += len(end)
+        self._flush()
+        self._thread.shutdown()
         return self._digest.hexdigest()
 
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.num_bytes += len(data)
+    def _flush(self) -> None:
+        chunk = b"".join(self._parts)
+        self._parts.clear()
+        if self._digested is not None:
+            self._digested.result()  # one chunk at a time: memory stays bounded
+        self._digested = self._thread.submit(self._digest.update, chunk)
+        view = memoryview(chunk)
+        while view:
+            view = view[self._file.write(view) :]
+        self._written = self.num_bytes
+
+
+def header(name: str, size: int) -> bytes:
+    """Return the ustar header of a file, as `tarfile` makes it but twenty times as fast."""
+    encoded = name.encode("ascii")
+    assert 0 < len(encoded) <= _NAME_BYTES and 0 <= size <= _MAX_SIZE, (name, size)
+    digits = b"%011o" % size
+    checksum = _BLANK_SUM + sum(encoded) + sum(digits)
+    return b"".join(
+        (
+            encoded.ljust(_NAME_BYTES, b"\0"),
+            _BLANK[_NAME_BYTES:_SIZE_AT],
+            digits,
+            _BLANK[_SIZE_AT + 11 : _SUM_AT],
+            b"%06o\0 " % checksum,
+            _BLANK[_SUM_AT + 8 :],
+        )
+    )

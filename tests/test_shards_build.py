@@ -14,7 +14,9 @@ import webdataset
 
 from dist_vse.errors import UserError
 from dist_vse.index import image_id, read_index
+from shards.budget import Budget
 from shards.build import build_dataset
+from shards.plan import Options
 from shards.receipts import Receipt
 from shards.record import Record
 from tests.datasets import draw, encode
@@ -33,14 +35,18 @@ def _records(folder: Path, count: int, split: str = "train") -> list[Record]:
 
 
 def _build(
-    records: list[Record], out: Path, *, shard_size: int = 4, max_bad: int = 0, workers: int = 1
+    records: list[Record],
+    out: Path,
+    *,
+    options: Options = Options(shard_size=4),  # noqa: B008
+    max_bad: int = 0,
+    workers: int = 1,
 ) -> list[Receipt]:
     return build_dataset(
         records,
         out,
-        shard_size=shard_size,
-        seed=0,
-        max_bad=max_bad,
+        options,
+        max_bad=Budget(str(max_bad), max_bad),
         workers=workers,
         advance=lambda count: None,
     )
@@ -183,7 +189,7 @@ def test_a_changed_input_is_noticed(tmp_path: Path) -> None:
     pairs = zip(old.split("train").shards, new.split("train").shards, strict=True)
     assert sum(a != b for a, b in pairs) == 1
 
-    _build(records[:6], out, shard_size=3)  # fewer and smaller shards: nothing stale stays
+    _build(records[:6], out, options=Options(shard_size=3))  # fewer and smaller: nothing stale
     assert sorted(p.name for p in out.glob("*.tar")) == ["train-00000.tar", "train-00001.tar"]
     assert sorted(p.name for p in out.glob("*.npy")) == ["train-00000.npy", "train-00001.npy"]
     assert read_index(out).split("train").num_samples == 6

@@ -11,6 +11,8 @@ import pytest
 from dist_vse.errors import UserError
 from dist_vse.index import read_index
 from shards import cli
+from shards.budget import parse_budget
+from shards.options import parse_shard_size
 from tests.datasets import draw, encode
 from tests.test_shards_sources import COCO
 
@@ -69,15 +71,16 @@ def test_karpathy_from_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["jsonlines"], "no source 'jsonlines'; did you mean 'jsonl'"),
-        (["csv"], "no source 'csv'; choose one of folder, jsonl, karpathy"),
-        (["jsonl", "--restval", "x"], "--restval means nothing to the source jsonl"),
         (["jsonl", "--shard-size", "0"], r"--shard-size \(0\) must be at least 1"),
         (["jsonl", "--workers", "0"], r"--workers \(0\) must be at least 1"),
         (["jsonl", "--max-bad", "few"], "--max-bad 'few': give a number"),
         (["jsonl", "--max-bad=-1"], "--max-bad '-1': give a number"),
         (["jsonl", "--images", "/nowhere"], "/nowhere: no such folder"),
         (["folder"], "pairs.jsonl: no such folder"),
+        (["jsonl", "--shard-size", "1TB"], r"--shard-size \(1TB\) must be at least 1: samples"),
+        (["jsonl", "--quality", "80"], "--quality changes nothing without --max-side or --format"),
+        (["jsonl", "--quality", "101", "--max-side", "9"], r"--quality \(101\) must be at most"),
+        (["jsonl", "--max-side", "0"], r"--max-side \(0\) must be at least 1"),
     ],
 )
 def test_wrong_options_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -86,6 +89,29 @@ def test_wrong_options_are_one_line(tmp_path: Path, arguments: list[str], messag
         _shard(source, _pairs(tmp_path / "in", 1), tmp_path / "out", *options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["jsonlines", "in", "out"], "invalid choice: 'jsonlines' (choose from"),
+        (["jsonl", "in", "out", "--restval", "x"], "unrecognized arguments: --restval"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        _shard(*arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("500", (500, 0)), ("200MB", (0, 200_000_000)), ("1GiB", (0, 2**30)), ("9b", (0, 9))],
+)
+def test_shard_size_is_samples_or_bytes(text: str, size: tuple[int, int]) -> None:
+    assert parse_shard_size(text) == size
 
 
 def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
@@ -105,7 +131,7 @@ def test_out_must_be_a_folder(tmp_path: Path) -> None:
     ("text", "allowed"), [("0", 0), ("7", 7), ("0.1%", 10), ("0.29%", 29), ("100%", 10_000)]
 )
 def test_max_bad_is_a_count_or_a_share(text: str, allowed: int) -> None:
-    assert cli.parse_max_bad(text, 10_000) == allowed
+    assert parse_budget(text).allowed(10_000) == allowed
 
 
 def test_its_options_need_no_heavy_import() -> None:

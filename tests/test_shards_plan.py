@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dist_vse.errors import UserError
 from shards.keys import MAX_CHARS, safe_key, safe_keys
-from shards.plan import fingerprint, plan_shards
+from shards.plan import Options, fingerprint, plan_shards
 from shards.record import Record
 
 
@@ -46,7 +46,7 @@ def test_keys_are_safe_unique_and_repeatable(names: list[str]) -> None:
 
 def test_the_plan_shuffles_each_split_and_cuts_it() -> None:
     records = _records(25) + [replace(r, key="v" + r.key) for r in _records(3, "val")]
-    tasks = plan_shards(records, shard_size=10, seed=0)
+    tasks = plan_shards(records, Options(shard_size=10))
     assert [(t.name, len(t.records)) for t in tasks] == [
         ("train-00000.tar", 10),
         ("train-00001.tar", 10),
@@ -61,14 +61,14 @@ def test_the_plan_shuffles_each_split_and_cuts_it() -> None:
 def test_the_plan_does_not_depend_on_the_order_given_but_on_the_seed() -> None:
     records = _records(40)
     shuffled = random.Random(1).sample(records, len(records))
-    plan = plan_shards(records, shard_size=7, seed=3)
-    assert plan == plan_shards(shuffled, shard_size=7, seed=3)
-    assert plan != plan_shards(records, shard_size=7, seed=4)
+    plan = plan_shards(records, Options(shard_size=7, seed=3))
+    assert plan == plan_shards(shuffled, Options(shard_size=7, seed=3))
+    assert plan != plan_shards(records, Options(shard_size=7, seed=4))
 
 
 def test_a_split_must_be_a_file_name() -> None:
     with pytest.raises(UserError, match=r"split '\.\./x' of 'k0' is no file name"):
-        plan_shards(_records(1, "../x"), shard_size=1, seed=0)
+        plan_shards(_records(1, "../x"), Options())
 
 
 def test_the_fingerprint_changes_with_captions_and_images(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_the_fingerprint_changes_with_captions_and_images(tmp_path: Path) -> Non
     record = Record(image, ("caption",), "train", "k")
 
     def digest(record: Record) -> str:
-        return fingerprint(plan_shards([record], shard_size=1, seed=0)[0])
+        return fingerprint(plan_shards([record], Options())[0])
 
     missing = digest(record)
     image.write_bytes(b"one")

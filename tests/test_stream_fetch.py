@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dist_vse.errors import UserError
-from dist_vse.index import Index, Shard, Split, write_index
+from dist_vse.index import Index, Shard, Split, is_remote, write_index
 from dist_vse.stream import captions
-from dist_vse.stream.fetch import fetch, is_remote
+from dist_vse.stream.fetch import fetch
 from tests.datasets import write_dataset
 
 

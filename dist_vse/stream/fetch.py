@@ -15,11 +15,6 @@ COPY_BYTES = 1 << 20
 RETRY_DELAYS_S = (1.0, 10.0)
 
 
-def is_remote(path: str) -> bool:
-    """Tell whether a shard's path is a URL (or a `pipe:` command) as webdataset opens them."""
-    return urlparse(path).scheme != ""
-
-
 def cache_folder() -> Path:
     """Return the folder of fetched shards: `$DIST_VSE_CACHE`, or the user's cache folder."""
     given = os.environ.get("DIST_VSE_CACHE")

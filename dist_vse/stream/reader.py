@@ -7,14 +7,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_vse.errors import UserError
-from dist_vse.index import Index, Shard
+from dist_vse.index import Index, Shard, is_remote
 from dist_vse.stream.decode import BadSampleError
-from dist_vse.stream.fetch import cache_folder, fetch, is_remote
+from dist_vse.stream.fetch import cache_folder, fetch
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,14 @@ class Meta:
 
 
 class _OpenShard:
-    """A shard's file and its table of offsets."""
+    """A shard's files and its table of offsets."""
 
     def __init__(self, index: Index, shard: Shard) -> None:
         self.table: NDArray[np.int64] = index.offsets(shard)
         self.path = (
             fetch(shard, cache_folder()) if is_remote(shard.path) else index.root / shard.path
         )
-        try:
-            self.file = os.open(self.path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.path}: the shard is missing; copy it there, or run `dist-vse shard` again"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: the shard cannot be opened ({error.strerror})"
-            ) from error
+        self.file = self.meta_file = _open(self.path)
         num_bytes = os.fstat(self.file).st_size
         if num_bytes != shard.num_bytes:
             self.close()
@@ -50,18 +42,43 @@ class _OpenShard:
                 f"{self.path}: the shard has {num_bytes} bytes, but the index says "
                 f"{shard.num_bytes}; copy it again, or run `dist-vse shard` again"
             )
+        # The samples' JSON lies in the tar, but beside the index for a tar that is not ours.
+        self.meta_path = self.path
+        if shard.meta_name:
+            self.meta_path = index.root / shard.meta_name
+            self.meta_file = _open(self.meta_path)
 
-    def read(self, offset: int, num_bytes: int) -> bytes:
-        data = os.pread(self.file, num_bytes, offset)
-        if len(data) != num_bytes:
-            raise UserError(
-                f"{self.path}: ends before byte {offset + num_bytes}, where the index has a "
-                "sample; run `dist-vse shard` again"
-            )
-        return data
+    def image(self, row: int) -> bytes:
+        return _read(self.file, self.path, int(self.table[row, 0]), int(self.table[row, 1]))
+
+    def meta(self, row: int) -> bytes:
+        offset, num_bytes = int(self.table[row, 2]), int(self.table[row, 3])
+        return _read(self.meta_file, self.meta_path, offset, num_bytes)
 
     def close(self) -> None:
-        os.close(self.file)
+        for file in {self.file, self.meta_file}:
+            os.close(file)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: the shard is missing; copy it there, or run `dist-vse shard` again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: the shard cannot be opened ({error.strerror})") from error
+
+
+def _read(file: int, path: Path, offset: int, num_bytes: int) -> bytes:
+    data = os.pread(file, num_bytes, offset)
+    if len(data) != num_bytes:
+        raise UserError(
+            f"{path}: ends before byte {offset + num_bytes}, where the index has a sample; "
+            "run `dist-vse shard` again"
+        )
+    return data
 
 
 class ShardReader:
@@ -89,8 +106,7 @@ class ShardReader:
 
     def image(self, shard: int, row: int) -> bytes:
         """Read the bytes of the sample's image file."""
-        opened = self._opened(shard)
-        return opened.read(int(opened.table[row, 0]), int(opened.table[row, 1]))
+        return self._opened(shard).image(row)
 
     def image_id(self, shard: int, row: int) -> int:
         """Return the sample's image id, from the side file."""
@@ -116,8 +132,7 @@ class ShardReader:
             self._open.popitem()[1].close()
 
     def _meta_bytes(self, shard: int, row: int) -> bytes:
-        opened = self._opened(shard)
-        return opened.read(int(opened.table[row, 2]), int(opened.table[row, 3]))
+        return self._opened(shard).meta(row)
 
     def _opened(self, shard: int) -> _OpenShard:
         if shard in self._open:

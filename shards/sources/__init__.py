@@ -1,8 +1,8 @@
 """Where samples come from: one function a format, from a path to records.
 
-To add a source, write `read_x(path, *, ...) -> Iterator[Record]` and name it in `SOURCES`. Its
-keyword parameters are the command's options that it understands (`images`, `split`, `restval`).
-A heavy import belongs into the function: `dist-vse --help` reads this dict.
+To add a source, write `read_x(path, *, ...) -> Iterator[Record]` and name it in `SOURCES`
+with a line of help. Its keyword parameters are the command's options that it understands
+(`shards.options`). A heavy import belongs into the function: `dist-vse --help` reads this dict.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,9 +11,11 @@ from shards.record import Record
 from shards.sources.folder import read_folder
 from shards.sources.jsonl import read_jsonl
 from shards.sources.karpathy import read_karpathy
+from shards.sources.reshard import read_tars
 
-SOURCES: dict[str, Callable[..., Iterator[Record]]] = {
-    "folder": read_folder,
-    "jsonl": read_jsonl,
-    "karpathy": read_karpathy,
+SOURCES: dict[str, tuple[str, Callable[..., Iterator[Record]]]] = {
+    "folder": ("images with a .txt beside each, one caption a line", read_folder),
+    "jsonl": ('lines of {"image": path, "captions": [...]}', read_jsonl),
+    "karpathy": ("dataset_coco.json or dataset_flickr30k.json", read_karpathy),
+    "reshard": ("existing tars, WebDataset's or img2dataset's", read_tars),
 }

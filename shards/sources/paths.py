@@ -12,6 +12,13 @@ def existing_file(path: Path) -> Path:
     return path
 
 
+def existing(path: Path) -> Path:
+    """Return `path`, or raise UserError if neither a file nor a folder is there."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; check the path")
+    return path
+
+
 def existing_folder(path: Path) -> Path:
     """Return `path`, or raise UserError if no folder is there."""
     if not path.is_dir():

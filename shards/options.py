@@ -1,0 +1,132 @@
+"""The options of `dist-vse shard`: their parsers, and what they stand for."""
+
+import argparse
+import inspect
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_vse.errors import UserError
+
+if TYPE_CHECKING:
+    from shards.plan import Options
+
+_SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
+    "images": {"metavar": "DIR", "help": "where image paths start from [the file's folder]"},
+    "split": {"metavar": "NAME", "help": "split of samples that name none [train]"},
+    "restval": {"metavar": "NAME", "help": "split that restval goes to [train]"},
+}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_SIZE = re.compile(r"(\d+)([KMG]I?)?B", re.IGNORECASE)
+
+
+def add_source_options(parser: argparse.ArgumentParser, read: Callable[..., object]) -> None:
+    """Add the options that the source's function has parameters for."""
+    for name in inspect.signature(read).parameters:
+        if name in _SOURCE_OPTIONS:
+            parser.add_argument("--" + name.replace("_", "-"), **_SOURCE_OPTIONS[name])
+
+
+def source_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the source that were given, as keyword arguments of its function."""
+    from shards.remote import to_path
+
+    given = {name: getattr(args, name, None) for name in _SOURCE_OPTIONS}
+    options = {name: value for name, value in given.items() if value is not None}
+    if "images" in options:
+        options["images"] = to_path(options["images"])
+    return options
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of everything that makes shards or an index."""
+    parser.add_argument(
+        "--max-bad",
+        metavar="N|P%",
+        default="0",
+        help="bad samples to skip and list, a number or a share such as 0.1%% [%(default)s]",
+    )
+    add_workers(parser)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add the number of processes."""
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes [one a core: %(default)s]",
+    )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what shards look like."""
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="folder for the shards and index.json"
+    )
+    parser.add_argument(
+        "--shard-size",
+        metavar="N|SIZE",
+        default="500",
+        help="samples a shard, or bytes of images such as 200MB [%(default)s]",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle [%(default)s]")
+    parser.add_argument(
+        "--max-side", metavar="PX", type=int, help="shrink images whose longer side exceeds this"
+    )
+    parser.add_argument(
+        "--format", choices=("jpeg", "png", "webp"), help="store images in this format"
+    )
+    parser.add_argument(
+        "--quality", metavar="Q", type=int, help="of JPEG and WebP where images are changed [90]"
+    )
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every image to check it, not those in doubt"
+    )
+
+
+def output_options(args: argparse.Namespace) -> "Options":
+    """Return what the options of `add_output_options` stand for.
+
+    Raises UserError for one that makes no sense.
+    """
+    from shards.plan import Options
+    from shards.recode import Recode
+
+    at_least_1(args, "max_side", "quality")
+    if args.quality is not None and args.quality > 100:
+        raise UserError(f"--quality ({args.quality}) must be at most 100")
+    recode = None
+    if args.max_side or args.format:
+        recode = Recode(args.max_side or 0, args.format or "", args.quality or 90)
+    elif args.quality is not None:
+        raise UserError("--quality changes nothing without --max-side or --format; add one")
+    samples, num_bytes = parse_shard_size(args.shard_size)
+    return Options(samples, num_bytes, args.seed, recode, args.decode)
+
+
+def at_least_1(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError for one of the options that is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
+
+
+def parse_shard_size(text: str) -> tuple[int, int]:
+    """Return (samples, 0) for a number, or (0, bytes) for a size such as 200MB or 1GiB.
+
+    Raises UserError for anything else.
+    """
+    size = _SIZE.fullmatch(text)
+    value = int(size[1]) * _UNITS[(size[2] or "").upper()] if size else 0
+    if not size and text.isascii() and text.isdigit():
+        value = int(text)
+    if value < 1:
+        raise UserError(
+            f"--shard-size ({text}) must be at least 1: samples such as 500, or bytes such as 200MB"
+        )
+    return (0, value) if size else (value, 0)

@@ -1,0 +1,36 @@
+"""Existing tars in WebDataset's layout, to be shuffled and cut anew."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_vse.errors import UserError
+from shards.record import Member, Record
+from shards.sources.paths import existing
+from shards.wds import read_samples
+
+
+def read_tars(path: Path, *, split: str | None = None) -> Iterator[Record]:
+    """Yield the samples of a tar, or of all tars in a folder in the order of their names.
+
+    Captions are the JSON's `captions` or `caption`, else the `.txt`. `split` puts all samples into
+    one; without it a sample is of the split that its JSON names, or of train. The JSON's other
+    fields are kept. A sample without an image or with broken JSON is a bad one.
+
+    Raises UserError if there is no tar, or one is compressed, cut or remote.
+    """
+    if not isinstance(path, Path):
+        raise UserError(f"{path}: is remote; copy the tars here, or index them where they are")
+    tars = sorted(existing(path).glob("*.tar")) if path.is_dir() else [existing(path)]
+    for tar in tars:
+        for sample in read_samples(tar):
+            offset, num_bytes = sample.image or (0, 0)  # no bytes: a bad sample
+            fields = dict(sample.fields)
+            own, key = fields.pop("split", None), fields.pop("key", None)
+            yield Record(
+                image=Member(tar, offset, num_bytes),
+                captions=sample.captions,
+                split=split or (own if isinstance(own, str) else "train"),
+                key=key if isinstance(key, str) else sample.key,
+                extra=fields,
+                fault=sample.fault,
+            )

@@ -1,0 +1,211 @@
+"""Index tars where they are: img2dataset's, or any in WebDataset's layout."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+from braceexpand import braceexpand
+
+from dist_vse.errors import UserError
+from dist_vse.index import OFFSET_COLUMNS, Shard, image_id, is_remote
+from shards.bring import Advance, Maker, bring_to
+from shards.budget import Budget
+from shards.check import BadSampleError, check_captions
+from shards.keys import safe_keys
+from shards.plan import check_split
+from shards.receipts import Receipt, Skipped
+from shards.remote import local_copy
+from shards.wds import Sample, read_samples
+from shards.write import digest_of, replace_file
+
+_STEM = re.compile(r"([^/\s|?&=]+)\.tar")
+FORMAT = 1  # of the side files; a new number makes all of them again
+
+
+@dataclass(frozen=True, slots=True)
+class IndexTask:
+    """One tar to be indexed."""
+
+    name: str  # as the index has it: from the folder, absolute, or a URL
+    split: str
+    side: str
+    location: str  # where it is opened
+
+    @property
+    def units(self) -> int:
+        """Count tars."""
+        return 1
+
+
+def find_tars(given: Sequence[str], out: Path | None) -> tuple[list[str], Path]:
+    """Return all tars that the arguments stand for, and the folder for their index.
+
+    An argument is a tar, a folder of tars, a URL or `pipe:COMMAND`; of the first two and of URLs
+    `{000..099}` and `*` (local) are expanded. Without `out` the folder is that of the first tar.
+
+    Raises UserError where there is none.
+    """
+    tars: list[str] = []
+    for text in given:
+        tars += [text] if text.startswith("pipe:") else _expand(text)
+    if out is not None:
+        return tars, out
+    if is_remote(tars[0]):
+        raise UserError(f"{tars[0]}: is remote; say with --out where its index is to lie")
+    return tars, Path(tars[0]).parent
+
+
+def _expand(text: str) -> list[str]:
+    found: list[str] = []
+    for name in braceexpand(text):
+        path = Path(name)
+        if is_remote(name):
+            found.append(name)
+        elif path.is_dir():
+            found += sorted(str(p) for p in path.glob("*.tar"))
+        elif "*" in name:
+            found += sorted(glob(name))
+        else:
+            found.append(name)
+    if not found:
+        raise UserError(f"{text}: no tars here; check the path")
+    return found
+
+
+def index_tars(
+    tars: Sequence[str],
+    folder: Path,
+    *,
+    split: str,
+    max_bad: Budget,
+    workers: int,
+    advance: Advance,
+) -> list[Receipt]:
+    """Write offsets, JSON and an index of the tars into `folder`; return the receipts.
+
+    The tars are read, never written. Images are not decoded. A tar that was indexed is not read
+    again unless its size or time changed; a remote one counts as never changing.
+
+    Raises UserError for a tar that cannot be read, or more bad samples than `max_bad`.
+    """
+    check_split(split, tars[0])
+    names = [_name(tar, folder) for tar in tars]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{twice}: is given twice; name every tar once")
+    stems = safe_keys((_STEM.findall(name) or ["tar"])[-1] for name in names)
+    tasks = [
+        IndexTask(name, split, f"{split}.{stem}", tar)
+        for name, stem, tar in zip(names, stems, tars, strict=True)
+    ]
+    return bring_to(
+        folder,
+        tasks,
+        Maker(index_tar, is_indexed),
+        num_samples=None,
+        max_bad=max_bad,
+        workers=workers,
+        advance=advance,
+    )
+
+
+def index_tar(task: IndexTask, folder: Path) -> Receipt:
+    """Write the side files of one tar, each by one rename."""
+    with local_copy(task.location, folder) as path:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; check the path")
+        state = _state(task)  # before the reading: a file that changes now is noticed next time
+        with path.open("rb") as file:
+            rows, lines, skipped = _side_files(read_samples(path), file.fileno(), task.location)
+        sha256, num_bytes = digest_of(path), path.stat().st_size
+    shard = Shard(task.name, len(rows), num_bytes, sha256, task.side)
+    offsets, meta = folder / shard.offsets_name, folder / (shard.meta_name or "")
+    table = np.array(rows, dtype=np.int64).reshape(-1, len(OFFSET_COLUMNS))
+    replace_file(meta, lambda file: file.writelines(lines))
+    replace_file(offsets, lambda file: np.save(file, table, allow_pickle=False))
+    return Receipt(
+        name=task.name,
+        split=task.split,
+        fingerprint=state,
+        num_samples=len(rows),
+        num_captions=sum(len(json.loads(line)["captions"]) for line in lines),
+        num_bytes=num_bytes,
+        sha256=sha256,
+        offsets_sha256=digest_of(offsets),
+        skipped=skipped,
+        side=task.side,
+        meta_sha256=digest_of(meta),
+    )
+
+
+def is_indexed(task: IndexTask, folder: Path, receipt: Receipt) -> bool:
+    """Tell whether the side files are whole and the tar is the one that they were made of."""
+    shard = Shard(receipt.name, receipt.num_samples, receipt.num_bytes, "", receipt.side)
+    offsets, meta = folder / shard.offsets_name, folder / (shard.meta_name or "")
+    return (
+        receipt.side == task.side
+        and offsets.is_file()
+        and meta.is_file()
+        and _state(task) == receipt.fingerprint
+        and digest_of(offsets) == receipt.offsets_sha256
+        and digest_of(meta) == receipt.meta_sha256
+    )
+
+
+def _side_files(
+    samples: Iterable[Sample], file: int, location: str
+) -> tuple[list[tuple[int, ...]], list[bytes], list[Skipped]]:
+    """Return the rows of offsets, the lines of JSON, and what was left out."""
+    rows: list[tuple[int, ...]] = []
+    lines: list[bytes] = []
+    skipped: list[Skipped] = []
+    position = 0
+    for sample in samples:
+        try:
+            offset, num_bytes = _checked(sample)
+        except BadSampleError as error:
+            skipped.append(Skipped(sample.key, location, str(error)))
+            continue
+        content = {"key": sample.key, "captions": sample.captions}
+        if "languages" in sample.fields:
+            content["languages"] = sample.fields["languages"]
+        line = json.dumps(content).encode() + b"\n"
+        identity = image_id(os.pread(file, num_bytes, offset))
+        rows.append((offset, num_bytes, position, len(line) - 1, identity))
+        lines.append(line)
+        position += len(line)
+    return rows, lines, skipped
+
+
+def _checked(sample: Sample) -> tuple[int, int]:
+    """Return where the image lies; raise BadSampleError if the sample is of no use."""
+    if sample.fault or sample.image is None:
+        raise BadSampleError(sample.fault)
+    check_captions(sample.captions)
+    if sample.image[1] == 0:
+        raise BadSampleError("the image file is empty (0 bytes)")
+    return sample.image
+
+
+def _name(tar: str, folder: Path) -> str:
+    if is_remote(tar):
+        return tar
+    path, root = Path(tar).resolve(), folder.resolve()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+def _state(task: IndexTask) -> str:
+    state: list[object] = [FORMAT, task.location if is_remote(task.location) else ""]
+    if not is_remote(task.location):
+        try:
+            status = os.stat(task.location)
+        except OSError:
+            return ""
+        state += [status.st_size, status.st_mtime_ns]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
