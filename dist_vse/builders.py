@@ -1,6 +1,6 @@
 """From the config to the parts: the only place beside `train` that sees a TrainConfig."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.tokenizer import Tokenizer
 from dist_vse.run_dir import run_model
 from dist_vse.schedule import learning_rate, warmup_share
-from dist_vse.stream import Batch, EvalBatch, eval_batches, train_batches
+from dist_vse.stream import Batch, EvalBatch, TrainSet, eval_batches, train_batches
+
+EVAL_SAMPLES_A_WORKER = 1000  # starting a process takes as long as decoding about so many
 
 
 def build_engine(config: TrainConfig, tokenizer: Tokenizer) -> ZeroEngine:
@@ -49,13 +51,12 @@ def wrap_model(config: TrainConfig, model: DualEncoder) -> ZeroEngine:
 
 
 def build_train_batches(
-    config: TrainConfig, index: Index, tokenizer: Tokenizer, progress: Progress
+    config: TrainConfig, sets: Sequence[TrainSet], tokenizer: Tokenizer, progress: Progress
 ) -> Iterator[Batch]:
     """Stream this rank's share of the global batches, from where `progress` stands."""
     data = config.data
     return train_batches(
-        index,
-        split=data.train_split,
+        sets,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         lanes=data.lanes,
@@ -67,6 +68,7 @@ def build_train_batches(
         crop=data.crop,
         min_crop_area=data.min_crop_area,
         flip=data.flip,
+        color_jitter=data.color_jitter,
         tokenizer=tokenizer,
         state=np.array(progress.lanes, dtype=np.int64) if progress.lanes else None,
     )
@@ -76,6 +78,7 @@ def build_eval_batches(
     config: TrainConfig, index: Index, tokenizer: Tokenizer, split: str
 ) -> Iterator[EvalBatch]:
     """Stream this rank's share of a split, each image once with all of its captions."""
+    share = index.split(split).num_samples // distributed.world_size()
     return eval_batches(
         index,
         split=split,
@@ -84,6 +87,7 @@ def build_eval_batches(
         batch_size=config.chunk_size,
         size=config.model.image.size,
         tokenizer=tokenizer,
+        num_workers=min(config.data.num_workers, share // EVAL_SAMPLES_A_WORKER),
     )
 
 

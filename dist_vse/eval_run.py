@@ -47,7 +47,7 @@ def eval_run(run_dir: Path, *, split: str, data: str | None) -> int:
                 config = dataclasses.replace(config, data=elsewhere)
             index = read_index(config.data.index)
             index.split(split)
-            tokenizer = run_tokenizer(config, run_dir, index, build=False)
+            tokenizer = run_tokenizer(config, run_dir, build=False)
             model = run_model(config, tokenizer).to(distributed.device())
         untrained = _evaluate(config, index, tokenizer, model, split)
         with distributed.same_verdict():

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dist_vse import distributed
 from dist_vse.log import logger
-from dist_vse.run_files import METRICS_NAME
+from dist_vse.run_files import METRICS_NAME, drop_lines_after
 
 GIB = 2**30
 
@@ -27,7 +27,7 @@ class Recorder:
         if distributed.is_main_process():
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._drop_lines_after(start_step)
+            drop_lines_after(self.path, start_step)
             self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
@@ -44,20 +44,6 @@ class Recorder:
         """Flush what is not written yet."""
         if self.writer is not None:
             self.writer.close()
-
-    def _drop_lines_after(self, step: int) -> None:
-        """Forget what a former life wrote after the checkpoint that this one starts from."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run may be cut
-            if record["step"] <= step:
-                kept.append(line)
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 class Meter:

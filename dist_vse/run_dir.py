@@ -1,19 +1,28 @@
 """The run's folder: its config, its vocabulary, and the model that it holds."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from dist_vse import checkpoint
 from dist_vse.config import TrainConfig, dump_config, load_config
 from dist_vse.errors import UserError
-from dist_vse.index import Index
+from dist_vse.index import read_index
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
 from dist_vse.run_files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, VOCABULARY_NAME
-from dist_vse.stream import captions
+from dist_vse.stream import TrainSet, captions
 
-_MAY_CHANGE = ("total_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+_MAY_CHANGE = (
+    "total_steps",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "data.num_workers",
+    "data.max_bad",
+)
 """Settings of a run that a resumed life may change without changing what was learned so far."""
 
 
@@ -59,19 +68,33 @@ def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     ]
 
 
-def run_tokenizer(config: TrainConfig, run_dir: Path, index: Index, *, build: bool) -> Tokenizer:
+def open_train_sets(config: TrainConfig) -> list[TrainSet]:
+    """Read the indexes of the data sets to train on.
+
+    Raises UserError for a missing one, or one without the split.
+    """
+    sets = [TrainSet(read_index(s.index), s.split, s.weight) for s in config.data.train_sets()]
+    for a_set in sets:
+        a_set.index.split(a_set.split)
+    return sets
+
+
+def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokenizer:
     """Return the run's tokenizer; `build` makes the vocabulary where there is none yet.
 
-    The vocabulary comes from the training split alone, so that evaluation can't leak into it.
+    The vocabulary comes from the training splits alone, so that evaluation can't leak into it.
     """
     path = run_dir / VOCABULARY_NAME
     if path.is_file():
         return WordTokenizer.load(path)
     if config.model.text.kind != "pretrained" and not build:
         raise UserError(f"{path}: the run's vocabulary is missing; train the run first")
-    tokenizer = build_tokenizer(
-        config.model.text, lambda: captions(index, config.data.train_split), None
-    )
+
+    def train_captions() -> Iterator[str]:
+        for a_set in open_train_sets(config):
+            yield from captions(a_set.index, a_set.split)
+
+    tokenizer = build_tokenizer(config.model.text, train_captions, None)
     if isinstance(tokenizer, WordTokenizer):
         tokenizer.save(path)
     return tokenizer

@@ -1,8 +1,31 @@
-"""The names in a run's folder."""
+"""The names in a run's folder, and its files of one JSON line a step."""
+
+import json
+from pathlib import Path
 
 CONFIG_NAME = "config.yaml"  # the whole resolved config
 VOCABULARY_NAME = "vocabulary.json"  # of text encoders from scratch
 METRICS_NAME = "metrics.jsonl"  # a line a log step and a line an evaluation
+SKIPPED_NAME = "skipped.jsonl"  # a line a bad sample that training left out
 EXAMPLES_NAME = "examples.json"  # queries with their best answers, for the report
 RESULT_NAME = "eval-{split}.json"  # what `dist-vse eval` measured
 CHECKPOINTS = "checkpoints"
+
+
+def drop_lines_after(path: Path, step: int) -> list[str]:
+    """Forget what a former life wrote after the step that this one starts from.
+
+    Returns the lines that are left; none where there is no file.
+    """
+    if not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run may be cut
+        if record["step"] <= step:
+            kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    return kept

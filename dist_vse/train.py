@@ -33,9 +33,10 @@ from dist_vse.log import logger, setup_logging
 from dist_vse.metrics import Meter, Recorder, log_line, peak_memory_gib, progress_bar
 from dist_vse.models.dual_encoder import average_statistics
 from dist_vse.models.tokenizer import Tokenizer
-from dist_vse.run_dir import prepare_run_dir, run_tokenizer
-from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME
-from dist_vse.stream import Batch
+from dist_vse.run_dir import open_train_sets, prepare_run_dir, run_tokenizer
+from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME
+from dist_vse.stream import Batch, TrainSet
+from dist_vse.stream.ledger import Ledger
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, saved a checkpoint, and can be continued."""
@@ -48,6 +49,7 @@ class Run:
     config: TrainConfig
     run_dir: Path
     index: Index
+    train_sets: list[TrainSet]
     tokenizer: Tokenizer
     engine: ZeroEngine
 
@@ -79,22 +81,28 @@ def run(config: TrainConfig) -> int:
 def _open(config: TrainConfig) -> Run:
     with distributed.same_verdict():
         index = read_index(config.data.index)
-        for split in (config.data.train_split, config.data.eval_split):
-            index.split(split)
+        index.split(config.data.eval_split)
+        train_sets = open_train_sets(config)
         if distributed.is_main_process():
-            run_tokenizer(config, prepare_run_dir(config), index, build=True)
+            run_tokenizer(config, prepare_run_dir(config), build=True)
     run_dir = Path(config.output_dir)
     with distributed.same_verdict():
-        tokenizer = run_tokenizer(config, run_dir, index, build=False)
+        tokenizer = run_tokenizer(config, run_dir, build=False)
         engine = build_engine(config, tokenizer)
-    return Run(config, run_dir, index, tokenizer, engine)
+    return Run(config, run_dir, index, train_sets, tokenizer, engine)
 
 
 def _train(run: Run, progress: Progress) -> Progress:
     """Loop over the steps until the last one or until any rank was asked to stop."""
     config, engine = run.config, run.engine
     recorder, meter = Recorder(run.run_dir, progress.step), Meter()
-    batches = build_train_batches(config, run.index, run.tokenizer, progress)
+    ledger = Ledger(
+        run.run_dir / SKIPPED_NAME,
+        progress.step,
+        share=config.data.max_bad,
+        per_epoch=sum(a_set.per_epoch for a_set in run.train_sets),
+    )
+    batches = build_train_batches(config, run.train_sets, run.tokenizer, progress)
     if progress.step == 0:
         _evaluate(run, progress, recorder)
     meter.reset()
@@ -111,17 +119,22 @@ def _train(run: Run, progress: Progress) -> Progress:
         loss = train_step(engine, loss_fn, chunks)
 
         progress = _advance(progress, batch, config.global_batch_size)
+        ledger.add(progress.step, batch.skipped)
         meter.pairs += config.global_batch_size
         bar.update()
         last = progress.step == config.total_steps
         stopped = distributed.any_rank(interrupt.asked())
-        if last or progress.step % config.log_every == 0:
+        save = last or stopped or _due(progress.step, config.checkpoint_every)
+        log = last or progress.step % config.log_every == 0
+        if save or log:
+            ledger.flush()
+        if log:
             statistics |= {"loss": loss, "lr": torch.tensor(rate)}
             _log(run, progress, statistics, meter, recorder)
         if last or _due(progress.step, config.eval_every):
             _evaluate(run, progress, recorder)
             meter.reset()
-        if last or stopped or _due(progress.step, config.checkpoint_every):
+        if save:
             _save(run, progress)
             meter.reset()
     bar.close()

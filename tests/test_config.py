@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_vse.config import TrainConfig, dump_config, load_config
+from dist_vse.config import MixConfig, TrainConfig, dump_config, load_config
 from dist_vse.config.document import document
 from dist_vse.errors import UserError
 
@@ -20,7 +20,9 @@ def test_every_config_loads_and_fits_its_world_sizes(path: Path) -> None:
 
 def test_a_dumped_config_loads_as_the_same_config(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    config = load_config(CONFIGS[0], ["loss.name=convse++", "optim.lr=3e-4"])
+    mix = "data.mix=[{index: a}, {index: b, split: web, weight: 0.5}]"
+    config = load_config(CONFIGS[0], ["loss.name=convse++", "optim.lr=3e-4", mix])
+    assert config.data.train_sets()[1] == MixConfig("b", "web", 0.5)
     path.write_text(dump_config(config))
     assert load_config(path) == config
 
@@ -47,6 +49,8 @@ def test_overrides_replace_the_files_values(tmp_path: Path) -> None:
         ("chunk_size", "'chunk_size' is no override; write key=value"),
         ("model.text.frozen=true", "would freeze random weights"),
         ("model.text.dropout=1.5", "model.text.dropout .* below 1"),
+        ("data.mix=[{indx: a}]", "unknown key 'data.mix.indx'; did you mean 'data.mix.index'?"),
+        ("data.mix=[{index: a, weight: 0}]", r"data.mix: weight \(0.0\) must be above 0"),
     ],
 )
 def test_a_wrong_setting_is_one_line_with_the_remedy(

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from dist_vse.errors import UserError
 from dist_vse.index import Index, image_id, read_index
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
-from dist_vse.stream import Batch, captions, train_batches
+from dist_vse.stream import Batch, TrainSet, captions, train_batches
 from dist_vse.stream.decode import Transform, decode_image
 from dist_vse.stream.reader import ShardReader
-from tests.datasets import Sample, make_sample, write_dataset, write_shards
+from tests.datasets import Sample, draw, encode, make_sample, write_dataset, write_shards
 
 SHARDS = [30 + 13 * n % 41 for n in range(20)]  # 20 shards of 30 to 70 samples
 TOTAL = sum(SHARDS)
@@ -42,7 +42,6 @@ def start(
 ) -> list[Iterator[Batch]]:
     """Return every rank's stream."""
     settings: dict[str, Any] = {
-        "split": "train",
         "seed": 5,
         "global_batch_size": BATCH,
         "lanes": LANES,
@@ -51,11 +50,13 @@ def start(
         "crop": "random",
         "min_crop_area": 0.5,
         "flip": True,
+        "color_jitter": 0.4,
         "tokenizer": words(index),
         "num_workers": num_workers,
         "world_size": world_size,
     }
-    return [train_batches(index, rank=rank, **(settings | changes)) for rank in range(world_size)]
+    settings |= {"sets": [TrainSet(index, "train")]} | changes
+    return [train_batches(rank=rank, **settings) for rank in range(world_size)]
 
 
 def take(streams: list[Iterator[Batch]], steps: int) -> list[list[Batch]]:
@@ -133,7 +134,7 @@ def test_workers_resume_too(index: Index, reference: list[tuple[str, NDArray[np.
 
 
 def test_rows_hold_what_the_shards_hold(index: Index) -> None:
-    (stream,) = start(index, crop="center", flip=False)
+    (stream,) = start(index, crop="center", flip=False, color_jitter=0.0)
     reader = ShardReader(index, "train", max_open=4)
     tokenizer = words(index)
     for batch in itertools.islice(stream, 3):
@@ -148,6 +149,40 @@ def test_rows_hold_what_the_shards_hold(index: Index) -> None:
             tokens = tokenizer([caption])[0]
             assert torch.equal(batch.tokens[row, : len(tokens)], tokens)
             assert (batch.tokens[row, len(tokens) :] == tokenizer.pad_id).all()
+
+
+def test_photographs_are_decoded_into_the_batch(tmp_path: Path) -> None:
+    images = [encode(draw(n, size=64).resize((96, 80)), "JPEG") for n in range(12)]
+    samples = [Sample(f"p{n}", data, ("a",), extension="jpg") for n, data in enumerate(images)]
+    index = write_shards(tmp_path, {"train": [samples]})
+    (stream,) = start(index, lanes=2, global_batch_size=12, crop="center", flip=False)
+    (plain,) = start(
+        index, lanes=2, global_batch_size=12, crop="center", flip=False, color_jitter=0.0
+    )
+    batch = next(plain)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    for pixels, (_, number) in zip(batch.images, batch.origin.tolist(), strict=True):
+        expected = decode_image(images[number], Transform(8, scaled=True))
+        np.testing.assert_array_equal(pixels.numpy(), expected)
+    assert not torch.equal(next(stream).images, batch.images)
+
+
+def test_a_mixture_is_read_by_weight(tmp_path: Path) -> None:
+    """Weights 1 and a half, for any number of readers; numbers go through both sets."""
+    first = write_dataset(tmp_path / "a", {"train": [20, 12]}, size=16)
+    second = write_dataset(tmp_path / "b", {"train": [9, 8, 7]}, size=16)
+    sets = [TrainSet(first, "train"), TrainSet(second, "train", 0.5)]
+    options: dict[str, Any] = {"sets": sets, "lanes": 4, "global_batch_size": 11 * 4}
+    steps = take(start(first, **options), 8)  # eight epochs of 32 + 12
+    seen = Counter(tuple(row) for (batch,) in steps for row in batch.origin.tolist())
+    assert seen == Counter(
+        [(turn, n) for turn in range(8) for n in range(32)]
+        + [(turn, n) for turn in range(4) for n in range(32, 56)]
+    )
+    ranks = take(start(first, world_size=2, **options), 8)
+    assert [digest(step) for step in ranks] == [digest(step) for step in steps]
+    resumed = take(start(first, world_size=4, state=state(ranks[4]), **options), 3)
+    assert [digest(step) for step in resumed] == [digest(step) for step in steps[5:]]
 
 
 def test_captions_take_turns(tmp_path: Path) -> None:
@@ -239,15 +274,17 @@ def test_a_lane_without_a_good_sample_ends_the_stream(tmp_path: Path) -> None:
     bad = [Sample(f"bad{n}", b"nothing", ("a",)) for n in range(8)]
     index = write_shards(tmp_path, {"train": [bad]})
     (stream,) = start(index, global_batch_size=2, lanes=2)
-    with pytest.raises(UserError, match=r"4 samples of split 'train' in a row .*bad\d"):
+    with pytest.raises(UserError, match=r"split 'train': 4 samples in a row .*bad\d"):
         next(stream)
 
 
 def test_too_few_samples(tmp_path: Path) -> None:
     index = write_dataset(tmp_path, {"train": 10}, size=16)
-    with pytest.raises(UserError, match=r"has 10 samples, fewer than data\.lanes \(12\)"):
+    with pytest.raises(UserError, match=r"an epoch has 10 samples, fewer than data\.lanes \(12\)"):
         start(index)
-    with pytest.raises(UserError, match=r"has 10 samples, fewer than global_batch_size \(16\)"):
+    with pytest.raises(
+        UserError, match=r"an epoch has 10 samples, fewer than global_batch_size \(16\)"
+    ):
         start(index, lanes=2, global_batch_size=16)
     (stream,) = start(index, lanes=2, global_batch_size=10)
     assert len(set(next(stream).origin[:, 1].tolist())) == 10

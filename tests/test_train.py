@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from dist_vse import distributed, train
 from dist_vse.config import load_config
 from dist_vse.errors import UserError
-from tests.datasets import write_dataset
+from tests.datasets import Sample, make_sample, write_dataset, write_shards
 from tests.distributed import run_distributed
 
 ROOT = Path(__file__).parent.parent
@@ -130,7 +130,10 @@ def test_every_rank_ends_with_the_same_error(shards: Path, tmp_path: Path) -> No
         (("global_batch_size=36",), "nearest: 32, 40"),
         (("data.index=nowhere",), "no such index"),
         (("model.image.name=test_vitt",), "did you mean"),
-        (("global_batch_size=512", "chunk_size=512"), "150 samples, fewer than global_batch_size"),
+        (
+            ("global_batch_size=512", "chunk_size=512"),
+            "an epoch has 150 samples, fewer than global_batch_size",
+        ),
     ]
     for overrides, message in cases:
         verdicts = run_distributed(_run, 2, _overrides(shards, run_dir, *overrides))
@@ -156,6 +159,31 @@ def test_a_shard_that_vanishes_ends_every_rank(shards: Path, tmp_path: Path) -> 
     overrides = _overrides(folder, tmp_path / "run", "model.text.kind=gru")
     verdicts = run_distributed(_run, 2, overrides)
     assert all("train-00001.tar" in str(verdict) for verdict in verdicts)
+
+
+def test_a_mixture_with_bad_samples_trains_within_its_budget(tmp_path: Path) -> None:
+    """Ranks in one ledger; another life goes on with it; too many bad samples end every rank."""
+    folders = tmp_path / "a", tmp_path / "b"
+    write_dataset(folders[0], {"train": [40, 30], "val": [8]})
+    good = [make_sample(n) for n in range(30)]
+    bad = [Sample(f"bad{n}", b"nothing", ("a",)) for n in range(2)]
+    write_shards(folders[1], {"web": [[*good, *bad]]})
+    mix = f"data.mix=[{{index: {folders[0]}}}, {{index: {folders[1]}, split: web, weight: 2}}]"
+    overrides = _overrides(folders[0], tmp_path / "run", mix, "total_steps=10")
+    verdicts = run_distributed(_run, 2, [*overrides, "data.max_bad=0.03"])  # 4 of 134 an epoch
+    assert verdicts == [0, 0]
+    ledger = tmp_path / "run" / "skipped.jsonl"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert {line["key"] for line in lines} == {"bad0", "bad1"}
+    assert {line["shard"] for line in lines} == {"web-00000.tar"}
+    assert sum(line["epoch"] == 0 for line in lines) == 4
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    verdicts = run_distributed(
+        _run, 2, [*overrides, "data.max_bad=0.02", "total_steps=30", "log_every=5"]
+    )
+    assert verdicts[0] == verdicts[1]
+    assert "bad samples so far, more than data.max_bad (0.02) of 134 allows (2)" in verdicts[0]
+    assert str(ledger) in verdicts[0]
 
 
 def _command(*arguments: Any, **more: Any) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,7 @@
 import ast
 import inspect
 from dataclasses import MISSING, fields, is_dataclass
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 from dist_vse.config import schema
 from dist_vse.config.schema import TrainConfig
@@ -27,9 +27,12 @@ def _tables(part: type, prefix: str, words: dict[tuple[str, str], str]) -> list[
         if is_dataclass(hints[item.name]):
             below += _tables(hints[item.name], f"{prefix}{item.name}.", words)
             continue
-        assert item.default is not MISSING
+        for items in get_args(hints[item.name]):  # of a list
+            if isinstance(items, type) and is_dataclass(items):
+                below += _tables(items, f"{prefix}{item.name}[].", words)
+        default = None if item.default is MISSING else item.default
         text = words.get((part.__name__, item.name), "")
-        rows.append(f"| `{prefix}{item.name}` | {_plain(item.default)} | {text} |")
+        rows.append(f"| `{prefix}{item.name}` | {_plain(default)} | {text} |")
     title = f"## {prefix.rstrip('.')}" if prefix else "## The run"
     summary = inspect.getdoc(part) or ""
     return [title, "", summary, "", "| key | default | |", "| --- | --- | --- |", *rows, "", *below]

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from dist_vse.config.schema import TrainConfig
 from dist_vse.errors import UserError
@@ -75,6 +75,10 @@ def _check_keys(given: Any, schema: type, root: type, prefix: str = "") -> None:
             raise UserError(f"unknown key {prefix + str(key)!r}; {hint}")
         if is_dataclass(hints[key]):
             _check_keys(value, hints[key], root, f"{prefix}{key}.")
+        for part in get_args(hints[key]):  # a list's items
+            if isinstance(part, type) and is_dataclass(part) and isinstance(value, list):
+                for item in value:
+                    _check_keys(item, part, root, f"{prefix}{key}.")
 
 
 def _all_keys(schema: type, prefix: str = "") -> list[str]:

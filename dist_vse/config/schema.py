@@ -43,12 +43,29 @@ def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
+class MixConfig:
+    """One of several data sets to train on (an item of `data.mix`)."""
+
+    index: str = ""
+    """Folder of a sharded data set."""
+    split: str = "train"
+    weight: float = 1.0
+    """How often an epoch holds each sample; 0.5: every other epoch, in turns of all of them."""
+
+    def __post_init__(self) -> None:
+        _check(self.weight > 0, f"data.mix: weight ({self.weight}) must be above 0")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, in which order, and how an image becomes a tensor."""
 
     index: str = ""
     """Folder of a sharded data set (with index.json); made by `dist-vse shard`."""
     train_split: str = "train"
+    mix: list[MixConfig] = field(default_factory=list)
+    """Data sets to train on together, in the place of `train_split`:
+    `[{index: DIR, split: train, weight: 0.5}, …]`. Evaluation stays with `data.index`."""
     eval_split: str = "val"
     lanes: int = 8
     """Parallel reading positions. The global batch is the same for every world size that
@@ -63,6 +80,11 @@ class DataConfig:
     """Smallest share of the image that a random crop keeps."""
     flip: bool = False
     """Mirror half of the training images. Wrong for captions that say left and right."""
+    color_jitter: float = 0.0
+    """Change brightness, contrast and saturation of training images by factors of 1 ± this."""
+    max_bad: float = 0.01
+    """Share of an epoch's samples that may be bad: they are left out and listed in
+    `skipped.jsonl`; more of them end the run."""
 
     def __post_init__(self) -> None:
         _at_least(1, data__lanes=self.lanes, data__shuffle_window=self.shuffle_window)
@@ -72,6 +94,11 @@ class DataConfig:
             0 < self.min_crop_area <= 1,
             f"data.min_crop_area ({self.min_crop_area}) must be above 0 and at most 1",
         )
+        _at_least(0, data__color_jitter=self.color_jitter, data__max_bad=self.max_bad)
+
+    def train_sets(self) -> list[MixConfig]:
+        """Return the data sets to train on."""
+        return self.mix or [MixConfig(self.index, self.train_split)]
 
 
 @dataclass(frozen=True)

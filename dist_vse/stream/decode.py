@@ -5,25 +5,21 @@ import math
 import warnings
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 CROP_TRIES = 10
 CROP_ASPECT = 4 / 3  # width : height of a random crop lies between 3/4 and 4/3
+JPEG_SCALES = (8, 4, 2)  # whole fractions only: libjpeg-turbo has no fast code for 5/8 and the like
+LUMA = np.array([0.299, 0.587, 0.114])  # of R, G, B: ITU-R BT.601, as Pillow and torchvision
 
-# How to turn what is stored so that it stands upright, by the EXIF orientation.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+cv2.setNumThreads(1)  # data workers are the parallelism
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+Pixels = NDArray[np.uint8]
 
 
 class BadSampleError(Exception):
@@ -38,55 +34,75 @@ class Transform:
     random_crop: bool = False  # else: the largest square in the middle
     min_crop_area: float = 1.0
     flip: bool = False
+    color_jitter: float = 0.0
+    scaled: bool = False
+    """Decode JPEG no larger than the crop needs, for speed; else in full and plain bicubic."""
+
+    @property
+    def is_random(self) -> bool:
+        """Tell whether the same file can become different squares."""
+        return self.random_crop or self.flip or self.color_jitter > 0
 
 
 def decode_image(
-    data: bytes, transform: Transform, rng: np.random.Generator | None = None
-) -> NDArray[np.uint8]:
+    data: bytes,
+    transform: Transform,
+    rng: np.random.Generator | None = None,
+    *,
+    out: Pixels | None = None,
+) -> Pixels:
     """Decode, crop and resize an image file: uint8 (3, size, size), RGB.
 
     Reads all of Pillow's modes (transparency lies on white, 16 bits become 8), turns the image
-    upright by its EXIF orientation, and takes the first frame of an animation. For a random crop of
-    at least twice the size, JPEG is decoded at a reduced scale, which is faster and smooths a
-    little; the middle crop stays plain bicubic, so that evaluation compares with that of others.
-    `rng` is needed for a random crop or flip only.
+    upright by its EXIF orientation, and takes the first frame of an animation. `rng` is needed
+    where the transform is random. `out` (size, size, 3) takes the pixels, if it is given.
 
     Raises BadSampleError if the file is broken or holds more pixels than Pillow deems safe.
     """
-    assert rng is not None or not (transform.random_crop or transform.flip), "needs a generator"
+    assert rng is not None or not transform.is_random, "needs a generator"
+    out = np.empty((transform.size, transform.size, 3), np.uint8) if out is None else out
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(data))
-        return _transform(image, transform, rng)
+        _transform(data, image, transform, rng, out)
     except MemoryError:
         raise  # ours, not the file's
     except UnidentifiedImageError as error:  # its own message holds an address in memory
         raise BadSampleError("not an image file" if data else "no bytes") from error
     except Exception as error:  # a broken file can raise anything from within a codec
         raise BadSampleError(f"{type(error).__name__}: {error}") from error
+    pixels: Pixels = out.transpose(2, 0, 1)
+    return pixels
 
 
 def _transform(
-    image: Image.Image, transform: Transform, rng: np.random.Generator | None
-) -> NDArray[np.uint8]:
-    size = transform.size
-    upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    data: bytes,
+    image: Image.Image,
+    transform: Transform,
+    rng: np.random.Generator | None,
+    out: Pixels,
+) -> None:
+    """Fill `out` (size, size, 3); `image` is opened, not yet decoded."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     flip = transform.flip and rng is not None and rng.random() < 0.5
     # The crop is taken before the image is turned upright: both kinds treat width and height alike.
     if transform.random_crop and rng is not None:
         box = random_box(image.width, image.height, transform.min_crop_area, rng)
-        image, box = _draft(image, box, size)
     else:
         box = center_box(image.width, image.height)
-    image = _resizable(image)
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-    image = image.convert("RGB")
-    if upright is not None:
-        image = image.transpose(upright)
+    scaled = transform.scaled and image.format == "JPEG" and image.mode in ("RGB", "L")
+    if not (scaled and _decode_scaled(data, image.size, box, out)):
+        image = _resizable(image)
+        size = (transform.size, transform.size)
+        image = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+        out[:] = np.asarray(image.convert("RGB"))
+    if orientation in range(2, 9):
+        out[:] = _upright(out.copy(), orientation)
     if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (3, h, w)
+        cv2.flip(out, 1, dst=out)
+    if transform.color_jitter > 0 and rng is not None:
+        jitter_colors(out, transform.color_jitter, rng)
 
 
 def center_box(width: int, height: int) -> Box:
@@ -113,16 +129,55 @@ def random_box(width: int, height: int, min_area: float, rng: np.random.Generato
     return center_box(width, height)
 
 
-def _draft(image: Image.Image, box: Box, size: int) -> tuple[Image.Image, Box]:
-    """Let the JPEG decoder halve the image as often as the crop keeps `size` pixels."""
-    width, height = image.size
-    reduction = min(box[2] - box[0], box[3] - box[1]) / size
-    if reduction < 2 or image.format != "JPEG":
-        return image, box
-    image.draft(None, (math.ceil(width / reduction), math.ceil(height / reduction)))
-    x, y = image.width / width, image.height / height
-    right, bottom = min(box[2] * x, image.width), min(box[3] * y, image.height)
-    return image, (box[0] * x, box[1] * y, right, bottom)
+def jitter_colors(pixels: Pixels, strength: float, rng: np.random.Generator) -> None:
+    """Change brightness, contrast and saturation in place, by factors of 1 +- `strength`.
+
+    The three of torchvision's ColorJitter in that order, as one linear map: nothing is clipped
+    between them.
+    """
+    brightness, contrast, saturation = rng.uniform(max(0.0, 1 - strength), 1 + strength, 3)
+    grey = brightness * float(LUMA @ np.array(cv2.mean(pixels)[:3]))
+    matrix = saturation * np.eye(3) + (1 - saturation) * LUMA
+    offset = np.full((3, 1), (1 - contrast) * grey)
+    cv2.transform(pixels, np.hstack([contrast * brightness * matrix, offset]), dst=pixels)
+
+
+def _decode_scaled(data: bytes, size: tuple[int, int], box: Box, out: Pixels) -> bool:
+    """Decode a JPEG at the smallest scale that serves the box; return False if it is damaged.
+
+    The box is rounded to whole pixels of the decoded image, at most half of a pixel of `out`.
+    """
+    width, height = size
+    reduction = min(box[2] - box[0], box[3] - box[1]) / len(out)
+    scale = next((scale for scale in JPEG_SCALES if reduction >= scale), 1)
+    try:
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGB", min_width=-(-width // scale), min_height=-(-height // scale)
+        )
+    except ValueError:
+        return False  # Pillow has the last word, as it has in evaluation
+    left, right = _round(box[0] / scale, box[2] / scale, pixels.shape[1])
+    top, bottom = _round(box[1] / scale, box[3] / scale, pixels.shape[0])
+    # Where less than two pixels become one, two taps a side smooth enough.
+    cv2.resize(
+        pixels[top:bottom, left:right], out.shape[:2], dst=out, interpolation=cv2.INTER_LINEAR
+    )
+    return True
+
+
+def _round(start: float, stop: float, length: int) -> tuple[int, int]:
+    """Round an interval to whole numbers in 0 to `length`, at least one apart."""
+    first = min(round(start), length - 1)
+    return first, max(first + 1, min(round(stop), length))
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Turn what is stored so that it stands upright (EXIF 2.3, table 6)."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return pixels[::rows, ::columns]
 
 
 def _resizable(image: Image.Image) -> Image.Image:

@@ -1,10 +1,10 @@
 """A worker's lanes: each reads its own samples in its own order, and skips the bad ones.
 
-Which caption and which crop a sample gets is drawn from (seed, epoch, sample), never from the
+Which caption and which crop a sample gets is drawn from (seed, turn, sample), never from the
 worker or the rank; so a lane yields the same wherever it is read.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from dist_vse.errors import UserError
 from dist_vse.index import Index, image_id
-from dist_vse.stream.decode import BadSampleError, Transform, decode_image
-from dist_vse.stream.order import EpochOrder, Order
+from dist_vse.stream.decode import BadSampleError, Pixels, Transform, decode_image
+from dist_vse.stream.order import EpochOrder, Order, Place
+from dist_vse.stream.prefetch import Prefetcher
 from dist_vse.stream.reader import ShardReader
 from dist_vse.stream.samples import Part, Skipped, Tokenizer
 
@@ -23,19 +24,40 @@ MAX_OPEN_SHARDS = 256  # a process may have 1,024 files open, as a rule
 
 
 @dataclass(frozen=True)
+class TrainSet:
+    """A data set to train on."""
+
+    index: Index
+    split: str
+    weight: float = 1.0
+    """How often an epoch holds each sample; one half: every other epoch."""
+
+    @property
+    def num_samples(self) -> int:
+        """Images in the split."""
+        return self.index.split(self.split).num_samples
+
+    @property
+    def per_epoch(self) -> int:
+        """Samples that an epoch takes from it."""
+        return max(1, round(self.weight * self.num_samples))
+
+    def __str__(self) -> str:
+        return f"{self.index.root}, split {self.split!r}"
+
+
+@dataclass(frozen=True)
 class _Sample:
-    image: NDArray[np.uint8]  # (3, h, w)
     caption: str
     image_id: int
-    origin: tuple[int, int]  # epoch, sample number
+    origin: tuple[int, int]  # turn, sample number
 
 
 @dataclass(frozen=True)
 class Lanes:
     """The lanes of one rank; called in a worker, it yields the parts of that worker's lanes."""
 
-    index: Index
-    split: str
+    sets: Sequence[TrainSet]
     order: Order
     first: int  # this rank's first lane
     state: NDArray[np.int64]  # (L/W, 2): where this rank's lanes stand
@@ -46,50 +68,66 @@ class Lanes:
     def __call__(self, worker: int, num_workers: int) -> Iterator[Part]:
         """Yield parts for ever: lane by lane, batch by batch."""
         numbers = range(worker, len(self.state), num_workers)
-        # Shuffling reads from all the shards of a lane's block at once.
-        sizes = self.order.shard_sizes
-        shards_a_block = 2 + self.order.shuffle_window * len(sizes) // sum(sizes)
-        reader = ShardReader(
-            self.index, self.split, max_open=min(MAX_OPEN_SHARDS, len(numbers) * shards_a_block)
-        )
+        readers = self._readers(len(numbers))
+        prefetcher = Prefetcher(readers)
         # Lanes stand in one epoch or on both sides of its end; more only with many bad samples.
         epochs = lru_cache(maxsize=4)(self.order.epoch)
-        lanes = [_Lane(self, reader, epochs, number) for number in numbers]
+        lanes = [_Lane(self, readers, prefetcher, epochs, number) for number in numbers]
         try:
             while True:
                 for lane in lanes:
                     yield lane.part()
         finally:
-            reader.close()
+            for reader in readers:
+                reader.close()
+
+    def _readers(self, lanes: int) -> list[ShardReader]:
+        """Open nothing yet; shuffling reads from all the shards of a lane's block at once."""
+        readers = []
+        for a_set, source in zip(self.sets, self.order.sources, strict=True):
+            in_block = self.order.shuffle_window * source.per_epoch // self.order.per_epoch
+            shards_a_block = 2 + in_block * len(source.shard_sizes) // source.num_samples
+            most = max(2, MAX_OPEN_SHARDS // len(self.sets))
+            max_open = min(most, lanes * shards_a_block)
+            readers.append(ShardReader(a_set.index, a_set.split, max_open=max_open))
+        return readers
 
 
 class _Lane:
     """One reading position."""
 
     def __init__(
-        self, plan: Lanes, reader: ShardReader, epochs: Callable[[int], EpochOrder], number: int
+        self,
+        plan: Lanes,
+        readers: Sequence[ShardReader],
+        prefetcher: Prefetcher,
+        epochs: Callable[[int], EpochOrder],
+        number: int,
     ) -> None:
-        self._plan, self._reader, self._epochs = plan, reader, epochs
+        self._plan, self._readers, self._epochs = plan, readers, epochs
+        self._prefetcher = prefetcher
         self._lane = plan.first + number
         self._epoch, self._position = plan.state[number].tolist()
         self._skipped: list[Skipped] = []
+        sizes = [source.num_samples for source in plan.order.sources]
+        self._first = np.cumsum([0, *sizes[:-1]]).tolist()  # number of each set's first sample
 
     def part(self) -> Part:
         """Read on, and return this lane's share of the next batch."""
         size, pixels = self._plan.part_size, self._plan.transform.size
-        images = torch.empty((size, 3, pixels, pixels), dtype=torch.uint8)
+        # Channels last: as decoders write them, and as convolutions like to read them.
+        images = torch.empty((size, pixels, pixels, 3), dtype=torch.uint8)
         ids = np.empty((size, 2), np.int64)  # of image and caption
-        origin = np.empty((size, 2), np.int64)  # epoch, sample number
+        origin = np.empty((size, 2), np.int64)  # turn, sample number
         captions = []
-        for row in range(size):
-            sample = self._next_good()
-            images[row] = torch.from_numpy(sample.image)
+        for row, out in enumerate(images.numpy()):
+            sample = self._next_good(out)
             ids[row] = sample.image_id, image_id(sample.caption)
             origin[row] = sample.origin
             captions.append(sample.caption)
         skipped, self._skipped = tuple(self._skipped), []
         return Part(
-            images=images,
+            images=images.permute(0, 3, 1, 2),
             tokens=self._plan.tokenizer(captions).numpy(),
             image_ids=ids[:, 0],
             text_ids=ids[:, 1],
@@ -98,36 +136,39 @@ class _Lane:
             skipped=skipped,
         )
 
-    def _next_good(self) -> _Sample:
+    def _next_good(self, out: Pixels) -> _Sample:
+        """Load the next sample that can be used; its pixels go to `out`."""
         length = self._epochs(self._epoch).lane_length(self._lane)
         for _ in range(length):
-            epoch, shard, row = self._advance()
+            epoch, place = self._advance()
             try:
-                return self._load(epoch, shard, row)
+                return self._load(place, out)
             except BadSampleError as error:
-                key, name = self._reader.key(shard, row), self._reader.shard_name(shard)
-                self._skipped.append(Skipped(key, name, str(error)))
+                reader = self._readers[place.source]
+                key, name = reader.key(place.shard, place.row), reader.shard_name(place.shard)
+                self._skipped.append(Skipped(key, name, str(error), epoch))
+        sets = "; ".join(str(a_set) for a_set in self._plan.sets)
         raise UserError(
-            f"{self._plan.index.root}: {length} samples of split {self._plan.split!r} in a row "
-            f"cannot be used (the last: {self._skipped[-1]}); mend them and shard again"
+            f"{sets}: {length} samples in a row cannot be used (the last: "
+            f"{self._skipped[-1]}); mend them and shard again"
         )
 
-    def _advance(self) -> tuple[int, int, int]:
-        """Return the (epoch, shard, row) at this position, and step to the next one."""
+    def _advance(self) -> tuple[int, Place]:
+        """Return the epoch and place of this position, and step to the next one."""
         while self._position >= self._epochs(self._epoch).lane_length(self._lane):
             self._epoch, self._position = self._epoch + 1, 0
-        shard, row = self._epochs(self._epoch).lane_sample(self._lane, self._position)
+        place = self._epochs(self._epoch).lane_sample(self._lane, self._position)
+        if self._prefetcher.active:
+            block = self._position // self._plan.order.shuffle_window
+            self._prefetcher.enter(self._lane, self._epochs, self._epoch, block)
         self._position += 1
-        return self._epoch, shard, row
+        return self._epoch, place
 
-    def _load(self, epoch: int, shard: int, row: int) -> _Sample:
-        meta = self._reader.meta(shard, row)
-        number = self._reader.number(shard, row)
-        turn = epoch + image_id(meta.key)  # samples start at different captions
-        rng = np.random.default_rng((self._plan.order.seed % 2**64, epoch, 3, number))
-        return _Sample(
-            image=decode_image(self._reader.image(shard, row), self._plan.transform, rng),
-            caption=meta.captions[turn % len(meta.captions)],
-            image_id=self._reader.image_id(shard, row),
-            origin=(epoch, number),
-        )
+    def _load(self, place: Place, out: Pixels) -> _Sample:
+        reader, (_, turn, shard, row) = self._readers[place.source], place
+        meta = reader.meta(shard, row)
+        number = self._first[place.source] + reader.number(shard, row)
+        rng = np.random.default_rng((self._plan.order.seed % 2**64, turn, 3, number))
+        decode_image(reader.image(shard, row), self._plan.transform, rng, out=out)
+        choice = (turn + image_id(meta.key)) % len(meta.captions)  # samples start differently
+        return _Sample(meta.captions[choice], reader.image_id(shard, row), (turn, number))

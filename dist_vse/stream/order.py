@@ -1,23 +1,38 @@
 """The order in which an epoch's samples are read: a pure function of (seed, epoch).
 
-Shards are permuted and laid end to end on a ring, the ring is cut by samples into lanes of equal
-length (to one sample), and each lane is shuffled within blocks of `shuffle_window` samples. So a
-lane reads few shards, one after the other, needs memory for one block only, and can start at any
-position at once.
+Each data set is an endless row of turns. A turn holds every sample once: its shards are permuted
+and laid end to end on a ring. An epoch takes the next `per_epoch` samples of each data set, cuts
+them into lanes of equal length (to one sample), and interleaves the data sets evenly within each
+lane, which is shuffled within blocks of `shuffle_window` samples. So a lane reads few shards, one
+after the other, needs memory for one block only, and can start at any position at once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
+class Source:
+    """A data set's part in the mixture."""
+
+    shard_sizes: tuple[int, ...]  # samples in each shard
+    per_epoch: int  # samples that an epoch takes; all of them where the weight is 1
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return sum(self.shard_sizes)
+
+
+@dataclass(frozen=True)
 class Order:
     """All that an epoch's order depends on, beside its number."""
 
-    shard_sizes: tuple[int, ...]  # samples in each shard
+    sources: tuple[Source, ...]
     seed: int
     lanes: int
     shuffle_window: int
@@ -26,38 +41,131 @@ class Order:
         """Return the order of one epoch."""
         return EpochOrder(self, epoch)
 
+    @property
+    def per_epoch(self) -> int:
+        """Samples that an epoch takes from all data sets."""
+        return sum(source.per_epoch for source in self.sources)
+
+
+class Place(NamedTuple):
+    """Where a sample stands."""
+
+    source: int
+    turn: int  # how often the data set was read before
+    shard: int
+    row: int
+
+
+class _Ring(NamedTuple):
+    """A turn of a data set."""
+
+    shards: NDArray[np.intp]
+    starts: NDArray[np.int64]  # where each of these begins
+    offset: int  # where the turn begins
+
+
+class _Block(NamedTuple):
+    """A window of a lane."""
+
+    number: int
+    starts: list[int]  # of each source, in its endless row
+    counts: NDArray[np.int64]  # samples up to and with each source
+    order: NDArray[np.intp]
+
 
 class EpochOrder:
-    """One epoch's order; every sample of the shards stands at exactly one (lane, position)."""
+    """One epoch's order; each of its samples stands at exactly one (lane, position)."""
 
     def __init__(self, order: Order, epoch: int) -> None:
-        """Permute the shards and cut the lanes."""
-        sizes = np.array(order.shard_sizes, np.int64)
-        self._total = int(sizes.sum())
-        assert self._total >= order.lanes >= 1, order
-        self._seed = (order.seed % 2**64, epoch)
-        self._window = order.shuffle_window
-        self._shards = _permutation((*self._seed, 0), len(sizes))
-        self._starts = np.cumsum(sizes[self._shards]) - sizes[self._shards]
-        # A random turn of the ring: the lanes cut even a single shard at new places.
-        self._turn = int(_raw((*self._seed, 1), 1)[0]) % self._total
-        self._cuts = _cuts(self._total, order.lanes, epoch)  # (lanes + 1,)
-        self._blocks: dict[int, tuple[int, NDArray[np.intp]]] = {}  # lane -> its current block
+        """Cut the lanes."""
+        assert order.per_epoch >= order.lanes >= 1, order
+        self._order, self._epoch = order, epoch
+        self._seed = order.seed % 2**64
+        self._cuts = [  # for each source (lanes + 1,), in its endless row
+            epoch * source.per_epoch + _cuts(source.per_epoch, order.lanes, epoch)
+            for source in order.sources
+        ]
+        self._rings: dict[tuple[int, int], _Ring] = {}  # of (source, turn)
+        self._blocks: dict[int, _Block] = {}  # lane -> its current block
 
     def lane_length(self, lane: int) -> int:
         """Return the number of samples that the lane reads in this epoch."""
-        return int(self._cuts[lane + 1] - self._cuts[lane])
+        return sum(self._counts(lane))
 
-    def lane_sample(self, lane: int, position: int) -> tuple[int, int]:
-        """Return the (shard number, row) at a position of the lane, 0 <= position < its length."""
-        block, place = divmod(position, self._window)
-        if lane not in self._blocks or self._blocks[lane][0] != block:
-            size = min(self._window, self.lane_length(lane) - block * self._window)
-            self._blocks[lane] = block, _permutation((*self._seed, 2, lane, block), size)
-        on_lane = block * self._window + int(self._blocks[lane][1][place])
-        on_ring = (self._turn + int(self._cuts[lane]) + on_lane) % self._total
-        slot = int(np.searchsorted(self._starts, on_ring, side="right")) - 1
-        return int(self._shards[slot]), on_ring - int(self._starts[slot])
+    def lane_sample(self, lane: int, position: int) -> Place:
+        """Return what stands at a position of the lane, 0 <= position < its length."""
+        number, place = divmod(position, self._order.shuffle_window)
+        if lane not in self._blocks or self._blocks[lane].number != number:
+            self._blocks[lane] = self._block(lane, number)
+        block = self._blocks[lane]
+        chosen = int(block.order[place])
+        source = int(np.searchsorted(block.counts, chosen, side="right"))
+        before = int(block.counts[source - 1]) if source else 0
+        return self._place(source, block.starts[source] + chosen - before)
+
+    def block_shards(self, lane: int, number: int) -> list[tuple[int, int]]:
+        """Return the (source, shard)s that a block of the lane reads; none beyond its end."""
+        if number * self._order.shuffle_window >= self.lane_length(lane):
+            return []
+        block = self._block(lane, number)
+        counts = np.diff(block.counts, prepend=0).tolist()
+        found: list[tuple[int, int]] = []
+        for source, (start, count) in enumerate(zip(block.starts, counts, strict=True)):
+            at, stop = start, start + count
+            while at < stop:
+                place = self._place(source, at)
+                found.append((source, place.shard))
+                of_source = self._order.sources[source]
+                end_of_turn = (place.turn + 1) * of_source.num_samples  # may be within the shard
+                at = min(at + of_source.shard_sizes[place.shard] - place.row, end_of_turn)
+        return found
+
+    def _counts(self, lane: int) -> list[int]:
+        """Return how many samples the lane reads of each source."""
+        return [int(cuts[lane + 1] - cuts[lane]) for cuts in self._cuts]
+
+    def _block(self, lane: int, number: int) -> _Block:
+        window, counts = self._order.shuffle_window, self._counts(lane)
+        start = number * window
+        size = min(window, sum(counts) - start)
+        before, after = shares(counts, start), shares(counts, start + size)
+        starts = [int(cuts[lane]) + b for cuts, b in zip(self._cuts, before, strict=True)]
+        sizes = np.array(after) - np.array(before)
+        seed = (self._seed, self._epoch, 2, lane, number)
+        return _Block(number, starts, np.cumsum(sizes), _permutation(seed, size))
+
+    def _place(self, source: int, at: int) -> Place:
+        """Find a place of the source's endless row."""
+        turn, place = divmod(at, self._order.sources[source].num_samples)
+        if (source, turn) not in self._rings:
+            self._rings[source, turn] = self._ring(source, turn)
+        ring = self._rings[source, turn]
+        on_ring = (ring.offset + place) % self._order.sources[source].num_samples
+        slot = int(np.searchsorted(ring.starts, on_ring, side="right")) - 1
+        return Place(source, turn, int(ring.shards[slot]), on_ring - int(ring.starts[slot]))
+
+    def _ring(self, source: int, turn: int) -> _Ring:
+        sizes = np.array(self._order.sources[source].shard_sizes, np.int64)
+        shards = _permutation((self._seed, turn, 0, source), len(sizes))
+        starts = np.cumsum(sizes[shards]) - sizes[shards]
+        # Begun anywhere: the lanes cut even a single shard at new places.
+        offset = int(_raw((self._seed, turn, 1, source), 1)[0]) % int(sizes.sum())
+        return _Ring(shards, starts, offset)
+
+
+def shares(counts: Sequence[int], position: int) -> list[int]:
+    """Return how many of the first `position` samples of a lane come from each source.
+
+    Spread evenly: each source has its share of all that the ones before it left, rounded down.
+    So no share ever shrinks as the position grows, and in the end each source has all of its own.
+    """
+    left, total = position, sum(counts)
+    result = []
+    for count in counts:
+        share = left * count // total if total else 0
+        result.append(share)
+        left, total = left - share, total - count
+    return result
 
 
 def _cuts(total: int, lanes: int, epoch: int) -> NDArray[np.int64]:

@@ -90,6 +90,12 @@ class ShardReader:
         self._first = [0, *accumulate(shard.num_samples for shard in self._shards)]
         self._max_open = max_open
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self.is_remote = any(is_remote(shard.path) for shard in self._shards)
+
+    def prefetch(self, shard: int) -> None:
+        """Copy a remote shard to the local disk, where it is not there yet."""
+        if is_remote(self._shards[shard].path):
+            fetch(self._shards[shard], cache_folder())
 
     def shard_name(self, shard: int) -> str:
         """Return the shard's path as in the index."""

@@ -31,6 +31,7 @@ class Skipped:
     key: str
     shard: str
     reason: str
+    epoch: int
 
     def __str__(self) -> str:
         return f"{self.key} in {self.shard}: {self.reason}"
@@ -62,7 +63,8 @@ class Batch:
     text_ids: Tensor
     """int64 (b,): equal for equal captions."""
     origin: Tensor
-    """int64 (b, 2): epoch, and the sample's number in the split."""
+    """int64 (b, 2): how often the data set was read before (its epoch, where the weight is 1), and
+    the sample's number, counted through all data sets."""
     state: NDArray[np.int64]
     """(L/W, 2): epoch and next position of this rank's lanes after this batch."""
     skipped: tuple[Skipped, ...]

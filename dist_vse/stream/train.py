@@ -1,15 +1,14 @@
 """Endless training batches: the same global order for any number of ranks and workers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dist_vse.errors import UserError
-from dist_vse.index import Index
 from dist_vse.stream.decode import Transform
-from dist_vse.stream.lanes import Lanes
-from dist_vse.stream.order import Order
+from dist_vse.stream.lanes import Lanes, TrainSet
+from dist_vse.stream.order import Order, Source
 from dist_vse.stream.samples import Batch, Tokenizer, join_parts
 from dist_vse.stream.workers import run_workers
 
@@ -17,9 +16,8 @@ SAMPLES_AHEAD = 64
 
 
 def train_batches(
-    index: Index,
+    sets: Sequence[TrainSet],
     *,
-    split: str,
     seed: int,
     global_batch_size: int,
     lanes: int,
@@ -28,6 +26,7 @@ def train_batches(
     crop: str,
     min_crop_area: float,
     flip: bool,
+    color_jitter: float,
     tokenizer: Tokenizer,
     rank: int,
     world_size: int,
@@ -38,7 +37,8 @@ def train_batches(
 
     Each of the L lanes gives N/L samples to a batch, and rank r reads lanes r L/W to (r+1) L/W:
     concatenated over the ranks, the batches are the same for every W that divides L and for any
-    number of workers. An epoch holds each good sample once; batches cross its end, lane by lane.
+    number of workers. An epoch holds each good sample once (or `weight` times, on average, where
+    several sets are mixed); batches cross its end, lane by lane.
     `crop` is "random" or "center", to `size` pixels. `state` (L, 2) is all ranks' `Batch.state`
     in rank order, of any W: the stream goes on there.
 
@@ -47,23 +47,27 @@ def train_batches(
     """
     assert global_batch_size % lanes == 0, (global_batch_size, lanes)
     assert lanes % (world_size * max(1, num_workers)) == 0, (lanes, world_size, num_workers)
-    sizes = tuple(shard.num_samples for shard in index.split(split).shards)
-    _check_samples(f"{index.root}: split {split!r}", sum(sizes), lanes, global_batch_size)
-    order = Order(sizes, seed, lanes, shuffle_window)
+    order = Order(tuple(map(_source, sets)), seed, lanes, shuffle_window)
+    where = "; ".join(map(str, sets))
+    _check_samples(where, order.per_epoch, lanes, global_batch_size)
     state = np.zeros((lanes, 2), np.int64) if state is None else state
-    _check_state(index, order, state)
+    _check_state(where, order, state)
     rank_lanes = lanes // world_size
     plan = Lanes(
-        index=index,
-        split=split,
+        sets=sets,
         order=order,
         first=rank * rank_lanes,
         state=state[rank * rank_lanes : (rank + 1) * rank_lanes],
         part_size=global_batch_size // lanes,
-        transform=Transform(size, crop == "random", min_crop_area, flip),
+        transform=Transform(size, crop == "random", min_crop_area, flip, color_jitter, scaled=True),
         tokenizer=tokenizer,
     )
     return _batches(plan, num_workers)
+
+
+def _source(a_set: TrainSet) -> Source:
+    sizes = tuple(shard.num_samples for shard in a_set.index.split(a_set.split).shards)
+    return Source(sizes, a_set.per_epoch)
 
 
 def _batches(plan: Lanes, num_workers: int) -> Iterator[Batch]:
@@ -79,12 +83,12 @@ def _check_samples(where: str, num_samples: int, lanes: int, global_batch_size: 
     for name, needed in (("data.lanes", lanes), ("global_batch_size", global_batch_size)):
         if num_samples < needed:
             raise UserError(
-                f"{where} has {num_samples} samples, fewer than {name} ({needed}); lower {name}, "
-                "or shard more samples"
+                f"{where}: an epoch has {num_samples} samples, fewer than {name} ({needed}); "
+                f"lower {name}, or shard more samples"
             )
 
 
-def _check_state(index: Index, order: Order, state: NDArray[np.int64]) -> None:
+def _check_state(where: str, order: Order, state: NDArray[np.int64]) -> None:
     """Check that the positions are those of this data set and these lanes."""
     if state.shape != (order.lanes, 2):
         raise UserError(
@@ -97,6 +101,6 @@ def _check_state(index: Index, order: Order, state: NDArray[np.int64]) -> None:
             position, length = int(state[lane, 1]), epoch_order.lane_length(lane)
             if not 0 <= position <= length:
                 raise UserError(
-                    f"{index.root}: lane {lane} has {length} samples, but the checkpoint's stream "
+                    f"{where}: lane {lane} has {length} samples, but the checkpoint's stream "
                     f"stands at {position}; resume with the data set that the run began with"
                 )

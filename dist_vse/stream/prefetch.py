@@ -1,0 +1,41 @@
+"""Copies the remote shards of the lanes' next blocks while the present ones are read."""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from dist_vse.errors import UserError
+from dist_vse.stream.order import EpochOrder
+from dist_vse.stream.reader import ShardReader
+
+
+class Prefetcher:
+    """One thread of a worker, started at the first use; it ends with the process."""
+
+    def __init__(self, readers: Sequence[ShardReader]) -> None:
+        """Start nothing; `active` tells whether any shard is remote."""
+        self.active = any(reader.is_remote for reader in readers)
+        self._readers = readers
+        self._at: dict[int, tuple[int, int]] = {}  # lane -> its epoch and block
+        self._wanted: queue.SimpleQueue[tuple[int, int]] | None = None
+
+    def enter(self, lane: int, epochs: Callable[[int], EpochOrder], epoch: int, block: int) -> None:
+        """Note that a lane reads in this block; if it is new there, copy the next one's shards."""
+        if self._at.get(lane) == (epoch, block):
+            return
+        self._at[lane] = epoch, block
+        if self._wanted is None:
+            self._wanted = queue.SimpleQueue()
+            threading.Thread(target=self._copy, args=(self._wanted,), daemon=True).start()
+        order = epochs(epoch)
+        following = order.block_shards(lane, block + 1) or epochs(epoch + 1).block_shards(lane, 0)
+        for wanted in order.block_shards(lane, block) + following:
+            self._wanted.put(wanted)
+
+    def _copy(self, wanted: "queue.SimpleQueue[tuple[int, int]]") -> None:
+        while True:
+            source, shard = wanted.get()
+            try:
+                self._readers[source].prefetch(shard)
+            except UserError:
+                continue  # told when the shard is read, if it is still not to be had then
