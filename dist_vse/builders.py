@@ -8,24 +8,37 @@ from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.checkpoint import Progress
+from dist_vse.chunking import Chunking, Pairs, choose_chunking
 from dist_vse.config import TrainConfig
 from dist_vse.contrast import global_loss
 from dist_vse.engine.optimizer import build_optimizer
-from dist_vse.engine.zero import ZeroEngine
+from dist_vse.engine.zero import ZeroEngine, most_graphs
 from dist_vse.grad_cache import Chunk, LossFn
 from dist_vse.index import Index
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.tokenizer import Tokenizer
-from dist_vse.run_dir import run_model
 from dist_vse.schedule import learning_rate, warmup_share
 from dist_vse.stream import Batch, EvalBatch, TrainSet, eval_batches, train_batches
 
 EVAL_SAMPLES_A_WORKER = 1000  # starting a process takes as long as decoding about so many
 
 
-def build_engine(config: TrainConfig, tokenizer: Tokenizer) -> ZeroEngine:
-    """Build the model, its optimizer and the DeepSpeed engine around them."""
-    return wrap_model(config, run_model(config, tokenizer).to(distributed.device()))
+def choose_chunks(config: TrainConfig, model: DualEncoder) -> Chunking:
+    """Return this rank's chunk size and number of kept graphs, found by trying where auto."""
+    chunk_size, keep_graphs = (
+        None if isinstance(value, str) else value
+        for value in (config.chunk_size, config.cache.keep_graphs)
+    )
+    return choose_chunking(
+        model,
+        Pairs(config.model.image.size, config.model.text.max_tokens),
+        rank_batch_size=config.global_batch_size // distributed.world_size(),
+        chunk_size=chunk_size,
+        keep_graphs=keep_graphs,
+        most_graphs=most_graphs(config.engine.zero_stage, coalesce=config.engine.coalesce),
+        memory_gib=config.cache.memory_gib,
+        bf16=config.engine.precision == "bf16",
+    )
 
 
 def wrap_model(config: TrainConfig, model: DualEncoder) -> ZeroEngine:
@@ -84,7 +97,7 @@ def build_eval_batches(
         split=split,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        batch_size=config.chunk_size,
+        batch_size=config.fixed_chunk_size,
         size=config.model.image.size,
         tokenizer=tokenizer,
         num_workers=min(config.data.num_workers, share // EVAL_SAMPLES_A_WORKER),
@@ -129,7 +142,7 @@ def make_chunks(model: DualEncoder, batch: Batch, config: TrainConfig) -> list[C
     A frozen trunk runs here, once: its outputs take the place of its inputs.
     """
     here = distributed.device()
-    images, tokens = (x.split(config.chunk_size) for x in (batch.images, batch.tokens))
+    images, tokens = (x.split(config.fixed_chunk_size) for x in (batch.images, batch.tokens))
     bf16 = config.engine.precision == "bf16"
     with torch.autocast(here.type, torch.bfloat16, enabled=bf16):
         return [

@@ -45,6 +45,9 @@ def train_step(
     Returns the global loss, the mean over the ranks. Raises UserError on every rank, before
     anything is updated, if it is not finite.
     """
+    graphs = min(keep_graphs, len(chunks))
+    assert engine.most_graphs is None or graphs <= engine.most_graphs, f"keep_graphs={graphs}"
+
     # Pass 1: embeddings only, with a graph where it is kept.
     first_kept = len(chunks) - keep_graphs
     encoded = [_encode(engine, chunk, i >= first_kept) for i, chunk in enumerate(chunks)]

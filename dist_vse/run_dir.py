@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dist_vse import checkpoint
 from dist_vse.config import TrainConfig, dump_config, load_config
+from dist_vse.config.schema import AUTO
 from dist_vse.errors import UserError
 from dist_vse.index import read_index
 from dist_vse.models.build import build_model
@@ -22,6 +24,8 @@ _MAY_CHANGE = (
     "keep_checkpoints",
     "data.num_workers",
     "data.max_bad",
+    "cache.keep_graphs",
+    "cache.memory_gib",
 )
 """Settings of a run that a resumed life may change without changing what was learned so far."""
 
@@ -37,16 +41,25 @@ def prepare_run_dir(config: TrainConfig) -> Path:
     if not (run_dir / METRICS_NAME).is_file():  # nothing was trained yet
         (run_dir / VOCABULARY_NAME).unlink(missing_ok=True)
     elif path.is_file():
-        changed = _differences(load_config(path), config)
+        old = load_config(path)
+        if config.chunk_size == AUTO:  # tried at the run's start
+            config = replace(config, chunk_size=old.chunk_size)
+        changed = _differences(old, config)
         if changed:
             raise UserError(
                 f"{run_dir} holds a run of another config ({'; '.join(changed)}): give another "
                 "output_dir, or remove that folder"
             )
+    write_config(config)
+    return run_dir
+
+
+def write_config(config: TrainConfig) -> None:
+    """Write the config into the run's folder; rank 0 calls this."""
+    path = Path(config.output_dir) / CONFIG_NAME
     temporary = path.with_suffix(".tmp")
     temporary.write_text(dump_config(config), encoding="utf-8")
     os.replace(temporary, path)
-    return run_dir
 
 
 def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:

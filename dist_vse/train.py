@@ -14,15 +14,18 @@ from torch import Tensor
 
 from dist_vse import checkpoint, distributed, interrupt
 from dist_vse.builders import (
-    build_engine,
     build_eval_batches,
     build_loss,
     build_train_batches,
+    choose_chunks,
     make_chunks,
     step_learning_rate,
+    wrap_model,
 )
 from dist_vse.checkpoint import Progress
+from dist_vse.chunking import agree
 from dist_vse.config import TrainConfig, load_config
+from dist_vse.config.schema import AUTO
 from dist_vse.contrast import collapsed
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.errors import UserError
@@ -33,7 +36,14 @@ from dist_vse.log import logger, setup_logging
 from dist_vse.metrics import Meter, Recorder, log_line, peak_memory_gib, progress_bar
 from dist_vse.models.dual_encoder import average_statistics
 from dist_vse.models.tokenizer import Tokenizer
-from dist_vse.run_dir import open_train_sets, prepare_run_dir, run_tokenizer
+from dist_vse.run_dir import (
+    open_run,
+    open_train_sets,
+    prepare_run_dir,
+    run_model,
+    run_tokenizer,
+    write_config,
+)
 from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME
 from dist_vse.stream import Batch, TrainSet
 from dist_vse.stream.ledger import Ledger
@@ -52,6 +62,7 @@ class Run:
     train_sets: list[TrainSet]
     tokenizer: Tokenizer
     engine: ZeroEngine
+    keep_graphs: int
 
 
 def run(config: TrainConfig) -> int:
@@ -88,8 +99,19 @@ def _open(config: TrainConfig) -> Run:
     run_dir = Path(config.output_dir)
     with distributed.same_verdict():
         tokenizer = run_tokenizer(config, run_dir, build=False)
-        engine = build_engine(config, tokenizer)
-    return Run(config, run_dir, index, train_sets, tokenizer, engine)
+        if config.chunk_size == AUTO:  # a resumed run has found it before
+            config = replace(config, chunk_size=open_run(run_dir).chunk_size)
+        model = run_model(config, tokenizer).to(distributed.device())
+        chunking = choose_chunks(config, model)
+    chunking = agree(chunking)
+    if config.chunk_size == AUTO:
+        config = replace(config, chunk_size=chunking.chunk_size)
+        if distributed.is_main_process():
+            write_config(config)
+    chunk = f"{chunking.chunk_size} pairs a chunk"
+    logger.info("%s, %d chunks keep their graphs", chunk, chunking.keep_graphs)
+    engine = wrap_model(config, model)
+    return Run(config, run_dir, index, train_sets, tokenizer, engine, chunking.keep_graphs)
 
 
 def _train(run: Run, progress: Progress) -> Progress:
@@ -116,7 +138,7 @@ def _train(run: Run, progress: Progress) -> Progress:
         statistics: dict[str, Tensor] = {}
         loss_fn = build_loss(config, batch, progress.samples_seen, statistics)
         chunks = make_chunks(engine.module, batch, config)
-        loss = train_step(engine, loss_fn, chunks)
+        loss = train_step(engine, loss_fn, chunks, keep_graphs=run.keep_graphs)
 
         progress = _advance(progress, batch, config.global_batch_size)
         ledger.add(progress.step, batch.skipped)

@@ -46,6 +46,8 @@ def test_overrides_replace_the_files_values(tmp_path: Path) -> None:
         ("loss.temperature=0", r"loss.temperature \(0.0\) must be above 0"),
         ("engine.zero_stage=4", r"engine.zero_stage \(4\) must be 0, 1, 2 or 3"),
         ("data=x", "data must hold keys and values"),
+        ("chunk_size=most", "chunk_size='most' must be a number or auto"),
+        ("cache.keep_graphs=-1", r"cache.keep_graphs \(-1\) must be at least 0"),
         ("chunk_size", "'chunk_size' is no override; write key=value"),
         ("model.text.frozen=true", "would freeze random weights"),
         ("model.text.dropout=1.5", "model.text.dropout .* below 1"),
@@ -100,6 +102,17 @@ def test_numbers_that_do_not_divide_name_the_nearest_that_do(
     path.write_text("seed: 1\n")
     with pytest.raises(UserError, match=message):
         load_config(path, overrides).check_world_size(world_size)
+
+
+def test_kept_graphs_that_zero_3_gets_wrong_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("engine: {zero_stage: 3, coalesce: false}\n")
+    with pytest.raises(UserError, match=r"cache.keep_graphs \(2\) must be 0, 1 or auto") as caught:
+        load_config(path, ["cache.keep_graphs=2"])
+    assert "\n" not in str(caught.value)
+    load_config(path, ["cache.keep_graphs=1"])
+    load_config(path, ["cache.keep_graphs=auto"])
+    load_config(path, ["cache.keep_graphs=2", "engine.zero_stage=2"])
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:

@@ -99,6 +99,26 @@ def test_an_interrupted_run_continues_to_the_bit(shards: Path, tmp_path: Path, s
     assert _same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
 
 
+def test_a_chunk_size_found_by_trying_is_written_down_and_changes_nothing(
+    shards: Path, tmp_path: Path
+) -> None:
+    more = ("model.text.dropout=0.2", "checkpoint_every=3")
+    auto = ("chunk_size=auto", "cache.keep_graphs=auto")
+    found = _overrides(shards, tmp_path / "auto", *more, *auto, "cache.memory_gib=0.003")
+    assert run_distributed(_run, 2, found) == [0, 0]
+    chunk_size = load_config(tmp_path / "auto" / "config.yaml").chunk_size
+    assert chunk_size in (4, 8)
+    given = _overrides(shards, tmp_path / "given", *more, f"chunk_size={chunk_size}")
+    assert run_distributed(_run, 2, given) == [0, 0]
+    assert _losses(tmp_path / "auto") == _losses(tmp_path / "given")
+    assert _same(_weights(tmp_path / "auto"), _weights(tmp_path / "given"))
+    # A later life keeps to it, whatever fits then.
+    later = _overrides(shards, tmp_path / "auto", *more, *auto, "total_steps=8")
+    assert run_distributed(_run, 2, later) == [0, 0]
+    assert load_config(tmp_path / "auto" / "config.yaml").chunk_size == chunk_size
+    assert len(_losses(tmp_path / "auto")) == 8
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 

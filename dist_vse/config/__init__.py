@@ -2,6 +2,7 @@
 
 from dist_vse.config.load import dump_config, load_config, load_yaml
 from dist_vse.config.schema import (
+    CacheConfig,
     DataConfig,
     EngineConfig,
     ImageConfig,
@@ -14,6 +15,7 @@ from dist_vse.config.schema import (
 )
 
 __all__ = [
+    "CacheConfig",
     "DataConfig",
     "EngineConfig",
     "ImageConfig",

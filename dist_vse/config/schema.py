@@ -15,6 +15,7 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("fp32", "bf16")
 TEXT_KINDS = ("gru", "transformer", "pretrained")
+AUTO = "auto"
 
 
 def _check(condition: bool, message: str) -> None:
@@ -27,6 +28,15 @@ def _at_least(least: float, **values: float) -> None:
     for name, value in values.items():
         key = name.replace("__", ".")
         _check(value >= least, f"{key} ({value}) must be at least {least}")
+
+
+def _number_or_auto(least: int, **values: int | str) -> None:
+    for name, value in values.items():
+        if isinstance(value, int):
+            _at_least(least, **{name: value})
+        elif value != AUTO:
+            key = name.replace("__", ".")
+            raise UserError(f"{key}={value!r} must be a number or {AUTO}")
 
 
 def _share(**values: float) -> None:
@@ -181,6 +191,22 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """What gradient caching may keep in memory. It changes no number, only the time of a step."""
+
+    keep_graphs: int | str = 1
+    """Chunks a rank whose activations stay from the first pass to the second, so that they are
+    encoded once only. 1 costs nothing at the peak; `auto` keeps as many as memory_gib holds."""
+    memory_gib: float = 0.0
+    """GiB a rank for activations, where chunk_size or keep_graphs is auto; 0 takes half of what
+    is free at the start."""
+
+    def __post_init__(self) -> None:
+        _number_or_auto(0, cache__keep_graphs=self.keep_graphs)
+        _at_least(0, cache__memory_gib=self.memory_gib)
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """The loss over the global batch."""
 
@@ -275,8 +301,10 @@ class TrainConfig:
     seed: int = 0
     global_batch_size: int = 256
     """Pairs a step over all ranks: every pair sees all others as negatives."""
-    chunk_size: int = 64
-    """Pairs a rank encodes at a time (gradient caching); at least the rank's share = no caching."""
+    chunk_size: int | str = 64
+    """Pairs a rank encodes at a time (gradient caching); at least the rank's share = no caching.
+    `auto` tries at the start which is the largest that fits, and writes it into the run's config:
+    where there is dropout, other chunks draw other numbers."""
     total_steps: int = 1000
     log_every: int = 10
     """Steps between lines of metrics."""
@@ -288,12 +316,14 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        _at_least(1, global_batch_size=self.global_batch_size, chunk_size=self.chunk_size)
+        _at_least(1, global_batch_size=self.global_batch_size)
+        _number_or_auto(1, chunk_size=self.chunk_size)
         _at_least(1, total_steps=self.total_steps, log_every=self.log_every)
         _at_least(1, keep_checkpoints=self.keep_checkpoints)
         image = self.model.image
@@ -303,6 +333,12 @@ class TrainConfig:
             "set it to false",
         )
         _at_least(0, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
+        keep, engine = self.cache.keep_graphs, self.engine
+        _check(
+            engine.coalesce or engine.zero_stage < 3 or keep == AUTO or int(keep) <= 1,
+            f"cache.keep_graphs ({keep}) must be 0, 1 or auto under engine.zero_stage=3 with "
+            "engine.coalesce=false (more would give wrong gradients); or set engine.coalesce=true",
+        )
 
     def check_world_size(self, world_size: int) -> None:
         """Check all that depends on the number of processes.
@@ -322,6 +358,8 @@ class TrainConfig:
                 f"({lanes}); nearest: {_nearest(self.global_batch_size, unit)}"
             )
         rank_batch_size = self.global_batch_size // world_size
+        if isinstance(self.chunk_size, str):  # auto takes one that divides
+            return
         if rank_batch_size > self.chunk_size and rank_batch_size % self.chunk_size:
             unit = world_size * self.chunk_size
             raise UserError(
@@ -330,9 +368,15 @@ class TrainConfig:
                 f"{_nearest(self.global_batch_size, unit)}"
             )
 
-    def num_chunks(self, world_size: int) -> int:
-        """Chunks a step on every rank."""
-        return max(1, self.global_batch_size // world_size // self.chunk_size)
+    @property
+    def fixed_chunk_size(self) -> int:
+        """Pairs a chunk. Raises UserError while `auto` was not tried yet."""
+        if isinstance(self.chunk_size, str):
+            raise UserError(
+                f"{self.output_dir}: chunk_size is still {AUTO}: train the run first, or give a "
+                "number"
+            )
+        return self.chunk_size
 
 
 def _nearest(number: int, unit: int) -> str:

@@ -20,6 +20,7 @@ class PlainEngine:
         self.module = module
         self.optimizer = optimizer
         self.clip_norm = clip_norm
+        self.most_graphs: int | None = None
 
     def __call__(self, **inputs: Tensor) -> Any:
         """Run the model's forward."""
@@ -40,7 +41,9 @@ class PlainEngine:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            all_reduce_mean(parameter.grad)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        mean = all_reduce_mean(nn.utils.parameters_to_vector(grads))  # one message for all
+        nn.utils.vector_to_parameters(mean, grads)
         if self.clip_norm > 0:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         self.optimizer.step()

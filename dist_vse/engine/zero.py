@@ -20,6 +20,7 @@ from torch import Tensor
 from dist_vse.distributed import world_size
 from dist_vse.models.dual_encoder import DualEncoder
 
+PERSISTENT = 100_000  # elements: ZeRO 3 keeps smaller parameters whole on every rank
 _LARGEST_BUCKET = 1 << 26  # elements
 _ALIGNMENT = 1 << 10  # DeepSpeed wants buckets in multiples of a small power of two
 
@@ -39,6 +40,8 @@ def zero_config(
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = PERSISTENT
     if stage in (1, 2):
         # Reduce to the owner of a partition, not to everyone: fewer bytes.
         zero["use_multi_rank_bucket_allreduce"] = False
@@ -53,6 +56,15 @@ def zero_config(
     if precision == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return config
+
+
+def most_graphs(stage: int, *, coalesce: bool) -> int | None:
+    """Return how many chunks' graphs may stand at once; None is no bound.
+
+    ZeRO 3 that reduces at every chunk gives wrong gradients, without a word, where two or more
+    forwards wait for their backward.
+    """
+    return 1 if stage == 3 and not coalesce else None
 
 
 class ZeroEngine:
@@ -81,6 +93,7 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module = module
         self.stage = stage
+        self.most_graphs = most_graphs(stage, coalesce=coalesce)
         # One reduction for all chunks, at the price of whole gradients in memory for the step.
         # ZeRO 0 and 1 need no help: the boundary flag alone gives them one reduction.
         self.coalesce = coalesce and stage >= 2

@@ -89,7 +89,7 @@ def _run_facts(record: Record) -> dict[str, str]:
     return {
         "Loss": config.loss.name,
         "Global batch": f"{config.global_batch_size:,} pairs",
-        "Chunk": f"{config.chunk_size:,} pairs",
+        "Chunk": f"{config.fixed_chunk_size:,} pairs",
         "Steps": f"{last['step']:,} of {config.total_steps:,}",
         "Image encoder": config.model.image.name
         + (", frozen" if config.model.image.frozen else ""),
