@@ -83,20 +83,28 @@ def _largest_chunk(
 ) -> int:
     """Return the largest divisor of the rank's batch whose try stays within the budget.
 
-    Bytes grow with the pairs at most in proportion, so each try says how far the next may go;
-    nothing is tried that would not fit by what is known.
+    Bytes grow with the pairs along a line, which two small tries give; nothing is tried that would
+    not fit by it.
     """
     sizes = [n for n in range(1, rank_batch_size + 1) if rank_batch_size % n == 0]
     sizes = [n for n in sizes if n > 1] or sizes  # BatchNorm needs two rows
-    size = next((n for n in sizes if n >= FIRST_TRY), sizes[-1])
-    fitting, too_large = 0, rank_batch_size + 1
-    while size != fitting:
+    peaks: list[tuple[int, int]] = []
+    for size in [n for n in sizes if n >= FIRST_TRY][:2] or sizes[-1:]:
         found = _try(model, pairs, size, bf16)
-        if found is not None and found.peak <= budget:
-            fitting, bound = size, size * budget / found.peak
-        else:
-            too_large = bound = size
-        size = max((n for n in sizes if n <= bound and n < too_large), default=0)
+        if found is None or found.peak > budget:
+            break
+        peaks.append((size, found.peak))
+    if len(peaks) == 2:
+        (fewer, less), (rows, peak) = peaks
+        bound = rows + (budget - peak) * (rows - fewer) / max(1, peak - less)
+    else:
+        bound = size
+    known = dict(peaks)
+    fitting = 0
+    for size in sorted((n for n in sizes if n <= bound), reverse=True):
+        if size in known or ((found := _try(model, pairs, size, bf16)) and found.peak <= budget):
+            fitting = size
+            break
     if not fitting:
         raise UserError(
             f"not even {sizes[0]} pairs fit in {budget / GIB:.2g} GiB: raise cache.memory_gib, "
