@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dist_vse.errors import UserError
 from dist_vse.index import Index, Shard, is_remote
 from dist_vse.stream.decode import BadSampleError
-from dist_vse.stream.fetch import cache_folder, fetch
+from dist_vse.stream.fetch import Cache, cache_from_environment, fetch, open_copy
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Meta:
 class _OpenShard:
     """A shard's files and its table of offsets."""
 
-    def __init__(self, index: Index, shard: Shard) -> None:
+    def __init__(self, index: Index, shard: Shard, cache: Cache) -> None:
         self.table: NDArray[np.int64] = index.offsets(shard)
-        self.path = (
-            fetch(shard, cache_folder()) if is_remote(shard.path) else index.root / shard.path
-        )
-        self.file = self.meta_file = _open(self.path)
+        if is_remote(shard.path):
+            self.path, self.file = open_copy(shard, cache)
+        else:
+            self.path = index.root / shard.path
+            self.file = _open(self.path)
+        self.meta_file = self.file
         num_bytes = os.fstat(self.file).st_size
         if num_bytes != shard.num_bytes:
             self.close()
@@ -90,12 +92,13 @@ class ShardReader:
         self._first = [0, *accumulate(shard.num_samples for shard in self._shards)]
         self._max_open = max_open
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._cache = cache_from_environment()
         self.is_remote = any(is_remote(shard.path) for shard in self._shards)
 
     def prefetch(self, shard: int) -> None:
         """Copy a remote shard to the local disk, where it is not there yet."""
         if is_remote(self._shards[shard].path):
-            fetch(self._shards[shard], cache_folder())
+            fetch(self._shards[shard], self._cache)
 
     def shard_name(self, shard: int) -> str:
         """Return the shard's path as in the index."""
@@ -146,7 +149,7 @@ class ShardReader:
         else:
             if len(self._open) >= self._max_open:
                 self._open.popitem(last=False)[1].close()
-            self._open[shard] = _OpenShard(self._index, self._shards[shard])
+            self._open[shard] = _OpenShard(self._index, self._shards[shard], self._cache)
         return self._open[shard]
 
 
