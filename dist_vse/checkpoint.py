@@ -1,29 +1,37 @@
 """Checkpoints: a folder that appears by one rename, whole or not at all.
 
-`checkpoints/step-000100/` holds `model.safetensors` (whole float32 weights, readable without
-this package), `zero/` (DeepSpeed's weights and optimizer states), `rank-0.pt` ... (random
-states), and `state.json` (step, data position, world size, ZeRO stage, sizes of all files).
+`checkpoints/step-000100/` holds `model.safetensors` (whole float32 weights and buffers, frozen
+towers too, readable without this package), `rank-0.safetensors` ... (each rank's share of the
+optimizer's state, and its random state) and `manifest.json` (step, data position, world size,
+ZeRO stage, score, size and checksum of every file). No file holds code: a stranger's checkpoint
+is safe to load. Any number of processes at any ZeRO stage resumes from it.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dist_vse import distributed
 from dist_vse.engine.zero import ZeroEngine
-from dist_vse.errors import UserError
+from dist_vse.errors import UserError, first_line
 from dist_vse.log import logger
 from dist_vse.random_state import RandomState, random_state, restore
 
 WEIGHTS = "model.safetensors"
-STATE = "state.json"
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"
+_RANDOM_CPU, _RANDOM_CUDA = "random/cpu", "random/cuda"
 
 
 @dataclass(frozen=True)
@@ -35,65 +43,121 @@ class Progress:
     lanes: list[list[int]]  # (L, 2): epoch and position of every lane of the stream
 
 
-def save(folder: Path, engine: ZeroEngine, progress: Progress, *, keep: int) -> None:
-    """Write a checkpoint and remove all but the newest `keep`; every rank calls this."""
-    final = folder / f"step-{progress.step:06d}"
-    temporary = folder / f"{final.name}.tmp"
-    if distributed.is_main_process():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    distributed.barrier()
-    engine.save(temporary, "zero")
-    state = random_state()
-    torch.save({"cpu": state.cpu, "cuda": state.cuda}, temporary / _rank_file())
+Tensors = dict[str, Tensor]
+Receipts = dict[str, dict[str, Any]]
+"""Size and checksum of files, by their names."""
+
+
+def snapshot(engine: ZeroEngine) -> dict[str, Tensors]:
+    """Copy what this rank saves to host memory: file names with their tensors.
+
+    Every rank calls this. The copies stay as they are while training goes on.
+    """
+    random = random_state()
+    own = engine.dump_optimizer() | {_RANDOM_CPU: random.cpu.clone()}
+    if random.cuda is not None:
+        own[_RANDOM_CUDA] = random.cuda.clone()
+    files = {_rank_file(distributed.rank()): own}
     with engine.whole_parameters():
         if distributed.is_main_process():
-            save_file(_whole_weights(engine.module), temporary / WEIGHTS)
-    distributed.barrier()
-    if distributed.is_main_process():
-        description = {
-            **asdict(progress),
-            "world_size": distributed.world_size(),
-            "zero_stage": engine.stage,
-            "files": _sizes(temporary),
-        }
-        (temporary / STATE).write_text(json.dumps(description, indent=1), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        for old in _steps(folder)[:-keep]:
-            shutil.rmtree(old)
-    distributed.barrier()
+            files[WEIGHTS] = _whole_weights(engine.module)
+    return files
+
+
+def write_files(folder: Path, files: Mapping[str, Tensors]) -> Receipts:
+    """Write files that hold after a power cut; return their receipts. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    receipts = {}
+    for name, tensors in files.items():
+        path = folder / name
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:  # it wraps the system's error
+            raise OSError(first_line(error)) from error
+        _flush(path)
+        receipts[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return receipts
+
+
+def publish(
+    temporary: Path, final: Path, progress: Progress, receipts: Receipts, **more: Any
+) -> None:
+    """Turn a folder with all ranks' files into a checkpoint, in one rename. Raises OSError."""
+    description = {**asdict(progress), **more, "files": receipts}
+    manifest = temporary / MANIFEST
+    manifest.write_text(json.dumps(description, indent=1), encoding="utf-8")
+    _flush(manifest)
+    _flush(temporary)
+    if final.exists():  # one that was cut, and so passed over when this run began
+        broken = final.with_name(final.name + TEMPORARY)
+        os.rename(final, broken)
+        shutil.rmtree(broken)
+    os.rename(temporary, final)
+    _flush(final.parent)
+
+
+def prune(folder: Path, *, keep_last: int, keep_best: int) -> None:
+    """Remove all checkpoints but the newest ones and those of the highest scores."""
+    paths = steps(folder)
+    kept = set(paths[-keep_last:])
+    scores = {path: read_manifest(path).get("score") for path in paths} if keep_best else {}
+    scored = [path for path in paths if scores.get(path) is not None]
+    kept |= set(sorted(scored, key=lambda path: scores[path] or 0.0)[-keep_best:])
+    for path in paths:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def load_latest(folder: Path, engine: ZeroEngine) -> Progress | None:
-    """Load the newest whole checkpoint into the engine; return None if there is none.
+    """Load the newest whole checkpoint into a fresh engine; return None if there is none.
 
-    Every rank calls this, and all load the same one. Raises UserError if it was written by
-    another number of processes or ZeRO stage.
+    Every rank calls this, and all load the same one; it may come from another number of
+    processes and another ZeRO stage. Raises UserError if it doesn't fit the model.
     """
     path = distributed.broadcast_object(latest(folder) if distributed.is_main_process() else None)
     if path is None:
         return None
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    now = {"world_size": distributed.world_size(), "zero_stage": engine.stage}
-    for name, value in now.items():
-        if state[name] != value:
-            raise UserError(
-                f"{path}: was written with {name}={state[name]}, this run has {value}; resume with "
-                f"{state[name]}, or start anew in another output_dir"
-            )
-    engine.load(path, "zero")
-    saved = torch.load(path / _rank_file(), weights_only=True)
-    restore(RandomState(saved["cpu"], saved["cuda"]))
-    return Progress(state["step"], state["samples_seen"], state["lanes"])
+    manifest = read_manifest(path)
+    world_size, stage = manifest["world_size"], manifest["zero_stage"]
+    with distributed.same_verdict():
+        engine.load(_read_weights(path, engine.module), rank_files(path, world_size))
+    if (world_size, stage) != (distributed.world_size(), engine.stage):
+        logger.info(
+            "%s was written by %d processes with ZeRO %d; now %d with ZeRO %d",
+            *(path, world_size, stage, distributed.world_size(), engine.stage),
+        )
+    if world_size == distributed.world_size():
+        own = load_file(path / _rank_file(distributed.rank()))
+        restore(RandomState(own[_RANDOM_CPU], own.get(_RANDOM_CUDA)))
+    else:  # nobody's place is taken exactly: draw anew, not again what was drawn at the start
+        torch.manual_seed(torch.initial_seed() + 7919 * manifest["step"])
+    return Progress(manifest["step"], manifest["samples_seen"], manifest["lanes"])
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files all have their noted sizes."""
-    for path in reversed(_steps(folder)):
-        if _is_whole(path):
+    """Return the newest checkpoint whose files all have their noted checksums."""
+    for path in reversed(steps(folder)):
+        fault = find_fault(path)
+        if fault is None:
             return path
-        logger.warning("%s: skipped, files are missing or cut", path)
+        logger.warning("%s: skipped, %s", path, fault)
+    return None
+
+
+def find_fault(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint's files; None if they are as they were written."""
+    try:
+        receipts = read_manifest(path)["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{MANIFEST} is missing or cut"
+    for name, receipt in receipts.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != receipt["bytes"]:
+            return f"{name} is cut"
+        if _sha256(file) != receipt["sha256"]:
+            return f"{name} has changed since it was written"
     return None
 
 
@@ -102,36 +166,69 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
     Raises UserError if they don't fit.
     """
-    try:
-        model.load_state_dict(load_file(path / WEIGHTS))
-    except (RuntimeError, FileNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path / WEIGHTS}: doesn't fit the run's config ({reason})") from error
+    model.load_state_dict(_read_weights(path, model))
 
 
-def _whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    # Cloned: safetensors refuses tensors that share memory, as tied weights do.
-    return {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself."""
+    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
 
 
-def _rank_file() -> str:
-    return f"rank-{distributed.rank()}.pt"
+def rank_files(path: Path, world_size: int) -> Sequence[Path]:
+    """Return the files of all ranks that wrote a checkpoint."""
+    return [path / _rank_file(rank) for rank in range(world_size)]
 
 
-def _steps(folder: Path) -> list[Path]:
+def steps(folder: Path) -> list[Path]:
     """Return the finished checkpoints, oldest first."""
     found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {str(p.relative_to(folder)): p.stat().st_size for p in files}
+def _read_weights(path: Path, model: nn.Module) -> Tensors:
+    try:
+        weights = load_file(path / WEIGHTS)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{path / WEIGHTS}: can't be read ({first_line(error)})") from error
+    wanted = {name: getattr(value, "ds_shape", value.shape) for name, value in _named(model)}
+    for name in sorted(wanted.keys() | weights.keys()):
+        found = tuple(weights[name].shape) if name in weights else "nothing"
+        expected = tuple(wanted[name]) if name in wanted else "nothing"
+        if found != expected:
+            raise UserError(
+                f"{path / WEIGHTS}: doesn't fit the run's config ({name} is {found}, the model "
+                f"has {expected})"
+            )
+    return weights
 
 
-def _is_whole(path: Path) -> bool:
-    if not (path / STATE).is_file():
-        return False
-    noted = json.loads((path / STATE).read_text(encoding="utf-8"))["files"]
-    found = _sizes(path)
-    return all(found.get(name) == size for name, size in noted.items())
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers that a checkpoint holds; ZeRO 3's stay split."""
+    return list(model.state_dict(keep_vars=True).items())
+
+
+def _whole_weights(module: nn.Module) -> Tensors:
+    # Cloned: safetensors refuses tensors that share memory, as tied weights do.
+    return {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -215,9 +215,15 @@ def all_reduce_mean(x: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Tell on every rank alike whether the flag is set on any of them."""
+    return any_rank_each([flag])[0]
+
+
+def any_rank_each(flags: Sequence[bool]) -> list[bool]:
+    """Tell of several flags, in one reduction, whether each is set on any rank."""
     if world_size() == 1:
-        return flag
-    return all_reduce_max(torch.tensor([float(flag)], device=device())).item() > 0
+        return list(flags)
+    numbers = torch.tensor([float(flag) for flag in flags], device=device())
+    return [number > 0 for number in all_reduce_max(numbers).tolist()]
 
 
 def barrier() -> None:

@@ -1,5 +1,9 @@
 """The one exception for what a user can mend."""
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class UserError(ValueError):
     """Something the user gave is wrong: the message says what, where, and what to do.
@@ -12,3 +16,12 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, to quote it inside a UserError."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write there (a full disk) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({first_line(error)}); make room") from error

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from dist_vse import distributed
+from dist_vse.errors import writing
 from dist_vse.log import logger
 from dist_vse.run_files import METRICS_NAME, drop_lines_after
 
@@ -31,9 +32,13 @@ class Recorder:
             self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
-        """Append one line of metrics; `kind` is train or eval."""
+        """Append one line of metrics; `kind` is train or eval. Raises UserError if it can't."""
         if not distributed.is_main_process():
             return
+        with writing(self.path):
+            self._write(kind, step, values)
+
+    def _write(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         for name, value in values.items():

@@ -10,6 +10,7 @@ SKIPPED_NAME = "skipped.jsonl"  # a line a bad sample that training left out
 EXAMPLES_NAME = "examples.json"  # queries with their best answers, for the report
 RESULT_NAME = "eval-{split}.json"  # what `dist-vse eval` measured
 CHECKPOINTS = "checkpoints"
+LIFE_NAME = "life.json"  # which start of the run may write
 
 
 def drop_lines_after(path: Path, step: int) -> list[str]:

@@ -28,8 +28,9 @@ from dist_vse.config import TrainConfig, load_config
 from dist_vse.config.schema import AUTO
 from dist_vse.contrast import collapsed
 from dist_vse.engine.zero import ZeroEngine
-from dist_vse.errors import UserError
+from dist_vse.errors import UserError, writing
 from dist_vse.evaluate import evaluate, save_examples
+from dist_vse.fence import Fence, claim
 from dist_vse.grad_cache import train_step
 from dist_vse.index import Index, read_index
 from dist_vse.log import logger, setup_logging
@@ -45,6 +46,7 @@ from dist_vse.run_dir import (
     write_config,
 )
 from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME
+from dist_vse.saver import Saver
 from dist_vse.stream import Batch, TrainSet
 from dist_vse.stream.ledger import Ledger
 
@@ -63,6 +65,7 @@ class Run:
     tokenizer: Tokenizer
     engine: ZeroEngine
     keep_graphs: int
+    fence: Fence
 
 
 def run(config: TrainConfig) -> int:
@@ -111,13 +114,23 @@ def _open(config: TrainConfig) -> Run:
     chunk = f"{chunking.chunk_size} pairs a chunk"
     logger.info("%s, %d chunks keep their graphs", chunk, chunking.keep_graphs)
     engine = wrap_model(config, model)
-    return Run(config, run_dir, index, train_sets, tokenizer, engine, chunking.keep_graphs)
+    with distributed.same_verdict():
+        fence = claim(run_dir) if distributed.is_main_process() else None
+    fence = distributed.broadcast_object(fence)
+    return Run(config, run_dir, index, train_sets, tokenizer, engine, chunking.keep_graphs, fence)
 
 
 def _train(run: Run, progress: Progress) -> Progress:
     """Loop over the steps until the last one or until any rank was asked to stop."""
     config, engine = run.config, run.engine
     recorder, meter = Recorder(run.run_dir, progress.step), Meter()
+    saver = Saver(
+        run.run_dir / CHECKPOINTS,
+        run.fence,
+        keep_last=config.keep_checkpoints,
+        keep_best=config.keep_best,
+        minutes=config.checkpoint_minutes,
+    )
     ledger = Ledger(
         run.run_dir / SKIPPED_NAME,
         progress.step,
@@ -145,20 +158,24 @@ def _train(run: Run, progress: Progress) -> Progress:
         meter.pairs += config.global_batch_size
         bar.update()
         last = progress.step == config.total_steps
-        stopped = distributed.any_rank(interrupt.asked())
-        save = last or stopped or _due(progress.step, config.checkpoint_every)
+        flags = (interrupt.asked(), saver.writing, saver.overdue)
+        stopped, writing, overdue = distributed.any_rank_each(flags)
+        saver.settle(writing=writing)
+        save = last or stopped or overdue or _save_due(config, progress)
         log = last or progress.step % config.log_every == 0
         if save or log:
             ledger.flush()
         if log:
             statistics |= {"loss": loss, "lr": torch.tensor(rate)}
             _log(run, progress, statistics, meter, recorder)
+        score = None
         if last or _due(progress.step, config.eval_every):
-            _evaluate(run, progress, recorder)
+            score = _evaluate(run, progress, recorder)
             meter.reset()
         if save:
-            _save(run, progress)
+            _save(run, saver, progress, score)
             meter.reset()
+    saver.finish()
     bar.close()
     recorder.close()
     return progress
@@ -175,13 +192,19 @@ def _advance(progress: Progress, batch: Batch, global_batch_size: int) -> Progre
     return Progress(progress.step + 1, samples_seen, batch.state.tolist())
 
 
-def _save(run: Run, progress: Progress) -> None:
-    """Write a checkpoint; the lanes of all ranks, in order, are the data's position."""
+def _save_due(config: TrainConfig, progress: Progress) -> bool:
+    before = progress.samples_seen - config.global_batch_size
+    every = config.checkpoint_samples
+    return _due(progress.step, config.checkpoint_every) or (
+        every > 0 and progress.samples_seen // every > before // every
+    )
+
+
+def _save(run: Run, saver: Saver, progress: Progress, score: float | None) -> None:
+    """Begin a checkpoint; the lanes of all ranks, in order, are the data's position."""
     average_statistics(run.engine.module)
     lanes = [lane for lanes in distributed.all_gather_object(progress.lanes) for lane in lanes]
-    folder = run.run_dir / CHECKPOINTS
-    keep = run.config.keep_checkpoints
-    checkpoint.save(folder, run.engine, replace(progress, lanes=lanes), keep=keep)
+    saver.start(run.engine, replace(progress, lanes=lanes), score=score)
 
 
 def _log(
@@ -190,7 +213,10 @@ def _log(
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen}
     values |= {name: number.item() for name, number in statistics.items()}
     values |= {"pairs_per_s": meter.pairs_per_s(), "memory_gib": peak_memory_gib()}
-    recorder.write("train", progress.step, values)
+    with distributed.same_verdict():  # a full disk, or a later start of the run
+        if distributed.is_main_process():
+            run.fence.check()
+        recorder.write("train", progress.step, values)
     log_line(progress.step, run.config.total_steps, values)
     warning = collapsed(statistics)
     if warning is not None:
@@ -198,7 +224,8 @@ def _log(
     meter.reset()
 
 
-def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> None:
+def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
+    """Measure retrieval and record it; return the sum of the six recalls."""
     split = run.config.data.eval_split
     batches = build_eval_batches(run.config, run.index, run.tokenizer, split)
     average_statistics(run.engine.module)
@@ -206,7 +233,12 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> None:
         evaluation = evaluate(run.engine.module, batches, distributed.device())
     metrics = evaluation.metrics
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen, "split": split}
-    recorder.write("eval", progress.step, {**values, **metrics})
+    with distributed.same_verdict():
+        recorder.write("eval", progress.step, {**values, **metrics})
+        if distributed.is_main_process():
+            examples = run.run_dir / EXAMPLES_NAME
+            with writing(examples):
+                save_examples(evaluation, examples, split=split)
     logger.info(
         "%s: image to text R@1 %.1f %%, text to image R@1 %.1f %%, rsum %.1f",
         f"step {progress.step}, {split}",
@@ -214,8 +246,7 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> None:
         metrics["t2i_r1"],
         metrics["rsum"],
     )
-    if distributed.is_main_process():
-        save_examples(evaluation, run.run_dir / EXAMPLES_NAME, split=split)
+    return float(metrics["rsum"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

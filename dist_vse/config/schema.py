@@ -312,8 +312,15 @@ class TrainConfig:
     """Steps between evaluations; 0 evaluates before the first and after the last step."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 writes one at the end (and when interrupted)."""
+    checkpoint_samples: int = 0
+    """Pairs between checkpoints, or 0."""
+    checkpoint_minutes: float = 0.0
+    """Minutes between checkpoints, or 0: what a lost node may cost."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    keep_best: int = 0
+    """Further checkpoints that are kept: those of the highest sum of recalls, of the steps that
+    were evaluated as well."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -333,6 +340,8 @@ class TrainConfig:
             "set it to false",
         )
         _at_least(0, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
+        _at_least(0, checkpoint_samples=self.checkpoint_samples, keep_best=self.keep_best)
+        _at_least(0, checkpoint_minutes=self.checkpoint_minutes)
         keep, engine = self.cache.keep_graphs, self.engine
         _check(
             engine.coalesce or engine.zero_stage < 3 or keep == AUTO or int(keep) <= 1,

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vse.distributed import world_size
+from dist_vse.distributed import rank, world_size
+from dist_vse.engine.pieces import Piece, dump_state, find_pieces, load_state
 from dist_vse.models.dual_encoder import DualEncoder
 
 PERSISTENT = 100_000  # elements: ZeRO 3 keeps smaller parameters whole on every rank
@@ -125,22 +126,45 @@ class ZeroEngine:
             group["lr"] = rate
 
     @contextlib.contextmanager
-    def whole_parameters(self) -> Iterator[None]:
-        """Hold every parameter whole on every rank inside the block (ZeRO 3 splits them)."""
+    def whole_parameters(self, *, changed: bool = False) -> Iterator[None]:
+        """Hold every parameter whole on every rank inside the block (ZeRO 3 splits them).
+
+        `changed` says that the block gives them new values, the same on all ranks.
+        """
         if self.stage < 3:
             yield
             return
         deepspeed = _import_deepspeed()
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+        modifier = 0 if changed else None
+        parameters = list(self.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier):
             yield
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write weights and optimizer state into `folder / tag`; every rank calls this."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def dump_optimizer(self) -> dict[str, Tensor]:
+        """Copy this rank's share of the optimizer's state to host memory; see `pieces`.
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Load what `save` wrote with the same world size and stage; every rank calls this."""
-        self.engine.load_checkpoint(str(folder), tag=tag)
+        Under ZeRO 0 all ranks hold all of it, and rank 0 alone gives it.
+        """
+        if self.stage == 0 and rank() > 0:
+            return {}
+        return dump_state(self._pieces(), self.engine.basic_optimizer)
+
+    def load(self, weights: Mapping[str, Tensor], files: Sequence[Path]) -> None:
+        """Take whole weights, and the optimizer's state out of all former ranks' `files`.
+
+        For a fresh engine; the world size and stage may be others. Every rank calls this.
+        """
+        with self.whole_parameters(changed=True):
+            self.module.load_state_dict(weights)
+        pieces = self._pieces()
+        with torch.no_grad():
+            for piece in pieces:  # ZeRO's own copies of the parameters
+                values = weights[piece.name].view(-1)[piece.start : piece.start + piece.length]
+                piece.within(piece.flat).copy_(values)
+        load_state(pieces, self.engine.basic_optimizer, files)
+
+    def _pieces(self) -> list[Piece]:
+        return find_pieces(self.engine, self.module, stage=self.stage, rank=rank())
 
 
 def _import_deepspeed() -> Any:

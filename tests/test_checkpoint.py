@@ -1,0 +1,307 @@
+"""Checkpoints: whole or not at all, onto any number of ranks and any stage, one life at a time."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dist_vse import checkpoint, distributed, fence
+from dist_vse.checkpoint import Progress
+from dist_vse.contrast import global_loss
+from dist_vse.engine.optimizer import build_optimizer
+from dist_vse.engine.zero import ZeroEngine
+from dist_vse.errors import UserError
+from dist_vse.grad_cache import train_step
+from dist_vse.saver import Saver
+from tests.distributed import run_distributed
+from tests.tiny import tiny_batch, tiny_model
+
+B = 16
+SOURCES = [(1, 0), (2, 2), (4, 3)]
+
+
+def _engine(stage: int, name: str = "adamw") -> ZeroEngine:
+    model = tiny_model()
+    for parameter in model.image.trunk.parameters():
+        parameter.requires_grad_(False)  # DeepSpeed's own export forgets frozen towers
+    rows = B // distributed.world_size()
+    optimizer = build_optimizer(
+        model, name=name, lr=0.01, weight_decay=0.1, betas=(0.9, 0.999), momentum=0.9
+    )
+    return ZeroEngine(model, optimizer, stage=stage, rank_batch_size=rows)
+
+
+def _step(engine: ZeroEngine, step: int) -> None:
+    rank, rows = distributed.rank(), B // distributed.world_size()
+    images, tokens = (x[rank * rows : (rank + 1) * rows] for x in tiny_batch(B, step))
+    chunk = engine.module.prepare(images=images, tokens=tokens)
+    train_step(engine, lambda *features: global_loss("convse", *features).loss, [chunk])
+
+
+def _parameters(engine: ZeroEngine) -> Tensor:
+    with engine.whole_parameters():
+        return torch.cat([p.detach().flatten().clone() for p in engine.module.parameters()])
+
+
+def _saver(folder: Path, *, keep_last: int = 2, keep_best: int = 0) -> Saver:
+    held = fence.claim(folder) if distributed.is_main_process() else None
+    held = distributed.broadcast_object(held)
+    return Saver(folder, held, keep_last=keep_last, keep_best=keep_best, minutes=0)
+
+
+def _whole_state(files: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join all ranks' pieces: `KEY/PARAMETER` with its elements in order."""
+    runs: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
+    for name, value in (item for file in files for item in file.items()):
+        if name.startswith("optim/") and value.ndim:
+            key, start = name.rsplit("/", 1)
+            runs[key].append((int(start), value))
+    whole = {}
+    for key, found in runs.items():
+        found.sort(key=lambda run: run[0])
+        ends = [start + len(value) for start, value in found]
+        assert [start for start, _ in found] == [0, *ends[:-1]], key  # no gap, nothing twice
+        whole[key] = torch.cat([value for _, value in found])
+    return whole
+
+
+def _write_source(folder: Path, stage: int, name: str) -> Tensor:
+    """Train two steps, save, train a third; return the parameters after it."""
+    engine = _engine(stage, name)
+    _step(engine, 0)
+    _step(engine, 1)
+    saver = _saver(folder)
+    saver.start(engine, Progress(2, 2 * B, [[0, 0]]), score=None)
+    saver.finish()
+    _step(engine, 2)
+    return _parameters(engine)
+
+
+def _load_everywhere(folders: list[Path], name: str) -> dict[tuple[int, int], tuple[float, Tensor]]:
+    """Load every source at every stage; return whether all came back, and a step's result."""
+    results = {}
+    for number, folder in enumerate(folders):
+        for stage in (0, 1, 2, 3):
+            engine = _engine(stage, name)
+            assert checkpoint.load_latest(folder, engine) == Progress(2, 2 * B, [[0, 0]])
+            path = checkpoint.latest(folder)
+            assert path is not None
+            files = checkpoint.rank_files(path, checkpoint.read_manifest(path)["world_size"])
+            expected = _whole_state([load_file(file) for file in files])
+            found = _whole_state(distributed.all_gather_object(engine.dump_optimizer()))
+            same = expected.keys() == found.keys() and all(
+                torch.equal(expected[key], found[key]) for key in expected
+            )
+            weights = load_file(path / checkpoint.WEIGHTS)
+            with engine.whole_parameters():
+                same &= all(
+                    torch.equal(weights[k], v) for k, v in engine.module.state_dict().items()
+                )
+            assert len(expected) >= 10
+            _step(engine, 2)
+            results[number, stage] = (same, _parameters(engine))
+    return results
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("name", "sources"), [("adamw", SOURCES), ("sgd", SOURCES[:1])])
+def test_any_world_size_and_stage_resume_from_any(
+    tmp_path: Path, name: str, sources: list[tuple[int, int]]
+) -> None:
+    folders, expected = [], []
+    for world_size, stage in sources:
+        folders.append(tmp_path / f"{world_size}-{stage}")
+        folders[-1].mkdir()
+        expected.append(run_distributed(_write_source, world_size, folders[-1], stage, name)[0])
+    start = torch.cat([p.flatten() for p in tiny_model().parameters()])
+    for world_size in (1, 2, 4):
+        (results, *_) = run_distributed(_load_everywhere, world_size, folders, name, timeout=200)
+        for (number, stage), (same, parameters) in results.items():
+            assert same, (sources[number], world_size, stage)
+            error = (parameters - expected[number]).norm() / (expected[number] - start).norm()
+            assert error < 1e-4, (sources[number], world_size, stage, error)
+
+
+def _files(step: int) -> dict[str, dict[str, Tensor]]:
+    """What two ranks would save at a step: every element tells the step."""
+    value = torch.full((500_000,), float(step))
+    return {
+        checkpoint.WEIGHTS: {"a": value},
+        "rank-0.safetensors": {"b": value},
+        "rank-1.safetensors": {"c": value},
+    }
+
+
+def _save_for_ever(folder: Path) -> None:
+    for step in range(1, 10**6):
+        temporary = folder / f"step-{step:06d}.life-1.tmp"
+        receipts = checkpoint.write_files(temporary, _files(step))
+        final = folder / f"step-{step:06d}"
+        checkpoint.publish(temporary, final, Progress(step, step, []), receipts)
+        checkpoint.prune(folder, keep_last=2, keep_best=0)
+
+
+def test_thirty_kills_while_saving_always_leave_a_good_checkpoint(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    rng, unfinished, loaded = random.Random(0), 0, []
+    for number in range(30):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        process = context.Process(target=_save_for_ever, args=(folder,))
+        process.start()
+        while not (folder / "step-000002").exists():  # two are good: now any moment will do
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.06))
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        newest = checkpoint.latest(folder)
+        assert newest is not None
+        step = checkpoint.read_manifest(newest)["step"]
+        for name, tensors in _files(step).items():
+            for key, value in load_file(newest / name).items():
+                assert torch.equal(value, tensors[key]), (newest, name)
+        assert step == max(int(p.name[5:11]) for p in checkpoint.steps(folder))
+        loaded.append(step)
+        unfinished += any(folder.glob("*.tmp"))
+    assert min(loaded) >= 2
+    assert unfinished >= 10  # most kills did hit a save
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "fault"),
+    [
+        ("rank-1.safetensors", "flip", "rank-1.safetensors has changed since it was written"),
+        ("rank-0.safetensors", "cut", "rank-0.safetensors is cut"),
+        ("model.safetensors", "remove", "model.safetensors is missing"),
+        ("manifest.json", "cut", "manifest.json is missing or cut"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, name: str, damage: str, fault: str
+) -> None:
+    for step in (1, 2):
+        temporary = tmp_path / f"step-{step:06d}.tmp"
+        receipts = checkpoint.write_files(temporary, _files(step))
+        final = tmp_path / f"step-{step:06d}"
+        checkpoint.publish(temporary, final, Progress(step, step, []), receipts)
+    path = tmp_path / "step-000002" / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    path.unlink()
+    if damage != "remove":
+        path.write_bytes(content[:-1] if damage == "cut" else content)
+    assert checkpoint.find_fault(path.parent) == fault
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000001"
+
+
+def _save_scored(folder: Path) -> list[str]:
+    saver, engine = _saver(folder, keep_last=1, keep_best=2), _engine(0)
+    for step, score in enumerate([None, 5.0, 9.0, None, 7.0, 1.0, None]):
+        saver.start(engine, Progress(step, step, []), score=score)
+    saver.finish()
+    return [path.name for path in checkpoint.steps(folder)]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    (kept,) = run_distributed(_save_scored, 1, tmp_path)
+    assert kept == ["step-000002", "step-000004", "step-000006"]
+
+
+def test_a_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    torch.save({"a": Bomb()}, tmp_path / checkpoint.WEIGHTS)
+    with pytest.raises(UserError, match="can't be read"):
+        checkpoint.load_weights(tmp_path, tiny_model())
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
+    weights = {k: v.clone() for k, v in tiny_model().state_dict().items()}
+    name = next(iter(weights))
+    save_file({**weights, name: torch.ones(3)}, tmp_path / checkpoint.WEIGHTS)
+    with pytest.raises(UserError, match=rf"doesn't fit the run's config \({name} is \(3,\)"):
+        checkpoint.load_weights(tmp_path, tiny_model())
+
+
+def _save_in_two_lives(folder: Path) -> tuple[str, list[str]]:
+    """Return what the older life is told, and the checkpoints of both."""
+    engine = _engine(0)
+    orphan = _saver(folder)
+    orphan.start(engine, Progress(1, 1, []), score=None)
+    orphan.finish()
+    later = _saver(folder)
+    orphan.start(engine, Progress(2, 2, []), score=None)
+    told = ""
+    try:
+        orphan.finish()
+    except UserError as error:
+        told = str(error)
+    later.start(engine, Progress(3, 3, []), score=None)
+    later.finish()
+    return told, sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def test_an_older_life_can_not_save_any_more(tmp_path: Path) -> None:
+    ((told, folders),) = run_distributed(_save_in_two_lives, 1, tmp_path)
+    assert "a later start of this run has taken it over" in told
+    assert folders == ["step-000001", "step-000003"]
+
+
+def test_a_former_life_of_a_job_can_not_claim_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    held = fence.claim(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    with pytest.raises(UserError, match="this life of it, a former one, ends"):
+        fence.claim(tmp_path)
+    held.check()
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    fence.claim(tmp_path)
+    with pytest.raises(UserError, match="job 8"):
+        held.check()
+
+
+def _fill_the_disk(folder: Path) -> list[str]:
+    """Save on a disk that is full for rank 1; return what this rank is told, and what is left."""
+    saver = _saver(folder)
+    engine = _engine(1)
+    saver.start(engine, Progress(1, 1, []), score=None)
+    saver.finish()
+    if distributed.rank() == 1:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    saver.start(engine, Progress(2, 2, []), score=None)
+    try:
+        saver.finish()
+    except UserError as error:
+        return [str(error), *(p.name for p in folder.iterdir() if p.is_dir())]
+    finally:
+        if distributed.rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    return []
+
+
+def test_a_rank_that_can_not_write_ends_all_with_one_message(tmp_path: Path) -> None:
+    first, second = run_distributed(_fill_the_disk, 2, tmp_path)
+    assert first[0] == second[0]
+    assert "can't be written (" in first[0] and "(on rank 1)" in first[0]
+    assert first[1:] == ["step-000001"]
