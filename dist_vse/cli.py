@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import dist_vse.bench.cli
+import dist_vse.verify.cli
 import launch.cli
 import shards.cli
 from dist_vse import __version__
@@ -114,6 +115,11 @@ _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
         _eval,
     ),
     "report": ("write a run's results as one HTML page", _add_report, _report),
+    "verify": (
+        "check a config's gradients on several processes against one",
+        dist_vse.verify.cli.add_arguments,
+        dist_vse.verify.cli.run,
+    ),
     "bench": (
         "measure against the best peer",
         dist_vse.bench.cli.add_arguments,

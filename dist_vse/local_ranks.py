@@ -12,10 +12,14 @@ import torch
 from torch.multiprocessing.spawn import start_processes
 
 from dist_vse import distributed
+from dist_vse.errors import UserError
 
 
 def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> Any:
-    """Call `fn(*args)` on every rank and return what rank 0's call returned."""
+    """Call `fn(*args)` on every rank and return what rank 0's call returned.
+
+    A UserError, which all ranks must raise alike, is raised here.
+    """
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -24,7 +28,10 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> Any:
         start_processes(
             _work, (world_size, port, result, fn, args), world_size, start_method="spawn"
         )
-        return pickle.loads(result.read_bytes())
+        value = pickle.loads(result.read_bytes())
+    if isinstance(value, UserError):
+        raise value
+    return value
 
 
 def _work(
@@ -41,6 +48,9 @@ def _work(
     }
     torch.set_num_threads(1)
     with distributed.process_group():
-        value = fn(*args)
+        try:
+            value = fn(*args)
+        except UserError as error:
+            value = error
         if distributed.is_main_process():
             result.write_bytes(pickle.dumps(value))

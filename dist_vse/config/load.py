@@ -12,22 +12,23 @@ from dist_vse.errors import UserError
 T = TypeVar("T")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file, apply `key=value` overrides such as `loss.name=convse++`, check it all.
 
+    Without a file (None) it is the defaults that are overridden.
     Raises UserError for a missing file, an unknown key (naming the nearest), or a wrong value.
     """
     return load_yaml(path, TrainConfig, overrides)
 
 
-def load_yaml(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
+def load_yaml(path: str | Path | None, schema: type[T], overrides: Sequence[str] = ()) -> T:
     """Read a YAML file into a frozen dataclass; see `load_config`."""
     from omegaconf import OmegaConf  # here, so that `--help` stays fast
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    path = Path(path)
-    if not path.is_file():
+    path = Path(path) if path is not None else None
+    if path is not None and not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; there are {', '.join(near)}" if near else ""
         raise UserError(f"{path}: no such config{hint}")
@@ -35,8 +36,9 @@ def load_yaml(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) 
         if "=" not in override:
             hint = "write key=value, such as loss.name=convse++"
             raise UserError(f"{override!r} is no override; {hint}")
+    source = path or "the settings given"
     try:
-        given = OmegaConf.load(path)
+        given = OmegaConf.load(path) if path is not None else OmegaConf.create()
         _check_keys(OmegaConf.to_container(given), schema, schema)
         dotlist = OmegaConf.from_dotlist(list(overrides))
         _check_keys(OmegaConf.to_container(dotlist), schema, schema)
@@ -45,11 +47,11 @@ def load_yaml(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) 
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: {key}: {reason}" if key else f"{path}: {reason}") from error
+        raise UserError(f"{source}: {key}: {reason}" if key else f"{source}: {reason}") from error
     except YAMLError as error:
-        raise UserError(f"{path}: no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{source}: no YAML: {' '.join(str(error).split())}") from error
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
     return config
 
 
