@@ -44,7 +44,8 @@ def shrink(config: TrainConfig, world_size: int) -> TrainConfig:
     Dropout is off, since one process cannot draw what several drew; SGD takes one step, since
     Adam would hide a wrong scale.
     """
-    chunks = min(num_chunks(config, world_size), MAX_CHUNKS, max(2, MAX_PAIRS // (world_size * ROWS)))
+    most = min(MAX_CHUNKS, max(2, MAX_PAIRS // (world_size * ROWS)))
+    chunks = min(num_chunks(config, world_size), most)
     model = ModelConfig(
         image=ImageConfig(name="test_vit", size=SIZE),
         text=TextConfig(width=64, depth=1, max_tokens=TOKENS),
