@@ -117,7 +117,10 @@ def test_factors_are_put_in_words() -> None:
     assert "another direction" in verdict([Row("s", "n", 1.0, 0.9, 0.1, 1e-5)], 4)
 
 
-def test_the_command_starts_its_own_processes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_starts_its_own_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)  # another test's group of one leaves it
     assert cli.main(["verify", "loss.name=vse0", "--processes", "2"]) == 0
     out = capsys.readouterr().out
     assert "vse0 (gather) on 2 processes (cpu)" in out
@@ -172,8 +175,12 @@ def test_under_a_launcher_it_joins_the_group(tmp_path: Path) -> None:
     ],
 )
 def test_a_users_slip_is_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("RANK", raising=False)
     assert cli.main(["verify", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(message)
