@@ -79,10 +79,13 @@ def _build(args: argparse.Namespace) -> int:
 
 def _read(args: argparse.Namespace) -> "Sequence[Record]":
     """Read all records of the source that the command names."""
+    from shards.record import in_languages
     from shards.remote import to_path
 
     _, read = SOURCES[args.shard_command]
     records = list(read(to_path(args.input), **source_options(args)))
+    if args.languages:
+        records = [in_languages(record, args.languages.split(",")) for record in records]
     if not records:
         raise UserError(
             f"{args.input}: no images found for the source {args.shard_command}; check the path"

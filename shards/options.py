@@ -17,6 +17,14 @@ _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "images": {"metavar": "DIR", "help": "where image paths start from [the file's folder]"},
     "split": {"metavar": "NAME", "help": "split of samples that name none [train]"},
     "restval": {"metavar": "NAME", "help": "split that restval goes to [train]"},
+    "image_column": {"metavar": "NAME", "help": "column of the image's path [image]"},
+    "caption_column": {
+        "metavar": "NAMES",
+        "help": "column or columns of captions, such as en_text=en,de_text=de [caption]",
+    },
+    "split_column": {"metavar": "NAME", "help": "column of the split"},
+    "key_column": {"metavar": "NAME", "help": "column of the sample's key [from the path]"},
+    "language_column": {"metavar": "NAME", "help": "column of the captions' language"},
 }
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _SIZE = re.compile(r"(\d+)([KMG]I?)?B", re.IGNORECASE)
@@ -82,6 +90,9 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quality", metavar="Q", type=int, help="of JPEG and WebP where images are changed [90]"
+    )
+    parser.add_argument(
+        "--languages", metavar="CODES", help="keep captions in these only, such as en,de [all]"
     )
     parser.add_argument(
         "--decode", action="store_true", help="decode every image to check it, not those in doubt"

@@ -38,15 +38,13 @@ def recode_image(data: bytes, how: Recode) -> tuple[bytes, str]:
         if not too_large and image_format == (how.format.upper() or image_format):
             image.load()
             return data, EXTENSIONS[image_format]
-        if image.mode not in ("L", "RGB", "CMYK"):  # resampling palettes or 16 bits makes no sense
-            upright = ImageOps.exif_transpose(_to_8_bits(image))
-        else:
-            upright = image
+        # Resampling palettes or 16 bits makes no sense.
+        changed = image if image.mode in ("L", "RGB", "CMYK") else _to_8_bits(image)
         if too_large:  # the JPEG decoder shrinks on its own as far as it can
-            upright.thumbnail(
+            changed.thumbnail(
                 (how.max_side, how.max_side), Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP
             )
-        upright = ImageOps.exif_transpose(upright)
+        upright = ImageOps.exif_transpose(changed)
         if target == "JPEG":
             upright = _on_white(upright)
         elif upright.mode == "CMYK":

@@ -1,8 +1,11 @@
 """What every source yields: one image with its captions."""
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from dist_vse.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +35,21 @@ class Record:
     """The language of each caption, or nothing where the source tells none."""
     fault: str = ""
     """Why the source knows it to be bad, if it does."""
+
+
+def in_languages(record: Record, wanted: Collection[str]) -> Record:
+    """Return the record with its captions in the wanted languages only.
+
+    Raises UserError if it does not say which language its captions are in.
+    """
+    if record.captions and not record.languages:
+        raise UserError(
+            f"sample {record.key!r} ({record.image}): names no languages; leave --languages out"
+        )
+    pairs = zip(record.captions, record.languages, strict=True)
+    kept = [(caption, language) for caption, language in pairs if language in wanted]
+    return replace(
+        record,
+        captions=tuple(caption for caption, _ in kept),
+        languages=tuple(language for _, language in kept),
+    )

@@ -18,6 +18,7 @@ from shards.budget import Budget
 from shards.build import build_dataset
 from shards.plan import Options
 from shards.receipts import Receipt
+from shards.recode import Recode
 from shards.record import Record
 from tests.datasets import draw, encode
 
@@ -106,13 +107,17 @@ def test_offsets_and_digests_point_at_the_right_bytes(tmp_path: Path) -> None:
     assert not records
 
 
-def test_one_and_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recode", [None, Recode(max_side=24, format="jpeg")])
+def test_one_two_and_three_workers_write_the_same_bytes(
+    tmp_path: Path, recode: Recode | None
+) -> None:
+    options = Options(shard_size=4, recode=recode)
     records = _records(tmp_path / "in", 13) + _records(tmp_path / "in", 5, "val")
     records[4].image.write_bytes(b"broken")
-    _build(records, tmp_path / "one", workers=1, max_bad=1)
-    _build(records, tmp_path / "two", workers=2, max_bad=1)
-    assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
-    assert "skipped.jsonl" in _bytes(tmp_path / "one")
+    for workers in (1, 2, 3):
+        _build(records, tmp_path / str(workers), options=options, workers=workers, max_bad=1)
+    assert _bytes(tmp_path / "1") == _bytes(tmp_path / "2") == _bytes(tmp_path / "3")
+    assert "skipped.jsonl" in _bytes(tmp_path / "1")
 
 
 def test_a_finished_run_is_kept_and_a_damaged_one_mended(tmp_path: Path) -> None:
@@ -135,11 +140,13 @@ def test_a_finished_run_is_kept_and_a_damaged_one_mended(tmp_path: Path) -> None
     assert _bytes(out) == before
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_side", [0, 24])
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, max_side: int) -> None:
     """Kill the process while it reads an image that is a pipe: the shards before it are whole."""
+    options = Options(shard_size=4, recode=Recode(max_side) if max_side else None)
     records = _records(tmp_path / "in", 12)
     expected = tmp_path / "expected"
-    names = [shard.name for shard in _build(records, expected)]
+    names = [shard.name for shard in _build(records, expected, options=options)]
     assert names[-1] == "train-00002.tar"
     last = webdataset.WebDataset([str(expected / names[-1])], shardshuffle=False)
     second = [sample["__key__"] for sample in last][1]
@@ -159,6 +166,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     )
     out = tmp_path / "out"
     command = [sys.executable, "-c", code, "jsonl", str(pairs), str(out), "--shard-size=4"]
+    command += [f"--max-side={max_side}"] if max_side else []
     process = subprocess.Popen([*command, "--workers=1"], stderr=subprocess.PIPE)
     pipe = os.open(blocked.image, os.O_WRONLY)  # waits until the process opens it to read
     process.kill()

@@ -3,6 +3,7 @@
 import random
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,22 @@ def test_the_plan_shuffles_each_split_and_cuts_it() -> None:
     keys = [r.key for t in tasks for r in t.records if t.split == "train"]
     assert sorted(keys) == sorted(r.key for r in records[:25])
     assert keys != [r.key for r in records[:25]]
+
+
+def test_shards_are_cut_by_the_bytes_of_their_images(tmp_path: Path) -> None:
+    sizes = [300, 400, 300, 5000, 10, 0, 600, 400]
+    records = _records(len(sizes))
+    for i, size in enumerate(sizes):
+        path = tmp_path / str(i)
+        path.write_bytes(b"x" * size)
+        records[i] = replace(records[i], image=path)
+    tasks = plan_shards(records, Options(shard_bytes=1000))
+    cut = [sum(r.image.stat().st_size for r in t.records) for t in tasks]
+    assert sum(cut) == sum(sizes) and sum(len(t.records) for t in tasks) == len(sizes)
+    assert max(size for size in cut if size != 5000) <= 1000
+    for one, other in pairwise(tasks):  # none could have taken the next image
+        first = other.records[0].image.stat().st_size
+        assert sum(r.image.stat().st_size for r in one.records) + first > 1000
 
 
 def test_the_plan_does_not_depend_on_the_order_given_but_on_the_seed() -> None:

@@ -8,14 +8,22 @@ with a line of help. Its keyword parameters are the command's options that it un
 from collections.abc import Callable, Iterator
 
 from shards.record import Record
+from shards.sources.coco import read_coco
+from shards.sources.flickr import read_flickr
 from shards.sources.folder import read_folder
 from shards.sources.jsonl import read_jsonl
 from shards.sources.karpathy import read_karpathy
 from shards.sources.reshard import read_tars
+from shards.sources.table import read_csv, read_parquet, read_tsv
 
 SOURCES: dict[str, tuple[str, Callable[..., Iterator[Record]]]] = {
     "folder": ("images with a .txt beside each, one caption a line", read_folder),
     "jsonl": ('lines of {"image": path, "captions": [...]}', read_jsonl),
     "karpathy": ("dataset_coco.json or dataset_flickr30k.json", read_karpathy),
+    "coco": ("captions_train2017.json", read_coco),
+    "flickr": ("results_20130124.token, or Kaggle's results.csv or captions.txt", read_flickr),
+    "csv": ("a CSV file with a header", read_csv),
+    "tsv": ("a tab-separated file with a header", read_tsv),
+    "parquet": ("a Parquet file, or a folder of them", read_parquet),
     "reshard": ("existing tars, WebDataset's or img2dataset's", read_tars),
 }

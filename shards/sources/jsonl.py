@@ -16,7 +16,8 @@ def read_jsonl(
 ) -> Iterator[Record]:
     """Yield a record for each line `{"image": path, "captions": [...], "split"?, "key"?}`.
 
-    `"caption": "..."` stands for one caption. Paths start from `images`, or from the file's
+    `"caption": "..."` stands for one caption, `"captions": {"en": [...], "de": "..."}` for those of
+    several languages. Paths start from `images`, or from the file's
     folder. A line without a split is of `split` (train by default). Other fields go into the
     sample's JSON.
 
@@ -41,13 +42,14 @@ def _record(line: bytes, where: str, root: Path, split: str) -> Record:
     image = _text(fields, "image", where)
     if not image:
         raise UserError(f'{where}: no "image"; give the path of the image')
-    captions = _captions(fields, where)
+    captions, languages = _captions(fields, where)
     return Record(
         image=root / image,
         captions=captions,
         split=_text(fields, "split", where) or split,
         key=_text(fields, "key", where) or os.path.splitext(image)[0],
         extra=fields,
+        languages=languages,
     )
 
 
@@ -59,13 +61,28 @@ def _text(fields: dict[str, Any], name: str, where: str) -> str | None:
     return value
 
 
-def _captions(fields: dict[str, Any], where: str) -> tuple[str, ...]:
+def _captions(fields: dict[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Take the captions out of `fields`; return them, and their languages if they are named."""
     if "caption" in fields and "captions" in fields:
         raise UserError(f'{where}: both "caption" and "captions"; keep one')
     if "caption" in fields:
         caption = _text(fields, "caption", where)
-        return () if caption is None else (caption,)
+        return () if caption is None else (caption,), ()
     captions = fields.pop("captions", None) or []
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise UserError(f'{where}: "captions" is {captions!r}; make it a list of strings')
-    return tuple(captions)
+    if not isinstance(captions, dict):
+        return _texts(captions, captions, where), ()
+    of_language = {
+        language: _texts([texts] if isinstance(texts, str) else texts, captions, where)
+        for language, texts in captions.items()
+    }
+    languages = (language for language, texts in of_language.items() for _ in texts)
+    return tuple(text for texts in of_language.values() for text in texts), tuple(languages)
+
+
+def _texts(texts: Any, captions: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(texts, list) or not all(isinstance(c, str) for c in texts):
+        raise UserError(
+            f'{where}: "captions" is {captions!r}; make it a list of strings, or an object of such '
+            "lists by language"
+        )
+    return tuple(texts)

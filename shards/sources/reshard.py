@@ -26,11 +26,15 @@ def read_tars(path: Path, *, split: str | None = None) -> Iterator[Record]:
             offset, num_bytes = sample.image or (0, 0)  # no bytes: a bad sample
             fields = dict(sample.fields)
             own, key = fields.pop("split", None), fields.pop("key", None)
+            languages = fields.pop("languages", ())
+            if not isinstance(languages, list) or len(languages) != len(sample.captions):
+                languages = ()
             yield Record(
                 image=Member(tar, offset, num_bytes),
                 captions=sample.captions,
                 split=split or (own if isinstance(own, str) else "train"),
                 key=key if isinstance(key, str) else sample.key,
                 extra=fields,
+                languages=tuple(languages),
                 fault=sample.fault,
             )

@@ -1,0 +1,68 @@
+"""The caption files of Flickr30K and Flickr8K, as their authors and as Kaggle give them.
+
+One line a caption, in one of these forms; the first line tells which:
+
+    1000092795.jpg#0<TAB>Two young guys ...       results_20130124.token, Flickr8k.token.txt
+    image_name| comment_number| comment           results.csv
+    image,caption                                 captions.txt
+    image_name,comment_number,comment             captions.txt of Flickr30K
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_vse.errors import UserError
+from shards.record import Record
+from shards.sources.paths import existing_file, existing_folder, read_text
+
+_TOKEN = re.compile(r"(?P<image>[^\t]+)#(?P<number>\d+)\t(?P<caption>.*)")
+# One line of results.csv lacks the second bar: "2199200615.jpg| 4   A dog runs ..."
+_BARS = re.compile(r"(?P<image>[^|]+?)\s*\|\s*(?P<number>\d+)\s*(?:\||\s)\s*(?P<caption>.*)")
+_PAIR = re.compile(r"(?P<image>[^,]+),(?P<caption>.*)(?P<number>)")
+_TRIPLE = re.compile(r"(?P<image>[^,]+),\s*(?P<number>\d+),(?P<caption>.*)")
+_HEADERS = {  # without blanks
+    "image_name|comment_number|comment": _BARS,
+    "image,caption": _PAIR,
+    "image_name,comment_number,comment": _TRIPLE,
+}
+
+
+def read_flickr(
+    path: Path, *, images: Path | None = None, split: str | None = None
+) -> Iterator[Record]:
+    """Yield the images of the file in its order, each with all its captions by their numbers.
+
+    All is of `split` (train by default): the splits that papers use are in Karpathy's file.
+    Images lie under `images`, or beside the file.
+
+    Raises UserError, naming the line, for one that is of another form than the first.
+    """
+    lines = read_text(existing_file(path)).splitlines()
+    root = existing_folder(images) if images else path.parent
+    form, start = _form(lines[0] if lines else "")
+    captions: dict[str, list[tuple[int, str]]] = {}
+    for number, line in enumerate(lines[start:], start + 1):
+        if not line.strip():
+            continue
+        found = form.fullmatch(line)
+        if found is None:
+            raise UserError(f"{path}:{number}: {line[:60]!r} is no caption like those before it")
+        of_image = captions.setdefault(found["image"].strip(), [])
+        of_image.append((int(found["number"] or len(of_image)), _unquoted(found["caption"])))
+    for image, numbered in captions.items():
+        texts = tuple(text for _, text in sorted(numbered, key=lambda pair: pair[0]))
+        yield Record(root / image, texts, split or "train", Path(image).stem, {"filename": image})
+
+
+def _form(first: str) -> tuple[re.Pattern[str], int]:
+    """Return what a line looks like, and how many lines the header takes."""
+    form = _HEADERS.get(first.replace(" ", "").lower())
+    return (form, 1) if form else (_TOKEN, 0)
+
+
+def _unquoted(text: str) -> str:
+    text = text.strip()
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        return text[1:-1].replace('""', '"').strip()
+    return text
