@@ -2,7 +2,8 @@
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from shards.options import (
     add_output_options,
     add_run_options,
     add_source_options,
+    add_workers,
     at_least_1,
     output_options,
     source_options,
@@ -42,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     index.add_argument("--split", metavar="NAME", default="train", help="[%(default)s]")
     add_run_options(index)
     index.set_defaults(shard_run=_index)
+    for name, text, function in (
+        ("verify", "read all shards back: checksums, images, captions", _verify),
+        ("repair", "write damaged or missing shards again from their source", _repair),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.add_argument("dir", metavar="DIR", type=Path, help="folder of the shards")
+        add_workers(command)
+        command.set_defaults(shard_run=function)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,22 +67,20 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     """Shard a data set and print a table of it."""
     from shards.build import build_dataset
+    from shards.commands import note_command
     from shards.show import print_summary, progress_bar
 
     at_least_1(args, "workers")
     options, max_bad = output_options(args), parse_budget(args.max_bad)
     start = time.monotonic()
     records = _read(args)
-    try:
+    with _write_errors(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        note_command(args.out, args, {record.split for record in records})
         with progress_bar("sharding", len(records), "images") as advance:
             receipts = build_dataset(
                 records, args.out, options, max_bad=max_bad, workers=args.workers, advance=advance
             )
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or args.out}: cannot write the shards ({error.strerror}); "
-            "mend that and run the command again"
-        ) from error
     print_summary(receipts, args.out, seconds=time.monotonic() - start)
     return 0
 
@@ -84,7 +92,7 @@ def _read(args: argparse.Namespace) -> "Sequence[Record]":
 
     _, read = SOURCES[args.shard_command]
     records = list(read(to_path(args.input), **source_options(args)))
-    if args.languages:
+    if getattr(args, "languages", None):
         records = [in_languages(record, args.languages.split(",")) for record in records]
     if not records:
         raise UserError(
@@ -95,6 +103,7 @@ def _read(args: argparse.Namespace) -> "Sequence[Record]":
 
 def _index(args: argparse.Namespace) -> int:
     """Index tars and print a table of them."""
+    from shards.commands import note_command
     from shards.show import print_summary, progress_bar
     from shards.tars import find_tars, index_tars
 
@@ -102,16 +111,67 @@ def _index(args: argparse.Namespace) -> int:
     max_bad = parse_budget(args.max_bad)
     tars, folder = find_tars(args.tars, args.out)
     start = time.monotonic()
-    try:
+    with _write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        note_command(folder, args, {args.split})
         with progress_bar("indexing", len(tars), "tars") as advance:
             receipts = index_tars(
-                tars, folder, split=args.split, max_bad=max_bad, workers=args.workers,
+                tars,
+                folder,
+                split=args.split,
+                max_bad=max_bad,
+                workers=args.workers,
                 advance=advance,
-            )  # fmt: skip
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be read or written ({error.strerror}); mend that "
-            "and run the command again"
-        ) from error
+            )
     print_summary(receipts, folder, seconds=time.monotonic() - start)
     return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """Read a data set back; print what is wrong with it, or a table."""
+    from dist_vse.index import read_index
+    from shards.show import print_findings, progress_bar
+    from shards.verify import verify_dataset
+
+    at_least_1(args, "workers")
+    splits = read_index(args.dir).splits.values()
+    with progress_bar("verifying", sum(len(split.shards) for split in splits), "shards") as advance:
+        findings = verify_dataset(args.dir, workers=args.workers, advance=advance)
+    print_findings(findings, args.dir)
+    damaged = {finding.shard.path for finding in findings if finding.damage}
+    if damaged:
+        raise UserError(
+            f"{args.dir}: {len(damaged)} of its shards are damaged; write them again with "
+            f"`dist-vse shard repair {args.dir}`"
+        )
+    unusable = sum(len(finding.unusable) for finding in findings)
+    if unusable:
+        raise UserError(
+            f"{args.dir}: {unusable} samples cannot be used, though their bytes are as they were "
+            "written; shard again with --decode and --max-bad to leave them out"
+        )
+    return 0
+
+
+def _repair(args: argparse.Namespace) -> int:
+    """Run again what made the data set: shards that are whole stay."""
+    from shards.commands import read_commands
+
+    at_least_1(args, "workers")
+    for command in read_commands(args.dir):
+        command.workers = args.workers
+        run_command = _index if command.shard_command == "index" else _build
+        run_command(command)
+    return 0
+
+
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Tell of a full or closed disk in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot write the shards ({error.strerror or error}); "
+            "mend that and run the command again"
+        ) from error

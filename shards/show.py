@@ -18,6 +18,9 @@ from rich.progress import (
 from rich.table import Table
 
 from shards.receipts import SKIPPED_NAME, Receipt
+from shards.verify import Finding
+
+FAULTS_SHOWN = 10  # of a shard
 
 
 @contextmanager
@@ -66,3 +69,28 @@ def print_summary(receipts: Sequence[Receipt], folder: Path, *, seconds: float) 
     console.print(f"{seconds:,.1f} s, {images / max(seconds, 1e-3):,.0f} images/s")
     if any(receipt.skipped for receipt in receipts):
         console.print(f"skipped samples: {folder / SKIPPED_NAME}", soft_wrap=True)
+
+
+def print_findings(findings: Sequence[Finding], folder: Path) -> None:
+    """Print a line for each fault, the first few of a shard, and a row a split."""
+    console = Console()
+    for finding in findings:
+        faults = [*finding.damage, *finding.unusable]
+        for fault in faults[:FAULTS_SHOWN]:
+            console.print(f"{finding.shard.path}: {fault}", soft_wrap=True, markup=False)
+        if len(faults) > FAULTS_SHOWN:
+            console.print(f"{finding.shard.path}: ... {len(faults) - FAULTS_SHOWN} more")
+    table = Table("split", title=str(folder))
+    for heading in ("shards", "images", "damaged shards", "unusable images"):
+        table.add_column(heading, justify="right")
+    for split in sorted({finding.split for finding in findings}):
+        of_split = [finding for finding in findings if finding.split == split]
+        shards = {finding.shard.path: finding.shard for finding in of_split}
+        table.add_row(
+            split,
+            f"{len(shards):,}",
+            f"{sum(shard.num_samples for shard in shards.values()):,}",
+            f"{sum(bool(finding.damage) for finding in of_split):,}",
+            f"{sum(len(finding.unusable) for finding in of_split):,}",
+        )
+    console.print(table)

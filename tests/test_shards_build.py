@@ -143,18 +143,7 @@ def test_a_finished_run_is_kept_and_a_damaged_one_mended(tmp_path: Path) -> None
 @pytest.mark.parametrize("max_side", [0, 24])
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, max_side: int) -> None:
     """Kill the process while it reads an image that is a pipe: the shards before it are whole."""
-    options = Options(shard_size=4, recode=Recode(max_side) if max_side else None)
     records = _records(tmp_path / "in", 12)
-    expected = tmp_path / "expected"
-    names = [shard.name for shard in _build(records, expected, options=options)]
-    assert names[-1] == "train-00002.tar"
-    last = webdataset.WebDataset([str(expected / names[-1])], shardshuffle=False)
-    second = [sample["__key__"] for sample in last][1]
-    blocked = next(record for record in records if record.key == second)
-    status, content = blocked.image.stat(), blocked.image.read_bytes()
-    blocked.image.unlink()
-    os.mkfifo(blocked.image)
-
     pairs = tmp_path / "pairs.jsonl"
     lines = [
         {"image": str(r.image), "captions": r.captions, "key": r.key, **r.extra} for r in records
@@ -164,9 +153,19 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, max_side: int) -> Non
         "import argparse, sys; from shards import cli; parser = argparse.ArgumentParser();"
         "cli.add_arguments(parser); sys.exit(cli.run(parser.parse_args()))"
     )
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", code, "jsonl", str(pairs), str(out), "--shard-size=4"]
+    command = [sys.executable, "-c", code, "jsonl", str(pairs), "--shard-size=4"]
     command += [f"--max-side={max_side}"] if max_side else []
+    expected, out = tmp_path / "expected", tmp_path / "out"
+    subprocess.run([*command, str(expected)], check=True, stdout=subprocess.DEVNULL)
+
+    names = [f"train-{number:05d}.tar" for number in range(3)]
+    last = webdataset.WebDataset([str(expected / names[-1])], shardshuffle=False)
+    second = [sample["__key__"] for sample in last][1]
+    blocked = next(record for record in records if record.key == second)
+    status, content = blocked.image.stat(), blocked.image.read_bytes()
+    blocked.image.unlink()
+    os.mkfifo(blocked.image)
+    command.append(str(out))
     process = subprocess.Popen([*command, "--workers=1"], stderr=subprocess.PIPE)
     pipe = os.open(blocked.image, os.O_WRONLY)  # waits until the process opens it to read
     process.kill()

@@ -1,0 +1,58 @@
+"""Read finished shards back: every sample's bytes, in the tar's order."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_vse.index import Index, Shard, is_remote
+from shards.remote import local_copy
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One sample as it lies in a shard."""
+
+    image: bytes
+    meta: bytes  # JSON
+    image_id: int
+
+    def caption_list(self) -> list[str]:
+        """Return the captions; raises ValueError, TypeError or KeyError for broken JSON."""
+        captions = json.loads(self.meta)["captions"]
+        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+            raise TypeError("captions are no list of strings")
+        return captions
+
+    def key(self) -> str:
+        """Return the key; raises ValueError, TypeError or KeyError for broken JSON."""
+        return str(json.loads(self.meta)["key"])
+
+
+@contextmanager
+def local_tar(index: Index, shard: Shard) -> Iterator[Path]:
+    """Yield the shard's tar on this machine, be it for the while of the body.
+
+    Raises UserError if a remote one cannot be read.
+    """
+    location = shard.path if is_remote(shard.path) else str(index.root / shard.path)
+    with local_copy(location, Path(tempfile.gettempdir())) as path:
+        yield path
+
+
+def read_stored(index: Index, shard: Shard, tar: Path) -> Iterator[Stored]:
+    """Yield the samples of a shard whose tar lies at `tar`; cut ones come with fewer bytes.
+
+    Raises UserError if the side file is missing or disagrees with the index.
+    """
+    meta_path = index.root / shard.meta_name if shard.meta_name else tar
+    with tar.open("rb") as images, meta_path.open("rb") as metas:
+        for image_at, image_bytes, meta_at, meta_bytes, identity in index.offsets(shard).tolist():
+            yield Stored(
+                os.pread(images.fileno(), image_bytes, image_at),
+                os.pread(metas.fileno(), meta_bytes, meta_at),
+                identity,
+            )
