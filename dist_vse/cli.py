@@ -68,15 +68,43 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="the folder of a trained run")
+    parser.add_argument(
+        "run_dir", metavar="RUN", type=Path, help="a trained run, or a folder of its checkpoints"
+    )
     parser.add_argument("--split", default="test", help="split to evaluate on (default: test)")
     parser.add_argument("--data", metavar="DIR", help="another sharded data set than the run's")
+    parser.add_argument(
+        "--protocol",
+        default="plain",
+        help="plain, coco-5k, coco-1k or flickr-1k (default: plain); see docs/evaluation.md",
+    )
+    parser.add_argument(
+        "--recall",
+        type=int,
+        nargs="+",
+        default=[1, 5, 10],
+        metavar="K",
+        help="the Ks of R@K (default: 1 5 10)",
+    )
+    parser.add_argument(
+        "--bootstrap", type=int, default=0, metavar="N", help="resamples for 95 %% intervals"
+    )
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if min(args.recall) < 1 or args.bootstrap < 0:
+        raise UserError("--recall takes numbers from 1 on, --bootstrap from 0 on")
+
     from dist_vse.eval_run import eval_run
 
-    return eval_run(args.run_dir, split=args.split, data=args.data)
+    return eval_run(
+        args.run_dir,
+        split=args.split,
+        data=args.data,
+        protocol=args.protocol,
+        recalls=args.recall,
+        bootstrap=args.bootstrap,
+    )
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

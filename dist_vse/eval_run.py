@@ -3,91 +3,128 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from dist_vse import distributed
 from dist_vse.builders import build_eval_batches
-from dist_vse.config import TrainConfig
-from dist_vse.evaluate import Evaluation, evaluate, save_examples
-from dist_vse.index import Index, read_index
+from dist_vse.evaluate import Evaluation, evaluate
+from dist_vse.examples import save_examples
+from dist_vse.index import read_index
 from dist_vse.log import setup_logging
-from dist_vse.models.dual_encoder import DualEncoder
-from dist_vse.models.tokenizer import Tokenizer
-from dist_vse.retrieval import chance
-from dist_vse.run_dir import load_trained, open_run, run_model, run_tokenizer
+from dist_vse.retrieval import RECALLS, check_protocol
+from dist_vse.run_dir import find_run, load_trained, open_run, run_model, run_tokenizer
 from dist_vse.run_files import EXAMPLES_NAME, RESULT_NAME
 
-_ROWS = {
-    "i2t_r1": "image to text R@1, %",
-    "i2t_r5": "R@5, %",
-    "i2t_r10": "R@10, %",
-    "i2t_medr": "median rank",
-    "t2i_r1": "text to image R@1, %",
-    "t2i_r5": "R@5, %",
-    "t2i_r10": "R@10, %",
-    "t2i_medr": "median rank",
-    "rsum": "sum of the six recalls",
-}
+Results = dict[str, dict[str, float]]
 
 
-def eval_run(run_dir: Path, *, split: str, data: str | None) -> int:
-    """Evaluate the newest checkpoint of a run; every rank of a launcher may call this.
+def eval_run(
+    location: Path,
+    *,
+    split: str,
+    data: str | None,
+    protocol: str = "plain",
+    recalls: Sequence[int] = RECALLS,
+    bootstrap: int = 0,
+) -> int:
+    """Evaluate a run's newest checkpoint, or the one given; every rank of a launcher may call.
 
-    Writes `eval-SPLIT.json` and `examples.json` into the run's folder and prints a table.
+    Writes `eval-SPLIT.json` into the run's folder (with the protocol or checkpoint in its name
+    where they are not the usual ones), for the newest checkpoint `examples.json` too, and prints
+    a table.
     """
     setup_logging()
+    how: dict[str, Any] = {"protocol": protocol, "recalls": recalls, "bootstrap": bootstrap}
     with distributed.process_group():
+        here = distributed.device()
         with distributed.same_verdict():
+            run_dir, asked = find_run(location)
             config = open_run(run_dir)
             if data is not None:
                 elsewhere = dataclasses.replace(config.data, index=data)
                 config = dataclasses.replace(config, data=elsewhere)
             index = read_index(config.data.index)
-            index.split(split)
+            check_protocol(protocol, index.split(split).num_samples)
             tokenizer = run_tokenizer(config, run_dir, build=False)
-            model = run_model(config, tokenizer).to(distributed.device())
-        untrained = _evaluate(config, index, tokenizer, model, split)
+            model = run_model(config, tokenizer).to(here)
+        batches = build_eval_batches(config, index, tokenizer, split)
+        untrained = evaluate(model, batches, here, **{**how, "bootstrap": 0})
         with distributed.same_verdict():
-            checkpoint = load_trained(run_dir, model)
-        trained = _evaluate(config, index, tokenizer, model, split)
+            checkpoint = load_trained(run_dir, model, asked)
+        batches = build_eval_batches(config, index, tokenizer, split)
+        trained = evaluate(model, batches, here, **how)
         if distributed.is_main_process():
             results = {
                 "trained": trained.metrics,
                 "untrained": untrained.metrics,
-                "chance": chance(trained.image_of_text, len(trained.keys)),
+                "chance": trained.chance,
             }
-            _write(run_dir, split, checkpoint.name, results)
-            save_examples(trained, run_dir / EXAMPLES_NAME, split=split)
-            _print(results, f"{run_dir}, {checkpoint.name}, split {split}", trained)
+            extra = [name for name in (protocol,) if name != "plain"]
+            extra += [checkpoint.name] if asked is not None else []
+            content = {
+                "checkpoint": checkpoint.name,
+                "split": split,
+                "protocol": protocol,
+                "data": index.fingerprint(),
+                **results,
+                "intervals": trained.intervals,
+            }
+            _write(run_dir / RESULT_NAME.format(split="-".join([split, *extra])), content)
+            if asked is None:
+                save_examples(trained, run_dir / EXAMPLES_NAME, split=split)
+            title = f"{run_dir} at {checkpoint.name}, {split}, {protocol}"
+            _print(results, title, trained, recalls)
     return 0
 
 
-def _evaluate(
-    config: TrainConfig, index: Index, tokenizer: Tokenizer, model: DualEncoder, split: str
-) -> Evaluation:
-    batches = build_eval_batches(config, index, tokenizer, split)
-    return evaluate(model, batches, distributed.device())
-
-
-def _write(
-    run_dir: Path, split: str, checkpoint: str, results: dict[str, dict[str, float]]
-) -> None:
-    path = run_dir / RESULT_NAME.format(split=split)
+def _write(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
-    content = {"checkpoint": checkpoint, "split": split, **results}
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _print(results: dict[str, dict[str, float]], title: str, evaluation: Evaluation) -> None:
-    images, texts = len(evaluation.keys), len(evaluation.captions)
-    table = Table(title=f"{title}: {images:,} images, {texts:,} captions")
+def _print(results: Results, title: str, evaluation: Evaluation, recalls: Sequence[int]) -> None:
+    metrics, bands = evaluation.metrics, evaluation.intervals
+    images, captions = metrics["num_images"], metrics["num_texts"]
+    table = Table(title=f"{title}\n{images:,} images, {captions:,} captions")
     table.add_column("")
     for name in results:
         table.add_column(name, justify="right")
-    for key, label in _ROWS.items():
-        table.add_row(label, *(f"{metrics[key]:.1f}" for metrics in results.values()))
-    Console().print(table)
+    for key, label in _rows(recalls).items():
+        cells = [f"{column[key]:.1f}" for column in results.values()]
+        if key in bands:
+            cells[0] += " [{:.1f}, {:.1f}]".format(*bands[key]).replace("[", r"\[")
+        table.add_row(label, *cells)
+    console = Console()
+    console.print(table)
+    if bands:
+        console.print(
+            "In brackets: 95 % bootstrap intervals over images with their captions.",
+            highlight=False,
+        )
+    if metrics["tied"]:
+        low, high = metrics["rsum_min"], metrics["rsum_max"]
+        console.print(
+            f"Ties leave {metrics['tied']:.1f} % of the ranks open; they count as the mean over "
+            f"their orders, and rsum lies between {low:.1f} and {high:.1f}.",
+            highlight=False,
+        )
+
+
+def _rows(recalls: Sequence[int]) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for way, name in (("i2t", "image to text "), ("t2i", "text to image ")):
+        for k in recalls:
+            rows[f"{way}_r{k}"] = f"{name}R@{k}, %"
+            name = ""
+        rows |= {
+            f"{way}_map": "mAP@R, %",
+            f"{way}_medr": "median rank",
+            f"{way}_meanr": "mean rank",
+        }
+    return rows | {"rsum": "rsum (R@1, 5, 10 both ways)"}

@@ -1,14 +1,11 @@
-"""Evaluation: embed a split on all ranks, score retrieval, and pick examples to look at.
+"""Evaluation: embed a split and score its retrieval, both on all ranks.
 
 Shapes: b images of one batch, n images and m texts of the split, d embedding, l tokens.
 """
 
 import contextlib
-import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,8 +13,18 @@ from torch import Tensor, nn
 
 from dist_vse import distributed
 from dist_vse.errors import UserError
+from dist_vse.index import image_id
 from dist_vse.log import logger
-from dist_vse.retrieval import chance, check_features, retrieval_metrics, top_k
+from dist_vse.retrieval import (
+    RECALLS,
+    Ranks,
+    chance,
+    check_features,
+    intervals,
+    rank_all,
+    summary,
+    tasks_of,
+)
 from dist_vse.stream import EvalBatch
 
 
@@ -31,29 +38,56 @@ class Encoders(Protocol):
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The whole split, the same on every rank; features and rows are on the CPU."""
+class Embedded:
+    """The whole split, the same on every rank; all of it is on the CPU."""
 
-    metrics: dict[str, float]  # of `retrieval_metrics`, with num_images and num_texts
     keys: list[str]  # of the images
     captions: list[str]
     image_features: Tensor  # (n, d)
     text_features: Tensor  # (m, d)
     image_of_text: Tensor  # (m,)
+    image_ids: Tensor  # int64 (n,), equal for equal image files
+    text_ids: Tensor  # int64 (m,), equal for equal captions
 
 
-def evaluate(model: Encoders, batches: Iterable[EvalBatch], device: torch.device) -> Evaluation:
-    """Embed this rank's batches, gather all ranks' and score retrieval over the whole split.
+@dataclass(frozen=True)
+class Evaluation:
+    """A split and how well it was retrieved, the same on every rank."""
+
+    split: Embedded
+    metrics: dict[str, float]  # of `retrieval.summary`, with num_images and num_texts
+    chance: dict[str, float]  # the same of random ranks
+    intervals: dict[str, list[float]]  # [low, high] of each metric; empty without bootstrap
+    image_ranks: Tensor  # float64 (n,): expected rank of each image's best text
+    text_ranks: Tensor  # float64 (m,); NaN for a text that the protocol leaves out
+
+
+def evaluate(
+    model: Encoders,
+    batches: Iterable[EvalBatch],
+    device: torch.device,
+    *,
+    protocol: str = "plain",
+    recalls: Sequence[int] = RECALLS,
+    bootstrap: int = 0,
+) -> Evaluation:
+    """Embed this rank's batches and score retrieval over the whole split; see `embed`, `score`."""
+    split = embed(model, batches, device)
+    return score(split, device, protocol=protocol, recalls=recalls, bootstrap=bootstrap)
+
+
+def embed(model: Encoders, batches: Iterable[EvalBatch], device: torch.device) -> Embedded:
+    """Embed this rank's batches and gather all ranks'.
 
     The model runs in eval mode and is left as it was. Every rank must call; a rank may have no
-    batch. Raises UserError, on every rank, if there is no sample at all or if features are not
-    finite.
+    batch. Raises UserError, on every rank, if there is no sample at all.
     """
     keys: list[str] = []
     captions: list[str] = []
     images: list[Tensor] = []
     texts: list[Tensor] = []
     rows: list[Tensor] = []
+    ids: list[Tensor] = []
     with distributed.same_verdict(), torch.no_grad(), _eval_mode(model):
         for batch in batches:
             images.append(model.encode_images(batch.images.to(device)))
@@ -61,6 +95,7 @@ def evaluate(model: Encoders, batches: Iterable[EvalBatch], device: torch.device
             for tokens in torch.split(batch.tokens.to(device), len(batch.images)):
                 texts.append(model.encode_texts(tokens))
             rows.append(batch.image_of_text.to(device) + len(keys))
+            ids.append(batch.image_ids.to(device))
             keys += batch.keys
             captions += batch.captions
 
@@ -72,98 +107,67 @@ def evaluate(model: Encoders, batches: Iterable[EvalBatch], device: torch.device
     none = torch.empty(0, width, device=device)  # for a rank without a batch
     image_features = distributed.all_gather_rows(torch.cat([none, *images]))  # (n, d)
     text_features = distributed.all_gather_rows(torch.cat([none, *texts]))  # (m, d)
-    local = torch.cat([none.new_empty(0, dtype=torch.int64), *rows])
-    image_of_text = distributed.all_gather_rows(local + before)  # (m,)
-    return Evaluation(
-        _score(image_features, text_features, image_of_text),
+    no_rows = none.new_empty(0, dtype=torch.int64)
+    image_of_text = distributed.all_gather_rows(torch.cat([no_rows, *rows]) + before)  # (m,)
+    image_ids = distributed.all_gather_rows(torch.cat([no_rows, *ids]))  # (n,)
+    all_captions = [caption for share in shares for caption in share[1]]
+    return Embedded(
         [key for share in shares for key in share[0]],
-        [caption for share in shares for caption in share[1]],
+        all_captions,
         image_features.cpu(),
         text_features.cpu(),
         image_of_text.cpu(),
+        image_ids.cpu(),
+        torch.tensor([image_id(caption) for caption in all_captions]),
     )
 
 
-def save_examples(
-    evaluation: Evaluation,
-    path: Path,
+def score(
+    split: Embedded,
+    device: torch.device,
     *,
-    split: str,
-    num_queries: int = 12,
-    k: int = 5,
-    seed: int = 0,
-) -> None:
-    """Write JSON with some queries, their k best answers and the rank of the right one.
+    protocol: str = "plain",
+    recalls: Sequence[int] = RECALLS,
+    bootstrap: int = 0,
+) -> Evaluation:
+    """Score retrieval over a split, each rank its share of the tiles; every rank must call.
 
-    Each direction has `num_queries` queries (or all images, if they are fewer), of different
-    images, chosen by the seed. The file also holds the metrics and what chance would give.
+    `bootstrap` is the number of resamples, 0 for no intervals. Raises UserError, on every rank,
+    for features that are not finite and for a split that is not the protocol's.
     """
-    keys, captions, image_of_text = evaluation.keys, evaluation.captions, evaluation.image_of_text
-    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed)).tolist()
-    text_to_image, image_to_text = [], []
-    for image in order[:num_queries]:
-        own = (image_of_text == image).nonzero().flatten()
-        text = int(own[image % len(own)])  # any of its captions
-        right = torch.arange(len(keys)) == image
-        answers = _answers(evaluation.text_features[text], evaluation.image_features, right)
-        shown = [{"key": keys[row], **answer} for row, answer in answers.best(k)]
-        query = {"caption": captions[text], "key": keys[image], "rank": answers.rank}
-        text_to_image.append({**query, "answers": shown})
-    for image in order[-num_queries:]:  # others, where there are enough images
-        right = image_of_text == image
-        answers = _answers(evaluation.image_features[image], evaluation.text_features, right)
-        shown = [{"caption": captions[row], **answer} for row, answer in answers.best(k)]
-        image_to_text.append({"key": keys[image], "rank": answers.rank, "answers": shown})
-    content = {
-        "split": split,
-        "seed": seed,
-        "metrics": evaluation.metrics,
-        "chance": chance(image_of_text, len(keys)),
-        "text_to_image": text_to_image,
-        "image_to_text": image_to_text,
-    }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    tasks = tasks_of(protocol, split.image_of_text, split.image_ids, split.text_ids)
+    share = (distributed.rank(), distributed.world_size())
+    found: list[tuple[Ranks, Ranks]] = []
+    for task in tasks:
+        images = split.image_features[task.images].to(device)
+        texts = split.text_features[task.texts].to(device)
+        found.append(
+            rank_all(images, texts, task.pairs, share=share, add_up=distributed.all_reduce_sum)
+        )
+    image_ranks = torch.cat([i2t.expected() for i2t, _ in found])
+    text_ranks = torch.full((len(split.captions),), torch.nan, dtype=torch.float64)
+    for task, (_, t2i) in zip(tasks, found, strict=True):
+        text_ranks[task.texts] = t2i.expected()
+    # The rest on one rank, for ranks may share the cores.
+    results: tuple[dict[str, float], dict[str, float], dict[str, list[float]]] = ({}, {}, {})
+    if distributed.is_main_process():
+        for warning in check_features(split.image_features, split.text_features):
+            logger.warning(warning)
+        metrics = _mean([summary(*ranks, recalls) for ranks in found])
+        metrics |= {"num_images": len(image_ranks), "num_texts": len(split.captions)}
+        random = _mean(
+            [chance(t.pairs, t.images.stop - t.images.start, len(t.texts), recalls) for t in tasks]
+        )
+        drawn = [(*r, t.image_of_text) for r, t in zip(found, tasks, strict=True)]
+        bands = intervals(drawn, recalls=recalls, resamples=bootstrap) if bootstrap else {}
+        results = (metrics, random, bands)
+    metrics, random, bands = distributed.broadcast_object(results)
+    return Evaluation(split, metrics, random, bands, image_ranks, text_ranks)
 
 
-def _score(
-    image_features: Tensor, text_features: Tensor, image_of_text: Tensor
-) -> dict[str, float]:
-    """Score on rank 0 alone, for ranks may share the cores, and tell all."""
-    metrics: dict[str, float] = {}
-    with distributed.same_verdict():
-        if distributed.is_main_process():
-            metrics = retrieval_metrics(image_features, text_features, image_of_text)
-            metrics |= {"num_images": len(image_features), "num_texts": len(text_features)}
-            for warning in check_features(image_features, text_features):
-                logger.warning(warning)
-    shared: dict[str, float] = distributed.broadcast_object(metrics)
-    return shared
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """The whole gallery in its order for one query."""
-
-    rows: list[int]
-    scores: list[float]
-    right: list[bool]
-
-    @property
-    def rank(self) -> int:
-        return self.right.index(True) + 1
-
-    def best(self, k: int) -> list[tuple[int, dict[str, float | bool]]]:
-        """Return the row and what is written for each of the first k."""
-        answers = zip(self.rows[:k], self.scores[:k], self.right[:k], strict=True)
-        return [(row, {"score": round(score, 4), "right": right}) for row, score, right in answers]
-
-
-def _answers(query: Tensor, gallery: Tensor, right: Tensor) -> _Answers:
-    """Order the gallery for a query (d,); `right` (len(gallery),) marks its answers."""
-    (scores,), (rows,) = top_k(query[None], gallery, len(gallery))
-    return _Answers(rows.tolist(), scores.tolist(), right[rows].tolist())
+def _mean(values: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of every entry."""
+    return {key: sum(value[key] for value in values) / len(values) for key in values[0]}
 
 
 @contextlib.contextmanager

@@ -139,9 +139,19 @@ def open_run(run_dir: Path) -> TrainConfig:
     return load_config(run_dir / CONFIG_NAME)
 
 
-def load_trained(run_dir: Path, model: DualEncoder) -> Path:
-    """Load the newest checkpoint's weights into the model; return the checkpoint's folder."""
-    path = checkpoint.latest(run_dir / CHECKPOINTS)
+def find_run(location: Path) -> tuple[Path, Path | None]:
+    """Return a run's folder, and the checkpoint where `location` is one of its checkpoints."""
+    if location.resolve().parent.name == CHECKPOINTS:
+        return location.resolve().parent.parent, location
+    return location, None
+
+
+def load_trained(run_dir: Path, model: DualEncoder, asked: Path | None = None) -> Path:
+    """Load the newest checkpoint's weights into the model, or those asked for; return its folder.
+
+    Raises UserError if there is no such checkpoint, or if it doesn't fit the model.
+    """
+    path = asked or checkpoint.latest(run_dir / CHECKPOINTS)
     if path is None:
         raise UserError(f"{run_dir / CHECKPOINTS}: no whole checkpoint yet; train the run first")
     checkpoint.load_weights(path, model)

@@ -29,7 +29,8 @@ from dist_vse.config.schema import AUTO
 from dist_vse.contrast import collapsed
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.errors import UserError, writing
-from dist_vse.evaluate import evaluate, save_examples
+from dist_vse.evaluate import evaluate
+from dist_vse.examples import save_examples
 from dist_vse.fence import Fence, claim
 from dist_vse.grad_cache import train_step
 from dist_vse.index import Index, read_index

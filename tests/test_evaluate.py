@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from dist_vse import distributed
 from dist_vse.errors import UserError
-from dist_vse.evaluate import Evaluation, evaluate, save_examples
+from dist_vse.evaluate import Embedded, Evaluation, evaluate, score
+from dist_vse.examples import save_examples
 from dist_vse.index import read_index
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
-from dist_vse.retrieval import chance, retrieval_metrics
+from dist_vse.retrieval import chance, own_pairs, retrieval_metrics
 from dist_vse.stream import EvalBatch, captions, eval_batches
 from tests.datasets import write_dataset
 from tests.distributed import run_distributed
@@ -73,14 +74,14 @@ def evaluate_diverged(root: Path) -> str:
 def test_ranks_agree_with_one_process(tmp_path: Path, num_images: int, world_size: int) -> None:
     write_dataset(tmp_path, {"val": num_images}, captions=3)  # 2 images: a rank has none
     alone = evaluate_root(tmp_path)
-    assert alone.metrics["num_images"] == len(alone.keys) == num_images
+    assert alone.metrics["num_images"] == len(alone.split.keys) == num_images
     for got in run_distributed(evaluate_root, world_size, tmp_path):
         assert got.metrics == alone.metrics
-        assert got.keys == alone.keys
-        assert got.captions == alone.captions
-        assert got.image_of_text.equal(alone.image_of_text)
-        torch.testing.assert_close(got.image_features, alone.image_features)
-        torch.testing.assert_close(got.text_features, alone.text_features)
+        assert got.split.keys == alone.split.keys
+        assert got.split.captions == alone.split.captions
+        assert got.split.image_of_text.equal(alone.split.image_of_text)
+        torch.testing.assert_close(got.split.image_features, alone.split.image_features)
+        torch.testing.assert_close(got.split.text_features, alone.split.text_features)
 
 
 def test_scores_the_features_of_eval_mode(tmp_path: Path) -> None:
@@ -92,13 +93,14 @@ def test_scores_the_features_of_eval_mode(tmp_path: Path) -> None:
 
     assert model.training and model.dropout.training and not model.norm.training
     assert model.most_texts == 4  # never more texts at once than a batch has images
-    assert not got.text_features.requires_grad
-    assert got.image_of_text.tolist() == [row for row in range(11) for _ in range(3)]
-    assert got.keys[5] == "val000005"
+    assert not got.split.text_features.requires_grad
+    assert got.split.image_of_text.tolist() == [row for row in range(11) for _ in range(3)]
+    assert got.split.keys[5] == "val000005"
     tokenizer = WordTokenizer(build_vocabulary(captions(read_index(tmp_path), "val"), 1), 16)
-    whole = model.eval().encode_texts(tokenizer(got.captions))
-    torch.testing.assert_close(got.text_features, whole.detach())
-    direct = retrieval_metrics(got.image_features, got.text_features, got.image_of_text)
+    whole = model.eval().encode_texts(tokenizer(got.split.captions))
+    torch.testing.assert_close(got.split.text_features, whole.detach())
+    found = got.split
+    direct = retrieval_metrics(found.image_features, found.text_features, found.image_of_text)
     assert got.metrics == direct | {"num_images": 11, "num_texts": 33}
 
 
@@ -132,9 +134,40 @@ def ranked() -> Evaluation:
     of_text = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     turned = torch.tensor([0, 10, 90, 100, 180, 190, 5, 15]).deg2rad()
     texts = torch.stack([turned.cos(), turned.sin()], 1)
-    metrics = retrieval_metrics(images, texts, of_text)
-    keys, captions = [f"k{i}" for i in range(4)], [f"text {j}" for j in range(8)]
-    return Evaluation(metrics, keys, captions, images, texts, of_text)
+    return score_of(images, texts, of_text)
+
+
+def score_of(images: Tensor, texts: Tensor, of_text: Tensor) -> Evaluation:
+    """Score features under names of their rows."""
+    keys, captions = [f"k{i}" for i in range(len(images))], [f"text {j}" for j in range(len(texts))]
+    ids = torch.arange(len(images)), torch.arange(len(texts))
+    return score(Embedded(keys, captions, images, texts, of_text, *ids), CPU)
+
+
+def score_many() -> Evaluation:
+    """Score 2,500 images of two captions, some of them equal, with a few ties."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.arange(5000) // 2
+    images = nn.functional.normalize(torch.randn(2500, 32, generator=generator))
+    texts = images[rows] + 0.15 * torch.randn(5000, 32, generator=generator)
+    images[40], texts[99] = images[7], texts[3]
+    texts = nn.functional.normalize(texts)
+    names = [f"k{i}" for i in range(2500)], [f"text {j}" for j in range(5000)]
+    ids = torch.arange(2500) % 2400, torch.arange(5000) % 4990
+    return score(Embedded(*names, images, texts, rows, *ids), CPU, recalls=(1, 3), bootstrap=50)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_scores_are_equal_to_the_bit_on_any_number_of_ranks(world_size: int) -> None:
+    alone = score_many()
+    assert alone.metrics["i2t_r3"] > alone.metrics["i2t_r1"] > 50
+    assert alone.metrics["tied"] > 0
+    for got in run_distributed(score_many, world_size):
+        assert got.metrics == alone.metrics
+        assert got.chance == alone.chance
+        assert got.intervals == alone.intervals
+        assert got.image_ranks.equal(alone.image_ranks)
+        assert got.text_ranks.equal(alone.text_ranks)
 
 
 def test_examples_tell_the_best_answers_and_the_right_one(
@@ -144,7 +177,7 @@ def test_examples_tell_the_best_answers_and_the_right_one(
     content = json.loads((tmp_path / "examples.json").read_text())
     assert content["split"] == "val"
     assert content["metrics"] == ranked.metrics
-    assert content["chance"] == chance(ranked.image_of_text, 4)
+    assert content["chance"] == chance(own_pairs(ranked.split.image_of_text), 4, 8)
     by_key = {query["key"]: query for query in content["text_to_image"]}
     assert sorted(by_key) == ["k0", "k1", "k2", "k3"]
     assert by_key["k1"]["rank"] == 1
@@ -163,6 +196,15 @@ def test_examples_tell_the_best_answers_and_the_right_one(
         "score": pytest.approx(0.9962),
         "right": False,
     }
+
+
+def test_examples_of_the_best_and_the_worst(tmp_path: Path, ranked: Evaluation) -> None:
+    save_examples(ranked, tmp_path / "examples.json", split="val", num_extremes=2)
+    content = json.loads((tmp_path / "examples.json").read_text())
+    ranks = {query["caption"]: query["rank"] for query in content["text_to_image_worst"]}
+    assert ranks == {"text 6": 3, "text 7": 3}
+    assert [query["rank"] for query in content["text_to_image_best"]] == [1, 1]
+    assert [query["key"] for query in content["image_to_text_worst"]] == ["k3"]
 
 
 def test_examples_depend_on_the_seed_alone(tmp_path: Path, ranked: Evaluation) -> None:

@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"models", "local_ranks"},
     {"contrast", "stream", "engine", "metrics"},
     {"grad_cache", "chunking", "checkpoint", "evaluate"},
-    {"run_dir", "saver"},
+    {"run_dir", "saver", "examples"},
     {"builders"},
     {"train", "eval_run", "report", "bench", "verify"},
     {"cli"},

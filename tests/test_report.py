@@ -11,11 +11,11 @@ import torch
 
 from dist_vse.config import DataConfig, TrainConfig, dump_config
 from dist_vse.errors import UserError
-from dist_vse.evaluate import Evaluation, save_examples
+from dist_vse.evaluate import Embedded, Evaluation, score
+from dist_vse.examples import save_examples
 from dist_vse.report import write_report
 from dist_vse.report.chart import Series, line_chart
 from dist_vse.report.numbers import figure, ordinal, short
-from dist_vse.retrieval import retrieval_metrics
 from tests.datasets import write_dataset
 
 VOID = {"meta", "img", "link"}
@@ -58,10 +58,10 @@ def evaluation(noise: float) -> Evaluation:
     images = torch.nn.functional.normalize(torch.randn(6, 8, generator=generator))
     texts = images[of_text] + noise * torch.randn(12, 8, generator=generator)
     texts = torch.nn.functional.normalize(texts)
-    metrics = retrieval_metrics(images, texts, of_text) | {"num_images": 6, "num_texts": 12}
     keys = [f"val{i:06d}" for i in range(6)]
     captions = [f"text <{j}> & more" for j in range(12)]
-    return Evaluation(metrics, keys, captions, images, texts, of_text)
+    ids = torch.arange(6), torch.arange(12)
+    return score(Embedded(keys, captions, images, texts, of_text, *ids), torch.device("cpu"))
 
 
 def metrics_lines() -> list[str]:

@@ -14,10 +14,15 @@ from torch import Tensor
 from dist_vse.errors import UserError
 from dist_vse.retrieval import (
     RECALLS,
+    Ranks,
     chance,
     check_features,
+    content_pairs,
+    intervals,
+    own_pairs,
     rank_all,
     retrieval_metrics,
+    tasks_of,
     top_k,
 )
 
@@ -54,65 +59,142 @@ def test_equals_sorting_the_matrix_with_five_captions_an_image() -> None:
 
 def mean_over_tie_orders(
     scores: NDArray[np.float64], right: NDArray[np.bool_]
-) -> tuple[dict[int, float], float]:
-    """Recalls and rank of one query, as the mean over every order of the items."""
-    ranks = []
+) -> tuple[dict[int, float], float, float]:
+    """Recalls, rank and mAP@R of one query, as the mean over every order of the items."""
+    ranks, precisions = [], []
+    places = int(right.sum())
     for order in itertools.permutations(range(len(scores))):
-        listed = sorted(order, key=lambda item: -scores[item])  # stable: `order` breaks ties
-        ranks.append(1 + next(place for place, item in enumerate(listed) if right[item]))
-    return {k: float(np.mean([r <= k for r in ranks])) for k in RECALLS}, float(np.mean(ranks))
+        listed = right[sorted(order, key=lambda item: -scores[item])]  # stable: `order` breaks ties
+        ranks.append(1 + int(listed.argmax()))
+        upto = listed.cumsum() / np.arange(1, len(listed) + 1)
+        precisions.append((upto * listed)[:places].sum() / places)
+    recalls = {k: float(np.mean([r <= k for r in ranks])) for k in RECALLS}
+    return recalls, float(np.mean(ranks)), float(np.mean(precisions))
 
 
 @st.composite
 def tied_problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """Few small whole numbers as features, so that many scores are equal."""
-    n = draw(st.integers(1, 4))
-    extra = draw(st.lists(st.integers(0, n - 1), max_size=6 - n))
-    rows = draw(st.permutations([*range(n), *extra]))
+    """Few small whole numbers as features, so that many scores are equal; any right pairs."""
+    n, m = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    few = st.sets(st.tuples(st.integers(0, n - 1), st.integers(0, m - 1)), max_size=10)
+    pairs = draw(few)
+    pairs |= {(i, draw(st.integers(0, m - 1))) for i in {*range(n)} - {i for i, _ in pairs}}
+    pairs |= {(draw(st.integers(0, n - 1)), j) for j in {*range(m)} - {j for _, j in pairs}}
     values = st.lists(st.integers(-1, 1), min_size=2, max_size=2)
     images = draw(st.lists(values, min_size=n, max_size=n))
-    texts = draw(st.lists(values, min_size=len(rows), max_size=len(rows)))
-    return torch.tensor(images).float(), torch.tensor(texts).float(), torch.tensor(rows)
+    texts = draw(st.lists(values, min_size=m, max_size=m))
+    return torch.tensor(images).float(), torch.tensor(texts).float(), torch.tensor([*pairs]).T
 
 
-@settings(deadline=None, max_examples=60)
-@given(tied_problems(), st.integers(1, 4))
+@settings(deadline=None, max_examples=80)
+@given(tied_problems(), st.integers(1, 4), st.integers(1, 4))
 def test_ties_count_as_the_mean_over_their_orders(
-    problem: tuple[Tensor, Tensor, Tensor], tile: int
+    problem: tuple[Tensor, Tensor, Tensor], height: int, width: int
 ) -> None:
-    images, texts, image_of_text = problem
+    images, texts, pairs = problem
     scores = (images @ texts.T).double().numpy()
-    own = (torch.arange(len(images))[:, None] == image_of_text).numpy()
+    own = np.zeros_like(scores, dtype=bool)
+    own[pairs[0], pairs[1]] = True
     for ranks, matrix, right in zip(
-        rank_all(images, texts, image_of_text, tile=tile),
+        rank_all(images, texts, pairs, tile=(height, width)),
         (scores, scores.T),
         (own, own.T),
         strict=True,
     ):
         truth = [mean_over_tie_orders(*query) for query in zip(matrix, right, strict=True)]
         for k in RECALLS:
-            expected = np.mean([recalls[k] for recalls, _ in truth])
+            expected = np.mean([recalls[k] for recalls, _, _ in truth])
             assert ranks.reached(k) == pytest.approx(expected, abs=1e-12)
             low, high = ranks.bounds(k)
             assert low - 1e-12 <= ranks.reached(k) <= high + 1e-12
-        assert ranks.mean() == pytest.approx(np.mean([rank for _, rank in truth]), abs=1e-12)
+        assert ranks.expected().tolist() == pytest.approx([rank for _, rank, _ in truth], abs=1e-12)
+        assert ranks.precision.tolist() == pytest.approx([p for _, _, p in truth], abs=1e-12)
 
 
-@pytest.mark.parametrize("tile", [1, 7, 64, 1000])
-def test_tiles_change_nothing(tile: int) -> None:
-    images, image_of_text = unit(50, 8, 0), torch.arange(130) % 50
+def by_sorting(images: Tensor, texts: Tensor, pairs: Tensor) -> list[list[float]]:
+    """mAP@R of every query in both directions, from the sorted float64 matrix (no ties)."""
+    scores = images.double() @ texts.double().T
+    right = torch.zeros(scores.shape, dtype=torch.bool)
+    right[pairs[0], pairs[1]] = True
+    found = []
+    for matrix, answers in ((scores, right), (scores.T, right.T)):
+        listed = answers.gather(1, matrix.argsort(dim=1, descending=True)).double()
+        upto = listed.cumsum(1) / torch.arange(1, listed.shape[1] + 1)
+        counts = answers.sum(1)
+        inside = torch.arange(listed.shape[1]) < counts[:, None]
+        found.append(((upto * listed * inside).sum(1) / counts).tolist())
+    return found
+
+
+@pytest.mark.parametrize("tile", [(16, 40), (512, 2048)])
+def test_mean_average_precision_with_many_right_answers(tile: tuple[int, int]) -> None:
+    images, image_of_text = unit(60, 12, 0), torch.arange(420) % 60  # seven captions an image
+    texts = torch.nn.functional.normalize(images[image_of_text] + 0.9 * unit(420, 12, 1))
+    more = torch.stack([torch.arange(60), (torch.arange(60) * 7 + 31) % 420])
+    pairs = torch.cat([own_pairs(image_of_text), more], 1).unique(dim=1)
+    for ranks, want in zip(
+        rank_all(images, texts, pairs, tile=tile), by_sorting(images, texts, pairs), strict=True
+    ):
+        assert ranks.precision.tolist() == pytest.approx(want, abs=1e-12)
+        assert 0.2 < ranks.precision.mean() < 0.98
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-4, 1e-8])
+def test_decisions_are_those_of_float64(spread: float) -> None:
+    """Scores much closer than float32 can tell apart, and hardly any tie."""
+    images = torch.nn.functional.normalize(unit(1, 64, 0) + spread * unit(90, 64, 1)).double()
+    texts = torch.nn.functional.normalize(unit(1, 64, 0) + spread * unit(180, 64, 2)).double()
+    images = images + spread * 1e-3 * unit(90, 64, 3).double()
+    texts = texts + spread * 1e-3 * unit(180, 64, 4).double()
+    scores, rows = images @ texts.T, torch.arange(180) % 90
+    i2t, t2i = rank_all(images, texts, own_pairs(rows), tile=(32, 64))
+    own = scores[rows, torch.arange(180)]
+    assert t2i.better.equal((scores > own + 1e-12).sum(0))
+    best = torch.stack([own[:90], own[90:]]).amax(0)
+    wrong = scores.clone()
+    wrong[rows, torch.arange(180)] = -9
+    assert i2t.better.equal((wrong > best[:, None] + 1e-12).sum(1))
+
+
+def same(got: Ranks, want: Ranks) -> bool:
+    """Equal to the bit."""
+    return all(torch.equal(getattr(got, name), getattr(want, name)) for name in vars(want))
+
+
+@pytest.mark.parametrize("tile", [(1, 1), (7, 3), (64, 100), (9, 1000)])
+def test_tiles_change_nothing(tile: tuple[int, int]) -> None:
+    images, pairs = unit(50, 8, 0), own_pairs(torch.arange(130) % 50)
     texts = unit(130, 8, 1)
-    whole = rank_all(images, texts, image_of_text, tile=4096)
-    for got, want in zip(rank_all(images, texts, image_of_text, tile=tile), whole, strict=True):
-        assert got.better.equal(want.better)
-        assert got.tied.equal(want.tied)
-        assert got.right.equal(want.right)
+    whole = rank_all(images, texts, pairs)
+    for got, want in zip(rank_all(images, texts, pairs, tile=tile), whole, strict=True):
+        assert same(got, want)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shares_add_up_to_the_whole(world_size: int) -> None:
+    images, pairs = unit(50, 8, 0), own_pairs(torch.arange(130) % 50)
+    texts = unit(130, 8, 1)
+    texts[40] = texts[3]
+    tile = (8, 32)
+    parts: list[list[Tensor]] = []
+    for rank in range(world_size):
+        seen: list[Tensor] = []
+        keep = lambda counts, seen=seen: seen.append(counts.clone()) or counts  # noqa: E731
+        rank_all(images, texts, pairs, tile=tile, share=(rank, world_size), add_up=keep)
+        parts.append(seen)
+    sums = iter([sum(part[side] for part in parts) for side in (0, 1)])
+    add_up = lambda counts: counts.copy_(next(sums))  # noqa: E731
+    got = rank_all(images, texts, pairs, tile=tile, share=(0, world_size), add_up=add_up)
+    for one, want in zip(got, rank_all(images, texts, pairs), strict=True):
+        for name in ("better", "tied", "right"):
+            assert getattr(one, name).equal(getattr(want, name))
+        assert one.precision.equal(want.precision)
 
 
 def test_an_image_drawn_twice_is_one_tie_in_any_tile() -> None:
     images = unit(33, 48, 0)
     images[32] = images[3]
-    i2t, t2i = rank_all(images, images.clone(), torch.arange(33), tile=5)
+    i2t, t2i = rank_all(images, images.clone(), own_pairs(torch.arange(33)), tile=(5, 4))
     for ranks in (i2t, t2i):
         assert ranks.tied.nonzero().flatten().tolist() == [3, 32]
         assert ranks.reached(1) == pytest.approx(32 / 33)
@@ -128,12 +210,12 @@ def test_collapsed_features_score_exactly_chance(rows: list[int]) -> None:
     metrics = retrieval_metrics(
         same.repeat(max(rows) + 1, 1), same.repeat(len(rows), 1), image_of_text
     )
-    for name, value in chance(image_of_text, max(rows) + 1).items():
+    for name, value in chance(own_pairs(image_of_text), max(rows) + 1, len(rows)).items():
         assert metrics[name] == pytest.approx(value, abs=1e-12), name
 
 
 def test_chance_in_closed_form() -> None:
-    expected = chance(torch.arange(5000) // 5, 1000)
+    expected = chance(own_pairs(torch.arange(5000) // 5), 1000, 5000)
     assert expected["t2i_r1"] == pytest.approx(100 / 1000)
     assert expected["t2i_r10"] == pytest.approx(1000 / 1000)
     assert expected["i2t_r1"] == pytest.approx(100 * 5 / 5000)
@@ -149,7 +231,7 @@ def test_chance_in_closed_form() -> None:
 def test_chance_is_what_random_features_reach() -> None:
     image_of_text = torch.arange(2000) // 2
     metrics = retrieval_metrics(unit(1000, 32, 0), unit(2000, 32, 1), image_of_text)
-    expected = chance(image_of_text, 1000)
+    expected = chance(own_pairs(image_of_text), 1000, 2000)
     assert metrics["t2i_meanr"] == pytest.approx(expected["t2i_meanr"], rel=0.05)
     assert metrics["i2t_meanr"] == pytest.approx(expected["i2t_meanr"], rel=0.05)
 
@@ -172,10 +254,9 @@ def test_features_that_are_not_finite(value: float) -> None:
     ("rows", "message"),
     [
         ([0, 1, 2], "3 rows for 4 texts"),
-        ([0, 1, 2, 3], "holds 3, but there are 3 images"),
+        ([0, 1, 2, 3], "hold image row 3, but there are 3 images"),
         ([0, 1, 1, 0], "1 of 3 images have no text, the first is row 2"),
-        ([0, 1, 2, -1], "holds -1; rows start at 0"),
-        ([], "nothing to retrieve"),
+        ([0, 1, 2, -1], "hold image row -1; rows start at 0"),
     ],
 )
 def test_rows_that_do_not_fit(rows: list[int], message: str) -> None:
@@ -211,3 +292,85 @@ def test_warns_of_collapse_on_the_side_that_collapsed() -> None:
     (warning,) = check_features(spread, point)
     assert warning.startswith("the text features have collapsed")
     assert check_features(point[:1], spread) == []  # one image says nothing
+
+
+def test_right_by_content() -> None:
+    rows = torch.tensor([0, 0, 1, 2, 2, 3])
+    assert content_pairs(rows, torch.arange(4), torch.arange(6)).equal(own_pairs(rows))
+    # Images 0 and 3 are one file; texts 1 (of image 0) and 2 (of image 1) are one caption.
+    pairs = content_pairs(rows, torch.tensor([7, 8, 9, 7]), torch.tensor([1, 5, 5, 3, 4, 6]))
+    found = {(int(i), int(j)) for i, j in pairs.T}
+    assert len(found) == pairs.shape[1]
+    of_file = {(image, text) for image in (0, 3) for text in (0, 1, 2, 5)}
+    assert found == of_file | {(1, 1), (1, 2), (2, 3), (2, 4)}
+
+
+def test_too_many_pairs_by_content() -> None:
+    rows = torch.arange(9000)
+    with pytest.raises(UserError, match="these captions are classes"):
+        content_pairs(rows, rows, torch.zeros(9000, dtype=torch.int64))
+
+
+def test_coco_1k_is_the_mean_of_consecutive_fifths() -> None:
+    counts = torch.full((5000,), 5)
+    counts[:7] = 7  # as some images of COCO have
+    rows = torch.arange(5000).repeat_interleave(counts)
+    ids = torch.arange(5000), torch.arange(len(rows))
+    (whole,) = tasks_of("coco-5k", rows, *ids)
+    assert len(whole.texts) == 25_000
+    assert whole.texts[:12].tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 14, 15]
+    folds = tasks_of("coco-1k", rows, *ids)
+    assert [fold.images for fold in folds] == [slice(s, s + 1000) for s in range(0, 5000, 1000)]
+    assert torch.cat([fold.texts for fold in folds]).equal(whole.texts)
+    for fold in folds:
+        assert fold.pairs[0].equal(torch.arange(5000) // 5)
+        assert fold.pairs[1].equal(torch.arange(5000))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "images", "captions", "message"),
+    [
+        ("coco", 10, 5, "'coco' is unknown; choose from plain, coco-5k"),
+        ("flickr-1k", 1014, 5, "defined on 1,000 images, this split has 1,014"),
+        ("flickr-1k", 1000, 4, "needs 5 captions an image; 1000 images have fewer"),
+    ],
+)
+def test_a_split_that_is_not_the_protocols(
+    protocol: str, images: int, captions: int, message: str
+) -> None:
+    rows = torch.arange(images * captions) // captions
+    with pytest.raises(UserError, match=message):
+        tasks_of(protocol, rows, torch.arange(images), torch.arange(len(rows)))
+
+
+def test_intervals_hold_the_metric_and_shrink_with_the_root_of_the_queries() -> None:
+    widths = []
+    for n in (100, 1600):
+        rows = torch.arange(2 * n) // 2
+        images = unit(n, 32, 0)
+        texts = torch.nn.functional.normalize(images[rows] + 2 * unit(2 * n, 32, 1))
+        ranks = rank_all(images, texts, own_pairs(rows))
+        found = intervals([(*ranks, rows)], resamples=400)
+        assert found == intervals([(*ranks, rows)], resamples=400)  # seeded
+        low, high = found["t2i_r10"]
+        share = ranks[1].reached(10)
+        assert low < 100 * share < high
+        if n == 1600:  # two captions an image, hardly correlated: about a binomial's
+            binomial = 2 * 1.96 * 100 * math.sqrt(share * (1 - share) / (2 * n))
+            assert high - low == pytest.approx(binomial, rel=0.25)
+        low, high = found["i2t_r1"]
+        widths.append(high - low)
+    assert 0.1 < widths[1] / widths[0] < 0.5
+
+
+def test_captions_of_one_image_are_no_independent_queries() -> None:
+    """Ten equal captions an image: the interval is that of the images, not of the captions."""
+    n = 200
+    rows = torch.arange(10 * n) // 10
+    images = unit(n, 16, 0)
+    texts = torch.nn.functional.normalize(images + 1.5 * unit(n, 16, 1))[rows]
+    ranks = rank_all(images, texts, own_pairs(rows))
+    low, high = intervals([(*ranks, rows)], resamples=400)["t2i_r1"]
+    share = ranks[1].reached(1)
+    of_images = 2 * 1.96 * 100 * math.sqrt(share * (1 - share) / n)
+    assert high - low == pytest.approx(of_images, rel=0.25)

@@ -248,6 +248,19 @@ def test_the_readmes_commands_train_evaluate_and_report(shards: Path, tmp_path: 
     result = json.loads((run_dir / "eval-val.json").read_text())
     assert result["chance"]["i2t_r1"] == pytest.approx(100 / 32)
     assert result["trained"]["num_images"] == 32
+    assert result["intervals"] == {}
+    checkpoint = max((run_dir / "checkpoints").glob("step-*"))
+    again = ("--split", "val", "--recall", "2", "--bootstrap", "20")
+    evaluated = _command("dist-vse", "eval", checkpoint, *again)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "R@2, %" in evaluated.stdout and "95 % bootstrap" in evaluated.stdout
+    other = json.loads((run_dir / f"eval-val-{checkpoint.name}.json").read_text())
+    assert other["trained"]["i2t_r1"] == result["trained"]["i2t_r1"]
+    low, high = other["intervals"]["i2t_r2"]
+    assert low <= other["trained"]["i2t_r2"] <= high
+    wrong = _command("dist-vse", "eval", run_dir, "--split", "val", "--protocol", "flickr-1k")
+    assert wrong.returncode == 2
+    assert "defined on 1,000 images, this split has 32" in wrong.stderr.splitlines()[-1]
     reported = _command("dist-vse", "report", run_dir)
     assert reported.returncode == 0, reported.stderr
     assert "<html" in (run_dir / "report.html").read_text()

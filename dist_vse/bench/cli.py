@@ -20,10 +20,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-dim", type=int, default=64, help="embedding size there (default: 64)"
     )
     loss.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
+    evaluation = benchmarks.add_parser("eval", help="retrieval by tiles, and VSE++'s way")
+    evaluation.add_argument("--images", type=int, default=5000, help="of 5 captions (5000)")
+    evaluation.add_argument("--dim", type=int, default=1024, help="embedding size (default: 1024)")
+    evaluation.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
+    evaluation.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark that was chosen; return the exit code."""
+    if args.benchmark == "eval":
+        from dist_vse.bench.eval import run as run_eval
+
+        return run_eval(args)
     from dist_vse.bench.loss import run as run_loss
 
     return run_loss(args)

@@ -26,7 +26,7 @@ def measure_memory(name: str, total: int, width: int, processes: int) -> dict[st
     """
     rows = total // processes
     if name == "OpenCLIP":
-        available = _status("/proc/meminfo", "MemAvailable")
+        available = status_bytes("/proc/meminfo", "MemAvailable")
         if peer_version() is None or processes * rows * total * PEER_BYTES > 0.8 * available:
             return None
     peak, seconds = run_on_ranks(_resident, processes, name, rows, width)
@@ -50,10 +50,10 @@ def _resident(name: str, rows: int, width: int) -> tuple[int, float]:
     distributed.barrier()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("/proc/self/status", "VmRSS")
+    before = status_bytes("/proc/self/status", "VmRSS")
     started = time.perf_counter()
     _step(name, features)
-    return _status("/proc/self/status", "VmHWM") - before, time.perf_counter() - started
+    return status_bytes("/proc/self/status", "VmHWM") - before, time.perf_counter() - started
 
 
 def _allocated(name: str, rows: int, width: int) -> int:
@@ -87,6 +87,6 @@ def _make_features(rows: int, width: int) -> list[torch.Tensor]:
     return [x.clone().requires_grad_() for x in made]
 
 
-def _status(path: str, key: str) -> int:
+def status_bytes(path: str, key: str) -> int:
     lines = Path(path).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
