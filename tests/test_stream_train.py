@@ -64,18 +64,23 @@ def take(streams: list[Iterator[Batch]], steps: int) -> list[list[Batch]]:
     return [[next(stream) for stream in streams] for _ in range(steps)]
 
 
+def rows_of(batch: Batch) -> list[str]:
+    """Hash each row: pixels, words (without padding), ids and origin."""
+    hashes = []
+    for image, tokens, *numbers in zip(
+        batch.images, batch.tokens, batch.image_ids, batch.text_ids, batch.origin, strict=True
+    ):
+        hasher = hashlib.sha256(image.numpy().tobytes())
+        hasher.update(str(tokens[tokens != 0].tolist()).encode())
+        hasher.update(str([number.tolist() for number in numbers]).encode())
+        hashes.append(hasher.hexdigest())
+    return hashes
+
+
 def digest(ranks: list[Batch]) -> str:
-    """Hash one global batch: pixels, words (without padding), ids and origins, in row order."""
-    hasher = hashlib.sha256()
-    for batch in ranks:
-        for rows in zip(
-            batch.images, batch.tokens, batch.image_ids, batch.text_ids, batch.origin, strict=True
-        ):
-            image, tokens, *numbers = rows
-            hasher.update(image.numpy().tobytes())
-            hasher.update(str(tokens[tokens != 0].tolist()).encode())
-            hasher.update(str([number.tolist() for number in numbers]).encode())
-    return hasher.hexdigest()
+    """Hash one global batch in row order."""
+    rows = [row for batch in ranks for row in rows_of(batch)]
+    return hashlib.sha256("".join(rows).encode()).hexdigest()
 
 
 def state(ranks: list[Batch]) -> NDArray[np.int64]:

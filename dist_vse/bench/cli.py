@@ -1,12 +1,28 @@
 """`dist-vse bench`: what can be measured, and the options of each benchmark."""
 
 import argparse
+import importlib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add one subcommand a benchmark."""
+    """Add one subcommand a benchmark; benchmark NAME is `run` in the module of that name here."""
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    loss = benchmarks.add_parser("loss", help="the losses over the global batch, and OpenCLIP's")
+    _add_loss(benchmarks.add_parser("loss", help="the losses over the global batch, and OpenCLIP's"))
+    _add_eval(benchmarks.add_parser("eval", help="retrieval by tiles, and VSE++'s way"))
+    _add_data(benchmarks.add_parser("data", help="the stream's speed, and OpenCLIP's"))
+    _add_order(benchmarks.add_parser("order", help="what an epoch misses and repeats"))
+    for benchmark in benchmarks.choices.values():
+        benchmark.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark that was chosen; return the exit code."""
+    module = importlib.import_module(f"dist_vse.bench.{args.benchmark}")
+    code: int = module.run(args)
+    return code
+
+
+def _add_loss(loss: argparse.ArgumentParser) -> None:
     loss.add_argument("--processes", type=int, default=2, help="ranks on this machine (default: 2)")
     loss.add_argument(
         "--rows", type=int, nargs="*", default=[4096], help="pairs a rank (default: 4096)"
@@ -19,20 +35,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss.add_argument(
         "--memory-dim", type=int, default=64, help="embedding size there (default: 64)"
     )
-    loss.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
-    evaluation = benchmarks.add_parser("eval", help="retrieval by tiles, and VSE++'s way")
+
+
+def _add_eval(evaluation: argparse.ArgumentParser) -> None:
     evaluation.add_argument("--images", type=int, default=5000, help="of 5 captions (5000)")
     evaluation.add_argument("--dim", type=int, default=1024, help="embedding size (default: 1024)")
     evaluation.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
-    evaluation.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the benchmark that was chosen; return the exit code."""
-    if args.benchmark == "eval":
-        from dist_vse.bench.eval import run as run_eval
+def _add_data(data: argparse.ArgumentParser) -> None:
+    data.add_argument(
+        "--workers", type=int, nargs="*", default=[1, 2], help="decoding processes (default: 1 2)"
+    )
+    data.add_argument("--photographs", type=int, default=512, help="of 640x480 (default: 512)")
+    data.add_argument("--batch-size", type=int, default=64, help="pairs a batch (default: 64)")
+    data.add_argument(
+        "--min-crop-area", type=float, default=0.9, help="as OpenCLIP's default (default: 0.9)"
+    )
+    data.add_argument("--seconds", type=float, default=6, help="of a round (default: 6)")
+    data.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
 
-        return run_eval(args)
-    from dist_vse.bench.loss import run as run_loss
 
-    return run_loss(args)
+def _add_order(order: argparse.ArgumentParser) -> None:
+    order.add_argument(
+        "--ranks", type=int, nargs="*", default=[1, 2, 3, 4], help="(default: 1 2 3 4)"
+    )
+    order.add_argument(
+        "--workers", type=int, nargs="*", default=[0, 1, 2], help="a rank (default: 0 1 2)"
+    )
+    order.add_argument(
+        "--memory-samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="weigh a worker over an epoch of N samples (default: not)",
+    )

@@ -118,12 +118,12 @@ def random_box(width: int, height: int, min_area: float, rng: np.random.Generato
     As torchvision's RandomResizedCrop, in fractions of pixels; the middle square if no draw fits.
     """
     for _ in range(CROP_TRIES):
-        area = width * height * rng.uniform(min_area, 1.0)
-        aspect = math.exp(rng.uniform(-1.0, 1.0) * math.log(CROP_ASPECT))
+        draws: list[float] = rng.random(4).tolist()
+        area = width * height * (min_area + draws[0] * (1 - min_area))
+        aspect = math.exp((2 * draws[1] - 1) * math.log(CROP_ASPECT))
         crop_width, crop_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
         if crop_width <= width and crop_height <= height:
-            left = rng.uniform(0.0, width - crop_width)
-            top = rng.uniform(0.0, height - crop_height)
+            left, top = draws[2] * (width - crop_width), draws[3] * (height - crop_height)
             # min: the sum may round to a hair more than the image has
             return left, top, min(left + crop_width, width), min(top + crop_height, height)
     return center_box(width, height)

@@ -7,6 +7,7 @@ worker or the rank; so a lane yields the same wherever it is read.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -64,6 +65,8 @@ class Lanes:
     part_size: int  # samples that a lane gives to a batch
     transform: Transform
     tokenizer: Tokenizer
+    buffers: int
+    """Shared buffers that the parts' images take in turn; 0: each has its own, in no worker."""
 
     def __call__(self, worker: int, num_workers: int) -> Iterator[Part]:
         """Yield parts for ever: lane by lane, batch by batch."""
@@ -73,13 +76,22 @@ class Lanes:
         # Lanes stand in one epoch or on both sides of its end; more only with many bad samples.
         epochs = lru_cache(maxsize=4)(self.order.epoch)
         lanes = [_Lane(self, readers, prefetcher, epochs, number) for number in numbers]
+        # Memory of this process is shared page by page at its first use, which takes as long as a
+        # fifth of the decoding: so it is used again and again.
+        shared = cycle([self._buffer().share_memory_() for _ in range(self.buffers)])
         try:
             while True:
                 for lane in lanes:
-                    yield lane.part()
+                    yield lane.part(next(shared) if self.buffers else self._buffer())
         finally:
             for reader in readers:
                 reader.close()
+
+    def _buffer(self) -> torch.Tensor:
+        """Return room for a part's images, uint8 (k, h, w, 3)."""
+        side = self.transform.size
+        # Channels last: as decoders write them, and as convolutions like to read them.
+        return torch.empty((self.part_size, side, side, 3), dtype=torch.uint8)
 
     def _readers(self, lanes: int) -> list[ShardReader]:
         """Open nothing yet; shuffling reads from all the shards of a lane's block at once."""
@@ -112,11 +124,9 @@ class _Lane:
         sizes = [source.num_samples for source in plan.order.sources]
         self._first = np.cumsum([0, *sizes[:-1]]).tolist()  # number of each set's first sample
 
-    def part(self) -> Part:
-        """Read on, and return this lane's share of the next batch."""
-        size, pixels = self._plan.part_size, self._plan.transform.size
-        # Channels last: as decoders write them, and as convolutions like to read them.
-        images = torch.empty((size, pixels, pixels, 3), dtype=torch.uint8)
+    def part(self, images: torch.Tensor) -> Part:
+        """Read on, and return this lane's share of the next batch; `images` takes the pixels."""
+        size = self._plan.part_size
         ids = np.empty((size, 2), np.int64)  # of image and caption
         origin = np.empty((size, 2), np.int64)  # turn, sample number
         captions = []

@@ -72,9 +72,9 @@ class Batch:
 
 
 def join_parts(parts: Sequence[Part], pad_id: int) -> Batch:
-    """Concatenate the parts of the rank's lanes; tokens are padded to the longest of all."""
+    """Copy the parts of the rank's lanes into one; tokens are padded to the longest of all."""
     return Batch(
-        images=torch.cat([part.images for part in parts]) if len(parts) > 1 else parts[0].images,
+        images=torch.cat([part.images for part in parts]),
         tokens=torch.from_numpy(_pad([part.tokens for part in parts], pad_id)),
         image_ids=torch.from_numpy(np.concatenate([part.image_ids for part in parts])),
         text_ids=torch.from_numpy(np.concatenate([part.text_ids for part in parts])),

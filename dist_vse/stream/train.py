@@ -1,9 +1,11 @@
 """Endless training batches: the same global order for any number of ranks and workers."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dist_vse.errors import UserError
 from dist_vse.stream.decode import Transform
@@ -13,6 +15,7 @@ from dist_vse.stream.samples import Batch, Tokenizer, join_parts
 from dist_vse.stream.workers import run_workers
 
 SAMPLES_AHEAD = 64
+MAX_HELD = 256
 
 
 def train_batches(
@@ -53,16 +56,23 @@ def train_batches(
     state = np.zeros((lanes, 2), np.int64) if state is None else state
     _check_state(where, order, state)
     rank_lanes = lanes // world_size
+    # Workers run one batch ahead, and a few samples at least where batches are small.
+    part_size = global_batch_size // lanes
+    lanes_a_worker = rank_lanes // max(1, num_workers)
+    prefetch = max(lanes_a_worker, -(-SAMPLES_AHEAD // part_size))
     plan = Lanes(
         sets=sets,
         order=order,
         first=rank * rank_lanes,
         state=state[rank * rank_lanes : (rank + 1) * rank_lanes],
-        part_size=global_batch_size // lanes,
+        part_size=part_size,
         transform=Transform(size, crop == "random", min_crop_area, flip, color_jitter, scaled=True),
         tokenizer=tokenizer,
+        # A worker makes a part once the one `prefetch` before it is taken; what was taken last, a
+        # batch at most, is not yet copied.
+        buffers=prefetch + lanes_a_worker if num_workers else 0,
     )
-    return _batches(plan, num_workers)
+    return _batches(plan, num_workers, prefetch)
 
 
 def _source(a_set: TrainSet) -> Source:
@@ -70,13 +80,14 @@ def _source(a_set: TrainSet) -> Source:
     return Source(sizes, a_set.per_epoch)
 
 
-def _batches(plan: Lanes, num_workers: int) -> Iterator[Batch]:
-    # Workers run one batch ahead, and a few samples at least where batches are small.
-    lanes_a_worker = len(plan.state) // max(1, num_workers)
-    prefetch = max(lanes_a_worker, -(-SAMPLES_AHEAD // plan.part_size))
+def _batches(plan: Lanes, num_workers: int, prefetch: int) -> Iterator[Batch]:
     parts = run_workers(plan, num_workers=num_workers, prefetch=prefetch)
+    # Whoever holds a shared buffer finds it mapped when it comes again, and an open file the more.
+    held: deque[Tensor] = deque(maxlen=min(MAX_HELD, plan.buffers * num_workers))
     while True:
-        yield join_parts([next(parts) for _ in plan.state], plan.tokenizer.pad_id)
+        taken = [next(parts) for _ in plan.state]
+        held.extend(part.images for part in taken)
+        yield join_parts(taken, plan.tokenizer.pad_id)
 
 
 def _check_samples(where: str, num_samples: int, lanes: int, global_batch_size: int) -> None:
