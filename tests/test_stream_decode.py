@@ -68,10 +68,11 @@ KINDS: dict[str, tuple[bytes, tuple[int, int, int]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_mode_becomes_rgb(kind: str) -> None:
     data, colour = KINDS[kind]
-    image = decode_image(data, Transform(8))
-    assert image.shape == (3, 8, 8)
-    assert image.dtype == np.uint8
-    assert np.abs(image.astype(int) - np.array(colour).reshape(3, 1, 1)).max() <= 2
+    for scaled in (False, True):
+        image = decode_image(data, Transform(8, scaled=scaled))
+        assert image.shape == (3, 8, 8)
+        assert image.dtype == np.uint8
+        assert np.abs(image.astype(int) - np.array(colour).reshape(3, 1, 1)).max() <= 2
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
@@ -239,12 +240,21 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+def bomb_jpeg(width: int, height: int) -> bytes:
+    """A small JPEG whose header claims another size."""
+    data = bytearray(encode(draw(1, size=64), "JPEG"))
+    frame = data.index(b"\xff\xc0")  # marker, length (2), precision (1), height (2), width (2)
+    data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
 BROKEN = {
     "empty": (b"", "no bytes"),
     "text": (b"not an image", "not an image file"),
     "cut": (encode(draw(1, size=64), "JPEG")[:900], "truncated"),
     "cut png": (encode(draw(1, size=64))[:120], "OSError|SyntaxError|truncated"),
     "bomb": (bomb(30_000, 30_000), "DecompressionBombError"),
+    "bomb jpeg": (bomb_jpeg(30_000, 30_000), "DecompressionBombError"),
     "small bomb": (bomb(10_000, 10_000), "DecompressionBombWarning"),
 }
 
@@ -252,5 +262,6 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_files_are_bad_samples(kind: str) -> None:
     data, reason = BROKEN[kind]
-    with pytest.raises(BadSampleError, match=reason):
-        decode_image(data, Transform(8))
+    for scaled in (False, True):
+        with pytest.raises(BadSampleError, match=reason):
+            decode_image(data, Transform(8, scaled=scaled))

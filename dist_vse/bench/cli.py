@@ -7,7 +7,7 @@ import importlib
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand a benchmark; benchmark NAME is `run` in the module of that name here."""
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    _add_loss(benchmarks.add_parser("loss", help="the losses over the global batch, and OpenCLIP's"))
+    _add_loss(benchmarks.add_parser("loss", help="the losses over the batch, and OpenCLIP's"))
     _add_eval(benchmarks.add_parser("eval", help="retrieval by tiles, and VSE++'s way"))
     _add_data(benchmarks.add_parser("data", help="the stream's speed, and OpenCLIP's"))
     _add_order(benchmarks.add_parser("order", help="what an epoch misses and repeats"))
