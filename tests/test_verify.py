@@ -16,6 +16,7 @@ from dist_vse.contrast import LossOutput
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.verify.contract import check, describe
 from dist_vse.verify.loss import ragged_counts
+from dist_vse.verify.peer import check_peer
 from dist_vse.verify.table import Row, compare, verdict
 from launch.environment import free_port
 from tests.distributed import run_distributed
@@ -127,6 +128,26 @@ def test_the_command_starts_its_own_processes(
     assert "exact: all" in out
 
 
+def _peer() -> tuple[int, dict[tuple[str, str], Row]]:
+    result = check_peer()
+    return result.code, {(row.section, row.name.split()[-1]): row for row in result.rows}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_open_clips_flags(world_size: int) -> None:
+    """Measured: two combinations are wrong; if a new version mends them, the docs must say so."""
+    code, rows = run_distributed(_peer, world_size, timeout=100)[0]
+    assert code == 0
+    default = rows["local_loss=False, gather_with_grad=False", "towers"]
+    assert default.factor == pytest.approx(1 / world_size, rel=1e-5)
+    assert rows["local_loss=False, gather_with_grad=False", "scale"].exact
+    assert rows["local_loss=True, gather_with_grad=False", "towers"].error > 0.05
+    for part in ("towers", "scale"):
+        assert rows["local_loss=False, gather_with_grad=True", part].exact
+        assert rows["local_loss=True, gather_with_grad=True", part].exact
+        assert rows["dist_vse", part].exact
+
+
 def _launch(*arguments: str) -> list[tuple[int, str, str]]:
     """Start two ranks as a launcher does; return each one's exit code and output."""
     port = str(free_port())
@@ -171,6 +192,10 @@ def test_under_a_launcher_it_joins_the_group(tmp_path: Path) -> None:
     [
         (["nowhere.yaml"], "error: nowhere.yaml: no such config"),
         (["loss.name=convs"], "error: the settings given: loss.name='convs' is unknown"),
+        (
+            ["--peer", "open_clip", "a.yaml"],
+            "error: --peer open_clip takes no config",
+        ),
         (["--processes", "0"], "error: --processes 0 must be at least 1"),
     ],
 )

@@ -13,34 +13,24 @@ from dist_vse.verify.table import Row, render, verdict
 class Result:
     """Alike on all ranks."""
 
+    title: str
     rows: list[Row]
     world_size: int
-    device: str
-    name: str
-    transport: str
-
-    @property
-    def code(self) -> int:
-        """Return the exit code: 0 if all is exact, else 1."""
-        return 0 if all(row.exact for row in self.rows) else 1
+    code: int
+    """The exit code: 0 if all is exact, else 1."""
 
 
 def check(config: TrainConfig) -> Result:
     """Run all checks; every rank of the group calls this, and gets rank 0's result."""
     rows = distributed.broadcast_object([*check_loss(config), *check_step(config)])
-    return Result(
-        rows,
-        distributed.world_size(),
-        distributed.device().type,
-        config.loss.name,
-        config.loss.transport,
+    world_size, loss = distributed.world_size(), config.loss
+    title = (
+        f"{loss.name} ({loss.transport}) on {world_size} processes ({distributed.device().type}), "
+        "against one process in float64"
     )
+    return Result(title, rows, world_size, 0 if all(row.exact for row in rows) else 1)
 
 
 def describe(result: Result) -> str:
     """Return the table and the verdict."""
-    title = (
-        f"{result.name} ({result.transport}) on {result.world_size} processes ({result.device}) "
-        "against one process in float64"
-    )
-    return f"{render(title, result.rows)}\n\n{verdict(result.rows, result.world_size)}"
+    return f"{render(result.title, result.rows)}\n\n{verdict(result.rows, result.world_size)}"
