@@ -55,8 +55,12 @@ def _signal_after(metrics: Path, step: int) -> None:
 
 
 def _losses(run_dir: Path) -> list[float]:
+    return _logged(run_dir, "loss")
+
+
+def _logged(run_dir: Path, name: str) -> list[float]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
+    return [line[name] for line in lines if line["kind"] == "train"]
 
 
 def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -72,14 +76,16 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_the_loss_curve_does_not_depend_on_the_world_size(
     shards: Path, tmp_path: Path, loss: str
 ) -> None:
-    curves = []
+    curves, masked = [], []
     for world_size, stage in ((1, 0), (2, 2), (4, 1)):
         run_dir = tmp_path / f"w{world_size}"
         stage_override = f"engine.zero_stage={stage}"
         overrides = _overrides(shards, run_dir, *SGD, f"loss.name={loss}", stage_override)
         assert run_distributed(_run, world_size, overrides) == [0] * world_size
         curves.append(_losses(run_dir))
+        masked.append(_logged(run_dir, "masked_pairs"))
     assert len(curves[0]) == 6
+    assert masked[0] == masked[1] == masked[2]
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], abs=1e-4)
 
