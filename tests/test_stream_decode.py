@@ -265,3 +265,14 @@ def test_broken_files_are_bad_samples(kind: str) -> None:
     for scaled in (False, True):
         with pytest.raises(BadSampleError, match=reason):
             decode_image(data, Transform(8, scaled=scaled))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_whole_jpeg_of_too_many_pixels_is_bad(
+    monkeypatch: pytest.MonkeyPatch, scaled: bool
+) -> None:
+    data = encode(draw(1, size=64), "JPEG")
+    decode_image(data, Transform(8, scaled=scaled))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    with pytest.raises(BadSampleError, match="DecompressionBomb"):
+        decode_image(data, Transform(8, scaled=scaled))

@@ -132,11 +132,12 @@ def test_shares_grow_one_by_one_to_all(counts: list[int]) -> None:
 
 
 def test_a_blocks_shards_are_those_that_its_samples_lie_in() -> None:
-    order = Order((Source((30, 11, 54), 95), Source((5, 9, 6, 3), 92)), 3, 4, 16)
-    for epoch in range(3):
-        whole = order.epoch(epoch)
+    for seed in range(6):
+        # A lane reads the second data set through the ends of its turns, within shards.
+        order = Order((Source((30, 11, 54), 95), Source((9, 3, 2, 9), 230)), seed, 4, 16)
+        whole = order.epoch(seed)
         for number in range(4):
-            of_lane = places(order, epoch, number)
+            of_lane = places(order, seed, number)
             for block in range(-(-len(of_lane) // 16)):
                 own = {(p.source, p.shard) for p in of_lane[block * 16 : block * 16 + 16]}
                 assert own == set(whole.block_shards(number, block))
