@@ -5,7 +5,7 @@ import tarfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
-CHUNK_BYTES = 1 << 22  # written and digested at a time
+CHUNK_BYTES = 1 << 20  # written and digested at a time
 _END = b"\0" * (2 * tarfile.BLOCKSIZE)
 _PADDING = tuple(b"\0" * count for count in range(tarfile.BLOCKSIZE))
 _NAME_BYTES, _SIZE_AT, _SUM_AT = 100, 124, 148  # places in a header
@@ -20,8 +20,8 @@ _BLANK_SUM += sum(_BLANK[_SUM_AT + 8 :])
 class TarWriter:
     """Writes members one after another; knows where each begins and the digest of it all.
 
-    The digest runs in a thread beside the writing (neither holds Python's lock). `file` should be
-    unbuffered: it gets large chunks.
+    Bytes gather in one of two buffers; a full one is written while a thread digests it (neither
+    holds Python's lock) and the other one fills. `file` should be unbuffered.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -29,39 +29,51 @@ class TarWriter:
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1)
         self._digested: Future[None] | None = None
-        self._parts: list[bytes] = []
-        self._written = 0
+        self._buffers = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)]
+        self._filled = 0
         self.num_bytes = 0
 
     def add(self, name: str, data: bytes) -> int:
         """Append a member; return the offset of its data from the start of the tar, bytes."""
-        offset = self.num_bytes + tarfile.BLOCKSIZE
-        padding = _PADDING[-len(data) % tarfile.BLOCKSIZE]
-        self._parts += (header(name, len(data)), data, padding)
-        self.num_bytes = offset + len(data) + len(padding)
-        if self.num_bytes - self._written >= CHUNK_BYTES:
-            self._flush()
+        self._write(header(name, len(data)))
+        offset = self.num_bytes
+        self._write(data)
+        self._write(_PADDING[-len(data) % tarfile.BLOCKSIZE])
         return offset
 
     def close(self) -> str:
         """Write the end of the archive; return the sha256 of all bytes, hex."""
-        end = _END + b"\0" * (-(self.num_bytes + len(_END)) % tarfile.RECORDSIZE)
-        self._parts.append(end)
-        self.num_bytes += len(end)
+        self._write(_END)
+        self._write(b"\0" * (-self.num_bytes % tarfile.RECORDSIZE))
         self._flush()
         self._thread.shutdown()
         return self._digest.hexdigest()
 
-    def _flush(self) -> None:
-        chunk = b"".join(self._parts)
-        self._parts.clear()
-        if self._digested is not None:
-            self._digested.result()  # one chunk at a time: memory stays bounded
-        self._digested = self._thread.submit(self._digest.update, chunk)
-        view = memoryview(chunk)
+    def _write(self, data: bytes) -> None:
+        self.num_bytes += len(data)
+        end = self._filled + len(data)
+        if end <= CHUNK_BYTES:
+            self._buffers[0][self._filled : end] = data
+            self._filled = end
+            return
+        view = memoryview(data)
         while view:
-            view = view[self._file.write(view) :]
-        self._written = self.num_bytes
+            if self._filled == CHUNK_BYTES:
+                self._flush()
+            part = view[: CHUNK_BYTES - self._filled]
+            self._buffers[0][self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            view = view[len(part) :]
+
+    def _flush(self) -> None:
+        chunk = self._buffers[0][: self._filled]
+        if self._digested is not None:
+            self._digested.result()  # it used the other buffer
+        self._digested = self._thread.submit(self._digest.update, chunk)
+        while chunk:
+            chunk = chunk[self._file.write(chunk) :]
+        self._buffers.reverse()
+        self._filled = 0
 
 
 def header(name: str, size: int) -> bytes:

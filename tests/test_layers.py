@@ -39,7 +39,7 @@ OWNERS = {
     "deepspeed": {"dist_vse/engine/"},
     "timm": {"dist_vse/models/"},
     "transformers": {"dist_vse/models/"},
-    "webdataset": {"dist_vse/stream/"},
+    "webdataset": {"dist_vse/stream/", "dist_vse/bench/"},
     "submitit": {"launch/"},
     "open_clip": {"dist_vse/bench/", "dist_vse/verify/"},
 }

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_eval(benchmarks.add_parser("eval", help="retrieval by tiles, and VSE++'s way"))
     _add_data(benchmarks.add_parser("data", help="the stream's speed, and OpenCLIP's"))
     _add_order(benchmarks.add_parser("order", help="what an epoch misses and repeats"))
+    _add_shard(benchmarks.add_parser("shard", help="sharding, tar, ShardWriter and img2dataset"))
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
 
@@ -54,6 +56,14 @@ def _add_data(data: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--seconds", type=float, default=6, help="of a round (default: 6)")
     data.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
+
+
+def _add_shard(shard: argparse.ArgumentParser) -> None:
+    shard.add_argument("folder", metavar="DIR", type=Path, help="some GB of room for the files")
+    shard.add_argument("--images", type=int, default=20_000, help="untouched (default: 20000)")
+    shard.add_argument("--resized", type=int, default=3_000, help="shrunk (default: 3000)")
+    shard.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
+    shard.add_argument("--img2dataset", metavar="PROGRAM", help="path of its command, if installed")
 
 
 def _add_order(order: argparse.ArgumentParser) -> None:
