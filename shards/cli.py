@@ -46,11 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     index.set_defaults(shard_run=_index)
     for name, text, function in (
         ("verify", "read all shards back: checksums, images, captions", _verify),
+        ("stats", "count captions, lengths, sizes and repetitions", _stats),
         ("repair", "write damaged or missing shards again from their source", _repair),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.add_argument("dir", metavar="DIR", type=Path, help="folder of the shards")
         add_workers(command)
+        if name == "stats":
+            command.add_argument(
+                "--contact-sheet", metavar="FILE.png", type=Path, help="draw some of the samples"
+            )
         command.set_defaults(shard_run=function)
 
 
@@ -162,6 +167,24 @@ def _repair(args: argparse.Namespace) -> int:
         command.workers = args.workers
         run_command = _index if command.shard_command == "index" else _build
         run_command(command)
+    return 0
+
+
+def _stats(args: argparse.Namespace) -> int:
+    """Print what is in a data set; draw a contact sheet if one is asked for."""
+    from dist_vse.index import read_index
+    from shards.show import print_stats, progress_bar
+    from shards.stats import dataset_stats, write_contact_sheet
+
+    at_least_1(args, "workers")
+    splits = read_index(args.dir).splits.values()
+    with progress_bar("counting", sum(len(split.shards) for split in splits), "shards") as advance:
+        stats = dataset_stats(args.dir, workers=args.workers, advance=advance)
+    print_stats(stats)
+    if args.contact_sheet is not None:
+        with _write_errors(args.contact_sheet):
+            count = write_contact_sheet(args.dir, args.contact_sheet)
+        print(f"{count} samples: {args.contact_sheet}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """What the tool shows: a progress bar, and a table of what was made."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,11 @@ from rich.progress import (
 from rich.table import Table
 
 from shards.receipts import SKIPPED_NAME, Receipt
+from shards.stats import Stats, shared_images
 from shards.verify import Finding
 
 FAULTS_SHOWN = 10  # of a shard
+BINS, BAR = 12, 50  # of a histogram: rows, characters
 
 
 @contextmanager
@@ -94,3 +97,54 @@ def print_findings(findings: Sequence[Finding], folder: Path) -> None:
             f"{sum(len(finding.unusable) for finding in of_split):,}",
         )
     console.print(table)
+
+
+def print_stats(stats: dict[str, Stats]) -> None:
+    """Print a table of the splits, then a histogram of each measure over all of them."""
+    console = Console()
+    table = Table("split")
+    for heading in ("images", "captions", "repeated images", "formats", "languages"):
+        table.add_column(heading, justify="right")
+    whole = Stats()
+    for name, of_split in sorted(stats.items()):
+        whole.add(of_split)
+        table.add_row(
+            name,
+            f"{sum(of_split.captions.values()):,}",
+            f"{sum(of_split.words.values()):,}",
+            f"{of_split.repeated:,}",
+            ", ".join(f"{key} {count:,}" for key, count in of_split.formats.most_common()),
+            ", ".join(f"{key} {count:,}" for key, count in of_split.languages.most_common()),
+        )
+    console.print(table)
+    for title, counts in (
+        ("words a caption", whole.words),
+        ("captions an image", whole.captions),
+        ("longer side, pixels", whole.sides),
+        ("image file, kB", whole.kilobytes),
+    ):
+        _print_histogram(console, title, counts)
+    for one, other, count in shared_images(stats):
+        console.print(
+            f"{count:,} images are in both {one} and {other}: the same bytes", style="red"
+        )
+
+
+def _print_histogram(console: Console, title: str, counts: Counter[int]) -> None:
+    """Print up to `BINS` bins of equal width, and the median."""
+    low, high = min(counts), max(counts)
+    width = (high - low) // BINS + 1
+    bins = Counter({(value - low) // width: 0 for value in range(low, high + 1, width)})
+    for value, count in counts.items():
+        bins[(value - low) // width] += count
+    half, seen = sum(counts.values()) / 2, 0
+    for median in sorted(counts):
+        seen += counts[median]
+        if seen >= half:
+            break
+    console.print(f"\n{title} (median {median:,})", style="bold")
+    for number, count in sorted(bins.items()):
+        start = low + number * width
+        label = f"{start:,}" if width == 1 else f"{start:,}-{start + width - 1:,}"
+        bar = "█" * round(BAR * count / max(bins.values()))
+        console.print(f"{label:>15} {count:>9,} {bar}", highlight=False)
