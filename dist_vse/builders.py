@@ -1,6 +1,9 @@
 """From the config to the parts: the only place beside `train` that sees a TrainConfig."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +16,7 @@ from dist_vse.config import TrainConfig
 from dist_vse.contrast import global_loss
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.zero import ZeroEngine, most_graphs
+from dist_vse.feature_cache import Features, Key, open_features
 from dist_vse.grad_cache import Chunk, LossFn
 from dist_vse.index import Index
 from dist_vse.models.dual_encoder import DualEncoder
@@ -84,6 +88,7 @@ def build_train_batches(
         color_jitter=data.color_jitter,
         tokenizer=tokenizer,
         state=np.array(progress.lanes, dtype=np.int64) if progress.lanes else None,
+        read_images=data.features is None,
     )
 
 
@@ -136,19 +141,53 @@ def build_loss(
     return loss_fn
 
 
-def make_chunks(model: DualEncoder, batch: Batch, config: TrainConfig) -> list[Chunk]:
+def feature_key(config: TrainConfig, index: Index) -> Key:
+    """Return all that the outputs of the frozen image trunk depend on."""
+    image, here = config.model.image, distributed.device().type
+    weights = hashlib.sha256()
+    with open(str(image.weights), "rb") as file:
+        while block := file.read(1 << 20):
+            weights.update(block)
+    return {
+        "model": image.name,
+        "weights": weights.hexdigest()[:16],
+        "size": str(image.size),
+        "data": f"{index.fingerprint()} {config.data.train_split}",
+        "precision": f"{config.engine.precision} {here}",
+        "timm": metadata.version("timm"),
+    }
+
+
+def open_run_features(config: TrainConfig, index: Index) -> Features | None:
+    """Open the cached outputs of the image trunk; None where images are read.
+
+    Raises UserError if they are missing, cut, or stale.
+    """
+    if config.data.features is None:
+        return None
+    num_samples = index.split(config.data.train_split).num_samples
+    return open_features(Path(config.data.features), feature_key(config, index), num_samples)
+
+
+def make_chunks(
+    model: DualEncoder, batch: Batch, config: TrainConfig, features: Features | None = None
+) -> list[Chunk]:
     """Cut the rank's batch into chunks of what the model's forward takes.
 
-    A frozen trunk runs here, once: its outputs take the place of its inputs.
+    A frozen trunk runs here, once: its outputs take the place of its inputs. Those of `features`
+    are only read. Images of a trunk that learns stay on the host, uint8, until their chunk's turn.
     """
     here = distributed.device()
-    images, tokens = (x.split(config.fixed_chunk_size) for x in (batch.images, batch.tokens))
+    name, images = "images", batch.images
+    if features is not None:
+        name, images = "image_hidden", features.rows(batch.origin[:, 1])
+    tokens = batch.tokens
+    if here.type == "cuda":  # a GPU reads such memory by itself, while others work
+        images, tokens = images.pin_memory(), tokens.pin_memory()
+    pieces = zip(*(x.split(config.fixed_chunk_size) for x in (images, tokens)), strict=True)
     bf16 = config.engine.precision == "bf16"
     with torch.autocast(here.type, torch.bfloat16, enabled=bf16):
-        return [
-            model.prepare(images=i.to(here), tokens=t.to(here))
-            for i, t in zip(images, tokens, strict=True)
-        ]
+        return [model.prepare(tokens=t, **{name: i}) for i, t in pieces]
 
 
 def step_learning_rate(config: TrainConfig, samples_seen: int) -> float:

@@ -67,6 +67,12 @@ def _train(args: argparse.Namespace) -> int:
     return train([args.config, *args.overrides])
 
 
+def _features(args: argparse.Namespace) -> int:
+    from dist_vse.features_run import features_run
+
+    return features_run(args.config, args.overrides)
+
+
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run_dir", metavar="RUN", type=Path, help="a trained run, or a folder of its checkpoints"
@@ -131,6 +137,11 @@ _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
         "train, in this process or under a launcher (accelerate, torchrun)",
         _add_config,
         _train,
+    ),
+    "features": (
+        "compute a frozen image trunk's outputs once, for training without images",
+        _add_config,
+        _features,
     ),
     "submit": (
         "train as a Slurm job, or as local processes",

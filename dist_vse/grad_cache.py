@@ -14,13 +14,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from dist_vse.distributed import all_reduce_mean
+from dist_vse.distributed import all_reduce_mean, device
 from dist_vse.engine import Engine
 from dist_vse.errors import UserError
 from dist_vse.models.dual_encoder import frozen_statistics
 from dist_vse.random_state import RandomState, random_state, replay
 
 Chunk = dict[str, Tensor]
+"""What the model's forward takes, by keyword; on the host until its turn."""
 LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(image_features (b, d), text_features (b, d), log_scale (1,), bias (1,)) -> the rank's loss."""
 
@@ -83,7 +84,7 @@ def train_step(
 def _encode(engine: Engine, chunk: Chunk, keep_graph: bool) -> _Encoded:
     state = random_state()
     with torch.set_grad_enabled(keep_graph):
-        outputs = cast(tuple[Tensor, ...], engine(**chunk))
+        outputs = _forward(engine, chunk)
     return _Encoded(outputs, state, keep_graph)
 
 
@@ -92,7 +93,12 @@ def _encode_again(engine: Engine, chunk: Chunk, first: _Encoded) -> tuple[Tensor
     if first.has_graph:
         return first.outputs
     with replay(first.state):
-        return cast(tuple[Tensor, ...], engine(**chunk))
+        return _forward(engine, chunk)
+
+
+def _forward(engine: Engine, chunk: Chunk) -> tuple[Tensor, ...]:
+    inputs = {name: value.to(device(), non_blocking=True) for name, value in chunk.items()}
+    return cast(tuple[Tensor, ...], engine(**inputs))
 
 
 def _split_like(grad: Tensor, encoded: Sequence[_Encoded], i: int) -> tuple[Tensor, ...]:

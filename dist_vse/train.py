@@ -19,6 +19,7 @@ from dist_vse.builders import (
     build_train_batches,
     choose_chunks,
     make_chunks,
+    open_run_features,
     step_learning_rate,
     wrap_model,
 )
@@ -31,6 +32,7 @@ from dist_vse.engine.zero import ZeroEngine
 from dist_vse.errors import UserError, writing
 from dist_vse.evaluate import evaluate
 from dist_vse.examples import save_examples
+from dist_vse.feature_cache import Features
 from dist_vse.fence import Fence, claim
 from dist_vse.grad_cache import train_step
 from dist_vse.index import Index, read_index
@@ -66,6 +68,7 @@ class Run:
     tokenizer: Tokenizer
     engine: ZeroEngine
     keep_graphs: int
+    features: Features | None
     fence: Fence
 
 
@@ -98,6 +101,7 @@ def _open(config: TrainConfig) -> Run:
         index = read_index(config.data.index)
         index.split(config.data.eval_split)
         train_sets = open_train_sets(config)
+        features = open_run_features(config, index)
         if distributed.is_main_process():
             run_tokenizer(config, prepare_run_dir(config), build=True)
     run_dir = Path(config.output_dir)
@@ -118,7 +122,8 @@ def _open(config: TrainConfig) -> Run:
     with distributed.same_verdict():
         fence = claim(run_dir) if distributed.is_main_process() else None
     fence = distributed.broadcast_object(fence)
-    return Run(config, run_dir, index, train_sets, tokenizer, engine, chunking.keep_graphs, fence)
+    keep_graphs = chunking.keep_graphs
+    return Run(config, run_dir, index, train_sets, tokenizer, engine, keep_graphs, features, fence)
 
 
 def _train(run: Run, progress: Progress) -> Progress:
@@ -151,7 +156,7 @@ def _train(run: Run, progress: Progress) -> Progress:
         engine.set_learning_rate(rate)
         statistics: dict[str, Tensor] = {}
         loss_fn = build_loss(config, batch, progress.samples_seen, statistics)
-        chunks = make_chunks(engine.module, batch, config)
+        chunks = make_chunks(engine.module, batch, config, run.features)
         loss = train_step(engine, loss_fn, chunks, keep_graphs=run.keep_graphs)
 
         progress = _advance(progress, batch, config.global_batch_size)

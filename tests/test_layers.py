@@ -25,11 +25,11 @@ LAYERS: list[set[str]] = [
     },
     {"distributed", "fence"},
     {"models", "local_ranks"},
-    {"contrast", "stream", "engine", "metrics"},
+    {"contrast", "stream", "engine", "metrics", "feature_cache"},
     {"grad_cache", "chunking", "checkpoint", "evaluate"},
     {"run_dir", "saver", "examples"},
     {"builders"},
-    {"train", "eval_run", "report", "bench", "verify"},
+    {"train", "features_run", "eval_run", "report", "bench", "verify"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_vse import distributed
+from dist_vse import distributed, grad_cache
 from dist_vse.contrast import global_loss
 from dist_vse.engine import Engine
 from dist_vse.engine.optimizer import build_optimizer
@@ -174,3 +174,35 @@ def test_a_loss_that_is_not_finite_updates_nothing() -> None:
     with pytest.raises(UserError, match="the loss is nan: nothing was updated"):
         train_step(engine, lambda i, *_: i.sum() * float("nan"), chunk)
     assert torch.equal(before, _parameters(model))
+
+
+@pytest.mark.parametrize("keep_graphs", [0, 1, 3])
+def test_batch_norms_statistics_move_once_a_chunk(keep_graphs: int) -> None:
+    model = tiny_model()
+    norm = torch.nn.BatchNorm1d(16)
+    model.image.head.append(norm)
+    train_step(
+        PlainEngine(model, _sgd(model)),
+        _loss("convse"),
+        _rank_chunks(model, 0, 4),
+        keep_graphs=keep_graphs,
+    )
+    assert norm.num_batches_tracked == 4
+
+
+def test_images_stay_on_the_host_until_their_chunks_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images_at = tiny_model(), list[str]()
+
+    class _Watching(PlainEngine):
+        def __call__(self, **inputs: Tensor) -> Any:
+            images_at.append(inputs["images"].device.type)
+            assert inputs["images"].dtype == torch.uint8
+            return super().__call__(
+                **{name: torch.ones_like(x, device="cpu") for name, x in inputs.items()}
+            )
+
+    chunks = _rank_chunks(model, 0, 4)
+    monkeypatch.setattr(grad_cache, "device", lambda: torch.device("meta"))
+    train_step(_Watching(model, _sgd(model)), _loss("convse"), chunks, keep_graphs=0)
+    assert images_at == ["meta"] * 8
+    assert all(chunk["images"].device.type == "cpu" for chunk in chunks)

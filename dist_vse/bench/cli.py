@@ -9,6 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand a benchmark; benchmark NAME is `run` in the module of that name here."""
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     _add_loss(benchmarks.add_parser("loss", help="the losses over the batch, and OpenCLIP's"))
+    _add_cache(benchmarks.add_parser("cache", help="gradient caching, OpenCLIP's and GradCache's"))
     _add_eval(benchmarks.add_parser("eval", help="retrieval by tiles, and VSE++'s way"))
     _add_data(benchmarks.add_parser("data", help="the stream's speed, and OpenCLIP's"))
     _add_order(benchmarks.add_parser("order", help="what an epoch misses and repeats"))
@@ -37,6 +38,26 @@ def _add_loss(loss: argparse.ArgumentParser) -> None:
     loss.add_argument(
         "--memory-dim", type=int, default=64, help="embedding size there (default: 64)"
     )
+
+
+def _add_cache(cache: argparse.ArgumentParser) -> None:
+    cache.add_argument("--processes", type=int, default=2, help="ranks on this machine [2]")
+    cache.add_argument("--batch", type=int, default=2048, help="global batch [2048]")
+    cache.add_argument("--chunks", type=int, default=8, help="chunks a rank [8]")
+    cache.add_argument("--repeats", type=int, default=3, help="timed rounds; 0 times nothing [3]")
+    cache.add_argument("--image", default="vit_tiny_patch16_224", help="timm trunk [%(default)s]")
+    cache.add_argument("--size", type=int, default=48, help="side of an image, pixels [48]")
+    cache.add_argument("--text-width", type=int, default=128, help="of the text transformer [128]")
+    cache.add_argument("--text-depth", type=int, default=2, help="of the text transformer [2]")
+    cache.add_argument("--tokens", type=int, default=16, help="tokens a caption [16]")
+    cache.add_argument("--dim", type=int, default=256, help="embedding size [256]")
+    cache.add_argument(
+        "--grad-cache", type=Path, metavar="DIR", help="a checkout of luyug/GradCache, to compare"
+    )
+    cache.add_argument(
+        "--memory", type=int, nargs="*", default=[], metavar="N", help="batches to weigh"
+    )
+    cache.add_argument("--chunk", type=int, default=64, help="pairs a chunk there [64]")
 
 
 def _add_eval(evaluation: argparse.ArgumentParser) -> None:

@@ -92,6 +92,9 @@ class DataConfig:
     """Mirror half of the training images. Wrong for captions that say left and right."""
     color_jitter: float = 0.0
     """Change brightness, contrast and saturation of training images by factors of 1 ± this."""
+    features: str | None = None
+    """Folder of the frozen image trunk's outputs, which `dist-vse features` writes once: training
+    reads them instead of images. Needs a frozen trunk, no augmentation, and a single data set."""
     max_bad: float = 0.01
     """Share of an epoch's samples that may be bad: they are left out and listed in
     `skipped.jsonl`; more of them end the run."""
@@ -342,6 +345,13 @@ class TrainConfig:
         _at_least(0, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
         _at_least(0, checkpoint_samples=self.checkpoint_samples, keep_best=self.keep_best)
         _at_least(0, checkpoint_minutes=self.checkpoint_minutes)
+        data = self.data
+        augmented = data.crop == "random" or data.flip or data.color_jitter > 0
+        _check(
+            data.features is None or (image.frozen and not augmented and not data.mix),
+            "data.features needs model.image.frozen=true, data.crop=center, data.flip=false, "
+            "data.color_jitter=0 and no data.mix: an image must have the same features every time",
+        )
         keep, engine = self.cache.keep_graphs, self.engine
         _check(
             engine.coalesce or engine.zero_stage < 3 or keep == AUTO or int(keep) <= 1,

@@ -80,15 +80,20 @@ class DualEncoder(nn.Module):
         )
         self.bias = nn.Parameter(torch.tensor([bias]), requires_grad=learn_bias)
 
-    def prepare(self, *, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    def prepare(
+        self, *, images: Tensor | None = None, tokens: Tensor, image_hidden: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return what `forward` needs, by keyword: all of it has b rows.
 
-        Raw input (b, 3, h, w) and (b, l) for a trunk that learns; for a frozen one its output.
+        Raw input (b, 3, h, w) and (b, l) for a trunk that learns; for a frozen one its output,
+        which is computed unless it is given.
         """
-        return {
-            **_prepare(self.image, "images", "image_hidden", images),
-            **_prepare(self.text, "tokens", "text_hidden", tokens),
-        }
+        texts = _prepare(self.text, "tokens", "text_hidden", tokens)
+        if image_hidden is not None:
+            assert self.image.frozen, "the outputs of a trunk that learns change"
+            return {"image_hidden": image_hidden, **texts}
+        assert images is not None
+        return {**_prepare(self.image, "images", "image_hidden", images), **texts}
 
     def forward(
         self,
@@ -131,7 +136,10 @@ class DualEncoder(nn.Module):
 
 
 def _prepare(tower: Tower, raw_name: str, hidden_name: str, raw: Tensor) -> dict[str, Tensor]:
-    return {hidden_name: tower.hidden(raw)} if tower.frozen else {raw_name: raw}
+    if not tower.frozen:
+        return {raw_name: raw}
+    here = next(tower.parameters()).device
+    return {hidden_name: tower.hidden(raw.to(here, non_blocking=True))}
 
 
 def average_statistics(model: nn.Module) -> None:

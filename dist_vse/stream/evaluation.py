@@ -46,23 +46,32 @@ def eval_batches(
     rank: int,
     world_size: int,
     num_workers: int = 0,
+    scaled: bool = False,
 ) -> Iterator[EvalBatch]:
     """Yield this rank's contiguous share of a split, `batch_size` images at a time.
 
     Over the ranks each sample comes exactly once, in the order of the index; images are cropped
-    in the middle to `size` pixels. A rank without a share yields nothing.
+    in the middle to `size` pixels, and decoded in full, or as for training (`scaled`). A rank
+    without a share yields nothing.
 
     Raises UserError for a sample that cannot be used: leaving it out would change the metrics.
     """
     num_samples = index.split(split).num_samples
+    start, stop = eval_share(num_samples, batch_size, rank, world_size)
+    transform = Transform(size, scaled=scaled)
+    share = _Share(index, split, start, stop, batch_size, transform, tokenizer)
+    return run_workers(share, num_workers=num_workers, prefetch=BATCHES_AHEAD)
+
+
+def eval_share(num_samples: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Return the first sample of a rank's share, and the one after its last."""
     # Shares of whole batches: a batch holds the same rows for any number of ranks, so that its
     # features have the same last bits.
     num_batches = -(-num_samples // batch_size)
     start, stop = (
         min(num_samples, num_batches * r // world_size * batch_size) for r in (rank, rank + 1)
     )
-    share = _Share(index, split, start, stop, batch_size, Transform(size), tokenizer)
-    return run_workers(share, num_workers=num_workers, prefetch=BATCHES_AHEAD)
+    return start, stop
 
 
 def captions(index: Index, split: str) -> Iterator[str]:

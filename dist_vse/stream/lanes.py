@@ -67,6 +67,7 @@ class Lanes:
     tokenizer: Tokenizer
     buffers: int
     """Shared buffers that the parts' images take in turn; 0: each has its own, in no worker."""
+    read_images: bool = True  # else batches hold none: their features are known
 
     def __call__(self, worker: int, num_workers: int) -> Iterator[Part]:
         """Yield parts for ever: lane by lane, batch by batch."""
@@ -89,7 +90,7 @@ class Lanes:
 
     def _buffer(self) -> torch.Tensor:
         """Return room for a part's images, uint8 (k, h, w, 3)."""
-        side = self.transform.size
+        side = self.transform.size if self.read_images else 0
         # Channels last: as decoders write them, and as convolutions like to read them.
         return torch.empty((self.part_size, side, side, 3), dtype=torch.uint8)
 
@@ -178,7 +179,8 @@ class _Lane:
         reader, (_, turn, shard, row) = self._readers[place.source], place
         meta = reader.meta(shard, row)
         number = self._first[place.source] + reader.number(shard, row)
-        rng = np.random.default_rng((self._plan.order.seed % 2**64, turn, 3, number))
-        decode_image(reader.image(shard, row), self._plan.transform, rng, out=out)
+        if self._plan.read_images:
+            rng = np.random.default_rng((self._plan.order.seed % 2**64, turn, 3, number))
+            decode_image(reader.image(shard, row), self._plan.transform, rng, out=out)
         choice = (turn + image_id(meta.key)) % len(meta.captions)  # samples start differently
         return _Sample(meta.captions[choice], reader.image_id(shard, row), (turn, number))

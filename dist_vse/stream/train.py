@@ -35,6 +35,7 @@ def train_batches(
     world_size: int,
     num_workers: int,
     state: NDArray[np.int64] | None = None,
+    read_images: bool = True,
 ) -> Iterator[Batch]:
     """Yield this rank's rows of one global batch after the other, for ever.
 
@@ -43,7 +44,8 @@ def train_batches(
     number of workers. An epoch holds each good sample once (or `weight` times, on average, where
     several sets are mixed); batches cross its end, lane by lane.
     `crop` is "random" or "center", to `size` pixels. `state` (L, 2) is all ranks' `Batch.state`
-    in rank order, of any W: the stream goes on there.
+    in rank order, of any W: the stream goes on there. Without `read_images` the batches' images
+    have no pixels.
 
     Raises UserError: at once for too few samples or a state that does not fit; later for a
     missing shard or a lane without a single good sample.
@@ -70,7 +72,8 @@ def train_batches(
         tokenizer=tokenizer,
         # A worker makes a part once the one `prefetch` before it is taken; what was taken last, a
         # batch at most, is not yet copied.
-        buffers=prefetch + lanes_a_worker if num_workers else 0,
+        buffers=prefetch + lanes_a_worker if num_workers and read_images else 0,
+        read_images=read_images,
     )
     return _batches(plan, num_workers, prefetch)
 
