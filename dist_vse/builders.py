@@ -1,6 +1,7 @@
 """From the config to the parts: the only place beside `train` that sees a TrainConfig."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ from dist_vse.grad_cache import Chunk, LossFn
 from dist_vse.index import Index
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.tokenizer import Tokenizer
-from dist_vse.schedule import learning_rate, warmup_share
+from dist_vse.schedule import learning_rate, temperature, warmup_share
 from dist_vse.stream import Batch, EvalBatch, TrainSet, eval_batches, train_batches
 
 EVAL_SAMPLES_A_WORKER = 1000  # starting a process takes as long as decoding about so many
@@ -120,6 +121,14 @@ def build_loss(
     def loss_fn(
         image_features: Tensor, text_features: Tensor, log_scale: Tensor, bias: Tensor
     ) -> Tensor:
+        if loss.temperature_end is not None:
+            t = temperature(
+                samples_seen,
+                start=loss.temperature,
+                end=loss.temperature_end,
+                total_samples=config.total_steps * config.global_batch_size,
+            )
+            log_scale = torch.full_like(log_scale, -math.log(t))
         output = global_loss(
             loss.name,
             image_features,

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the pairs seen, so that it fits any batch size."""
+"""What changes along a run, as functions of the pairs seen: they fit any batch size."""
 
 import math
 from collections.abc import Callable
@@ -39,3 +39,8 @@ def learning_rate(
 def warmup_share(samples_seen: int, warmup_samples: int) -> float:
     """Return how far a linear warm-up has come: 0 at its start, 1 at its end and without one."""
     return 1.0 if warmup_samples == 0 else min(1.0, samples_seen / warmup_samples)
+
+
+def temperature(samples_seen: int, *, start: float, end: float, total_samples: int) -> float:
+    """Return t of the step after `samples_seen` pairs: a cosine from start to end."""
+    return end + (start - end) * _cosine(min(1.0, samples_seen / max(1, total_samples)))

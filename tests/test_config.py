@@ -44,6 +44,7 @@ def test_overrides_replace_the_files_values(tmp_path: Path) -> None:
         ("optim.lr=fast", "optim.lr: Value 'fast'"),
         ("chunk_size=0", r"chunk_size \(0\) must be at least 1"),
         ("loss.temperature=0", r"loss.temperature \(0.0\) must be above 0"),
+        ("loss.temperature_end=0", r"loss.temperature_end \(0.0\) must be above 0"),
         ("engine.zero_stage=4", r"engine.zero_stage \(4\) must be 0, 1, 2 or 3"),
         ("data=x", "data must hold keys and values"),
         ("chunk_size=most", "chunk_size='most' must be a number or auto"),

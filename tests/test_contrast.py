@@ -121,6 +121,15 @@ def test_the_hardest_among_copies_is_the_first_for_any_tile() -> None:
         torch.testing.assert_close(grads, results[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tile", [None, 512, 200, 64])
+def test_the_hardest_is_found_in_blocks_of_any_size(tile: int | None) -> None:
+    """Whole tiles and cut ones, strips of several, and twins among what is searched."""
+    for families in (10**6, 611):
+        case = Case("convse++", 1111, families=families, width=16)
+        ours = gradients(global_loss, case, tile=tile)
+        assert error(ours, gradients(dense_loss, case)) < 1e-10
+
+
 @pytest.mark.parametrize("name", ["convse", "convse++"])
 def test_bf16_products_stay_near(name: str) -> None:
     case = Case(name, 64, width=64, temperature=0.1)

@@ -219,6 +219,8 @@ class LossConfig:
     """t of convse, convse++, info_nce and siglip; its start where it is learned."""
     learn_temperature: bool = False
     """Learn t (as 1/t, in log space, at most 100)."""
+    temperature_end: float | None = None
+    """t at the end of the run, which it reaches by a cosine; none keeps it (or learns it)."""
     margin: float = 0.2
     """m of convse++, vse0 and vse++."""
     bias: float = -10.0
@@ -239,6 +241,15 @@ class LossConfig:
         _one_of("loss.twins", self.twins, ("exclude", "positive"))
         _one_of("loss.transport", self.transport, ("gather", "ring"))
         _check(self.temperature > 0, f"loss.temperature ({self.temperature}) must be above 0")
+        _check(
+            self.temperature_end is None or self.temperature_end > 0,
+            f"loss.temperature_end ({self.temperature_end}) must be above 0",
+        )
+        _check(
+            self.temperature_end is None or not self.learn_temperature,
+            f"loss.temperature_end ({self.temperature_end}) is for a temperature that is not "
+            "learned; set loss.learn_temperature=false, or leave it out",
+        )
         _at_least(0, loss__margin=self.margin, loss__memory_gib=self.memory_gib)
         _at_least(0, loss__warmup_samples=self.warmup_samples)
         _check(

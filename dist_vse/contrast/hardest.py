@@ -1,46 +1,72 @@
 """The hardest negative of each row and each column: ConVSE++ and VSE++ (max hinge).
 
-One product for the maxima, none for the gradient: each active row or column moves two features.
+One product for the maxima; the gradient is sparse, each active row or column moves two features.
 https://arxiv.org/abs/2110.08872, https://arxiv.org/abs/1707.05612
+
+Maxima come first, places after: the sweep over the tiles notes only which block of entries has a
+row's (column's) maximum, and that block alone is computed again for the place.
 
 Among equals the lowest index of the global batch is the hardest. Similarities closer than a few
 roundings are equal: the same two features give other last bits in another place of a product, and
 the choice must not depend on tiles or ranks.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.contrast.positives import Positives
-from dist_vse.contrast.tiles import Tile, ranges
+from dist_vse.contrast.tiles import Products, Tile, ranges
 from dist_vse.contrast.transport import Block
 
 ROUNDINGS = 16
+STRIP = 8  # tiles whose maxima are taken into account together
+BLOCKS = 8  # blocks along the side of a tile
 CHUNK = 1024  # features moved together
-BLOCK = 64  # columns of a tile that are searched together
 
 
 class Hardest:
     """The hinge of the hardest negative, times `weight`; `bound` is the largest |similarity|."""
 
-    def __init__(self, positives: Positives, margin: float, *, weight: float, bound: float) -> None:
+    def __init__(
+        self, positives: Positives, margin: float, *, weight: float, bound: float, tile: int
+    ) -> None:
         self.positives = positives
         self.layout = positives.layout
         self.margin = margin
         self.weight = weight
-        self.tolerance = ROUNDINGS * torch.finfo(positives.rows.dtype).eps * bound
-        self.rows = _Best(len(positives.rows), positives.rows)
-        self.columns = _Best(self.layout.total, positives.rows)
+        self.block = max(1, tile // BLOCKS)
+        tolerance = ROUNDINGS * torch.finfo(positives.rows.dtype).eps * bound
+        self.rows = _Best(len(positives.rows), positives.rows, tolerance)
+        self.columns = _Best(self.layout.total, positives.rows, tolerance)
         self.own_pull, self.row_pull, self.column_pull = (positives.rows,) * 3
+        self._strip: list[_Maxima] = []
 
     def see(self, tile: Tile) -> None:
-        first = self.layout.own.start + tile.rows.start
-        self.rows.update(tile.values, 1, tile.rows, tile.columns.start, self.tolerance)
-        self.columns.update(tile.values, 0, tile.columns, first, self.tolerance)
+        strip = self._strip
+        if strip and (strip[0].columns != tile.columns or len(strip) == STRIP):
+            self._take_strip()
+        by_row, by_column = (_block_maxima(tile.values, dim, self.block) for dim in (1, 0))
+        self._strip.append(_Maxima(tile.rows, tile.columns, by_row, by_column))
+
+    def _take_strip(self) -> None:
+        """Take in the maxima of tiles that lie below each other."""
+        rows = slice(self._strip[0].rows.start, self._strip[-1].rows.stop)
+        columns = self._strip[0].columns
+        own = self.layout.own.start
+        starts = _starts([columns], self.block, self.rows.places)
+        self.rows.update(torch.cat([seen.by_row for seen in self._strip]), rows, starts)
+        starts = _starts([seen.rows for seen in self._strip], self.block, self.rows.places) + own
+        self.columns.update(torch.cat([s.by_column for s in self._strip]).T, columns, starts)
+        self._strip.clear()
 
     def conclude(self) -> Tensor:
-        self.columns.join(self.tolerance)
+        if self._strip:
+            self._take_strip()
+        self.columns.join()
         row_hinges = self.margin + self.rows.values - self.positives.rows
         column_hinges = self.margin + self.columns.values - self.positives.columns()
         self.row_pull = (row_hinges > 0) * self.positives.row_share * self.weight
@@ -50,81 +76,130 @@ class Hardest:
         return total * self.weight
 
     def add_gradient(
-        self, block: Block, rows: Tensor, row_grad: Tensor, column_grad: Tensor
+        self,
+        block: Block,
+        rows: Tensor,
+        products: Products,
+        row_grad: Tensor,
+        column_grad: Tensor,
     ) -> None:
-        start, stop = block.columns.start, block.columns.stop
-        places = self.rows.places
-        chosen = (places >= start) & (places < stop) & (self.row_pull > 0)
-        i = chosen.nonzero().view(-1)
-        self._push(block, i, places[i] - start, rows, row_grad, column_grad)
-        places = self.columns.places[block.columns] - self.layout.own.start
-        chosen = (places >= 0) & (places < len(rows)) & (self.column_pull[block.columns] > 0)
-        j = chosen.nonzero().view(-1)
-        self._push(block, places[j], j, rows, row_grad, column_grad)
+        here = _Side(rows, row_grad, self.layout.own.start)
+        there = _Side(block.features, column_grad, block.columns.start)
+        self._push(self.rows, slice(0, len(rows)), self.row_pull, here, there, products)
+        self._push(self.columns, block.columns, self.column_pull, there, here, products)
 
     def hardest(self) -> Tensor:
         return self.rows.values
 
     def _push(
         self,
-        block: Block,
-        i: Tensor,
-        j: Tensor,
-        rows: Tensor,
-        row_grad: Tensor,
-        column_grad: Tensor,
+        best: "_Best",
+        where: slice,
+        pull: Tensor,
+        these: "_Side",
+        those: "_Side",
+        products: Products,
     ) -> None:
-        """Add the gradient of the similarities of rows i with the block's columns j."""
-        for chunk in ranges(0, len(i), CHUNK):
-            a, b = i[chunk], j[chunk]
-            row_grad.index_add_(0, a, block.features.index_select(0, b), alpha=self.weight)
-            column_grad.index_add_(0, b, rows.index_select(0, a), alpha=self.weight)
+        """Add the gradient of these features' hardest negatives, as far as they are those."""
+        first, last = those.start, those.start + len(those.features)
+        values, places = best.values[where], best.places[where]
+        chosen = ((places >= first) & (places < last) & (pull[where] > 0)).nonzero().view(-1)
+        for start, i in _groups(places[chosen], chosen):
+            local = slice(start - first, min(start - first + self.block, len(those.features)))
+            left, right = these.features.index_select(0, i), those.features[local]
+            similarities = products.between(left, right)
+            similarities.masked_fill_(
+                self._no_negatives(i + these.start, local, those.start), float("-inf")
+            )
+            j = _first(similarities, values[i] - best.tolerance)
+            these.grad.index_add_(0, i, right.index_select(0, j), alpha=self.weight)
+            those.grad[local].index_add_(0, j, left, alpha=self.weight)
+
+    def _no_negatives(self, rows: Tensor, local: slice, offset: int) -> Tensor:
+        """Tell which pairs of `rows` of the global batch with a block of it are no negatives."""
+        columns = torch.arange(local.start + offset, local.stop + offset, device=rows.device)
+        if self.positives.twins:
+            return self.positives.twins.related(rows, columns)
+        return rows.unsqueeze(1) == columns
+
+
+class _Maxima(NamedTuple):
+    """The maxima of a tile's blocks."""
+
+    rows: slice
+    columns: slice
+    by_row: Tensor  # (rows, blocks)
+    by_column: Tensor  # (blocks, columns)
+
+
+class _Side(NamedTuple):
+    """Features that lie together in the global batch, from `start` on, and their gradient."""
+
+    features: Tensor
+    grad: Tensor
+    start: int
 
 
 class _Best:
-    """The largest value met so far and the lowest place it was met at, for each of `count`."""
+    """The largest value met so far, for each of `count`, and where the first block begins that has
+    it (or is closer to it than the tolerance)."""
 
-    def __init__(self, count: int, like: Tensor) -> None:
+    def __init__(self, count: int, like: Tensor, tolerance: float) -> None:
         self.values = like.new_full((count,), float("-inf"))
-        self.places = torch.full((count,), -1, device=like.device)
+        nowhere = torch.iinfo(torch.int32).max
+        self.places = torch.full((count,), nowhere, dtype=torch.int32, device=like.device)
+        self.tolerance = tolerance
 
-    def update(self, tile: Tensor, dim: int, where: slice, first: int, tolerance: float) -> None:
-        """Take in a tile along `dim`: for the rows (columns) `where`; its entries start at `first`.
-
-        Maxima come first and places after: few rows have a new maximum in most tiles, and for
-        those only the block of entries is searched that has it.
-        """
+    def update(self, maxima: Tensor, where: slice, starts: Tensor) -> None:
+        """Take in for all `where` the maxima (where, blocks) of blocks that begin at `starts`."""
         values, places = self.values[where], self.places[where]
-        size = BLOCK if tile.shape[dim] % BLOCK == 0 else tile.shape[dim]
-        blocks = tile.unflatten(dim, (-1, size))
-        block_maxima = blocks.amax(dim + 1)
-        maxima = block_maxima.amax(dim)
-        better = (maxima > values - tolerance).nonzero().view(-1)
-        if not len(better):
-            return
-        old, new = values[better], maxima[better]
-        largest = torch.maximum(old, new)
-        threshold = (largest - tolerance).unsqueeze(1)
-        block = _first(block_maxima[better] if dim else block_maxima[:, better].T, threshold)
-        entries = blocks[better, block] if dim else blocks[block, :, better]
-        place = _first(entries, threshold) + block * size + first
-        lower = torch.minimum(place, places[better])
-        places[better] = torch.where(old >= threshold.view(-1), lower, place)
-        values[better] = largest
+        largest = maxima.amax(1)
+        place = starts[_first(maxima, largest - self.tolerance)]
+        lower = torch.where(largest < values - self.tolerance, places, places.minimum(place))
+        places.copy_(torch.where(largest > values + self.tolerance, place, lower))
+        torch.maximum(values, largest, out=values)
 
-    def join(self, tolerance: float) -> None:
+    def join(self) -> None:
         """Agree over the ranks."""
         largest = distributed.all_reduce_max(self.values.clone())
-        nowhere = torch.iinfo(torch.int64).max
-        self.places[~((self.values >= largest - tolerance) & (self.places >= 0))] = nowhere
+        nowhere = torch.iinfo(torch.int32).max
+        self.places[self.values < largest - self.tolerance] = nowhere
         distributed.all_reduce_min(self.places)
         self.values = largest
 
 
-def _first(values: Tensor, threshold: Tensor) -> Tensor:
-    """Return for each row of (rows, columns) the first that reaches its threshold (rows, 1)."""
-    length = values.shape[1]
-    steps = torch.arange(length, 0, -1, dtype=values.dtype, device=values.device)
-    # The first one has the highest step. (None reaches a threshold that is not a number.)
-    highest = (values >= threshold).to(values.dtype).mul_(steps).amax(1)
-    return length - highest.clamp_(min=1).long()
+def _block_maxima(values: Tensor, dim: int, size: int) -> Tensor:
+    """Return the maxima along `dim` of blocks of `size`; the last one may be shorter."""
+    whole = values.shape[dim] // size * size
+    rest = values.shape[dim] - whole
+    parts = []
+    if whole:
+        parts.append(values.narrow(dim, 0, whole).unflatten(dim, (-1, size)).amax(dim + 1))
+    if rest:
+        parts.append(values.narrow(dim, whole, rest).amax(dim, keepdim=True))
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
+def _starts(parts: list[slice], size: int, like: Tensor) -> Tensor:
+    """Return where the blocks of `size` begin that the parts are cut into."""
+    starts = [start for part in parts for start in range(part.start, part.stop, size)]
+    return torch.tensor(starts, dtype=like.dtype, device=like.device)
+
+
+def _first(values: Tensor, thresholds: Tensor) -> Tensor:
+    """Return for each row of (rows, columns) the first entry that reaches the row's threshold.
+
+    Where rounding leaves none that does, the first of the largest.
+    """
+    reached = torch.minimum(thresholds, values.amax(1)).unsqueeze(1)
+    return (values >= reached).to(torch.uint8).argmax(1)
+
+
+def _groups(places: Tensor, indices: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield every place that occurs, with the indices that have it, at most CHUNK together."""
+    ordered, order = places.sort(stable=True)
+    found, counts = ordered.unique_consecutive(return_counts=True)
+    groups = indices[order].split(counts.tolist())
+    for place, group in zip(found.tolist(), groups, strict=True):
+        for part in ranges(0, len(group), CHUNK):
+            yield place, group[part]

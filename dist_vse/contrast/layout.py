@@ -82,6 +82,10 @@ class Twins:
             return None
         return left[i] - (rows.start + self.offset), right[j] - columns.start
 
+    def related(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Tell which pairs (rows, columns) of the global batch are twins, or own pairs."""
+        return (self.ids[rows].unsqueeze(1) == self.ids[columns].unsqueeze(0)).any(2)
+
     def _within(self, start: int, stop: int) -> Tensor:
         return self.flagged[bisect_left(self._sorted, start) : bisect_left(self._sorted, stop)]
 

@@ -166,7 +166,8 @@ def _build_sweep(
         else Gather(columns, layout)
     )
     positives.include_twins(carrier)
-    dense, sparse = _build_terms(setting, positives, survey, bias)
+    tile = setting.tile or default_tile(rows.device)
+    dense, sparse = _build_terms(setting, positives, survey, bias, tile)
     return Sweep(
         rows,
         carrier,
@@ -174,7 +175,7 @@ def _build_sweep(
         dense=dense,
         sparse=sparse,
         twins_are_candidates=setting.name in ON_LOGITS and setting.twins_are_positive,
-        tile=setting.tile or default_tile(rows.device),
+        tile=tile,
         budget=int(setting.memory_gib * GIB),
         bf16=setting.bf16_products,
     )
@@ -196,7 +197,7 @@ def _take_survey(own: OwnPairs) -> _Survey:
 
 
 def _build_terms(
-    setting: _Setting, positives: Positives, survey: _Survey, bias: Tensor
+    setting: _Setting, positives: Positives, survey: _Survey, bias: Tensor, tile: int
 ) -> tuple[Dense | None, Sparse | None]:
     margin, hardness = setting.margin, setting.hardness
     if setting.name == "siglip":
@@ -206,7 +207,7 @@ def _build_terms(
     if setting.name in HINGES:
         return (
             Hinges(positives, margin, mean=True, weight=1 - hardness) if hardness < 1 else None,
-            Hardest(positives, margin, weight=hardness, bound=survey.largest)
+            Hardest(positives, margin, weight=hardness, bound=survey.largest, tile=tile)
             if hardness > 0
             else None,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_vse.contrast.positives import Positives
-from dist_vse.contrast.tiles import HEIGHT, Products, Tile, ranges
+from dist_vse.contrast.tiles import Products, Tile, ranges
 from dist_vse.contrast.transport import Block, Transport
 
 
@@ -45,7 +45,12 @@ class Sparse(Term, Protocol):
     """A term whose gradient touches one pair a row and one a column."""
 
     def add_gradient(
-        self, block: Block, rows: Tensor, row_grad: Tensor, column_grad: Tensor
+        self,
+        block: Block,
+        rows: Tensor,
+        products: Products,
+        row_grad: Tensor,
+        column_grad: Tensor,
     ) -> None:
         """Add the gradient of a block's pairs to those of the rows and of the block's columns."""
 
@@ -78,7 +83,6 @@ class Sweep:
         self.sparse = sparse
         self.twins_are_candidates = twins_are_candidates
         self.side = tile
-        self.height = tile if dense is not None else HEIGHT * tile
         self.budget = budget
         self.products = Products(rows, bf16=bf16)
         self.terms: list[Term] = [term for term in (dense, sparse) if term is not None]
@@ -116,7 +120,7 @@ class Sweep:
             if self.dense is not None:
                 self._add_dense(self.dense, block, row_grad, column_grad)
             if self.sparse is not None:
-                self.sparse.add_gradient(block, self.rows, row_grad, column_grad)
+                self.sparse.add_gradient(block, self.rows, self.products, row_grad, column_grad)
             self.positives.add_twins_gradient(block, *twin_pulls, row_grad, column_grad)
 
         column_grad = self.transport.collect(contribute)
@@ -140,39 +144,41 @@ class Sweep:
         """Fill a tile with what the terms work on."""
         start = block.columns.start
         here = slice(tile.columns.start - start, tile.columns.stop - start)
-        self.products.similarities(tile.rows, operand[here], tile.values, self.side)
-        self._own_entries(tile).fill_(float("-inf"))
+        self.products.similarities(tile.rows, operand[here], tile.values)
+        self._hide_own_entries(tile)
         if tile.twins is not None and not self.twins_are_candidates:
             tile.values[tile.twins] = float("-inf")
             tile.twins = None
         if self.dense is not None:
             self.dense.prepare(tile)
 
-    def _own_entries(self, tile: Tile) -> Tensor:
-        """Return a view of the entries of own pairs; empty in most tiles."""
+    def _hide_own_entries(self, tile: Tile) -> None:
+        """Make the similarities of own pairs -inf; most tiles have none."""
         offset = self.positives.layout.own.start
         first = max(tile.rows.start, tile.columns.start - offset)
-        last = max(first, min(tile.rows.stop, tile.columns.stop - offset))
-        entries = tile.values[first - tile.rows.start : last - tile.rows.start]
-        first, last = first + offset - tile.columns.start, last + offset - tile.columns.start
-        return entries[:, first:last].diagonal()
+        last = min(tile.rows.stop, tile.columns.stop - offset)
+        if first < last:
+            entries = tile.values[first - tile.rows.start : last - tile.rows.start]
+            shift = offset - tile.columns.start
+            entries[:, first + shift : last + shift].diagonal().fill_(float("-inf"))
 
     def _places(self, block: Block) -> Iterator[tuple[slice, slice]]:
         for columns in ranges(block.columns.start, block.columns.stop, self.side):
-            for rows in ranges(0, len(self.rows), self.height):
+            for rows in ranges(0, len(self.rows), self.side):
                 yield rows, columns
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         """Return memory for a tile, and for the intermediate results of a dense term."""
-        size = min(self.height, len(self.rows)) * min(self.side, self.positives.layout.total)
-        return self.rows.new_empty(size), self.rows.new_empty(size if self.dense is not None else 0)
+        height, width = (min(self.side, n) for n in (len(self.rows), self.positives.layout.total))
+        spare = height if self.dense is not None else 0
+        return self.rows.new_empty(height, width), self.rows.new_empty(spare, width)
 
     def _tile(self, rows: slice, columns: slice, values: Tensor, spare: Tensor) -> Tile:
         shape = _shape(rows, columns)
         twins = self.positives.twins
         return Tile(
-            values.view(-1)[: shape.numel()].view(shape),
-            spare[: shape.numel()].view(shape) if self.dense is not None else spare,
+            _fit(values, shape),
+            _fit(spare, shape) if self.dense is not None else spare,
             rows,
             columns,
             twins.pairs(rows, columns) if twins is not None else None,
@@ -181,3 +187,8 @@ class Sweep:
 
 def _shape(rows: slice, columns: slice) -> torch.Size:
     return torch.Size((rows.stop - rows.start, columns.stop - columns.start))
+
+
+def _fit(buffer: Tensor, shape: torch.Size) -> Tensor:
+    """Return a tensor of a shape in the buffer's memory."""
+    return buffer if buffer.shape == shape else buffer.view(-1)[: shape.numel()].view(shape)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 CPU_TILE = 512  # a tile (1 MiB) and its operands stay in a core's cache
 CUDA_TILE = 4096  # large enough to fill the device with every product and every pass
-HEIGHT = 4  # without a dense gradient, tiles are that many times as high: fewer small passes
 EXACT = 40.0  # from here on softplus(z) is z, even to a float64
 
 
@@ -60,14 +59,18 @@ class Products:
         """Return features in the precision of the products."""
         return features.bfloat16() if self.bf16 else features
 
-    def similarities(self, rows: slice, columns: Tensor, out: Tensor, step: int) -> None:
-        """Write similarities with columns (c, d) to `out` (rows, c), `step` rows at a time."""
-        for part in ranges(0, len(out), step):
-            chosen = self.rows[rows][part]
-            if self.bf16:
-                out[part] = _bf16_product(chosen, columns.T)
-            else:
-                torch.mm(chosen, columns.T, out=out[part])
+    def similarities(self, rows: slice, columns: Tensor, out: Tensor) -> None:
+        """Write the similarities of rows with columns (c, d) to `out` (rows, c)."""
+        if self.bf16:
+            out.copy_(_bf16_product(self.rows[rows], columns.T))
+        else:
+            torch.mm(self.rows[rows], columns.T, out=out)
+
+    def between(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the similarities (m, n) of features (m, d) and (n, d)."""
+        if self.bf16:
+            return _bf16_product(left.bfloat16(), right.bfloat16().T).float()
+        return left @ right.T
 
     def add_gradients(
         self, weights: Tensor, rows: slice, columns: Tensor, row_grad: Tensor, column_grad: Tensor

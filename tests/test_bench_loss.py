@@ -1,0 +1,43 @@
+"""The benchmark of the losses runs, and its numbers hang together."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dist_vse.bench.peer import peer_version
+from dist_vse.cli import main
+
+
+def test_bench_loss_writes_times_traffic_errors_and_memory(tmp_path: Path) -> None:
+    out = tmp_path / "loss.json"
+    arguments = [
+        "bench",
+        "loss",
+        "--rows",
+        "96",
+        "--dim",
+        "16",
+        "--repeats",
+        "1",
+        "--memory",
+        "512",
+        "--memory-dim",
+        "8",
+    ]
+    assert main([*arguments, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    (speed,) = report["speed"]
+    assert speed["global_batch"] == 192
+    assert all(seconds > 0 for seconds in speed["seconds"].values())
+    features = 192 * 16 * 4  # gathered (half of it is sent), and as much for the gradients
+    for case in ("convse", "convse, S kept", "convse++"):
+        assert features < speed["sent_bytes"][case] <= features + 4 * 192 * 4
+        assert speed["error"][case] < 1e-5
+    assert 1e-5 < speed["error"]["convse, bf16"] < 1e-1
+    if peer_version() is not None:
+        assert speed["sent_bytes"]["OpenCLIP"] == pytest.approx(2 * features)
+    for entry in report["memory"]:
+        assert entry["peak_bytes"] > 0
+        if entry["loss"] != "OpenCLIP":
+            assert 0 < entry["own_bytes"] < 1.1 * 2**20  # two tiles of 256 x 512, and vectors
