@@ -26,14 +26,32 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_loss(loss: argparse.ArgumentParser) -> None:
+    loss.description = (
+        "Time the losses forward and backward in processes of one thread on this machine (gloo), "
+        "in turn with OpenCLIP's loss (extra `bench`) and with bare matrix products and "
+        "collectives; count the bytes that are sent, and compare the gradients with float64. With "
+        "--memory, measure a rank's peak memory as well."
+    )
     loss.add_argument("--processes", type=int, default=2, help="ranks on this machine (default: 2)")
     loss.add_argument(
-        "--rows", type=int, nargs="*", default=[4096], help="pairs a rank (default: 4096)"
+        "--rows",
+        type=int,
+        nargs="*",
+        default=[4096],
+        metavar="B",
+        help="pairs a rank, one table each; none skips the timing (default: 4096)",
     )
     loss.add_argument("--dim", type=int, default=512, help="embedding size (default: 512)")
-    loss.add_argument("--repeats", type=int, default=5, help="timed rounds (default: 5)")
     loss.add_argument(
-        "--memory", type=int, nargs="*", default=[], metavar="N", help="global batches to weigh"
+        "--repeats", type=int, default=5, help="timed rounds, the median counts (default: 5)"
+    )
+    loss.add_argument(
+        "--memory",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="N",
+        help="global batches whose peak memory to measure",
     )
     loss.add_argument(
         "--memory-dim", type=int, default=64, help="embedding size there (default: 64)"

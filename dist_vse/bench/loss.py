@@ -20,11 +20,12 @@ from rich.table import Table
 from torch import Tensor
 
 from dist_vse import distributed
+from dist_vse.bench.bare import bare_steps
 from dist_vse.bench.memory import measure_memory
 from dist_vse.bench.peer import peer_loss, peer_version
 from dist_vse.bench.traffic import bytes_sent
 from dist_vse.contrast import global_loss
-from dist_vse.contrast.tiles import CPU_TILE, ranges
+from dist_vse.errors import UserError
 from dist_vse.local_ranks import run_on_ranks
 from dist_vse.losses import dense_loss
 
@@ -35,6 +36,7 @@ EXACT_ROWS = 512  # of a rank, for the error beside float64
 
 def run(args: argparse.Namespace) -> int:
     """Measure what `args` ask for, print tables, and write the numbers as JSON."""
+    _check(args)
     console = Console()
     report: dict[str, Any] = {
         "torch": torch.__version__,
@@ -60,6 +62,27 @@ def run(args: argparse.Namespace) -> int:
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         console.print(f"wrote {args.out}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise UserError for options that make no sense, before anything is measured."""
+    numbers = [("--processes", args.processes), ("--dim", args.dim), ("--repeats", args.repeats)]
+    numbers += [("--rows", n) for n in args.rows] + [("--memory-dim", args.memory_dim)]
+    for option, number in numbers:
+        if number < 1:
+            raise UserError(f"{option} ({number}) must be at least 1")
+    for total in args.memory:
+        if total < args.processes or total % args.processes:
+            near = max(1, total // args.processes) * args.processes
+            raise UserError(
+                f"--memory ({total}) must be a multiple of --processes ({args.processes}); "
+                f"nearest: {near}"
+            )
+    if args.out is not None:
+        try:
+            Path(args.out).open("a", encoding="utf-8").close()
+        except OSError as error:
+            raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from None
 
 
 def make_features(rows: int, width: int) -> list[Tensor]:
@@ -92,7 +115,7 @@ def _measure_speed(rows: int, width: int, repeats: int) -> dict[str, Any]:
     steps: dict[str, Step] = {
         case: partial(differentiate, features, **chosen) for case, chosen in options.items()
     }
-    steps |= _bare_steps(*(x.detach() for x in features))
+    steps |= bare_steps(*(x.detach() for x in features))
     peer = peer_loss()
     if peer is not None:
         steps["OpenCLIP"] = lambda: torch.autograd.grad(peer(*features, 1 / TEMPERATURE), features)
@@ -112,41 +135,6 @@ def _measure_speed(rows: int, width: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def _bare_steps(images: Tensor, texts: Tensor) -> dict[str, Step]:
-    """Return the products and collectives that a loss cannot do without, and nothing else."""
-    columns = distributed.gather_rows(texts)
-    tile = torch.empty(CPU_TILE, CPU_TILE)
-    row_grad, column_grad = torch.zeros_like(images), torch.zeros_like(columns)
-    statistic = torch.zeros(len(columns))
-    everything = torch.empty(len(images), len(columns))
-
-    def products(similarities: int, gradients: int) -> None:
-        for c in ranges(0, len(columns), CPU_TILE):
-            for r in ranges(0, len(images), CPU_TILE):
-                out = tile[: r.stop - r.start, : c.stop - c.start]
-                for _ in range(similarities):
-                    torch.mm(images[r], columns[c].T, out=out)
-                for _ in range(gradients):
-                    row_grad[r].addmm_(out, columns[c])
-                    column_grad[c].addmm_(out.T, images[r])
-
-    def collectives() -> None:
-        distributed.gather_rows(texts)
-        distributed.reduce_scatter_rows(column_grad)
-        distributed.all_reduce_sum(statistic)
-
-    def single_product() -> None:
-        torch.mm(images, columns.T, out=everything)
-
-    return {
-        "bare 4 products": lambda: products(2, 1),
-        "bare 3 products": lambda: products(1, 1),
-        "bare product": lambda: products(1, 0),
-        "bare product, untiled": single_product,
-        "bare collectives": collectives,
-    }
-
-
 def _time(step: Step) -> float:
     """Return the seconds that the slowest rank takes."""
     distributed.barrier()
@@ -162,10 +150,18 @@ def _errors(features: list[Tensor], options: dict[str, dict[str, Any]]) -> dict[
     whole = [distributed.gather_rows(x).double().requires_grad_() for x in features]
     log_scale = torch.tensor([TEMPERATURE], dtype=torch.float64).log().neg()
     errors = {}
-    for case, chosen in options.items():
+    in_precision: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+        case: (chosen, torch.float32) for case, chosen in options.items()
+    }
+    for precision in (torch.bfloat16, torch.float16):
+        label = str(precision).removeprefix("torch.")
+        for name in ("convse", "convse++"):
+            in_precision[f"{name}, {label} features"] = {"name": name}, precision
+    for case, (chosen, precision) in in_precision.items():
         loss = dense_loss(chosen["name"], whole[0], whole[1], log_scale, torch.zeros(1).double())
         exact = torch.autograd.grad(loss, whole)
-        ours = differentiate([x.clone().requires_grad_() for x in features], **chosen)[1:]
+        leaves = [x.to(precision, copy=True).requires_grad_() for x in features]
+        ours = [x.float() for x in differentiate(leaves, **chosen)[1:]]
         errors[case] = max(
             float((distributed.gather_rows(a) / world_size - b).norm() / b.norm())
             for a, b in zip(ours, exact, strict=True)
@@ -182,17 +178,21 @@ def _speed_table(result: dict[str, Any]) -> Table:
     for heading in ("case", "ms", "x OpenCLIP", "/ limit", "MiB sent", "error"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     peer = seconds.get("OpenCLIP")
-    for case, taken in seconds.items():
-        limit = _limit(case, seconds)
+    for case in dict.fromkeys([*seconds, *error]):
+        taken, limit = seconds.get(case), _limit(case, seconds)
         table.add_row(
             case,
-            f"{taken * 1e3:.0f}",
-            f"{peer / taken:.2f}" if peer and not case.startswith("bare") else "",
-            f"{taken / limit:.2f}" if limit else "",
+            f"{taken * 1e3:.0f}" if taken else "",
+            f"{peer / taken:.2f}" if peer and taken and not case.startswith("bare") else "",
+            f"{taken / limit:.2f}" if taken and limit else "",
             f"{sent[case] / 2**20:.1f}" if case in sent else "",
             f"{error[case]:.0e}" if case in error else "",
         )
-    table.caption = "limit: the bare float32 products of the case and its bare collectives"
+    telemetry = seconds["bare telemetry"] / seconds["convse"]
+    table.caption = (
+        "limit: the bare float32 products of the case and its bare collectives; "
+        f"error: of the gradient, beside float64; telemetry takes {telemetry:.1%} of convse"
+    )
     return table
 
 

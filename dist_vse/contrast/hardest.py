@@ -23,8 +23,9 @@ from dist_vse.contrast.tiles import Products, Tile, ranges
 from dist_vse.contrast.transport import Block
 
 ROUNDINGS = 16
-STRIP = 8  # tiles whose maxima are taken into account together
-BLOCKS = 8  # blocks along the side of a tile
+STRIP = 4  # tiles whose maxima are taken in together
+BLOCKS = 16  # along the side of a tile
+SEARCHED = 8192  # rows (columns) whose places are found together
 CHUNK = 1024  # features moved together
 
 
@@ -83,44 +84,56 @@ class Hardest:
         row_grad: Tensor,
         column_grad: Tensor,
     ) -> None:
-        here = _Side(rows, row_grad, self.layout.own.start)
-        there = _Side(block.features, column_grad, block.columns.start)
-        self._push(self.rows, slice(0, len(rows)), self.row_pull, here, there, products)
-        self._push(self.columns, block.columns, self.column_pull, there, here, products)
+        own, tolerance = self.layout.own, self.rows.tolerance
+        here = _Side(
+            rows, row_grad, own.start, self.rows.values - tolerance, self.rows.places, self.row_pull
+        )
+        columns = block.columns
+        there = _Side(
+            block.features,
+            column_grad,
+            columns.start,
+            self.columns.values[columns] - tolerance,
+            self.columns.places[columns],
+            self.column_pull[columns],
+        )
+        self._push(here, there, products)
+        self._push(there, here, products)
 
     def hardest(self) -> Tensor:
         return self.rows.values
 
-    def _push(
-        self,
-        best: "_Best",
-        where: slice,
-        pull: Tensor,
-        these: "_Side",
-        those: "_Side",
-        products: Products,
-    ) -> None:
+    def _push(self, these: "_Side", those: "_Side", products: Products) -> None:
         """Add the gradient of these features' hardest negatives, as far as they are those."""
         first, last = those.start, those.start + len(those.features)
-        values, places = best.values[where], best.places[where]
-        chosen = ((places >= first) & (places < last) & (pull[where] > 0)).nonzero().view(-1)
-        for start, i in _groups(places[chosen], chosen):
-            local = slice(start - first, min(start - first + self.block, len(those.features)))
-            left, right = these.features.index_select(0, i), those.features[local]
-            similarities = products.between(left, right)
-            similarities.masked_fill_(
-                self._no_negatives(i + these.start, local, those.start), float("-inf")
-            )
-            j = _first(similarities, values[i] - best.tolerance)
-            these.grad.index_add_(0, i, right.index_select(0, j), alpha=self.weight)
-            those.grad[local].index_add_(0, j, left, alpha=self.weight)
+        for part in ranges(0, len(these.features), SEARCHED):
+            places = these.places[part]
+            chosen = (places >= first) & (places < last) & (these.pull[part] > 0)
+            indices = chosen.nonzero().view(-1)
+            for start, i in _groups(places[indices], indices + part.start):
+                block = slice(start, min(start + self.block, last))
+                local = slice(block.start - first, block.stop - first)
+                left, right = these.features.index_select(0, i), those.features[local]
+                similarities = products.between(left, right)
+                self._hide_no_negatives(similarities, i, these, block)
+                j = _first(similarities, these.thresholds[i])
+                these.grad.index_add_(0, i, right.index_select(0, j), alpha=self.weight)
+                those.grad[local].index_add_(0, j, left, alpha=self.weight)
 
-    def _no_negatives(self, rows: Tensor, local: slice, offset: int) -> Tensor:
-        """Tell which pairs of `rows` of the global batch with a block of it are no negatives."""
-        columns = torch.arange(local.start + offset, local.stop + offset, device=rows.device)
-        if self.positives.twins:
-            return self.positives.twins.related(rows, columns)
-        return rows.unsqueeze(1) == columns
+    def _hide_no_negatives(
+        self, similarities: Tensor, i: Tensor, these: "_Side", block: slice
+    ) -> None:
+        """Make what is no negative -inf in the similarities of rows i with a block."""
+        twins = self.positives.twins
+        apart = block.stop <= these.start or block.start >= these.start + len(these.features)
+        if apart and not twins:
+            return
+        columns = torch.arange(block.start, block.stop, device=i.device)
+        if twins:
+            hidden = twins.related(i + these.start, columns)
+        else:
+            hidden = (i + these.start).unsqueeze(1) == columns
+        similarities.masked_fill_(hidden, float("-inf"))
 
 
 class _Maxima(NamedTuple):
@@ -133,11 +146,14 @@ class _Maxima(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """Features that lie together in the global batch, from `start` on, and their gradient."""
+    """Features that lie together in the global batch, from `start` on, and what they look for."""
 
-    features: Tensor
-    grad: Tensor
+    features: Tensor  # (n, d)
+    grad: Tensor  # (n, d)
     start: int
+    thresholds: Tensor  # (n,) the hardest negative reaches it
+    places: Tensor  # (n,) where the block begins that has it
+    pull: Tensor  # (n,) above 0 if it is within the margin
 
 
 class _Best:

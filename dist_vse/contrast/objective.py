@@ -183,14 +183,14 @@ def _build_sweep(
 
 def _take_survey(own: OwnPairs) -> _Survey:
     """Exchange four numbers a rank; the one place where the host waits for the device."""
-    zero, infinity = own.row_norms.new_zeros(1), own.row_norms.new_full((1,), float("inf"))
+    infinity = own.similarities.new_full((1,), float("inf"))
     here = [
-        zero + len(own.row_norms),
-        torch.cat([own.row_norms, zero]).amax(0, True),
-        torch.cat([own.column_norms, zero]).amax(0, True),
-        torch.cat([own.similarities, infinity]).amin(0, True),
+        torch.full_like(own.longest_row, len(own.similarities)),
+        own.longest_row,
+        own.longest_column,
+        torch.cat([own.similarities, infinity]).amin(),
     ]
-    there = distributed.gather_rows(torch.cat(here).double().view(1, 4)).T.tolist()
+    there = distributed.gather_rows(torch.stack(here).double().view(1, 4)).T.tolist()
     counts, row_norms, column_norms, smallest = there
     layout = Layout(tuple(int(count) for count in counts), distributed.rank())
     return _Survey(layout, max(row_norms) * max(column_norms), min(smallest))

@@ -19,17 +19,21 @@ CHUNK = 1024  # pairs (times d numbers) looked at together
 
 
 class OwnPairs(NamedTuple):
-    """This rank's own pairs: similarities, and the lengths of the features, (b,) each."""
+    """This rank's own pairs: their similarities (b,), and scalars of the features' lengths."""
 
     similarities: Tensor
-    row_norms: Tensor
-    column_norms: Tensor
+    longest_row: Tensor  # 0 without rows
+    longest_column: Tensor
+    row_squares: Tensor  # the sum of the squared lengths
+    column_squares: Tensor
 
     @staticmethod
     def of(rows: Tensor, columns: Tensor) -> "OwnPairs":
         """Look at features (b, d) and (b, d)."""
-        norms = (torch.linalg.vector_norm(x, dim=1) for x in (rows, columns))
-        return OwnPairs(torch.linalg.vecdot(rows, columns), *norms)
+        norms = [torch.linalg.vector_norm(x, dim=1) for x in (rows, columns)]
+        longest = [torch.cat([x, x.new_zeros(1)]).amax() for x in norms]
+        squares = [x.square().sum() for x in norms]
+        return OwnPairs(torch.linalg.vecdot(rows, columns), *longest, *squares)
 
 
 class Positives:

@@ -83,6 +83,8 @@ class Sweep:
         self.sparse = sparse
         self.twins_are_candidates = twins_are_candidates
         self.side = tile
+        # Without a dense term there are no intermediate results: their memory is the tile's.
+        self.height = tile if dense is not None else 2 * tile
         self.budget = budget
         self.products = Products(rows, bf16=bf16)
         self.terms: list[Term] = [term for term in (dense, sparse) if term is not None]
@@ -90,7 +92,11 @@ class Sweep:
 
     def forward(self, *, keep: bool) -> Tensor:
         """Return the sum of this rank's terms; `keep` tiles if a backward will follow."""
-        room = self.budget if keep and self.dense is not None else 0
+        self._see_all(self.budget if keep and self.dense is not None else 0)
+        return torch.stack([term.conclude() for term in self.terms]).sum()
+
+    def _see_all(self, room: int) -> None:
+        """Show every tile to the terms; keep as many as fit in `room` bytes."""
         values, spare = self._buffers()
         for block in self.transport.blocks():
             operand = self.products.operand(block.features)
@@ -105,26 +111,24 @@ class Sweep:
                 if fits:
                     room -= size
                     self._kept[rows.start, columns.start] = tile.values
-        return torch.stack([term.conclude() for term in self.terms]).sum()
 
     def backward(self) -> tuple[Tensor, Tensor]:
         """Return the gradient of the sum over all ranks in the rows and in own columns (b, d)."""
         row_grad = torch.zeros_like(self.rows)
-        own_pull = torch.stack([term.own_pull for term in self.terms]).sum(0)
-        twin_pulls = (
-            torch.stack([term.row_pull for term in self.terms]).sum(0),
-            torch.stack([term.column_pull for term in self.terms]).sum(0),
-        )
 
         def contribute(block: Block, column_grad: Tensor) -> None:
             if self.dense is not None:
                 self._add_dense(self.dense, block, row_grad, column_grad)
             if self.sparse is not None:
                 self.sparse.add_gradient(block, self.rows, self.products, row_grad, column_grad)
-            self.positives.add_twins_gradient(block, *twin_pulls, row_grad, column_grad)
+            for term in self.terms:
+                self.positives.add_twins_gradient(
+                    block, term.row_pull, term.column_pull, row_grad, column_grad
+                )
 
         column_grad = self.transport.collect(contribute)
-        self.positives.add_own_gradient(own_pull, row_grad, column_grad)
+        for term in self.terms:
+            self.positives.add_own_gradient(term.own_pull, row_grad, column_grad)
         return row_grad, column_grad
 
     def _add_dense(self, term: Dense, block: Block, row_grad: Tensor, column_grad: Tensor) -> None:
@@ -164,12 +168,13 @@ class Sweep:
 
     def _places(self, block: Block) -> Iterator[tuple[slice, slice]]:
         for columns in ranges(block.columns.start, block.columns.stop, self.side):
-            for rows in ranges(0, len(self.rows), self.side):
+            for rows in ranges(0, len(self.rows), self.height):
                 yield rows, columns
 
     def _buffers(self) -> tuple[Tensor, Tensor]:
         """Return memory for a tile, and for the intermediate results of a dense term."""
-        height, width = (min(self.side, n) for n in (len(self.rows), self.positives.layout.total))
+        height = min(self.height, len(self.rows))
+        width = min(self.side, self.positives.layout.total)
         spare = height if self.dense is not None else 0
         return self.rows.new_empty(height, width), self.rows.new_empty(spare, width)
 

@@ -28,24 +28,25 @@ def summarize(
     pairs = sweep.positives.own
     own = pairs.similarities / scale
     hardest = (sweep.terms[0].hardest() / scale).clamp(min=-1)  # without a negative: -1
-    distances = (pairs.row_norms / scale).square() + pairs.column_norms.square() - 2 * own
+    unit = scale.view(())
+    distances = pairs.row_squares / unit.square() + pairs.column_squares - 2 * own.sum()
     sums = [
         local_total,
         own.sum(),
         hardest.sum(),
         (hardest > own - margin).sum(),
-        distances.sum(),
-        (_closeness(image_features) + _closeness(text_features)) * (len(own) / 2),
+        distances,
+        (closeness(image_features) + closeness(text_features)) * (len(own) / 2),
     ]
     joined = distributed.all_reduce_sum(torch.stack([x.double() for x in sums]))
-    positive, hard, active, alignment, closeness = joined[1:] / max(1, layout.total)
+    positive, hard, active, alignment, near = joined[1:] / max(1, layout.total)
     masked = (twins.family - 1).sum() if twins is not None else joined.new_zeros(())
     return joined[0], {
         "positive_similarity": positive,
         "hardest_similarity": hard,
         "active_share": active,
         "alignment": alignment,
-        "uniformity": closeness.log(),
+        "uniformity": near.log(),
         "masked_pairs": masked,
         "masked_share": masked / max(1, layout.total * (layout.total - 1)),
     }
@@ -67,7 +68,7 @@ def collapsed(stats: Mapping[str, Tensor | float]) -> str | None:
     )
 
 
-def _closeness(features: Tensor) -> Tensor:
+def closeness(features: Tensor) -> Tensor:
     """Return the mean of exp(-2 |x - y|^2) over pairs x != y of a sample of the rows.
 
     Its logarithm is the uniformity of https://arxiv.org/abs/2005.10242.
@@ -78,5 +79,5 @@ def _closeness(features: Tensor) -> Tensor:
     sample = features[:: len(features) // count][:count]
     norms = sample.square().sum(1)
     squares = norms.unsqueeze(1) + norms - 2 * sample @ sample.T
-    closeness = squares.mul_(-2).exp_().fill_diagonal_(0)
-    return closeness.sum() / (count * (count - 1))
+    near = squares.mul_(-2).exp_().fill_diagonal_(0)
+    return near.sum() / (count * (count - 1))

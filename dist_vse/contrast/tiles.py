@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CPU_TILE = 512  # a tile (1 MiB) and its operands stay in a core's cache
+CPU_TILE = 1024  # a tile (4 MiB) stays in the cores' shared cache; fewer small passes
 CUDA_TILE = 4096  # large enough to fill the device with every product and every pass
 EXACT = 40.0  # from here on softplus(z) is z, even to a float64
 
