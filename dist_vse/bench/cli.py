@@ -54,7 +54,10 @@ def _add_loss(loss: argparse.ArgumentParser) -> None:
         help="global batches whose peak memory to measure",
     )
     loss.add_argument(
-        "--memory-dim", type=int, default=64, help="embedding size there (default: 64)"
+        "--memory-dim",
+        type=int,
+        default=96,
+        help="embedding size there; no power of two, as tiles are (default: 96)",
     )
 
 

@@ -23,7 +23,6 @@ from dist_vse.contrast.tiles import Products, Tile, ranges
 from dist_vse.contrast.transport import Block
 
 ROUNDINGS = 16
-STRIP = 4  # tiles whose maxima are taken in together
 BLOCKS = 16  # along the side of a tile
 SEARCHED = 8192  # rows (columns) whose places are found together
 CHUNK = 1024  # features moved together
@@ -44,29 +43,21 @@ class Hardest:
         self.rows = _Best(len(positives.rows), positives.rows, tolerance)
         self.columns = _Best(self.layout.total, positives.rows, tolerance)
         self.own_pull, self.row_pull, self.column_pull = (positives.rows,) * 3
-        self._strip: list[_Maxima] = []
 
     def see(self, tile: Tile) -> None:
-        strip = self._strip
-        if strip and (strip[0].columns != tile.columns or len(strip) == STRIP):
-            self._take_strip()
+        rows = slice(*(self.layout.own.start + end for end in (tile.rows.start, tile.rows.stop)))
         by_row, by_column = (_block_maxima(tile.values, dim, self.block) for dim in (1, 0))
-        self._strip.append(_Maxima(tile.rows, tile.columns, by_row, by_column))
+        self.rows.update(by_row, tile.rows, self._starts(tile.columns))
+        self.columns.update(by_column.T, tile.columns, self._starts(rows))
 
-    def _take_strip(self) -> None:
-        """Take in the maxima of tiles that lie below each other."""
-        rows = slice(self._strip[0].rows.start, self._strip[-1].rows.stop)
-        columns = self._strip[0].columns
-        own = self.layout.own.start
-        starts = _starts([columns], self.block, self.rows.places)
-        self.rows.update(torch.cat([seen.by_row for seen in self._strip]), rows, starts)
-        starts = _starts([seen.rows for seen in self._strip], self.block, self.rows.places) + own
-        self.columns.update(torch.cat([s.by_column for s in self._strip]).T, columns, starts)
-        self._strip.clear()
+    def _starts(self, part: slice) -> Tensor:
+        """Return where the blocks of a part of the global batch begin."""
+        places = self.rows.places
+        return torch.arange(
+            part.start, part.stop, self.block, dtype=places.dtype, device=places.device
+        )
 
     def conclude(self) -> Tensor:
-        if self._strip:
-            self._take_strip()
         self.columns.join()
         row_hinges = self.margin + self.rows.values - self.positives.rows
         column_hinges = self.margin + self.columns.values - self.positives.columns()
@@ -136,15 +127,6 @@ class Hardest:
         similarities.masked_fill_(hidden, float("-inf"))
 
 
-class _Maxima(NamedTuple):
-    """The maxima of a tile's blocks."""
-
-    rows: slice
-    columns: slice
-    by_row: Tensor  # (rows, blocks)
-    by_column: Tensor  # (blocks, columns)
-
-
 class _Side(NamedTuple):
     """Features that lie together in the global batch, from `start` on, and what they look for."""
 
@@ -194,12 +176,6 @@ def _block_maxima(values: Tensor, dim: int, size: int) -> Tensor:
     if rest:
         parts.append(values.narrow(dim, whole, rest).amax(dim, keepdim=True))
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
-
-
-def _starts(parts: list[slice], size: int, like: Tensor) -> Tensor:
-    """Return where the blocks of `size` begin that the parts are cut into."""
-    starts = [start for part in parts for start in range(part.start, part.stop, size)]
-    return torch.tensor(starts, dtype=like.dtype, device=like.device)
 
 
 def _first(values: Tensor, thresholds: Tensor) -> Tensor:
