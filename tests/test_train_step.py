@@ -206,3 +206,14 @@ def test_images_stay_on_the_host_until_their_chunks_turn(monkeypatch: pytest.Mon
     train_step(_Watching(model, _sgd(model)), _loss("convse"), chunks, keep_graphs=0)
     assert images_at == ["meta"] * 8
     assert all(chunk["images"].device.type == "cpu" for chunk in chunks)
+
+
+def test_activation_checkpointing_changes_no_number() -> None:
+    trained = []
+    for grad_checkpointing in (False, True):
+        model = tiny_model(dropout=0.3, grad_checkpointing=grad_checkpointing)
+        torch.manual_seed(1)
+        chunks = _rank_chunks(model, 0, 4)
+        train_step(PlainEngine(model, _sgd(model)), _loss("convse"), chunks, keep_graphs=2)
+        trained.append(_parameters(model))
+    assert torch.equal(*trained)

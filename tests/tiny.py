@@ -10,7 +10,9 @@ from dist_vse.models.dual_encoder import DualEncoder
 VOCABULARY = 50
 
 
-def tiny_model(*, dropout: float = 0.0, learn_temperature: bool = True) -> DualEncoder:
+def tiny_model(
+    *, dropout: float = 0.0, learn_temperature: bool = True, grad_checkpointing: bool = False
+) -> DualEncoder:
     """Build a ViT of 32 pixels and a two-layer text transformer; equal weights every time."""
     config = ModelConfig(
         image=ImageConfig(name="test_vit", size=32),
@@ -18,6 +20,7 @@ def tiny_model(*, dropout: float = 0.0, learn_temperature: bool = True) -> DualE
         embed_dim=16,
         head_hidden=32,
         head_dropout=dropout,
+        grad_checkpointing=grad_checkpointing,
     )
     return build_model(
         config,
