@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import dist_vse.bench.cli
+import dist_vse.export.cli
 import dist_vse.verify.cli
 import launch.cli
 import shards.cli
@@ -158,6 +159,11 @@ _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
         "check a config's gradients on several processes against one",
         dist_vse.verify.cli.add_arguments,
         dist_vse.verify.cli.run,
+    ),
+    "export": (
+        "write a run's model as a folder for other programs, and for dist_vse.load",
+        dist_vse.export.cli.add_arguments,
+        dist_vse.export.cli.run,
     ),
     "bench": (
         "measure against the best peer",

@@ -8,7 +8,7 @@ import pytest
 
 from dist_vse import cli
 
-COMMANDS = ("shard", "train", "submit", "eval", "report", "verify", "bench")
+COMMANDS = ("shard", "train", "submit", "eval", "report", "export", "verify", "bench")
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])

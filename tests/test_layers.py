@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {"grad_cache", "chunking", "checkpoint", "evaluate"},
     {"run_dir", "saver", "examples"},
     {"builders"},
-    {"train", "features_run", "eval_run", "report", "bench", "verify"},
+    {"train", "features_run", "eval_run", "report", "bench", "verify", "export"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

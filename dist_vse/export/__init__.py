@@ -1,0 +1,1 @@
+"""A trained model as a folder: `dist-vse export` writes it, `dist_vse.load` reads it."""

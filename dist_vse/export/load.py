@@ -1,0 +1,128 @@
+"""`dist_vse.load`: an exported folder as two functions, of images and of captions."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dist_vse.errors import UserError
+from dist_vse.export.folder import HEADS, TEXT, read_description
+from dist_vse.models.build import build_model
+from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.save import TRUNK_WEIGHTS
+from dist_vse.models.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
+from dist_vse.run_files import VOCABULARY_NAME
+from dist_vse.stream.decode import BadSampleError, Transform, decode_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Picture = "str | Path | bytes | Image"
+
+
+class Embedder:
+    """A trained model in eval mode, with its preprocessing and its tokenizer."""
+
+    def __init__(
+        self, model: DualEncoder, tokenizer: Tokenizer, *, size: int, device: torch.device
+    ) -> None:
+        """Join the parts; images become squares of `size` pixels."""
+        self.model = model.eval().to(device)
+        self.tokenizer = tokenizer
+        self.size, self.device = size, device
+
+    @torch.inference_mode()
+    def encode_images(
+        self, images: "Sequence[str | Path | bytes | Image]", *, batch_size: int = 64
+    ) -> Tensor:
+        """Return unit features, float32 (n, d) on the CPU, of files, their bytes or PIL images.
+
+        Raises UserError for an image that cannot be read.
+        """
+        found = [torch.empty(0, self.dim)]
+        for start in range(0, len(images), batch_size):
+            pixels = [self._pixels(image) for image in images[start : start + batch_size]]
+            found.append(self.model.encode_images(torch.stack(pixels).to(self.device)).cpu())
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """Return unit features, float32 (n, d) on the CPU."""
+        found = [torch.empty(0, self.dim)]
+        for start in range(0, len(texts), batch_size):
+            tokens = self.tokenizer(texts[start : start + batch_size])
+            found.append(self.model.encode_texts(tokens.to(self.device)).cpu())
+        return torch.cat(found)
+
+    @property
+    def dim(self) -> int:
+        """The size of the shared space."""
+        return int(self.model.image.head[-1].out_features)  # type: ignore[index]
+
+    def _pixels(self, image: "str | Path | bytes | Image") -> Tensor:
+        name = str(image) if isinstance(image, str | Path) else "the image"
+        try:
+            data = image if isinstance(image, bytes) else _read(image)
+            return torch.from_numpy(np.ascontiguousarray(decode_image(data, Transform(self.size))))
+        except (BadSampleError, OSError) as error:
+            raise UserError(f"{name}: cannot be read ({error}); give an image file") from error
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Embedder:
+    """Load what `dist-vse export` wrote.
+
+    Raises UserError if the folder is no export, or is damaged.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    text = description.model.text
+    tokenizer: Tokenizer
+    if text.weights is not None:
+        tokenizer = PretrainedTokenizer(text.weights, text.max_tokens)
+    else:
+        tokenizer = WordTokenizer.load(folder / VOCABULARY_NAME)
+    size = description.model.image.size
+    return Embedder(build(folder), tokenizer, size=size, device=torch.device(device))
+
+
+def build(folder: Path) -> DualEncoder:
+    """Build the model of an exported folder, with its weights."""
+    description = read_description(folder)
+    config = description.model
+    model = build_model(
+        config,
+        vocab_size=description.vocab_size,
+        pad_id=description.pad_id,
+        temperature=1.0,
+        learn_temperature=False,
+        bias=0.0,
+        learn_bias=False,
+        seed=0,
+    )
+    try:
+        if config.text.weights is None:
+            model.text.trunk.load_state_dict(load_file(folder / TEXT / TRUNK_WEIGHTS))
+        heads = load_file(folder / HEADS)
+        for side, tower in (("image", model.image), ("text", model.text)):
+            own = {k.removeprefix(f"{side}."): v for k, v in heads.items() if k.startswith(side)}
+            tower.head.load_state_dict(own)
+        model.log_scale.data.copy_(heads["log_scale"])
+        model.bias.data.copy_(heads["bias"])
+    except (RuntimeError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: is damaged ({reason}); export the model again") from error
+    return model.eval()
+
+
+def _read(image: "str | Path | Image") -> bytes:
+    if isinstance(image, str | Path):
+        return Path(image).read_bytes()
+    buffer = io.BytesIO()  # without loss, so that it is treated as its file would be
+    keep = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+    (image if keep else image.convert("RGB")).save(buffer, "PNG")
+    return buffer.getvalue()

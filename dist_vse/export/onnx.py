@@ -1,0 +1,61 @@
+"""The two towers as ONNX graphs, for programs without PyTorch."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from dist_vse.errors import UserError
+from dist_vse.export.load import Embedder
+
+
+class _Features(nn.Module):
+    """A tower as a function of its raw input alone."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, raw: Tensor) -> Tensor:
+        features: Tensor = self.tower(raw)
+        return features
+
+
+def write_onnx(embedder: Embedder, folder: Path, *, size: int) -> None:
+    """Write `image.onnx` (uint8 (b, 3, size, size)) and `text.onnx` (int64 (b, l)), b and l free.
+
+    Both return `features`, float32 (b, d) of unit length. Raises UserError if the extra `onnx` is
+    missing, or if a model cannot be expressed.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        hint = "install it with `pip install 'dist_vse[onnx]'`"
+        raise UserError(f"--onnx needs the packages of the extra onnx; {hint}") from None
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    tokens = embedder.tokenizer(["one two three", "four"])
+    batch, length = Dim("b", min=1), Dim("l", min=1)
+    for name, tower, raw, shapes in (
+        ("image", embedder.model.image, images, {0: batch}),
+        ("text", embedder.model.text, tokens, {0: batch, 1: length}),
+    ):
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.onnx.export(
+                    _Features(tower).eval(),
+                    (raw,),
+                    str(folder / f"{name}.onnx"),
+                    input_names=["images" if name == "image" else "tokens"],
+                    output_names=["features"],
+                    dynamic_shapes=(shapes,),
+                    external_data=False,
+                    verbose=False,
+                )
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the {name} tower cannot be written as ONNX ({reason})") from error

@@ -1,0 +1,124 @@
+"""`dist-vse export`: a run's model as a folder that other programs can read."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import save_file
+
+from dist_vse.config import TrainConfig
+from dist_vse.errors import UserError
+from dist_vse.export.folder import HEADS, IMAGE, TEXT, Description, write_description
+from dist_vse.export.load import build, load
+from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.image import ImageTrunk
+from dist_vse.models.save import save_image_trunk, save_text_trunk, save_tokenizer
+from dist_vse.models.text import TextTrunk
+from dist_vse.models.tokenizer import Tokenizer, WordTokenizer
+from dist_vse.run_dir import find_run, load_trained, open_run, run_model, run_tokenizer
+from dist_vse.run_files import VOCABULARY_NAME
+
+README = """# {name}
+
+An image encoder and a caption encoder into one space of {dim} dimensions, trained with dist_vse
+({loss}, global batch {batch:,}); from {checkpoint} of {name}.
+
+    import dist_vse
+
+    model = dist_vse.load("path/to/this/folder")
+    scores = model.encode_images(["photo.jpg"]) @ model.encode_texts(["a red apple"]).T
+
+Without dist_vse: `image/` is a model of timm (`timm.create_model("local-dir:image",
+pretrained=True)`; images are cropped to the largest square in the middle, resized to {size} pixels
+with bicubic, and normalised as `image/config.json` says){text}. The heads in
+`heads.safetensors` (`image.*`, `text.*`: linear layers{relu}) map the trunks' outputs into the
+shared space; divide the result by its length. The score of a pair is the inner product.
+"""
+PRETRAINED_TEXT = (
+    "; `text/` one of transformers with its tokenizer (the mean of the last hidden states over a "
+    "caption's tokens)"
+)
+
+
+def export_run(location: Path, out: Path, *, onnx: bool) -> Path:
+    """Write the model of a run, or of one of its checkpoints, into the folder `out`.
+
+    The folder appears by one rename, after what it holds was loaded again and found equal to the
+    bit. Raises UserError if `out` exists or the run has no checkpoint.
+    """
+    if out.exists():
+        raise UserError(f"{out}: already exists; give another folder, or remove it")
+    run_dir, asked = find_run(location)
+    config = open_run(run_dir)
+    tokenizer = run_tokenizer(config, run_dir, build=False)
+    model = run_model(config, tokenizer)
+    checkpoint = load_trained(run_dir, model, asked)
+    model.eval()
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    source: dict[str, str | int] = {
+        "run": run_dir.resolve().name,
+        "checkpoint": checkpoint.name,
+        "loss": config.loss.name,
+        "global_batch_size": config.global_batch_size,
+    }
+    write_folder(temporary, model, tokenizer, config, source)
+    again = build(temporary)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), f"{name} changed by saving"
+    if onnx:
+        from dist_vse.export.onnx import write_onnx
+
+        write_onnx(load(temporary), temporary, size=config.model.image.size)
+    os.rename(temporary, out)
+    return out
+
+
+def write_folder(
+    folder: Path,
+    model: DualEncoder,
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    source: dict[str, str | int],
+) -> None:
+    """Write all files of an export."""
+    shape = config.model
+    image = save_image_trunk(
+        cast(ImageTrunk, model.image.trunk), folder / IMAGE, size=shape.image.size
+    )
+    save_text_trunk(cast(TextTrunk, model.text.trunk), folder / TEXT)
+    if isinstance(tokenizer, WordTokenizer):
+        tokenizer.save(folder / VOCABULARY_NAME)
+    else:
+        assert shape.text.weights is not None
+        save_tokenizer(shape.text.weights, folder / TEXT)
+    heads = {
+        f"{side}.{name}": tensor
+        for side, tower in (("image", model.image), ("text", model.text))
+        for name, tensor in tower.head.state_dict().items()
+    }
+    heads |= {"log_scale": model.log_scale.detach(), "bias": model.bias.detach()}
+    heads = {name: tensor.contiguous().clone() for name, tensor in heads.items()}
+    save_file(heads, folder / HEADS, metadata={"format": "pt"})
+    pretrained = shape.text.kind == "pretrained"
+    moved = dataclasses.replace(
+        shape,
+        image=dataclasses.replace(shape.image, weights=str(image.relative_to(folder))),
+        text=dataclasses.replace(shape.text, weights=TEXT if pretrained else None),
+    )
+    text = README.format(
+        name=source["run"],
+        checkpoint=source["checkpoint"],
+        loss=source["loss"],
+        batch=config.global_batch_size,
+        dim=shape.embed_dim,
+        size=shape.image.size,
+        text=PRETRAINED_TEXT if pretrained else "",
+        relu=", with a ReLU between them" if shape.head_hidden else "",
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    description = Description(moved, tokenizer.vocab_size, tokenizer.pad_id, dict(source))
+    write_description(folder, description)

@@ -1,0 +1,51 @@
+"""Trunks in the layouts of the libraries they come from, so that those load them alone."""
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from dist_vse.models.image import ImageTrunk
+from dist_vse.models.text import PretrainedTrunk, TextTrunk
+
+TRUNK_WEIGHTS = "model.safetensors"  # timm's and transformers' own name
+
+
+def save_image_trunk(trunk: ImageTrunk, folder: Path, *, size: int) -> Path:
+    """Write the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
+
+    Returns the file of its weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone = trunk.backbone
+    for tensor in [*backbone.parameters(), *backbone.buffers()]:
+        tensor.data = tensor.data.contiguous()
+    preprocessing = {
+        "input_size": (3, size, size),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,  # the largest square in the middle
+        **{name: backbone.pretrained_cfg[name] for name in ("mean", "std")},  # type: ignore[index]
+    }
+    save_for_hf(backbone, str(folder), safe_serialization=True, data_config=preprocessing)
+    return folder / TRUNK_WEIGHTS
+
+
+def save_text_trunk(trunk: TextTrunk, folder: Path) -> None:
+    """Write a transformers model as `save_pretrained` does; one of ours as plain tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(trunk, PretrainedTrunk):
+        trunk.encoder.save_pretrained(folder)  # type: ignore[operator]
+    else:
+        save_file(_tensors(trunk), folder / TRUNK_WEIGHTS, metadata={"format": "pt"})
+
+
+def save_tokenizer(source: str, folder: Path) -> None:
+    """Copy a transformers tokenizer from one folder to another, as its library saves it."""
+    from transformers import AutoTokenizer  # slow to import
+
+    AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.contiguous().clone() for name, tensor in module.state_dict().items()}

@@ -1,0 +1,160 @@
+"""An exported model is the run's to the bit, and its parts load without this package."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import dist_vse
+from dist_vse import cli, train
+from dist_vse.builders import build_eval_batches
+from dist_vse.config import load_config
+from dist_vse.errors import UserError
+from dist_vse.evaluate import embed
+from dist_vse.export.write import export_run
+from dist_vse.index import read_index
+from dist_vse.run_dir import load_trained, run_model, run_tokenizer
+from dist_vse.stream.reader import ShardReader
+from tests.datasets import write_dataset
+from tests.distributed import run_distributed
+from tests.tiny_models import write_tiny_bert
+
+CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.yaml"
+KINDS = ("transformer", "gru", "pretrained")
+
+
+def make_run(folder: Path, kind: str) -> None:
+    more = ["model.text.max_tokens=12", "model.head_hidden=24"]
+    if kind == "pretrained":
+        more += [f"model.text.weights={write_tiny_bert(folder / 'bert')}"]
+    steps = ["total_steps=2", f"data.index={folder / 'shards'}", f"output_dir={folder / kind}"]
+    assert train.run(load_config(CONFIG, [f"model.text.kind={kind}", *more, *steps])) == 0
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_dataset(folder / "shards", {"train": [60, 50, 40], "val": [32]}, captions=1)
+    for kind in KINDS:
+        run_distributed(make_run, 1, folder, kind)
+    return folder
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(runs: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    out = runs / f"{request.param}-out"
+    return runs / request.param, export_run(runs / request.param, out, onnx=False)
+
+
+def test_equal_to_the_bit_after_loading(exported: tuple[Path, Path]) -> None:
+    run_dir, out = exported
+    config = load_config(run_dir / "config.yaml")
+    index = read_index(config.data.index)
+    tokenizer = run_tokenizer(config, run_dir, build=False)
+    model = run_model(config, tokenizer)
+    load_trained(run_dir, model)
+    found = embed(model, build_eval_batches(config, index, tokenizer, "val"), torch.device("cpu"))
+
+    reader = ShardReader(index, "val", max_open=1)
+    files = [reader.image(*reader.place(number)) for number in range(len(found.keys))]
+    loaded = dist_vse.load(str(out))
+    images = loaded.encode_images(files, batch_size=config.chunk_size)
+    texts = loaded.encode_texts(found.captions, batch_size=config.chunk_size)
+    assert images.equal(found.image_features)
+    assert texts.equal(found.text_features)
+    path = run_dir / "picture.png"
+    path.write_bytes(files[0])
+    pictures = [str(path), path, Image.open(io.BytesIO(files[0]))]
+    assert (loaded.encode_images(pictures) - images[:1]).abs().max() < 1e-6
+    assert loaded.encode_images([]).shape == (0, images.shape[1])
+
+
+def test_parts_load_without_this_package(runs: Path, exported: tuple[Path, Path]) -> None:
+    run_dir, out = exported
+    code = (
+        "import sys, timm, torch\nfrom safetensors.torch import load_file\n"
+        f"out = {str(out)!r}\n"
+        "trunk = timm.create_model(f'local-dir:{out}/image', pretrained=True, num_classes=0)\n"
+        "torch.manual_seed(0)\n"
+        "image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)\n"
+        "c = trunk.pretrained_cfg\n"
+        "mean, std = (255 * torch.tensor(c[n]).view(1, 3, 1, 1) for n in ('mean', 'std'))\n"
+        "x = trunk.eval()((image.float() - mean) / std)\n"
+        "heads = load_file(f'{out}/heads.safetensors')\n"
+        "keys = [k for k in heads if k.startswith('image.') and k.endswith('weight')]\n"
+        "for n, k in enumerate(sorted(keys)):\n"
+        "    x = torch.relu(x) if n else x\n"
+        "    x = x @ heads[k].T + heads[k.replace('weight', 'bias')]\n"
+        "assert 'dist_vse' not in sys.modules\n"
+        "torch.save(torch.nn.functional.normalize(x), sys.argv[1])\n"
+    )
+    path = run_dir / "features.pt"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=runs
+    )
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    ours = dist_vse.load(str(out)).model.encode_images(image)
+    torch.testing.assert_close(torch.load(path), ours.detach(), atol=1e-5, rtol=0)
+
+
+def test_transformers_reads_the_text_part(runs: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    out = runs / "again"
+    assert cli.main(["export", str(runs / "pretrained"), str(out)]) == 0
+    model, tokenizer = (c.from_pretrained(out / "text") for c in (AutoModel, AutoTokenizer))
+    words = tokenizer(["a red square"], return_tensors="pt")
+    states = model.eval()(**words).last_hidden_state
+    trunk = dist_vse.load(str(out)).model.text.trunk
+    torch.testing.assert_close(states.mean(1), trunk(words["input_ids"]), atol=1e-5, rtol=0)
+
+
+def test_onnx_computes_the_same(runs: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    out = export_run(runs / "pretrained", runs / "onnx", onnx=True)
+    loaded = dist_vse.load(str(out))
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    tokens = loaded.tokenizer(["a red square on blue", "a circle", "green"])
+    for name, raw, ours in (
+        ("image", {"images": images.numpy()}, loaded.model.encode_images(images)),
+        ("text", {"tokens": tokens.numpy()}, loaded.model.encode_texts(tokens)),
+    ):
+        session = onnxruntime.InferenceSession(out / f"{name}.onnx")
+        (theirs,) = session.run(["features"], raw)
+        torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), atol=1e-5, rtol=0)
+
+
+def test_what_is_no_export_or_damaged(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no exported model"):
+        dist_vse.load(str(tmp_path))
+    with pytest.raises(UserError, match="already exists"):
+        export_run(runs / "gru", tmp_path, onnx=False)
+    out = export_run(runs / "gru", tmp_path / "out", onnx=False)
+    with pytest.raises(UserError, match=r"x\.png: cannot be read"):
+        dist_vse.load(str(out)).encode_images([tmp_path / "x.png"])
+    (out / "heads.safetensors").unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        dist_vse.load(str(out))
+    content = json.loads((out / "dist_vse.json").read_text())
+    (out / "dist_vse.json").write_text(json.dumps(content | {"format": 9}))
+    with pytest.raises(UserError, match="format 9"):
+        dist_vse.load(str(out))
+
+
+def test_the_weights_are_plain_safetensors(exported: tuple[Path, Path]) -> None:
+    _, out = exported
+    assert {"image.0.weight", "log_scale", "bias"} <= load_file(out / "heads.safetensors").keys()
+    assert not list(out.rglob("*.bin"))
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, dist_vse; dist_vse.load; assert not {'torch', 'numpy'} & {*sys.modules}"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
