@@ -10,6 +10,7 @@ from pathlib import Path
 
 import dist_vse.bench.cli
 import dist_vse.export.cli
+import dist_vse.search.cli
 import dist_vse.verify.cli
 import launch.cli
 import shards.cli
@@ -115,15 +116,25 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument(
+        "run_dirs", metavar="RUN", type=Path, nargs="+", help="a run's folder; several are compared"
+    )
     parser.add_argument("--data", metavar="DIR", type=Path, help="where its shards are now")
-    parser.add_argument("--out", type=Path, help="the page to write (default: RUN/report.html)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the page to write (default: RUN/report.html, or compare.html beside the first run)",
+    )
 
 
 def _report(args: argparse.Namespace) -> int:
-    from dist_vse.report import write_report
+    from dist_vse.report import write_comparison, write_report
 
-    path = write_report(args.run_dir, args.data, args.out or args.run_dir / "report.html")
+    first = args.run_dirs[0]
+    if len(args.run_dirs) > 1:
+        path = write_comparison(args.run_dirs, args.out or first.parent / "compare.html")
+    else:
+        path = write_report(first, args.data, args.out or first / "report.html")
     print(f"wrote {path}")
     return 0
 
@@ -154,7 +165,11 @@ _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
         _add_eval,
         _eval,
     ),
-    "report": ("write a run's results as one HTML page", _add_report, _report),
+    "report": (
+        "write the results of a run, or of several side by side, as one HTML page",
+        _add_report,
+        _report,
+    ),
     "verify": (
         "check a config's gradients on several processes against one",
         dist_vse.verify.cli.add_arguments,
@@ -164,6 +179,21 @@ _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
         "write a run's model as a folder for other programs, and for dist_vse.load",
         dist_vse.export.cli.add_arguments,
         dist_vse.export.cli.run,
+    ),
+    "embed": (
+        "write the features of a split's images and captions",
+        dist_vse.search.cli.add_embed,
+        dist_vse.search.cli.run_embed,
+    ),
+    "search": (
+        "find the images of a split that fit a text or an image",
+        dist_vse.search.cli.add_search,
+        dist_vse.search.cli.run_search,
+    ),
+    "zeroshot": (
+        "classify images by the names of their classes",
+        dist_vse.search.cli.add_zeroshot,
+        dist_vse.search.cli.run_zeroshot,
     ),
     "bench": (
         "measure against the best peer",

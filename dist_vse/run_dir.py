@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_vse import checkpoint
-from dist_vse.config import TrainConfig, dump_config, load_config
+from dist_vse.config import TrainConfig, dump_config, flat_config, load_config
 from dist_vse.config.schema import AUTO
 from dist_vse.errors import UserError
 from dist_vse.index import read_index
@@ -69,15 +69,7 @@ def write_config(config: TrainConfig) -> None:
 
 def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """Say what differs, as `loss.name: convse -> convse++`."""
-    from omegaconf import OmegaConf
-
-    def flat(node: object, prefix: str = "") -> dict[str, object]:
-        if not isinstance(node, dict):
-            return {prefix: node}
-        items = [flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in node.items()]
-        return {key: value for item in items for key, value in item.items()}
-
-    before, after = (flat(OmegaConf.to_container(OmegaConf.structured(c))) for c in (old, new))
+    before, after = flat_config(old), flat_config(new)
     ignored = {*_MAY_CHANGE, "output_dir"}  # the folder itself may have been moved
     return [
         f"{key}: {before[key]} -> {after[key]}"

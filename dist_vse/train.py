@@ -29,6 +29,7 @@ from dist_vse.config import TrainConfig, load_config
 from dist_vse.config.schema import AUTO
 from dist_vse.contrast import collapsed
 from dist_vse.engine.zero import ZeroEngine
+from dist_vse.environment import record_environment
 from dist_vse.errors import UserError, writing
 from dist_vse.evaluate import evaluate
 from dist_vse.examples import save_examples
@@ -89,6 +90,10 @@ def run(config: TrainConfig) -> int:
         return 0
     else:
         logger.info("resuming %s at step %d", run.run_dir, progress.step)
+    if distributed.is_main_process():
+        indexes = [run.index, *(a_set.index for a_set in run.train_sets)]
+        data = {str(index.root): index.fingerprint() for index in indexes}
+        record_environment(run.run_dir, progress.step, data)
     progress = _train(run, progress)
     if progress.step < config.total_steps:
         logger.info("stopped at step %d and saved: the same command continues", progress.step)

@@ -8,7 +8,19 @@ import pytest
 
 from dist_vse import cli
 
-COMMANDS = ("shard", "train", "submit", "eval", "report", "export", "verify", "bench")
+COMMANDS = (
+    "shard",
+    "train",
+    "submit",
+    "eval",
+    "report",
+    "export",
+    "embed",
+    "search",
+    "zeroshot",
+    "verify",
+    "bench",
+)
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])

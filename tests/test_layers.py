@@ -25,11 +25,12 @@ LAYERS: list[set[str]] = [
     },
     {"distributed", "fence"},
     {"models", "local_ranks"},
-    {"contrast", "stream", "engine", "metrics", "feature_cache"},
+    {"contrast", "stream", "engine", "metrics", "feature_cache", "environment"},
     {"grad_cache", "chunking", "checkpoint", "evaluate"},
     {"run_dir", "saver", "examples"},
     {"builders"},
     {"train", "features_run", "eval_run", "report", "bench", "verify", "export"},
+    {"search"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from dist_vse.config import DataConfig, TrainConfig, dump_config
 from dist_vse.errors import UserError
 from dist_vse.evaluate import Embedded, Evaluation, score
 from dist_vse.examples import save_examples
-from dist_vse.report import write_report
+from dist_vse.report import write_comparison, write_report
 from dist_vse.report.chart import Series, line_chart
 from dist_vse.report.numbers import figure, ordinal, short
 from tests.datasets import write_dataset
@@ -86,7 +87,8 @@ def run_dir(tmp_path: Path) -> Path:
     config = TrainConfig(output_dir=str(path), total_steps=40, data=DataConfig(index=str(data)))
     (path / "config.yaml").write_text(dump_config(config))
     (path / "metrics.jsonl").write_text("\n".join(metrics_lines()) + "\n")
-    save_examples(evaluation(1.5), path / "examples.json", split="val", num_queries=6, k=3)
+    how = {"split": "val", "num_queries": 6, "num_extremes": 0, "k": 3}
+    save_examples(evaluation(1.5), path / "examples.json", **how)  # type: ignore[arg-type]
     return path
 
 
@@ -125,6 +127,50 @@ def test_marks_the_right_answers(run_dir: Path) -> None:
     assert len(images) == 6 * 3 + right.count(0) + 6
     of_key = {(image["alt"], image["src"]) for image in images}
     assert len(of_key) == len({key for key, _ in of_key}) == 6  # each key its own picture
+
+
+def test_shows_what_was_found_at_once_and_what_last(run_dir: Path) -> None:
+    save_examples(evaluation(1.5), run_dir / "examples.json", split="val", k=3)
+    examples = json.loads((run_dir / "examples.json").read_text())
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert "Found at once" in page.text
+    late = page.text[page.text.index("Found last") :]
+    for query in examples["text_to_image_worst"]:
+        assert query["rank"] > 1 and query["caption"] in late
+    latest = evaluation(1.5).text_ranks.sort(descending=True).values[:4].tolist()
+    assert [query["rank"] for query in examples["text_to_image_worst"]] == latest
+    assert latest[0] > latest[-1]  # or any four would do
+
+
+def test_software_and_machine_are_those_of_the_run(run_dir: Path) -> None:
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert "Software" not in page.text  # an older run told nothing, and nothing is made up
+    line = {"step": 0, "versions": {"torch": "1.2.3"}, "machine": {"cores": 2}, "data": {"d": "ab"}}
+    (run_dir / "environment.jsonl").write_text(json.dumps(line) + "\n")
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert "Software of the run" in page.text and "1.2.3" in page.text
+
+
+def test_runs_side_by_side(run_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("name: convse\n", "name: vse++\n"))
+    lines = [json.loads(line) for line in metrics_lines()]
+    lines[-1] |= evaluation(0.1).metrics
+    (other / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = Page(write_comparison([run_dir, other], tmp_path / "compare.html"))
+    rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', page.source)
+    cells = {label: re.findall(r"<td.*?>(.*?)</td>", row) for label, row in rows}
+    assert cells["loss.name"] == ["convse", "vse++"]
+    assert "seed" not in cells and "output_dir" not in cells
+    rsums = [f"{evaluation(noise).metrics['rsum']:.1f}" for noise in (0.5, 0.1)]
+    assert cells["sum of the six recalls (rsum)"] == rsums
+    assert page.text.count("my <run>") >= 3
+    assert page.classes("c1") and page.classes("c2") and not page.classes("c3")
+    assert re.search(r"https?:|url\(|@import", page.source) is None
+    with pytest.raises(UserError, match="7 runs are too many"):
+        write_comparison([run_dir] * 7, tmp_path / "x.html")
 
 
 def test_shows_the_untrained_model_the_trained_one_and_chance(run_dir: Path) -> None:

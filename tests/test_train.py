@@ -267,6 +267,9 @@ def test_the_readmes_commands_train_evaluate_and_report(shards: Path, tmp_path: 
     wrong = _command("dist-vse", "eval", run_dir, "--split", "val", "--protocol", "flickr-1k")
     assert wrong.returncode == 2
     assert "defined on 1,000 images, this split has 32" in wrong.stderr.splitlines()[-1]
+    (made,) = (run_dir / "environment.jsonl").read_text().splitlines()
+    assert json.loads(made)["machine"]["processes"] == 2
+    assert json.loads(made)["versions"]["torch"] == torch.__version__
     reported = _command("dist-vse", "report", run_dir)
     assert reported.returncode == 0, reported.stderr
     assert "<html" in (run_dir / "report.html").read_text()

@@ -1,6 +1,6 @@
 """The configuration of a run."""
 
-from dist_vse.config.load import dump_config, load_config, load_yaml
+from dist_vse.config.load import dump_config, flat_config, load_config, load_yaml
 from dist_vse.config.schema import (
     CacheConfig,
     DataConfig,
@@ -26,6 +26,7 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "dump_config",
+    "flat_config",
     "load_config",
     "load_yaml",
 ]

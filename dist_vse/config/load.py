@@ -62,6 +62,19 @@ def dump_config(config: TrainConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def flat_config(config: TrainConfig) -> dict[str, object]:
+    """Return all settings by their full keys, such as `loss.name`."""
+    from omegaconf import OmegaConf
+
+    def flat(node: object, prefix: str = "") -> dict[str, object]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        items = [flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in node.items()]
+        return {key: value for item in items for key, value in item.items()}
+
+    return flat(OmegaConf.to_container(OmegaConf.structured(config)))
+
+
 def _check_keys(given: Any, schema: type, root: type, prefix: str = "") -> None:
     """Raise UserError at the first key that `schema`, a part of `root`, lacks."""
     if not isinstance(given, dict):

@@ -2,10 +2,8 @@
 
 import datetime
 import os
-import platform
 import statistics
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 
 from dist_vse import __version__
@@ -15,8 +13,6 @@ from dist_vse.report.images import open_data, thumbnails
 from dist_vse.report.numbers import figure
 from dist_vse.report.record import Record, read_record
 from dist_vse.report.style import STYLE
-
-_PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "transformers")
 
 
 def write_report(run_dir: Path, index_dir: Path | None, out: Path) -> Path:
@@ -40,29 +36,41 @@ def write_report(run_dir: Path, index_dir: Path | None, out: Path) -> Path:
 
 def _keys(record: Record) -> set[str]:
     assert record.examples is not None
-    queries = record.examples["text_to_image"]
-    shown = {answer["key"] for query in queries for answer in query["answers"]}
-    asked = {query["key"] for query in [*queries, *record.examples["image_to_text"]]}
-    return shown | asked
+    found: set[str] = set()
+    for name, queries in record.examples.items():
+        if name.startswith(("text_to_image", "image_to_text")):
+            found |= {query["key"] for query in queries}
+            found |= {
+                answer["key"] for query in queries for answer in query["answers"] if "key" in answer
+            }
+    return found
 
 
 def _page(record: Record, index: Index | None, images: dict[str, str] | None) -> str:
+    parts = [
+        sections.header(record),
+        sections.result_tables(record),
+        sections.charts(record),
+        sections.examples(record, images),
+        _details(record, index),
+    ]
+    return document(record.name, "\n".join(parts))
+
+
+def document(title: str, body: str) -> str:
+    """Return a whole page that needs no other file."""
     today = datetime.date.today().isoformat()
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(record.name)} · dist_vse</title>
+<title>{escape(title)} · dist_vse</title>
 <style>{STYLE}</style>
 </head>
 <body>
 <main>
-{sections.header(record)}
-{sections.result_tables(record)}
-{sections.charts(record)}
-{sections.examples(record, images)}
-{_details(record, index)}
+{body}
 <footer>Written by dist_vse {escape(__version__)} on {today}.</footer>
 </main>
 </body>
@@ -74,7 +82,13 @@ def _details(record: Record, index: Index | None) -> str:
     parts = [sections.facts("Run", _run_facts(record))]
     if index is not None:
         parts.append(sections.facts("Data", _data_facts(index)))
-    parts.append(sections.facts("Software of this report", _versions()))
+    made = record.environment
+    if made is not None:
+        machine = {name.capitalize(): str(value) for name, value in made["machine"].items()}
+        parts.append(sections.facts("Software of the run", made["versions"]))
+        parts.append(sections.facts("Machine of the run", machine))
+        if index is None:
+            parts.append(sections.facts("Data", made["data"]))
     return (
         f'<h2>Details</h2><div class="facts">{"".join(parts)}</div>'
         f'<details class="card"><summary>Whole configuration</summary>'
@@ -109,8 +123,3 @@ def _data_facts(index: Index) -> dict[str, str]:
         for name, split in sorted(index.splits.items())
     }
     return {"Fingerprint": index.fingerprint(), **splits}
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in _PACKAGES}
-    return {"dist_vse": __version__, "Python": platform.python_version(), **packages}

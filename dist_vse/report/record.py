@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.config import TrainConfig, dump_config, load_config
+from dist_vse.environment import read_environment
 from dist_vse.errors import UserError
 from dist_vse.run_files import CONFIG_NAME, EXAMPLES_NAME, METRICS_NAME
 
@@ -37,6 +38,7 @@ class Record:
     evals: list[Line]  # by step, of the run's own split
     results: list[Result]  # at least one; the most telling first
     examples: dict[str, Any] | None
+    environment: dict[str, Any] | None  # of the run's last start
 
     @property
     def config_text(self) -> str:
@@ -61,13 +63,13 @@ def read_record(run_dir: Path) -> Record:
     path = run_dir / EXAMPLES_NAME
     examples = _read_json(path, *_EXAMPLES) if path.is_file() else None
     tested = [
-        Result(content["split"], content["checkpoint"], _columns(content))
+        Result(content["split"], _model_name(content), _columns(content))
         for file in sorted(run_dir.glob("eval-*.json"))
         for content in [_read_json(file, "split", "checkpoint", "trained")]
     ]
     watched = [] if split in {r.split for r in tested} else [_watched(evals, examples)]
     name = run_dir.resolve().name
-    return Record(name, config, train, evals, tested + watched, examples)
+    return Record(name, config, train, evals, tested + watched, examples, read_environment(run_dir))
 
 
 def _watched(evals: list[Line], examples: dict[str, Any] | None) -> Result:
@@ -79,6 +81,11 @@ def _watched(evals: list[Line], examples: dict[str, Any] | None) -> Result:
     if examples is not None and examples["split"] == last["split"]:
         columns["chance"] = examples["chance"]
     return Result(last["split"], f"step {last['step']:,}", columns)
+
+
+def _model_name(content: dict[str, Any]) -> str:
+    protocol = content.get("protocol", "plain")
+    return str(content["checkpoint"]) + (f", {protocol}" if protocol != "plain" else "")
 
 
 def _columns(content: dict[str, Any]) -> dict[str, dict[str, float]]:

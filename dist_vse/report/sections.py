@@ -9,7 +9,7 @@ from dist_vse.report.chart import Series, line_chart
 from dist_vse.report.numbers import ordinal
 from dist_vse.report.record import Line, Record, Result
 
-_ROWS: dict[str, dict[str, str]] = {
+RESULT_ROWS: dict[str, dict[str, str]] = {
     "Image to text": {
         "i2t_r1": "R@1, %",
         "i2t_r5": "R@5, %",
@@ -58,6 +58,26 @@ _CHARTS = (
     ),
     _Chart("Throughput", "pairs a second, all ranks", "train", {"pairs/s": "pairs_per_s"}),
     _Chart("Memory", "peak of a rank, GiB", "train", {"memory": "memory_gib"}),
+    _Chart(
+        "Similarity",
+        "mean cosine in the batch",
+        "train",
+        {"right pairs": "positive_similarity", "hardest wrong ones": "hardest_similarity"},
+        from_zero=False,
+    ),
+    _Chart(
+        "Active negatives",
+        "share of rows, by the margin",
+        "train",
+        {"active": "active_share"},
+    ),
+    _Chart(
+        "Alignment and uniformity",
+        "lower is better for both",
+        "train",
+        {"alignment": "alignment", "uniformity": "uniformity"},
+        from_zero=False,
+    ),
     _Chart("Temperature", "t of the loss", "train", {"temperature": "temperature"}),
     _Chart("Learning rate", "", "train", {"learning rate": "lr"}),
 )
@@ -70,12 +90,12 @@ def header(record: Record) -> str:
 
     def before(field: str) -> str:
         others = ((n, c) for n, c in result.columns.items() if c is not metrics)
-        return ", ".join(f"{name} {_cell(field, column[field])}" for name, column in others)
+        return ", ".join(f"{name} {cell(field, column[field])}" for name, column in others)
 
     figures = [
-        ("rsum, at most 600", _cell("rsum", metrics["rsum"]), before("rsum")),
-        ("Image to text R@1", _cell("i2t_r1", metrics["i2t_r1"]) + " %", before("i2t_r1")),
-        ("Text to image R@1", _cell("t2i_r1", metrics["t2i_r1"]) + " %", before("t2i_r1")),
+        ("rsum, at most 600", cell("rsum", metrics["rsum"]), before("rsum")),
+        ("Image to text R@1", cell("i2t_r1", metrics["i2t_r1"]) + " %", before("i2t_r1")),
+        ("Text to image R@1", cell("t2i_r1", metrics["t2i_r1"]) + " %", before("t2i_r1")),
         ("Pairs seen", f"{last['samples_seen']:,}", f"in {last['step']:,} steps"),
     ]
     cards = "".join(
@@ -108,11 +128,11 @@ def result_tables(record: Record) -> str:
 def _result_table(result: Result) -> str:
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in result.columns)
     rows = []
-    for group, fields in _ROWS.items():
+    for group, fields in RESULT_ROWS.items():
         rows.append(f'<tr class="group"><th colspan="{len(result.columns) + 1}">{group}</th></tr>')
         for field, label in fields.items():
             cells = "".join(
-                f'<td class="{name}">{_cell(field, metrics[field])}</td>'
+                f'<td class="{name}">{cell(field, metrics[field])}</td>'
                 for name, metrics in result.columns.items()
             )
             rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
@@ -123,7 +143,8 @@ def _result_table(result: Result) -> str:
     )
 
 
-def _cell(field: str, value: float) -> str:
+def cell(field: str, value: float) -> str:
+    """Write a metric as people read it."""
     if field.endswith("_medr"):
         return f"{value:,.0f}"
     return f"{value:,.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
@@ -140,7 +161,11 @@ def charts(record: Record) -> str:
             if (points := _points(lines, field))
         ]
         if series:
-            drawn.append(_figure(chart, series))
+            drawn.append(
+                figure_of(
+                    chart.title, chart.unit, series, from_zero=chart.from_zero, x_label="steps"
+                )
+            )
     return f'<h2>Training</h2><div class="charts">{"".join(drawn)}</div>'
 
 
@@ -148,7 +173,8 @@ def _points(lines: Iterable[Line], field: str) -> list[tuple[float, float]]:
     return [(line["step"], line[field]) for line in lines if field in line]
 
 
-def _figure(chart: _Chart, series: list[Series]) -> str:
+def figure_of(title: str, unit: str, series: list[Series], *, from_zero: bool, x_label: str) -> str:
+    """Draw one chart in its frame, with a legend where it has several lines."""
     legend = ""
     if len(series) > 1:
         keys = "".join(
@@ -157,9 +183,9 @@ def _figure(chart: _Chart, series: list[Series]) -> str:
             for s in series
         )
         legend = f'<div class="legend">{keys}</div>'
-    drawing = line_chart(chart.title, series, from_zero=chart.from_zero, x_label="steps")
+    drawing = line_chart(title, series, from_zero=from_zero, x_label=x_label)
     return (
-        f'<figure class="card"><header><h3>{chart.title}</h3><span class="unit">{chart.unit}</span>'
+        f'<figure class="card"><header><h3>{title}</h3><span class="unit">{unit}</span>'
         f"</header>{legend}{drawing}</figure>"
     )
 
@@ -181,16 +207,40 @@ def examples(record: Record, images: dict[str, str] | None) -> str:
             return f'<span class="thumb">{escape(key)}</span>'
         return f'<img class="thumb" src="{images[key]}" alt="{escape(key)}">'
 
-    captions = "".join(_text_query(query, thumb) for query in found["text_to_image"])
-    pictures = "".join(_image_query(query, thumb) for query in found["image_to_text"])
+    def of_texts(name: str) -> str:
+        return "".join(_text_query(query, thumb) for query in found.get(name, ()))
+
+    def of_images(name: str) -> str:
+        return "".join(_image_query(query, thumb) for query in found.get(name, ()))
+
     return (
         "<h2>Captions and the images found for them</h2>"
         f'<p class="note">Queries were drawn at random from the split “{split}”, not picked. '
         "The right image has a green frame and a check mark; where it is not among the first, it "
         "stands last, in a dashed frame, with its rank. Numbers are cosine similarities.</p>"
-        f'{missing}<ul class="examples">{captions}</ul>'
+        f'{missing}<ul class="examples">{of_texts("text_to_image")}</ul>'
         "<h2>Images and the captions found for them</h2>"
-        f'{missing}<ul class="examples pairs">{pictures}</ul>'
+        f'{missing}<ul class="examples pairs">{of_images("image_to_text")}</ul>'
+        + _extremes(
+            "Found at once", "Drawn among the queries whose rank is 1.", of_texts, of_images, "best"
+        )
+        + _extremes("Found last", "The queries of the largest ranks.", of_texts, of_images, "worst")
+    )
+
+
+def _extremes(
+    title: str,
+    note: str,
+    of_texts: Callable[[str], str],
+    of_images: Callable[[str], str],
+    which: str,
+) -> str:
+    texts, images = of_texts(f"text_to_image_{which}"), of_images(f"image_to_text_{which}")
+    if not texts and not images:
+        return ""
+    return (
+        f'<h2>{title}</h2><p class="note">{note}</p><ul class="examples">{texts}</ul>'
+        f'<ul class="examples pairs">{images}</ul>'
     )
 
 

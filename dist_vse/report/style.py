@@ -5,13 +5,13 @@ STYLE = """
   color-scheme: light dark;
   --page: #f6f5f2; --card: #ffffff; --ink: #1c2024; --soft: #5a626b; --line: #e3e1dc;
   --right: #14794a; --right-soft: #e4f3ea;
-  --s1: #2458b8; --s2: #b3530e;
+  --s1: #2458b8; --s2: #b3530e; --c3: #14794a; --c4: #8a3ab0; --c5: #a8326a; --c6: #6b6a1d;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171a; --card: #1c2024; --ink: #e9eaec; --soft: #a3abb4; --line: #30363c;
     --right: #5cc78d; --right-soft: #17352a;
-    --s1: #86aff5; --s2: #f0a264;
+    --s1: #86aff5; --s2: #f0a264; --c3: #6fce9b; --c4: #cf9bf0; --c5: #f290bb; --c6: #d3d06a;
   }
 }
 * { box-sizing: border-box; }
@@ -65,6 +65,12 @@ svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap:
 svg .band { opacity: .18; stroke: none; }
 .line.s1, .line.s3 { stroke: var(--s1); } .dot.s1, .band.s1, .dot.s3 { fill: var(--s1); }
 .line.s2, .line.s4 { stroke: var(--s2); } .dot.s2, .band.s2, .dot.s4 { fill: var(--s2); }
+.line.c1 { stroke: var(--s1); } .dot.c1, .band.c1 { fill: var(--s1); }
+.line.c2 { stroke: var(--s2); } .dot.c2, .band.c2 { fill: var(--s2); }
+.line.c3 { stroke: var(--c3); } .dot.c3, .band.c3 { fill: var(--c3); }
+.line.c4 { stroke: var(--c4); } .dot.c4, .band.c4 { fill: var(--c4); }
+.line.c5 { stroke: var(--c5); } .dot.c5, .band.c5 { fill: var(--c5); }
+.line.c6 { stroke: var(--c6); } .dot.c6, .band.c6 { fill: var(--c6); }
 svg .line.s3, svg .line.s4 { stroke-dasharray: 2 5; }
 
 .examples { display: grid; gap: 12px; padding: 0; margin: 16px 0 0; list-style: none; }

@@ -1,0 +1,142 @@
+"""Several runs side by side: what differs between their settings, their results, their curves."""
+
+import os
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from dist_vse.config import flat_config
+from dist_vse.errors import UserError
+from dist_vse.report.chart import Series
+from dist_vse.report.page import document
+from dist_vse.report.record import Record, read_record
+from dist_vse.report.sections import RESULT_ROWS, cell, figure_of
+
+COLOURS = 6
+"""Runs that the page has colours for."""
+_NOT_COMPARED = {"output_dir"}
+
+
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write one page about several runs by one rename; return its path.
+
+    Raises UserError for more runs than there are colours, and as `read_record` does.
+    """
+    if len(run_dirs) > COLOURS:
+        raise UserError(f"{len(run_dirs)} runs are too many for one page; give at most {COLOURS}")
+    records = [read_record(run_dir) for run_dir in run_dirs]
+    names = _names(run_dirs)
+    parts = [_header(names), _settings(records, names), _results(records, names)]
+    parts.append(_charts(records, names))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(document("Runs side by side", "\n".join(parts)), encoding="utf-8")
+    os.replace(temporary, out)
+    return out
+
+
+def _names(run_dirs: Sequence[Path]) -> list[str]:
+    """Name the runs by their folders, by whole paths where two folders have one name."""
+    short = [run_dir.resolve().name for run_dir in run_dirs]
+    return short if len({*short}) == len(short) else [str(run_dir) for run_dir in run_dirs]
+
+
+def _header(names: Sequence[str]) -> str:
+    keys = "".join(f"<span>{_key(n)}{escape(name)}</span>" for n, name in enumerate(names, 1))
+    return f'<h1>Runs side by side</h1><div class="legend" style="margin-top: 12px">{keys}</div>'
+
+
+def _key(number: int) -> str:
+    return (
+        '<svg viewBox="0 0 24 8" aria-hidden="true">'
+        f'<path class="line c{number}" d="M1 4H23"/></svg>'
+    )
+
+
+def _settings(records: Sequence[Record], names: Sequence[str]) -> str:
+    flat = [flat_config(record.config) for record in records]
+    rows: list[tuple[str, list[str]]] = []
+    for key in flat[0]:
+        values = [str(config.get(key)) for config in flat]
+        if key not in _NOT_COMPARED and any(value != values[0] for value in values):
+            rows.append((key, values))
+    made = [record.environment["versions"] if record.environment else {} for record in records]
+    for package in sorted({name for versions in made for name in versions}):
+        values = [versions.get(package, "unknown") for versions in made]
+        if len({*values}) > 1:
+            rows.append((f"version of {package}", values))
+    found = [
+        ", ".join(sorted(record.environment["data"].values())) if record.environment else "unknown"
+        for record in records
+    ]
+    if len({*found}) > 1:
+        rows.append(("data fingerprint", found))
+    note = "All settings are equal." if not rows else "Only what differs is shown."
+    return f'<h2>What differs</h2><p class="note">{note}</p>' + (
+        _table(names, [(None, rows)]) if rows else ""
+    )
+
+
+def _results(records: Sequence[Record], names: Sequence[str]) -> str:
+    splits: dict[str, None] = {result.split: None for r in records for result in r.results}
+    parts = []
+    for split in splits:
+        columns = [
+            next((r.columns.get("trained") for r in record.results if r.split == split), None)
+            for record in records
+        ]
+        groups = [
+            (
+                group,
+                [
+                    (label, ["" if c is None or f not in c else cell(f, c[f]) for c in columns])
+                    for f, label in fields.items()
+                ],
+            )
+            for group, fields in RESULT_ROWS.items()
+        ]
+        parts.append(_table(names, groups, f"Split “{escape(split)}”, trained"))
+    return f"<h2>Retrieval</h2>{''.join(parts)}"
+
+
+def _table(
+    names: Sequence[str],
+    groups: Sequence[tuple[str | None, Sequence[tuple[str, Sequence[str]]]]],
+    caption: str = "",
+) -> str:
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    rows = []
+    for group, lines in groups:
+        if group is not None:
+            rows.append(f'<tr class="group"><th colspan="{len(names) + 1}">{group}</th></tr>')
+        for label, values in lines:
+            cells = "".join(f"<td>{escape(value)}</td>" for value in values)
+            rows.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
+    title = f"<caption>{caption}</caption>" if caption else ""
+    return (
+        f'<div class="card scroll"><table>{title}<thead><tr><td></td>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _charts(records: Sequence[Record], names: Sequence[str]) -> str:
+    drawn = []
+    for title, unit, kind, field, from_zero in (
+        ("rsum", "sum of six recalls", "evals", "rsum", True),
+        ("Loss", "of the training batch", "train", "loss", False),
+        ("Throughput", "pairs a second", "train", "pairs_per_s", True),
+        ("Memory", "peak of a rank, GiB", "train", "memory_gib", True),
+    ):
+        series = [
+            Series(name, f"c{number}", points)
+            for number, (name, record) in enumerate(zip(names, records, strict=True), 1)
+            if (points := _points(record, kind, field))
+        ]
+        if series:
+            drawn.append(figure_of(title, unit, series, from_zero=from_zero, x_label="pairs"))
+    return f'<h2>Training</h2><div class="charts">{"".join(drawn)}</div>'
+
+
+def _points(record: Record, kind: str, field: str) -> list[tuple[float, float]]:
+    lines = record.train if kind == "train" else record.evals
+    return [(line["samples_seen"], line[field]) for line in lines if field in line]

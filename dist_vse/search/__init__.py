@@ -1,0 +1,1 @@
+"""Use a trained model: search a collection, write its embeddings, classify without training."""

@@ -1,0 +1,125 @@
+"""The embeddings of a split, and files of them: `dist-vse embed`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from dist_vse import distributed
+from dist_vse.errors import UserError
+from dist_vse.evaluate import Embedded, embed
+from dist_vse.export.folder import DESCRIPTION
+from dist_vse.export.load import Embedder, load
+from dist_vse.index import Index, read_index
+from dist_vse.run_dir import find_run, load_trained, open_run, run_model, run_tokenizer
+from dist_vse.stream import eval_batches
+
+BATCH = 64
+SUFFIXES = (".npy", ".safetensors", ".parquet")
+
+
+def open_model(location: Path) -> Embedder:
+    """Open a run, one of its checkpoints, or an exported folder.
+
+    Raises UserError if it is none of these.
+    """
+    here = distributed.device()
+    if (location / DESCRIPTION).is_file():
+        return load(location, here)
+    run_dir, asked = find_run(location)
+    config = open_run(run_dir)
+    tokenizer = run_tokenizer(config, run_dir, build=False)
+    model = run_model(config, tokenizer)
+    load_trained(run_dir, model, asked)
+    return Embedder(model, tokenizer, size=config.model.image.size, device=here)
+
+
+def open_data(location: Path, data: str | None) -> Index:
+    """Read the data set given, or that of the run."""
+    if data is not None:
+        return read_index(data)
+    if (location / DESCRIPTION).is_file():
+        raise UserError(f"{location}: an exported model has no data set; give --data DIR")
+    return read_index(open_run(find_run(location)[0]).data.index)
+
+
+def embed_split(model: Embedder, index: Index, split: str) -> Embedded:
+    """Embed all images and captions of a split, each rank its share."""
+    batches = eval_batches(
+        index,
+        model.tokenizer,
+        split=split,
+        batch_size=BATCH,
+        size=model.size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    return embed(model.model, batches, model.device)
+
+
+def check_suffix(path: Path) -> None:
+    """Raise UserError for a file that `write_embeddings` cannot write."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: give a name that ends in {', '.join(SUFFIXES)}")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            hint = "pip install 'dist_vse[parquet]'"
+            raise UserError(f"{path}: .parquet needs pyarrow; {hint}") from None
+
+
+def write_embeddings(found: Embedded, path: Path) -> list[Path]:
+    """Write features with the names of their rows; return the files.
+
+    `.safetensors`: `image_features` (n, d), `text_features` (m, d), `image_of_text` (m,), and keys
+    and captions as JSON in its metadata. `.npy`: NAME.images.npy and NAME.texts.npy with
+    NAME.json. `.parquet`: one table, a row an image or a caption: kind, key, caption, features.
+    """
+    check_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = {"keys": found.keys, "captions": found.captions}
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        tensors = {
+            "image_features": found.image_features,
+            "text_features": found.text_features,
+            "image_of_text": found.image_of_text,
+        }
+        save_file(tensors, path, {name: json.dumps(rows) for name, rows in names.items()})
+        return [path]
+    if path.suffix == ".parquet":
+        _write_parquet(found, path)
+        return [path]
+    images, texts, rows = (path.with_suffix(end) for end in (".images.npy", ".texts.npy", ".json"))
+    np.save(images, found.image_features.numpy())
+    np.save(texts, found.text_features.numpy())
+    content = {**names, "image_of_text": found.image_of_text.tolist()}
+    rows.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [images, texts, rows]
+
+
+def _write_parquet(found: Embedded, path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    def column(features: Tensor) -> pyarrow.Array:
+        flat = pyarrow.array(features.numpy().ravel())
+        return pyarrow.FixedSizeListArray.from_arrays(flat, features.shape[1])
+
+    keys = [found.keys[row] for row in found.image_of_text.tolist()]
+    parts = [
+        pyarrow.table({"kind": [kind] * len(of), "key": of, "caption": said, "features": column(x)})
+        for kind, of, said, x in (
+            (
+                "image",
+                found.keys,
+                pyarrow.nulls(len(found.keys), pyarrow.string()),
+                found.image_features,
+            ),
+            ("text", keys, found.captions, found.text_features),
+        )
+    ]
+    parquet.write_table(pyarrow.concat_tables(parts), path)

@@ -1,0 +1,81 @@
+"""`dist-vse search`: the images of a split that fit a text or another image best."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_vse import distributed
+from dist_vse.errors import UserError
+from dist_vse.index import Index
+from dist_vse.log import setup_logging
+from dist_vse.report.images import thumbnails
+from dist_vse.retrieval import top_k
+from dist_vse.search.embed import embed_split, open_data, open_model
+from dist_vse.search.sheet import write_sheet
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answers to one query, best first."""
+
+    query: str  # the text, or the image's path
+    keys: list[str]
+    scores: list[float]  # cosine similarities
+    captions: list[str]  # the first one of each image
+
+
+def search(
+    location: Path,
+    *,
+    data: str | None,
+    split: str,
+    texts: Sequence[str],
+    images: Sequence[Path],
+    top: int,
+    sheet: Path | None,
+) -> list[Found]:
+    """Search a split exactly, print a table a query, and write the sheet if one is asked for.
+
+    Raises UserError where nothing is asked or a file cannot be read.
+    """
+    setup_logging()
+    if not texts and not images:
+        raise UserError("nothing to search for; give --text or --image")
+    if sheet is not None and sheet.suffix not in (".html", ".png"):
+        raise UserError(f"{sheet}: give a sheet that ends in .html or .png")
+    with distributed.process_group():
+        with distributed.same_verdict():
+            index, model = open_data(location, data), open_model(location)
+            index.split(split)
+            queries = [model.encode_texts([text])[0] for text in texts]
+            queries += [model.encode_images([image])[0] for image in images]
+        gallery = embed_split(model, index, split)
+        first = {row: i for i, row in reversed([*enumerate(gallery.image_of_text.tolist())])}
+        found = []
+        for name, query in zip([*texts, *map(str, images)], queries, strict=True):
+            (scores,), (rows,) = top_k(query[None], gallery.image_features, top)
+            keys = [gallery.keys[row] for row in rows.tolist()]
+            captions = [gallery.captions[first[row]] for row in rows.tolist()]
+            found.append(Found(name, keys, scores.tolist(), captions))
+        if distributed.is_main_process():
+            _show(found, index, split, images, sheet)
+    return found
+
+
+def _show(
+    found: list[Found], index: Index, split: str, images: Sequence[Path], sheet: Path | None
+) -> None:
+    console = Console()
+    for answers in found:
+        table = Table("", "key", "cosine", "caption", title=answers.query)
+        rows = zip(answers.keys, answers.scores, answers.captions, strict=True)
+        for place, (key, score, caption) in enumerate(rows, 1):
+            table.add_row(str(place), key, f"{score:.3f}", caption)
+        console.print(table)
+    if sheet is not None:
+        keys = {key for answers in found for key in answers.keys}
+        write_sheet(sheet, found, thumbnails(index, split, keys), set(map(str, images)))
+        console.print(f"wrote {sheet}")

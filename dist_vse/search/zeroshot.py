@@ -1,0 +1,117 @@
+"""`dist-vse zeroshot`: classify images by the captions that name their classes.
+
+As CLIP does (https://arxiv.org/abs/2103.00020): every class's name stands in each template, the
+unit features of these texts are averaged, and an image is of the class whose mean fits best.
+"""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dist_vse.errors import UserError
+from dist_vse.export.load import Embedder
+from dist_vse.log import setup_logging
+from dist_vse.retrieval import top_k
+from dist_vse.search.embed import open_model
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+CHUNK = 256
+
+
+def zeroshot(
+    location: Path, *, data: Path, classes: Path | None, templates: Path | None, top: list[int]
+) -> dict[str, float]:
+    """Classify a folder of one folder a class; print and return the accuracies.
+
+    `classes` names the classes in words, a line `FOLDER<TAB>NAME` each; without it the folders'
+    names are the words. `templates` is a file of lines with a `{}`; without it the name alone.
+    Raises UserError for a folder without images, a class without a name and a broken image.
+    """
+    setup_logging()
+    found = _read_folder(data)
+    names = _read_names(classes, list(found))
+    lines = _read_templates(templates)
+    model = open_model(location)
+    weights = class_features(model, list(names.values()), lines)  # (classes, d)
+    right = {k: 0 for k in top}
+    per_class: list[float] = []
+    for number, (name, files) in enumerate(found.items()):
+        assert name in names
+        hits = 0
+        for start in range(0, len(files), CHUNK):
+            features = model.encode_images(files[start : start + CHUNK])
+            _, rows = top_k(features, weights, max(top))
+            for k in top:
+                right[k] += int((rows[:, :k] == number).any(1).sum())
+            hits += int((rows[:, 0] == number).sum())
+        per_class.append(hits / len(files))
+    total = sum(map(len, found.values()))
+    result = {f"top{k}": 100 * right[k] / total for k in top}
+    result["mean_per_class"] = 100 * sum(per_class) / len(per_class)
+    result["chance"] = 100 / len(found)
+    table = Table("", "%", title=f"{total:,} images, {len(found):,} classes")
+    for key, value in result.items():
+        table.add_row(key.replace("top", "top-").replace("_", " "), f"{value:.1f}")
+    Console().print(table)
+    return result
+
+
+def class_features(model: Embedder, names: list[str], templates: list[str]) -> Tensor:
+    """Return each class's direction, (classes, d): the mean over the templates, of unit length."""
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    features = model.encode_texts(texts).view(len(names), len(templates), -1)
+    return normalize(features.double().mean(1), dim=1).to(torch.float32)
+
+
+def _read_folder(data: Path) -> dict[str, list[Path]]:
+    if not data.is_dir():
+        raise UserError(f"{data}: no such folder; give a folder with one folder of images a class")
+    found = {
+        folder.name: sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+        for folder in sorted(data.iterdir())
+        if folder.is_dir()
+    }
+    empty = [name for name, files in found.items() if not files]
+    if not found or empty:
+        where = f"{data / empty[0]}" if empty else f"{data}"
+        raise UserError(f"{where}: no image here; give a folder with one folder of images a class")
+    return found
+
+
+def _read_names(path: Path | None, folders: list[str]) -> dict[str, str]:
+    """Return each folder's name in words, in the order of the folders."""
+    if path is None:
+        return {folder: folder.replace("_", " ").replace("-", " ") for folder in folders}
+    pairs = [line.split("\t", 1) for line in _lines(path)]
+    broken = [number for number, pair in enumerate(pairs, 1) if len(pair) != 2]
+    if broken:
+        raise UserError(f"{path}: line {broken[0]} is not FOLDER<TAB>NAME; mend it")
+    names = {folder.strip(): name.strip() for folder, name in pairs}
+    missing = [folder for folder in folders if not names.get(folder)]
+    if missing:
+        raise UserError(f"{path}: names no class for the folder {missing[0]!r}; add a line")
+    return {folder: names[folder] for folder in folders}
+
+
+def _read_templates(path: Path | None) -> list[str]:
+    if path is None:
+        return ["{}"]
+    lines = _lines(path)
+    bare = [line for line in lines if "{}" not in line]
+    if bare or not lines:
+        what = repr(bare[0]) if bare else "the file"
+        raise UserError(
+            f"{path}: {what} has no {{}} for the class; write lines like a photo of a {{}}"
+        )
+    return lines
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    text = path.read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.strip()]
