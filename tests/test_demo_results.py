@@ -15,7 +15,7 @@ def clustered(n: int, seed: int) -> results.Data:
     maps = torch.Generator().manual_seed(9)
     to_image, to_text = torch.randn(8, 20, generator=maps), torch.randn(8, 12, generator=maps)
     rows = torch.arange(2 * n) // 2
-    texts = hidden[rows] @ to_text + 0.3 * torch.randn(2 * n, 12, generator=generator)
+    texts = hidden[rows] @ to_text + 3.0 * torch.randn(2 * n, 12, generator=generator)
     ids = torch.arange(n), torch.arange(2 * n)
     return results.Data(hidden @ to_image, texts, rows, *ids)
 
