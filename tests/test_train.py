@@ -269,7 +269,7 @@ def test_the_readmes_commands_train_evaluate_and_report(shards: Path, tmp_path: 
     assert "defined on 1,000 images, this split has 32" in wrong.stderr.splitlines()[-1]
     (made,) = (run_dir / "environment.jsonl").read_text().splitlines()
     assert json.loads(made)["machine"]["processes"] == 2
-    assert json.loads(made)["versions"]["torch"] == torch.__version__
+    assert json.loads(made)["versions"]["torch"] == torch.__version__.split("+")[0]
     reported = _command("dist-vse", "report", run_dir)
     assert reported.returncode == 0, reported.stderr
     assert "<html" in (run_dir / "report.html").read_text()
