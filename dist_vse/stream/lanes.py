@@ -5,7 +5,7 @@ worker or the rank; so a lane yields the same wherever it is read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import cycle
 
@@ -69,30 +69,34 @@ class Lanes:
     """Shared buffers that the parts' images take in turn; 0: each has its own, in no worker."""
     read_images: bool = True  # else batches hold none: their features are known
 
-    def __call__(self, worker: int, num_workers: int) -> Iterator[Part]:
-        """Yield parts for ever: lane by lane, batch by batch."""
+    def __call__(self, worker: int, num_workers: int) -> Iterator[Part | torch.Tensor]:
+        """Yield the shared buffers, if any, then parts for ever: lane by lane, batch by batch."""
         numbers = range(worker, len(self.state), num_workers)
         readers = self._readers(len(numbers))
         prefetcher = Prefetcher(readers)
         # Lanes stand in one epoch or on both sides of its end; more only with many bad samples.
         epochs = lru_cache(maxsize=4)(self.order.epoch)
         lanes = [_Lane(self, readers, prefetcher, epochs, number) for number in numbers]
-        # Memory of this process is shared page by page at its first use, which takes as long as a
-        # fifth of the decoding: so it is used again and again.
-        shared = cycle([self._buffer().share_memory_() for _ in range(self.buffers)])
         try:
-            while True:
-                for lane in lanes:
-                    yield lane.part(next(shared) if self.buffers else self._buffer())
+            # Few, as the first use of a shared page takes as long as some of the decoding.
+            if self.buffers:
+                shared = self._images(self.buffers).share_memory_()
+                yield shared
+            for number, lane in enumerate(cycle(lanes)):
+                if self.buffers:
+                    buffer = number % self.buffers
+                    yield replace(lane.part(shared[buffer]), images=buffer)
+                else:
+                    yield lane.part(self._images(1)[0])
         finally:
             for reader in readers:
                 reader.close()
 
-    def _buffer(self) -> torch.Tensor:
-        """Return room for a part's images, uint8 (k, h, w, 3)."""
+    def _images(self, number: int) -> torch.Tensor:
+        """Return room for the images of some parts, uint8 (number, k, h, w, 3)."""
         side = self.transform.size if self.read_images else 0
         # Channels last: as decoders write them, and as convolutions like to read them.
-        return torch.empty((self.part_size, side, side, 3), dtype=torch.uint8)
+        return torch.empty((number, self.part_size, side, side, 3), dtype=torch.uint8)
 
     def _readers(self, lanes: int) -> list[ShardReader]:
         """Open nothing yet; shuffling reads from all the shards of a lane's block at once."""

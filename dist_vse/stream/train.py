@@ -1,9 +1,10 @@
 """Endless training batches: the same global order for any number of ranks and workers."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -11,11 +12,10 @@ from dist_vse.errors import UserError
 from dist_vse.stream.decode import Transform
 from dist_vse.stream.lanes import Lanes, TrainSet
 from dist_vse.stream.order import Order, Source
-from dist_vse.stream.samples import Batch, Tokenizer, join_parts
+from dist_vse.stream.samples import Batch, Part, Tokenizer, join_parts
 from dist_vse.stream.workers import run_workers
 
 SAMPLES_AHEAD = 64
-MAX_HELD = 256
 
 
 def train_batches(
@@ -84,13 +84,14 @@ def _source(a_set: TrainSet) -> Source:
 
 
 def _batches(plan: Lanes, num_workers: int, prefetch: int) -> Iterator[Batch]:
-    parts = run_workers(plan, num_workers=num_workers, prefetch=prefetch)
-    # Whoever holds a shared buffer finds it mapped when it comes again, and an open file the more.
-    held: deque[Tensor] = deque(maxlen=min(MAX_HELD, plan.buffers * num_workers))
+    items = run_workers(plan, num_workers=num_workers, prefetch=prefetch)
+    workers = num_workers if plan.buffers else 0  # that share buffers
+    shared = [cast(Tensor, next(items)) for _ in range(workers)] or [torch.empty(0)]
+    # Workers take the lanes in turn.
+    of_parts = shared * (len(plan.state) // len(shared))
     while True:
-        taken = [next(parts) for _ in plan.state]
-        held.extend(part.images for part in taken)
-        yield join_parts(taken, plan.tokenizer.pad_id)
+        parts = [cast(Part, next(items)) for _ in plan.state]
+        yield join_parts(parts, of_parts, plan.tokenizer.pad_id)
 
 
 def _check_samples(where: str, num_samples: int, lanes: int, global_batch_size: int) -> None:
