@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure what `args` ask for, print a table, and write the numbers as JSON."""
     version = require_peer()
     console = Console()
+    torch.set_num_threads(1)  # the trainer's; the workers have one anyway
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes = [args.photographs // SHARDS] * SHARDS
