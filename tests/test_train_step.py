@@ -1,7 +1,9 @@
 """The train step: equal dropout in both passes, one reduction a step, nothing silent."""
 
 import itertools
+import shutil
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -217,3 +219,34 @@ def test_activation_checkpointing_changes_no_number() -> None:
         train_step(PlainEngine(model, _sgd(model)), _loss("convse"), chunks, keep_graphs=2)
         trained.append(_parameters(model))
     assert torch.equal(*trained)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="nothing can be compiled without g++")
+def test_compiled_trunks_train_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    start, trained = _parameters(tiny_model()), []
+    for compiled in (False, True):
+        model = tiny_model(compiled=compiled)
+        chunks = _rank_chunks(model, 0, 2)
+        train_step(PlainEngine(model, _sgd(model)), _loss("convse"), chunks, keep_graphs=1)
+        trained.append(_parameters(model))
+    eager, other = trained
+    assert (eager - other).norm() < 1e-5 * (eager - start).norm()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # it did compile
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="nothing can be compiled without g++")
+def test_compiled_trunks_draw_the_same_dropout_in_both_passes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = tiny_model(dropout=0.3, compiled=True)
+    seen: list[tuple[Tensor, ...]] = []
+    model.register_forward_hook(lambda _, __, out: seen.append(out))
+    chunks = _rank_chunks(model, 0, 2)
+    train_step(PlainEngine(model, _sgd(model)), _loss("convse"), chunks, keep_graphs=0)
+    first, second = seen[:2], seen[:1:-1]
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(x.detach(), y.detach()) for x, y in zip(a, b, strict=True))

@@ -11,7 +11,11 @@ VOCABULARY = 50
 
 
 def tiny_model(
-    *, dropout: float = 0.0, learn_temperature: bool = True, grad_checkpointing: bool = False
+    *,
+    dropout: float = 0.0,
+    learn_temperature: bool = True,
+    grad_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> DualEncoder:
     """Build a ViT of 32 pixels and a two-layer text transformer; equal weights every time."""
     config = ModelConfig(
@@ -21,6 +25,7 @@ def tiny_model(
         head_hidden=32,
         head_dropout=dropout,
         grad_checkpointing=grad_checkpointing,
+        compile=compiled,
     )
     return build_model(
         config,

@@ -186,6 +186,9 @@ class ModelConfig:
     head_dropout: float = 0.0
     grad_checkpointing: bool = False
     """Recompute the trunks' activations in backward: less memory, more time."""
+    compile: bool = False
+    """Compile the trunks (torch.compile): faster steps after a slow first one; numbers differ in
+    their last digits. Not under ZeRO 3. A CPU needs a C++ compiler for it."""
 
     def __post_init__(self) -> None:
         _at_least(1, model__embed_dim=self.embed_dim)
@@ -368,6 +371,12 @@ class TrainConfig:
             engine.coalesce or engine.zero_stage < 3 or keep == AUTO or int(keep) <= 1,
             f"cache.keep_graphs ({keep}) must be 0, 1 or auto under engine.zero_stage=3 with "
             "engine.coalesce=false (more would give wrong gradients); or set engine.coalesce=true",
+        )
+
+        _check(
+            not self.model.compile or engine.zero_stage < 3,
+            "model.compile=true is for engine.zero_stage 0 to 2: ZeRO 3 fetches parameters inside "
+            "of what would be compiled",
         )
 
     def check_world_size(self, world_size: int) -> None:

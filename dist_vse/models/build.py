@@ -1,9 +1,13 @@
 """Build the whole model from its config."""
 
+import os
+import shutil
+
 import torch
 from torch import nn
 
 from dist_vse.config import ModelConfig
+from dist_vse.errors import UserError
 from dist_vse.models.dual_encoder import DualEncoder, Tower
 from dist_vse.models.image import build_image_trunk
 from dist_vse.models.text import build_text_trunk
@@ -22,8 +26,8 @@ def build_model(
 ) -> DualEncoder:
     """Build the model on the CPU, with the same weights on every rank and in every run.
 
-    The random state of the process is left as it was. Raises UserError for an unknown model, or
-    weights that do not fit it.
+    The random state of the process is left as it was. Raises UserError for an unknown model,
+    weights that do not fit it, or where nothing can be compiled.
     """
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: it would seed the GPUs as well, which the fork does not restore.
@@ -41,6 +45,10 @@ def build_model(
             build_head(trunk.dim, config.embed_dim, config.head_hidden, config.head_dropout)
             for trunk in (image_trunk, text_trunk)
         )
+    if config.compile:
+        _check_compiler()
+        for trunk in (image_trunk, text_trunk):
+            trunk.compile()  # in place, at the first call: names and weights stay
     return DualEncoder(
         Tower(image_trunk, image_head, frozen=config.image.frozen),
         Tower(text_trunk, text_head, frozen=config.text.frozen),
@@ -49,6 +57,15 @@ def build_model(
         bias=bias,
         learn_bias=learn_bias,
     )
+
+
+def _check_compiler() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise UserError(
+            f"model.compile=true: there is no {compiler} here, which compiling for a CPU needs; "
+            "install one, name it in the variable CXX, or set model.compile=false"
+        )
 
 
 def build_head(dim: int, embed_dim: int, hidden: int, dropout: float) -> nn.Sequential:
