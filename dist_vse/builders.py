@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from dist_vse.checkpoint import Progress
 from dist_vse.chunking import Chunking, Pairs, choose_chunking
 from dist_vse.config import TrainConfig
 from dist_vse.contrast import global_loss
+from dist_vse.engine.foreign import conflicts
 from dist_vse.engine.optimizer import build_optimizer
-from dist_vse.engine.zero import ZeroEngine, most_graphs
+from dist_vse.engine.zero import ZeroEngine, most_graphs, zero_config
 from dist_vse.feature_cache import Features, Key, open_features
 from dist_vse.grad_cache import Chunk, LossFn
 from dist_vse.index import Index
@@ -208,3 +209,15 @@ def step_learning_rate(config: TrainConfig, samples_seen: int) -> float:
         warmup_samples=config.optim.warmup_samples,
         total_samples=config.total_steps * config.global_batch_size,
     )
+
+
+def launcher_conflicts(config: TrainConfig, environment: Mapping[str, str]) -> list[str]:
+    """Say where the launcher's own DeepSpeed settings contradict the run's, a line each."""
+    ours = zero_config(
+        stage=config.engine.zero_stage,
+        rank_batch_size=config.global_batch_size // distributed.world_size(),
+        clip_norm=config.optim.clip_norm,
+        precision=config.engine.precision,
+        bucket=1,
+    )
+    return conflicts(environment, {**ours, "train_batch_size": config.global_batch_size})

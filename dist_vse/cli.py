@@ -160,6 +160,11 @@ _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
         launch.cli.add_arguments,
         launch.cli.run,
     ),
+    "doctor": ("check a run before it is started", launch.cli.add_doctor, launch.cli.doctor),
+    "status": ("say where a submitted run stands", launch.cli.add_run, launch.cli.status),
+    "logs": ("print a submitted run's log", launch.cli.add_logs, launch.cli.logs),
+    "cancel": ("have a submitted run save and end", launch.cli.add_run, launch.cli.cancel),
+    "runs": ("print a table of several runs", launch.cli.add_runs, launch.cli.runs),
     "eval": (
         "measure retrieval on a split, beside the untrained model and chance",
         _add_eval,

@@ -45,10 +45,12 @@ def device() -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(timeout_s: float = 1800) -> Iterator[None]:
+def process_group(timeout_s: float | None = None) -> Iterator[None]:
     """Join the group that the launcher describes (or a group of one), and leave it at the end.
 
-    Raises UserError if the launcher's description is not complete.
+    A rank that waits for another one longer than `timeout_s` seconds fails; the default is in
+    the environment's DIST_VSE_HANG_S, else half an hour. Raises UserError if the launcher's
+    description is not complete.
     """
     if "RANK" not in os.environ:
         _describe_single_process()
@@ -62,6 +64,8 @@ def process_group(timeout_s: float = 1800) -> Iterator[None]:
     if device().type == "cuda":
         torch.cuda.set_device(device())
     backend = "nccl" if device().type == "cuda" else "gloo"
+    if timeout_s is None:
+        timeout_s = float(os.environ.get("DIST_VSE_HANG_S", "1800"))
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     try:
         yield

@@ -4,6 +4,7 @@ accelerate (or torchrun, or Slurm) only starts the processes; the DeepSpeed engi
 directly.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from dist_vse.builders import (
     build_loss,
     build_train_batches,
     choose_chunks,
+    launcher_conflicts,
     make_chunks,
     open_run_features,
     step_learning_rate,
@@ -263,6 +265,8 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and train; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # The deepspeed launcher adds this one; the environment says it too.
+    arguments = [a for a in arguments if not a.startswith("--local_rank=")]
     setup_logging()
     if not arguments:
         logger.error("error: no config given: python -m dist_vse.train CONFIG.yaml [key=value ...]")
@@ -271,6 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             with distributed.same_verdict():
                 config = load_config(arguments[0], arguments[1:])
+                contradictions = launcher_conflicts(config, os.environ)
+            for contradiction in contradictions:
+                logger.info(contradiction)
             return run(config)
         except UserError as error:  # alike on every rank
             if distributed.is_main_process():

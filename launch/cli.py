@@ -1,6 +1,7 @@
-"""The command `dist-vse submit`."""
+"""The commands `dist-vse submit`, `status`, `logs`, `cancel`, `runs` and `doctor`."""
 
 import argparse
+from pathlib import Path
 
 _POLL_S = {"slurm": 5.0, "local": 0.5}
 
@@ -20,6 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wait", action="store_true", help="follow the job; exit with its exit code"
     )
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="key=value,value",
+        help="one run for each combination, as one job array; see them with `dist-vse runs`",
+    )
+    parser.add_argument(
+        "--parallel", type=int, default=4, metavar="N", help="a sweep's runs at a time (default: 4)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     from launch.follow import follow
     from launch.submit import describe, plan_submission, submit
 
+    if args.sweep:
+        return _sweep(args)
     plan = plan_submission(args.config, args.overrides, args.cluster)
     if args.dry_run:
         print(describe(plan))
@@ -35,3 +47,96 @@ def run(args: argparse.Namespace) -> int:
     print(f"job {job.job_id} ({plan.scheduler}), {plan.cluster.world_size} processes")
     print(f"log of rank 0: {job.task(0).paths.stderr}", flush=True)
     return follow(job, poll_s=_POLL_S[plan.scheduler]) if args.wait else 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from dist_vse.errors import UserError
+    from launch.follow import follow
+    from launch.submit import describe
+    from launch.sweep import plan_sweep, submit_sweep
+
+    if args.parallel < 1:
+        raise UserError(f"--parallel ({args.parallel}) must be at least 1")
+    plans = plan_sweep(args.config, args.overrides, args.sweep, args.cluster)
+    if args.dry_run:
+        print(describe(plans[0]))
+        print(f"\n{len(plans)} runs, {args.parallel} at a time:")
+        print("\n".join(f"  {plan.folder.parent}" for plan in plans))
+        return 0
+    jobs = []
+    for plan, job in zip(plans, submit_sweep(plans, parallel=args.parallel), strict=True):
+        print(f"job {job.job_id}: {plan.folder.parent}", flush=True)
+        jobs.append(job)
+    print(f"dist-vse runs {plans[0].jobs.parent}")
+    poll_s = _POLL_S[plans[0].scheduler]
+    return max(follow(job, poll_s=poll_s) for job in jobs) if args.wait else 0
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Declare the folder of a submitted run."""
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run's folder (output_dir)")
+
+
+def add_logs(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `logs`."""
+    add_run(parser)
+    parser.add_argument("--rank", type=int, default=0, help="whose log (default: 0)")
+    parser.add_argument("--follow", action="store_true", help="go on until the job has ended")
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `runs`."""
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="runs, or of runs")
+
+
+def status(args: argparse.Namespace) -> int:
+    """Say where a submitted run stands."""
+    from launch import control
+
+    print(control.status(args.run_dir))
+    return 0
+
+
+def logs(args: argparse.Namespace) -> int:
+    """Print a rank's log."""
+    from launch import control
+
+    control.show_log(args.run_dir, rank=args.rank, follow=args.follow)
+    return 0
+
+
+def cancel(args: argparse.Namespace) -> int:
+    """End a submitted run."""
+    from launch import control
+
+    print(control.cancel(args.run_dir))
+    return 0
+
+
+def runs(args: argparse.Namespace) -> int:
+    """Print the table of several runs."""
+    from launch.runs import find_runs, table
+
+    print(table(find_runs(args.folders)))
+    return 0
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `doctor`."""
+    parser.add_argument("config", help="the run's YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    parser.add_argument("--cluster", metavar="YAML", help="where to run (configs/clusters/*.yaml)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="for the ranks' job (default: 120)",
+    )
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Check a run before it is started."""
+    from launch.doctor import doctor as check
+
+    return check(args.config, args.overrides, args.cluster, args.timeout)

@@ -48,6 +48,11 @@ class ClusterConfig:
     """Environment variables of every process."""
     signal_before_end_s: int = 300
     """Seconds before the time limit at which a run is told to save."""
+    failures: int = 0
+    """How often a job that failed (a rank killed, a hang) is queued again; a lost node, a time
+    limit and a preemption don't count, and what the user must mend is never tried again."""
+    hang_s: int = 1800
+    """Seconds that ranks wait for one that hangs before the job fails."""
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
@@ -56,9 +61,9 @@ class ClusterConfig:
                 f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SCHEDULERS)}"
             )
             raise UserError(f"scheduler={self.scheduler!r} is unknown; {hint}")
-        for name in ("nodes", "processes_per_node", "cpus_per_process", "time_min"):
+        for name in ("nodes", "processes_per_node", "cpus_per_process", "time_min", "hang_s"):
             _check(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
-        for name in ("gpus_per_node", "mem_gib"):
+        for name in ("gpus_per_node", "mem_gib", "failures"):
             value = getattr(self, name)
             _check(value is None or value >= 0, f"{name} ({value}) must not be negative")
         _check(

@@ -8,6 +8,7 @@ from typing import Any
 import submitit
 
 from dist_vse import interrupt
+from dist_vse.errors import UserError
 from dist_vse.log import logger, setup_logging
 from launch import local, slurm
 from launch.environment import FOREIGN_PREFIX, Place, conflicts, job_port
@@ -20,11 +21,14 @@ class Job:
     work: Callable[[], Any]
     env: Mapping[str, str]
     """The same on all ranks."""
+    folder: str
+    """The directory to work in: paths in the config are relative to it."""
     port: int | None = None
     """Where the ranks of a local job meet; Slurm's derive theirs from the job's id."""
 
     def __call__(self) -> Any:
         """Do the work in the process that submitit started; return its result."""
+        os.chdir(self.folder)  # Python was started in the folder of the pinned code
         environment = submitit.JobEnvironment()
         if environment.cluster == "local":
             local.end_with_controller(int(environment.job_id))
@@ -32,7 +36,9 @@ class Job:
         enter(_place(environment, self.port), self.env)
         try:
             return self.work()
-        except Exception:
+        except Exception as error:
+            if environment.cluster == "slurm" and isinstance(error, UserError):
+                slurm.mark_final(environment.paths.folder.parent)
             if environment.cluster == "local":
                 local.end_controller_at_exit()  # srun does this with --kill-on-bad-exit
             raise
@@ -66,7 +72,7 @@ class Train:
 def enter(place: Place, env: Mapping[str, str]) -> None:
     """Set this process's variables, remove what would contradict them, and log the changes."""
     wanted = {**env, **place.variables()}
-    changes = conflicts(os.environ, wanted)
+    changes = [c for c in conflicts(os.environ, wanted) if c[0] != "PYTHONPATH"]  # prepended to
     for name in [n for n in os.environ if n.startswith(FOREIGN_PREFIX) and n not in wanted]:
         del os.environ[name]
     os.environ.update(wanted)

@@ -29,6 +29,11 @@ def parameters(cluster: ClusterConfig) -> dict[str, Any]:
             f"setup ({cluster.setup[0]!r} ...) is run by Slurm only; run these lines in this shell "
             "and remove them from the cluster's file"
         )
+    if cluster.failures:
+        raise UserError(
+            f"failures ({cluster.failures}): only Slurm queues a job again; set it to 0 for local "
+            "processes"
+        )
     return {
         "tasks_per_node": cluster.processes_per_node,
         "gpus_per_node": cluster.gpus_per_node,

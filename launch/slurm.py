@@ -1,5 +1,6 @@
 """Jobs of a Slurm cluster: what sbatch is asked for, a job's state, and its return to the queue."""
 
+import os
 import re
 import shlex
 import signal
@@ -27,8 +28,12 @@ ENDED_STATES = (
 """NODE_FAIL and PREEMPTED are missing: such jobs are queued again."""
 
 
-def parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
-    """Return the parameters of submitit's SlurmExecutor, in Slurm's own words."""
+def parameters(cluster: ClusterConfig, name: str, folder: Path) -> dict[str, Any]:
+    """Return the parameters of submitit's SlurmExecutor, in Slurm's own words.
+
+    `folder` holds the jobs' folders.
+    """
+    setup = [*cluster.setup, *_try_again(folder, cluster.failures)]
     wanted = {
         "job_name": name,
         "nodes": cluster.nodes,
@@ -42,13 +47,39 @@ def parameters(cluster: ClusterConfig, name: str) -> dict[str, Any]:
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "exclusive": cluster.exclusive or None,
-        "setup": cluster.setup or None,
+        "setup": setup or None,
         "signal_delay_s": cluster.signal_before_end_s,
         "additional_parameters": {"requeue": True},
         # A dead rank ends all ranks. Since Slurm 22.05 srun takes no --cpus-per-task from sbatch.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_process}"],
     }
     return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _try_again(folder: Path, failures: int) -> list[str]:
+    """Return shell lines that queue a failed job again, so often at most.
+
+    A job that was cancelled, or that the user must mend, is left alone.
+    """
+    if not failures:
+        return []
+    count = f"{shlex.quote(str(folder))}/failures-$SLURM_JOB_ID"
+    final = f"{shlex.quote(str(folder))}/final-$SLURM_JOB_ID"
+    return [
+        "try_again() {",
+        "    [ $? -ne 0 ] || return",
+        f"    [ ! -e {final} ] || return",
+        "    scontrol -o show job $SLURM_JOB_ID | grep -q JobState=RUNNING || return",
+        f"    echo failed >>{count}",
+        f"    [ $(wc -l <{count}) -gt {failures} ] || scontrol requeue $SLURM_JOB_ID",
+        "}",
+        "trap try_again EXIT",
+    ]
+
+
+def mark_final(folder: Path) -> None:
+    """Note that this job need not be tried again: the user must mend something first."""
+    (folder / f"final-{os.environ['SLURM_JOB_ID']}").touch()
 
 
 def sbatch_text(folder: Path, python: str, wanted: dict[str, Any]) -> str:

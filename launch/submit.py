@@ -14,14 +14,24 @@ from typing import Any
 
 from dist_vse.config import dump_config, load_config
 from dist_vse.errors import UserError
-from launch import local, slurm
+from launch import control, local, slurm
 from launch.cluster import ClusterConfig, load_cluster
+from launch.code import code_folder, pin
 from launch.environment import Place, conflicts, free_port, nested_slurm_names
 from launch.job import Job, Train
 
-# Deaf to the signal that asks for a save until the job listens: before that it would end Python.
-# (`env --ignore-signal` says the same, but not in coreutils before 8.31.)
-PYTHON = f"""sh -c 'trap "" USR2; exec "$0" "$@"' {shlex.quote(sys.executable)}"""
+
+def python_command(scheduler: str, code: Path) -> str:
+    """Return the shell command that starts a rank's Python on the pinned code.
+
+    It is deaf, until the job listens, to the signal that asks for a save: before that it would
+    end Python. Under Slurm so it is to SIGTERM, which comes before a requeue: a job whose ranks
+    die of it has failed and is not queued again. (`env --ignore-signal` says the same, but not in
+    coreutils before 8.31; `python -m` looks into the current folder first.)
+    """
+    signals = "USR2 TERM" if scheduler == "slurm" else "USR2"
+    script = f'trap "" {signals}; cd {shlex.quote(str(code))} && exec "$0" "$@"'
+    return f"sh -c {shlex.quote(script)} {shlex.quote(sys.executable)}"
 
 
 @dataclass(frozen=True)
@@ -31,13 +41,22 @@ class Plan:
     scheduler: str
     cluster: ClusterConfig
     folder: Path
-    """The run's folder for submissions; every job gets one inside it, by its id."""
+    """The run's folder for submissions."""
+    jobs: Path
+    """Where every job gets a folder, by its id; the runs of a sweep share it."""
     config_text: str
     """The resolved config; a later edit of the YAML changes nothing."""
     parameters: dict[str, Any]
     """For submitit's executor."""
     env: dict[str, str]
     """The variables that are the same on all ranks."""
+    code: Path
+    """Where the code of now is kept for the job."""
+
+    @property
+    def python(self) -> str:
+        """The command that starts a rank's Python."""
+        return python_command(self.scheduler, self.code)
 
     @property
     def config_path(self) -> Path:
@@ -48,7 +67,7 @@ class Plan:
     @property
     def job_folder(self) -> Path:
         """The job's folder, with submitit's `%j` for its id."""
-        return self.folder / "%j"
+        return self.jobs / "%j"
 
 
 def plan_submission(
@@ -56,12 +75,14 @@ def plan_submission(
     overrides: Sequence[str] = (),
     cluster_path: str | Path | None = None,
     *,
+    jobs: Path | None = None,
     inherited: Mapping[str, str] = os.environ,
 ) -> Plan:
     """Read and check the run's and the cluster's config; write and start nothing.
 
-    Raises UserError for all that can be known to fail: keys, values, a batch that the processes
-    can't share.
+    `jobs` is the folder for jobs that a sweep's runs share; else each run has its own. Raises
+    UserError for all that can be known to fail: keys, values, a batch that the processes can't
+    share.
     """
     config = load_config(config_path, overrides)
     cluster = load_cluster(cluster_path)
@@ -70,16 +91,26 @@ def plan_submission(
     if scheduler == "auto":
         scheduler = "slurm" if shutil.which("sbatch") else "local"
     output_dir = Path(config.output_dir).absolute()
-    env = {"OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", str(cluster.cpus_per_process))}
+    folder = output_dir / "submit"
+    jobs = folder if jobs is None else jobs
+    code = code_folder(jobs)
+    paths = [str(code), inherited.get("PYTHONPATH", "")]
+    env = {
+        "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", str(cluster.cpus_per_process)),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "DIST_VSE_HANG_S": str(cluster.hang_s),
+    }
     if scheduler == "local":
         parameters = local.parameters(cluster)
         env |= local.environment(cluster, inherited)
     else:
-        parameters = slurm.parameters(cluster, name=output_dir.name)
+        parameters = slurm.parameters(cluster, output_dir.name, jobs)
     return Plan(
         scheduler=scheduler,
         cluster=cluster,
-        folder=output_dir / "submit",
+        folder=folder,
+        jobs=jobs,
+        code=code,
         config_text=dump_config(config),
         parameters=parameters,
         env=env | cluster.env,
@@ -96,31 +127,67 @@ def submit(plan: Plan) -> Any:
             "scheduler: slurm, but sbatch and srun are not on PATH; submit from a login node, or "
             "give a cluster with scheduler: local"
         )
+    return start(plan, prepare(plan))
+
+
+def prepare(plan: Plan) -> Job:
+    """Save the resolved config, and return the job that will train by it."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     temporary = plan.config_path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(plan.config_text, encoding="utf-8")
     os.replace(temporary, plan.config_path)
     port = free_port() if plan.scheduler == "local" else None
-    return start(plan, Job(Train(str(plan.config_path)), plan.env, port))
+    return Job(Train(str(plan.config_path)), plan.env, os.getcwd(), port)
 
 
 def start(plan: Plan, job: Job) -> Any:
     """Start `job` as planned, with submitit's executor for the scheduler; return its Job."""
     import submitit
-    from submitit.core.utils import FailedJobError
 
+    pin(plan.code)
     if plan.scheduler == "local":
-        executor = submitit.LocalExecutor(plan.job_folder, python=PYTHON)
+        executor = submitit.LocalExecutor(plan.job_folder, python=plan.python)
         executor.update_parameters(**plan.parameters)
         with _deaf_to_interrupt():
-            return executor.submit(job)
+            started = executor.submit(job)
+    else:
+        started = _slurm_submit(_slurm_executor(plan, plan.parameters), [job])[0]
+    control.note(plan.folder, started, plan.scheduler)
+    return started
+
+
+def start_array(plans: Sequence[Plan], jobs: Sequence[Job], parallel: int) -> list[Any]:
+    """Start one Slurm array of jobs that differ in their configs only; return their Jobs."""
+    first = plans[0]
+    pin(first.code)
+    parameters = first.parameters | {"array_parallelism": parallel}
+    started = _slurm_submit(_slurm_executor(first, parameters), jobs)
+    for plan, job in zip(plans, started, strict=True):
+        control.note(plan.folder, job, first.scheduler)
+    return started
+
+
+def _slurm_executor(plan: Plan, parameters: Mapping[str, Any]) -> Any:
+    import submitit
+
     executor = submitit.SlurmExecutor(
-        plan.job_folder, python=PYTHON, max_num_timeout=slurm.MAX_LIVES
+        plan.job_folder, python=plan.python, max_num_timeout=slurm.MAX_LIVES
     )
-    executor.update_parameters(**plan.parameters)
+    executor.update_parameters(**parameters)
+    return executor
+
+
+def _slurm_submit(executor: Any, jobs: Sequence[Job]) -> list[Any]:
+    """Send one job, or several as an array. Raises UserError if Slurm refuses them."""
+    from submitit.core.utils import FailedJobError
+
     try:
         with _outside_of_slurm():
-            return executor.submit(job)
+            if len(jobs) == 1:
+                return [executor.submit(jobs[0])]
+            with executor.batch():
+                sent = [executor.submit(job) for job in jobs]
+            return sent
     except FailedJobError as error:
         raise UserError(f"sbatch refused the job: {' '.join(str(error).split())}") from error
 
@@ -152,10 +219,10 @@ def describe(plan: Plan, *, inherited: Mapping[str, str] = os.environ) -> str:
     """Say in full what `submit` would do: script or processes, environment, conflicts."""
     cluster = plan.cluster
     if plan.scheduler == "slurm":
-        head = slurm.sbatch_text(plan.job_folder, PYTHON, plan.parameters).rstrip()
+        head = slurm.sbatch_text(plan.job_folder, plan.python, plan.parameters).rstrip()
         address, port = "<first node>", "<from the job's id>"
     else:
-        head = f"{cluster.world_size} processes on this machine: {PYTHON} -u -m submitit ..."
+        head = f"{cluster.world_size} processes on this machine: {plan.python} -u -m submitit ..."
         address, port = "127.0.0.1", "<free port>"
     lines = [head, "", f"config: {plan.config_path}", f"logs: {plan.job_folder}/%j_RANK_log.err"]
     lines += ["", "environment of all ranks:"]
@@ -176,7 +243,8 @@ def describe(plan: Plan, *, inherited: Mapping[str, str] = os.environ) -> str:
 
 def _describe_conflicts(plan: Plan, inherited: Mapping[str, str]) -> list[str]:
     identity = Place(0, 0, plan.cluster.world_size, plan.cluster.processes_per_node, "", 0)
-    changes = conflicts(inherited, {**plan.env, **identity.variables()})
+    ours = {name: value for name, value in plan.env.items() if name != "PYTHONPATH"}
+    changes = conflicts(inherited, {**ours, **identity.variables()})
     lines = [
         f"  {name}={value}" + (" would be removed" if ours is None else " would be overwritten")
         for name, value, ours in changes

@@ -21,7 +21,7 @@ from dist_vse.errors import UserError
 from launch import follow, slurm
 from launch.environment import IDENTITY, Place, conflicts, free_port, job_port, nested_slurm_names
 from launch.job import Job
-from launch.submit import PYTHON, Plan, describe, plan_submission, start, submit
+from launch.submit import Plan, describe, plan_submission, start, submit
 from tests.datasets import write_dataset
 
 REPOSITORY = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def launch_job(local_plan: Plan) -> Iterator[Launch]:
 
     def launch(work: Callable[[], Any], num_ranks: int = 2) -> Any:
         plan = replace(local_plan, parameters=local_plan.parameters | {"tasks_per_node": num_ranks})
-        jobs.append(start(plan, Job(work, plan.env, free_port())))
+        jobs.append(start(plan, Job(work, plan.env, os.getcwd(), free_port())))
         return jobs[-1]
 
     yield launch
@@ -217,17 +217,19 @@ def test_dry_run_shows_the_batch_script(config_path: Path, tmp_path: Path) -> No
         # command
         export SUBMITIT_EXECUTOR=slurm
         srun --unbuffered --output {folder}/%j_%t_log.out --error {folder}/%j_%t_log.err \
---kill-on-bad-exit=1 --cpus-per-task=6 {PYTHON} -u -m submitit.core._submit {folder}
+--kill-on-bad-exit=1 --cpus-per-task=6 {plan.python} -u -m submitit.core._submit {folder}
 
         config: {plan.config_path}
         logs: {folder}/%j_RANK_log.err
 
         environment of all ranks:
+          DIST_VSE_HANG_S=1800
           LOCAL_WORLD_SIZE=4
           MASTER_ADDR=<first node>
           MASTER_PORT=<from the job's id>
           NCCL_DEBUG=WARN
           OMP_NUM_THREADS=6
+          PYTHONPATH={plan.code}
           WORLD_SIZE=8
 
         ranks:
@@ -257,10 +259,10 @@ def test_the_batch_script_is_the_one_that_submitit_sends(
     (tmp_path / "srun").touch(mode=0o755)  # submitit only looks whether there is one
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     plan = plan_submission(config_path, [], CLUSTERS / "slurm_8xa100.yaml")
-    executor = submitit.SlurmExecutor(plan.job_folder, python=PYTHON)
+    executor = submitit.SlurmExecutor(plan.job_folder, python=plan.python)
     executor.update_parameters(**plan.parameters)
     sent = executor._make_submission_file_text(executor._submitit_command_str, "")
-    assert slurm.sbatch_text(plan.job_folder, PYTHON, plan.parameters) == sent
+    assert slurm.sbatch_text(plan.job_folder, plan.python, plan.parameters) == sent
 
 
 @pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -34,6 +34,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.bin = _run(SCRIPT, "bin").strip()
+        self.small_disk = str(Path(self.bin).with_name("small"))
 
     def __call__(self, *command: str) -> str:
         """Run a command of Slurm or of cluster.sh; return what it printed."""
@@ -72,16 +73,23 @@ class Cluster:
         """Have Slurm give a node up at once, as it would do by itself some minutes later."""
         self("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
+    def kill_slurmd(self, node: str) -> None:
+        """End the node's slurmd, not what it has started."""
+        for pid in self._slurmds(node):
+            os.kill(pid, signal.SIGKILL)
+
+    def _slurmds(self, node: str) -> list[int]:
+        pids = map(int, self("pids", node).split())
+        return [pid for pid in pids if _command_line(pid).startswith("/usr/sbin/slurmd")]
+
     def clean(self) -> None:
         """End all jobs and have all nodes idle again."""
         self("scancel", "--user=root")
         for node in ("n0", "n1", "n2"):
             self("heal", node)
-            if not self("pids", node):
+            if not self._slurmds(node):
+                self("crash", node)
                 self("boot", node)
-        for node in ("n0", "n1", "n2"):
-            for pid in self.ranks(node):
-                with_gone(os.kill, pid, signal.SIGKILL)
         for node in ("n0", "n1", "n2"):
             if "DOWN" in self("sinfo", "-h", "-n", node, "-o", "%T").upper():
                 self("scontrol", "update", f"nodename={node}", "state=resume")
@@ -89,14 +97,6 @@ class Cluster:
 
     def _idle(self) -> int:
         return int(self("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() or 0)
-
-
-def with_gone(act: Callable[..., Any], *args: Any) -> None:
-    """Do something to a process that may have ended meanwhile."""
-    try:
-        act(*args)
-    except ProcessLookupError:
-        return
 
 
 def _command_line(pid: int) -> str:

@@ -44,6 +44,7 @@ stop() {
         kill_all "${name#"$PREFIX-"}"
         ip netns del "$name"
     done
+    ! mountpoint -q "$D/small" || umount "$D/small"
 }
 
 make_network() {  # N
@@ -121,6 +122,8 @@ start() {  # N
     stop
     rm -rf "$D"
     mkdir -p -m 755 "$D"/{log,spool,state,bin}
+    mkdir "$D/small"
+    mount -t tmpfs -o size=12m tmpfs "$D/small"  # a disk that is soon full
     make_network "$1"
     configure
     make_clients

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.runs import find_runs, table
 from launch.submit import plan_submission, submit
+from launch.sweep import plan_sweep, submit_sweep
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -75,3 +77,22 @@ def test_accelerate_on_every_node_learns_the_same(
     )
     assert cluster.wait_for_end(sent.stdout.strip()) == "COMPLETED", log.read_text()
     assert _losses(tmp_path / "run") == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.timeout(240)
+def test_a_sweep_of_four_is_one_array(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("{scheduler: slurm, time_min: 10, mem_gib: 1, env: {DS_ACCELERATOR: cpu}}")
+    base = _overrides(data, tmp_path / "sweep", "total_steps=2")
+    axes = ["optim.lr=1e-2,5e-2", "loss.name=convse,convse++"]
+    plans = plan_sweep(CONFIG, base, axes, path)
+    jobs = list(submit_sweep(plans, parallel=2))
+    array = {job.job_id.split("_")[0] for job in jobs}
+    assert len(jobs) == 4 and len(array) == 1
+    for job in jobs:
+        assert cluster.wait_for_end(job.job_id) == "COMPLETED", job.task(0).stderr()
+    head, *rows = table(find_runs([tmp_path / "sweep"])).splitlines()
+    assert head.split()[:5] == ["run", "loss.name", "optim.lr", "state", "step"]
+    cells = sorted(row.split()[1:5] for row in rows)
+    losses = ("convse", "convse++")
+    assert cells == [[loss, lr, "completed", "2/2"] for loss in losses for lr in ("0.01", "0.05")]

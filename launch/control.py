@@ -1,0 +1,130 @@
+"""A submitted run, seen from outside: its state, its logs, its end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_vse.errors import UserError
+from dist_vse.run_files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME
+from launch import slurm
+
+_NOTE = "job.json"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What is noted of a run's last submission."""
+
+    job_id: str
+    scheduler: str
+    logs: str
+    """Path of a rank's log, with RANK for its number."""
+
+
+def note(folder: Path, job: Any, scheduler: str) -> None:
+    """Note a job in its run's folder for submissions."""
+    logs = str(job.task(0).paths.stderr).replace("_0_log.err", "_RANK_log.err")
+    text = json.dumps(asdict(Submitted(job.job_id, scheduler, logs)))
+    (folder / _NOTE).write_text(text, encoding="utf-8")
+
+
+def read_note(run_dir: Path) -> Submitted:
+    """Return a run's last submission. Raises UserError if it never was submitted."""
+    path = run_dir / "submit" / _NOTE
+    if not path.is_file():
+        raise UserError(f"{run_dir}: was never submitted ({path} is missing)")
+    return Submitted(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def job_state(job: Submitted) -> str:
+    """Return the job's state in one word, such as RUNNING."""
+    if job.scheduler == "slurm":
+        return slurm.job_state(job.job_id) or "FORGOTTEN"
+    return "RUNNING" if _is_controller(int(job.job_id)) else "ENDED"
+
+
+def status(run_dir: Path) -> str:
+    """Say in a few lines where a submitted run stands."""
+    job = read_note(run_dir)
+    lines = [f"job {job.job_id} ({job.scheduler}): {job_state(job)}"]
+    last = last_metrics(run_dir, "train")
+    total = total_steps(run_dir)
+    if last:
+        lines.append(f"step {last['step']}/{total}, loss {last['loss']:.4f}")
+    else:
+        lines.append(f"no step yet of {total}" if total else "not started yet")
+    names = [path.name for path in sorted((run_dir / CHECKPOINTS).glob("step-*"))]
+    finished = [name for name in names if "." not in name]
+    lines.append(f"last checkpoint: {finished[-1] if finished else 'none'}")
+    lines.append(f"log: {job.logs.replace('RANK', '0')}")
+    return "\n".join(lines)
+
+
+def show_log(run_dir: Path, *, rank: int, follow: bool) -> None:
+    """Print a rank's log; `follow` goes on until the job has ended."""
+    job = read_note(run_dir)
+    path, offset = Path(job.logs.replace("RANK", str(rank))), 0
+    if not path.exists() and not follow:
+        raise UserError(f"{path}: no log; the job is {job_state(job)}, or has no rank {rank}")
+    while True:
+        ended = job_state(job) in (*slurm.ENDED_STATES, "ENDED", "FORGOTTEN")
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(offset)
+                new = file.read()
+            offset += len(new)
+            sys.stdout.write(new.decode(errors="replace"))
+            sys.stdout.flush()
+        if ended or not follow:
+            return
+        time.sleep(1)
+
+
+def cancel(run_dir: Path) -> str:
+    """Ask a run's job to save and end for good; say what was done."""
+    job = read_note(run_dir)
+    if job.scheduler == "slurm":
+        asked = subprocess.run(["scancel", job.job_id], capture_output=True, text=True)
+        if asked.returncode != 0:
+            raise UserError(f"scancel {job.job_id}: {' '.join(asked.stderr.split())}")
+    elif _is_controller(int(job.job_id)):
+        os.kill(int(job.job_id), signal.SIGTERM)
+    else:
+        return f"job {job.job_id} has ended already"
+    return f"asked job {job.job_id} to save and end; `dist-vse status {run_dir}` shows when it has"
+
+
+def last_metrics(run_dir: Path, kind: str) -> dict[str, Any] | None:
+    """Return the last line of metrics of a kind (train, eval); None if there is none."""
+    path, last = run_dir / METRICS_NAME, None
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # is being written just now
+        if record["kind"] == kind:
+            last = record
+    return last
+
+
+def total_steps(run_dir: Path) -> int:
+    """Return the steps that a run shall take; 0 if it has not started."""
+    from dist_vse.config import load_config
+
+    path = run_dir / CONFIG_NAME
+    return load_config(path).total_steps if path.is_file() else 0
+
+
+def _is_controller(pid: int) -> bool:
+    """Tell whether this process is submitit's controller, and not one that got its number."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"submitit.local._local" in words

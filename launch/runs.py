@@ -1,0 +1,93 @@
+"""The table of several runs: what differs between them, and how far each has come."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_vse.config import load_config
+from dist_vse.errors import UserError
+from dist_vse.run_files import CONFIG_NAME
+from launch import control
+
+_NUMBERS = ("loss", "i2t_r1", "t2i_r1", "rsum")
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """Return the runs in these folders, and those that they hold, by name.
+
+    A run that waits in the queue has no config yet, only its submission.
+    """
+    found = set()
+    for folder in folders:
+        for path in (folder, *folder.glob("*"), *folder.glob("*/*")):
+            if (path / CONFIG_NAME).is_file() or (path / "submit" / "job.json").is_file():
+                found.add(path)
+    if not found:
+        raise UserError(f"{', '.join(map(str, folders))}: no runs here")
+    return sorted(found)
+
+
+def table(runs: Sequence[Path]) -> str:
+    """Return one line a run, the best sum of recalls first."""
+    configs = [_flat_config(run) for run in runs]
+    keys = _differing(configs)
+    rows = [
+        (_row(run, [config.get(k, "") for k in keys]))
+        for run, config in zip(runs, configs, strict=True)
+    ]
+    rows.sort(key=lambda row: -float(row[-1]) if row[-1] else float("inf"))
+    head = ["run", *keys, "state", "step", *_NUMBERS]
+    return "\n".join(_aligned([head, *rows]))
+
+
+def _row(run: Path, settings: list[str]) -> list[str]:
+    train, evaluation = (control.last_metrics(run, kind) for kind in ("train", "eval"))
+    try:
+        state = control.job_state(control.read_note(run)).lower()
+    except UserError:
+        state = ""
+    step = f"{train['step'] if train else 0}/{control.total_steps(run)}"
+    numbers: dict[str, Any] = {**(evaluation or {}), "loss": train["loss"] if train else None}
+    shown = {"loss": "{:.4g}"}
+    cells = [
+        "" if numbers.get(name) is None else shown.get(name, "{:.1f}").format(numbers[name])
+        for name in _NUMBERS
+    ]
+    return [run.name, *settings, state, step, *cells]
+
+
+def _flat_config(run: Path) -> dict[str, str]:
+    from omegaconf import OmegaConf
+
+    path = run / CONFIG_NAME
+    if not path.is_file():  # waits in the queue
+        submitted = sorted((run / "submit").glob("config-*.yaml"))
+        if not submitted:
+            return {}
+        path = submitted[-1]
+    flat: dict[str, str] = {}
+
+    def visit(node: object, prefix: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                visit(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            flat[prefix] = str(node)
+
+    visit(OmegaConf.to_container(OmegaConf.structured(load_config(path))), "")
+    return flat
+
+
+def _differing(configs: Sequence[dict[str, str]]) -> list[str]:
+    """Return the settings that not all runs share."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    known = [config for config in configs if config]
+    return [k for k in keys if k != "output_dir" and len({c.get(k) for c in known}) > 1]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,72 @@
+"""Sweeps: the same run with several settings, as one job array."""
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_vse.config import load_config
+from dist_vse.errors import UserError
+from launch.submit import Plan, plan_submission, prepare, start_array, submit
+
+_POLL_S = 0.2
+_LONGEST = 1000
+"""Slurm's usual bound on an array (MaxArraySize)."""
+
+
+def settings(sweep: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every run: all combinations of `key=value,value,...`.
+
+    Raises UserError for what is no `key=values`, and for a key given twice.
+    """
+    axes: dict[str, list[str]] = {}
+    for axis in sweep:
+        key, equals, values = axis.partition("=")
+        if not equals or not values:
+            raise UserError(f"--sweep {axis!r}: write key=value,value, such as optim.lr=1e-4,3e-4")
+        if key in axes:
+            raise UserError(f"--sweep gives {key} twice; join its values by commas")
+        axes[key] = [f"{key}={value}" for value in values.split(",")]
+    runs = [list(run) for run in itertools.product(*axes.values())]
+    if len(runs) > _LONGEST:
+        raise UserError(f"--sweep makes {len(runs)} runs, more than {_LONGEST}; split it")
+    return runs
+
+
+def plan_sweep(
+    config_path: str | Path,
+    overrides: Sequence[str],
+    sweep: Sequence[str],
+    cluster_path: str | Path | None,
+) -> list[Plan]:
+    """Plan every run of a sweep, each in a folder of its own inside the config's output_dir.
+
+    Raises UserError as `plan_submission` does, before anything is started.
+    """
+    base = Path(load_config(config_path, overrides).output_dir)
+    plans = []
+    for run in settings(sweep):
+        name = ",".join(run).replace("/", "_")
+        more = [*overrides, *run, f"output_dir={base / name}"]
+        jobs = (base / "submit").absolute()
+        plans.append(plan_submission(config_path, more, cluster_path, jobs=jobs))
+    return plans
+
+
+def submit_sweep(plans: Sequence[Plan], *, parallel: int) -> Iterator[Any]:
+    """Start the runs, `parallel` at a time at most; yield a submitit Job for each.
+
+    Slurm gets one array at once. Without Slurm this process starts the next run when one ends.
+    """
+    if plans[0].scheduler == "slurm":
+        yield from start_array(plans, [prepare(plan) for plan in plans], parallel)
+        return
+    running: list[Any] = []
+    for plan in plans:
+        while len(running := [job for job in running if not job.done()]) >= parallel:
+            time.sleep(_POLL_S)
+        running.append(submit(plan))
+        yield running[-1]
+    while any(not job.done() for job in running):  # their controllers are our children
+        time.sleep(_POLL_S)

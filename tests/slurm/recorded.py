@@ -1,0 +1,67 @@
+"""A run that writes down every sample it trains on, and waits where a test wants to break it."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.job import Train
+
+
+@dataclass(frozen=True)
+class RecordedTrain:
+    """Trains as a submitted job does, and records beside it."""
+
+    train: Train
+    folder: str
+
+    def __call__(self) -> int:
+        """Train; return the exit code."""
+        from dist_vse import distributed, train
+
+        real, folder = train.build_train_batches, Path(self.folder)
+
+        def recorded(*args: Any) -> Iterator[Any]:
+            rank, start = distributed.rank(), args[-1].step
+            for step, batch in enumerate(real(*args), start + 1):
+                with (folder / f"samples-{rank}.jsonl").open("a") as file:
+                    origin = sorted(batch.origin.tolist())
+                    file.write(json.dumps({"step": step, "origin": origin}) + "\n")
+                pause = folder / f"pause-{step}"
+                if pause.exists():
+                    with (folder / f"reached-{step}").open("a") as file:
+                        file.write(f"{rank}\n")
+                while pause.exists():
+                    time.sleep(0.02)
+                yield batch
+
+        train.build_train_batches = recorded  # type: ignore[assignment]
+        return self.train()
+
+
+def pause_at(folder: Path, step: int) -> None:
+    """Have every rank wait before this step until `release`."""
+    (folder / f"pause-{step}").touch()
+
+
+def num_waiting(folder: Path, step: int) -> int:
+    """Return how many ranks, of all lives, have come to the pause."""
+    path = folder / f"reached-{step}"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def release(folder: Path, step: int) -> None:
+    """Let the ranks go on."""
+    (folder / f"pause-{step}").unlink()
+
+
+def samples_trained_on(folder: Path) -> list[tuple[int, int]]:
+    """Return (epoch, sample) of all steps; of a step that was repeated, the last time counts."""
+    trained: list[tuple[int, int]] = []
+    for path in sorted(folder.glob("samples-*.jsonl")):
+        lines = map(json.loads, path.read_text().splitlines())
+        steps = {line["step"]: line["origin"] for line in lines}
+        trained += [tuple(origin) for step in steps.values() for origin in step]
+    return trained

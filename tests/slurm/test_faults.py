@@ -1,0 +1,212 @@
+"""Faults on the real cluster: the run goes on exactly, or ends with one message."""
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_vse import train
+from dist_vse.config import load_config
+from launch import follow
+from launch.job import Job, Train
+from launch.submit import Plan, plan_submission, start, submit
+from tests.distributed import run_distributed
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.recorded import (
+    RecordedTrain,
+    num_waiting,
+    pause_at,
+    release,
+    samples_trained_on,
+)
+
+CONFIG = Path(__file__).parents[2] / "configs" / "debug_cpu.yaml"
+STEPS = 20  # of 32 pairs: each of the 640 samples once
+SETTINGS = (
+    f"total_steps={STEPS}",
+    "log_every=1",
+    "checkpoint_every=3",
+    "loss.learn_temperature=true",
+    "model.text.dropout=0.2",
+)
+
+
+def _plan(
+    data: Path, folder: Path, nodes: int, cluster: str = "", settings: Sequence[str] = ()
+) -> Plan:
+    path = folder / "cluster.yaml"
+    path.write_text(
+        f"{{scheduler: slurm, nodes: {nodes}, time_min: 10, mem_gib: 1,"
+        f" env: {{DS_ACCELERATOR: cpu}}{cluster}}}"
+    )
+    run = [f"data.index={data}", f"output_dir={folder}/run", *SETTINGS, *settings]
+    return plan_submission(CONFIG, run, path)
+
+
+def _send(plan: Plan, folder: Path, pauses: Sequence[int]) -> Any:
+    """Submit a recorded run."""
+    plan.folder.mkdir(parents=True)
+    plan.config_path.write_text(plan.config_text)
+    for step in pauses:
+        pause_at(folder, step)
+    work = RecordedTrain(Train(str(plan.config_path)), str(folder))
+    root = str(Path(__file__).parents[2])
+    env = {**plan.env, "PYTHONPATH": f"{plan.env['PYTHONPATH']}{os.pathsep}{root}"}
+    return start(plan, Job(work, env, root))
+
+
+@pytest.fixture(autouse=True)
+def _tests_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+
+def _train(overrides: list[str]) -> int:
+    return train.run(load_config(CONFIG, overrides))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs of one and two processes on this machine that nobody disturbed."""
+    runs = {}
+    for world_size in (1, 2):
+        runs[world_size] = tmp_path_factory.mktemp(f"undisturbed{world_size}")
+        overrides = [f"data.index={data}", f"output_dir={runs[world_size]}", *SETTINGS]
+        assert run_distributed(_train, world_size, overrides) == [0] * world_size
+    return runs
+
+
+def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors")
+
+
+def _assert_exact(folder: Path, undisturbed: Path) -> None:
+    """Check that all samples were seen once, and that the final weights are those to the bit."""
+    trained = samples_trained_on(folder)
+    assert len(trained) == len(set(trained)) == STEPS * 32
+    expected, found = _weights(undisturbed), _weights(folder / "run")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def _wait_at(folder: Path, step: int, ranks: int) -> None:
+    wait_until(lambda: num_waiting(folder, step) >= ranks, f"{ranks} ranks at step {step}")
+
+
+@pytest.mark.timeout(400)
+def test_time_limit_requeue_preemption_and_node_loss_cost_nothing(
+    cluster: Cluster, data: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    job = _send(_plan(data, tmp_path, nodes=2), tmp_path, (4, 8, 12, 17))
+    _wait_at(tmp_path, 4, 2)
+    cluster("scancel", "--signal=USR2", job.job_id)  # what comes before the time limit
+    release(tmp_path, 4)
+    _wait_at(tmp_path, 8, 2)
+    cluster("scontrol", "requeue", job.job_id)
+    release(tmp_path, 8)
+    _wait_at(tmp_path, 12, 2)
+    urgent = cluster("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "--wrap=true")
+    release(tmp_path, 12)
+    _wait_at(tmp_path, 17, 2)
+    assert cluster.job(urgent.strip(), "JobState") == "COMPLETED"
+    assert cluster.job(job.job_id, "NodeList") == "n[0-1]"
+    cluster("crash", "n1")  # the checkpoint of step 15 is the last one
+    cluster.bring_down("n1")
+    release(tmp_path, 17)
+    assert cluster.wait_for_end(job.job_id) == "COMPLETED", job.task(0).stderr()
+    assert cluster.job(job.job_id, "Restarts") == "4"
+    assert cluster.job(job.job_id, "NodeList") == "n[0,2]"
+    _assert_exact(tmp_path, undisturbed[2])
+
+
+def _log(job: Any, rank: int) -> str:
+    return str(job.task(rank).paths.stderr.read_text())
+
+
+def _rank_on(cluster: Cluster, node: str) -> int:
+    (pid,) = cluster.ranks(node)
+    return pid
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_and_a_hanging_rank_are_started_again_so_often(
+    cluster: Cluster, data: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    plan = _plan(data, tmp_path, nodes=2, cluster=", failures: 2, hang_s: 8")
+    job = _send(plan, tmp_path, (5, 11, 18))
+    _wait_at(tmp_path, 5, 2)
+    os.kill(_rank_on(cluster, "n1"), signal.SIGKILL)
+    release(tmp_path, 5)
+    _wait_at(tmp_path, 11, 2)
+    os.kill(_rank_on(cluster, "n1"), signal.SIGSTOP)
+    release(tmp_path, 11)
+    _wait_at(tmp_path, 18, 2)
+    os.kill(_rank_on(cluster, "n0"), signal.SIGKILL)  # once too often
+    release(tmp_path, 18)
+    assert cluster.wait_for_end(job.job_id) == "FAILED"
+    assert cluster.job(job.job_id, "Restarts") == "2"
+    again = start(plan, replace(job.submission().function, port=None))
+    assert cluster.wait_for_end(again.job_id) == "COMPLETED", _log(again, 0)
+    _assert_exact(tmp_path, undisturbed[2])
+
+
+@pytest.mark.timeout(200)
+def test_what_the_user_must_mend_ends_all_ranks_with_one_message(
+    cluster: Cluster, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cases = {
+        "infinite": (tmp_path / "infinite", ["optim.lr=1e38", "optim.name=sgd"], "the loss is "),
+        "full": (Path(cluster.small_disk), ["model.text.width=2048"], "No space left on device"),
+    }
+    jobs = {}
+    for name, (folder, settings, _) in cases.items():
+        (tmp_path / name).mkdir()
+        plan = _plan(data, tmp_path / name, 2, ", failures: 3", settings)
+        text = plan.config_text.replace(
+            f"output_dir: {tmp_path / name}/run", f"output_dir: {folder}/run"
+        )
+        jobs[name] = submit(replace(plan, config_text=text))
+    for name, (_, _, message) in cases.items():
+        assert cluster.wait_for_end(jobs[name].job_id) == "FAILED"
+        assert cluster.job(jobs[name].job_id, "Restarts") == "0"
+        assert follow.report(jobs[name]) == 2
+        told = capfd.readouterr().err.splitlines()
+        assert len(told) == 1 and message in told[0], told
+
+
+@pytest.mark.timeout(300)
+def test_an_orphan_of_a_former_life_can_not_write(
+    cluster: Cluster, data: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    job = _send(_plan(data, tmp_path, nodes=1), tmp_path, (8,))
+    _wait_at(tmp_path, 8, 1)
+    node = cluster.job(job.job_id, "NodeList")
+    orphan = _rank_on(cluster, node)
+    cluster.kill_slurmd(node)  # the job's processes live on, and nobody can end them
+    cluster.bring_down(node)
+    _wait_at(tmp_path, 8, 2)
+    assert cluster.job(job.job_id, "NodeList") != node
+    os.kill(orphan, 0)
+    release(tmp_path, 8)
+    wait_until(lambda: orphan not in cluster.ranks(node), "the orphan's end")
+    assert cluster.wait_for_end(job.job_id) == "COMPLETED"
+    assert "a later start of this run has taken it over" in _log(job, 0)
+    expected, found = _weights(undisturbed[1]), _weights(tmp_path / "run")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.timeout(200)
+def test_a_signal_before_the_imports_are_done_does_not_kill_the_job(
+    cluster: Cluster, data: Path, tmp_path: Path
+) -> None:
+    job = submit(_plan(data, tmp_path, nodes=1, settings=["total_steps=2"]))
+    wait_until(lambda: cluster.job(job.job_id, "JobState") == "RUNNING", "the start")
+    node = cluster.job(job.job_id, "NodeList")
+    wait_until(lambda: cluster.ranks(node), "Python's start")
+    for _ in range(5):
+        cluster("scancel", "--signal=USR2", job.job_id)
+    assert cluster.wait_for_end(job.job_id) == "COMPLETED", _log(job, 0)

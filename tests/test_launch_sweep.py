@@ -1,0 +1,90 @@
+"""Sweeps and the commands that look at submitted runs, with real local jobs."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_vse.errors import UserError
+from launch import control
+from launch.runs import find_runs, table
+from launch.submit import describe, plan_submission, submit
+from launch.sweep import plan_sweep, settings, submit_sweep
+from tests.datasets import write_dataset
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "debug_cpu.yaml"
+
+
+@pytest.fixture
+def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    path = tmp_path / "cluster.yaml"
+    path.write_text("{scheduler: local, time_min: 10, env: {DS_ACCELERATOR: cpu}}")
+    return path
+
+
+def test_settings_are_all_combinations() -> None:
+    assert settings(["a=1,2", "b=x"]) == [["a=1", "b=x"], ["a=2", "b=x"]]
+    for wrong, message in (
+        (["a"], "write key=value,value"),
+        (["a="], "write key=value,value"),
+        (["a=1", "a=2"], "gives a twice"),
+        (["a=" + ",".join("1" * 1001)], "1001 runs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            settings(wrong)
+
+
+def test_a_wrong_value_is_told_before_anything_starts(tmp_path: Path, one_process: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'convse'"):
+        plan_sweep(CONFIG, [f"output_dir={tmp_path}/s"], ["loss.name=convse,convs"], one_process)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.timeout(240)
+def test_a_local_sweep_and_its_table(tmp_path: Path, one_process: Path) -> None:
+    write_dataset(tmp_path / "data", {"train": [64], "val": [16]})
+    run = [f"data.index={tmp_path}/data", f"output_dir={tmp_path}/sweep", "total_steps=2"]
+    plans = plan_sweep(CONFIG, run, ["loss.name=convse,convse++"], one_process)
+    jobs = list(submit_sweep(plans, parallel=1))
+    assert [job.result() for job in jobs] == [0, 0]
+    head, *rows = table(find_runs([tmp_path / "sweep"])).splitlines()
+    assert head.split() == [
+        *("run", "loss.name", "state", "step", "loss", "i2t_r1", "t2i_r1", "rsum")
+    ]
+    cells = sorted(row.split() for row in rows)
+    assert [c[:4] for c in cells] == [
+        ["loss.name=convse", "convse", "ended", "2/2"],
+        ["loss.name=convse++", "convse++", "ended", "2/2"],
+    ]
+    sums = [float(row.split()[-1]) for row in rows]
+    assert sums == sorted(sums, reverse=True)
+    said = control.status(tmp_path / "sweep" / "loss.name=convse")
+    assert "(local): ENDED" in said and "step 2/2, loss " in said
+    assert "last checkpoint: step-000002" in said
+
+
+@pytest.mark.timeout(240)
+def test_cancel_saves_and_the_code_is_pinned(
+    tmp_path: Path, one_process: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "data", {"train": [64], "val": [16]})
+    run_dir = tmp_path / "run"
+    run = [f"data.index={tmp_path}/data", f"output_dir={run_dir}", "total_steps=100000"]
+    plan = plan_submission(CONFIG, [*run, "log_every=1"], one_process)
+    assert str(plan.code) in describe(plan)
+    job = submit(plan)
+    while control.last_metrics(run_dir, "train") is None:
+        assert not job.done(), job.stderr()
+    assert control.job_state(control.read_note(run_dir)) == "RUNNING"
+    maps = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
+    assert any(str(plan.code) in Path(f"/proc/{pid}/environ").read_text() for pid in maps)
+    control.cancel(run_dir)
+    assert job.result() == 130
+    assert "has ended already" in control.cancel(run_dir)
+    control.show_log(run_dir, rank=0, follow=True)
+    assert "stopped at step" in capsys.readouterr().out
+    with pytest.raises(UserError, match="never submitted"):
+        control.status(tmp_path)
+    with pytest.raises(UserError, match="no rank 7"):
+        control.show_log(run_dir, rank=7, follow=False)
