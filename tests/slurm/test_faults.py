@@ -109,7 +109,16 @@ def test_time_limit_requeue_preemption_and_node_loss_cost_nothing(
     cluster("scontrol", "requeue", job.job_id)
     release(tmp_path, 8)
     _wait_at(tmp_path, 12, 2)
-    urgent = cluster("sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "--wrap=true")
+    urgent = cluster(
+        "sbatch",
+        "--parsable",
+        "-p",
+        "high",
+        "-N3",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=true",
+    )
     release(tmp_path, 12)
     _wait_at(tmp_path, 17, 2)
     assert cluster.job(urgent.strip(), "JobState") == "COMPLETED"
