@@ -108,8 +108,10 @@ def _samples(checkup: Checkup) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = run_tokenizer(config, Path(folder), build=True)
     data = replace(config.data, num_workers=0)
-    build_train_batches(replace(config, data=data), sets, tokenizer, nothing)  # checks its share
-    small = replace(config, data=data, global_batch_size=data.lanes)
+    whole = -(-config.global_batch_size // data.lanes) * data.lanes  # the batch is checked apart
+    large = replace(config, data=data, global_batch_size=whole, chunk_size=whole)
+    build_train_batches(large, sets, tokenizer, nothing)  # raises where samples are too few
+    small = replace(config, data=data, global_batch_size=data.lanes, chunk_size=data.lanes)
     batch = next(build_train_batches(small, sets, tokenizer, nothing))
     if batch.skipped:
         raise UserError(f"bad samples among the first: {batch.skipped[0]}")
