@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_vse import checkpoint
 from dist_vse.config import TrainConfig, dump_config, flat_config, load_config
-from dist_vse.config.schema import AUTO
+from dist_vse.config.checks import AUTO
 from dist_vse.errors import UserError
 from dist_vse.index import read_index
 from dist_vse.models.build import build_model

@@ -28,7 +28,7 @@ from dist_vse.builders import (
 from dist_vse.checkpoint import Progress
 from dist_vse.chunking import agree
 from dist_vse.config import TrainConfig, load_config
-from dist_vse.config.schema import AUTO
+from dist_vse.config.checks import AUTO
 from dist_vse.contrast import collapsed
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.environment import record_environment

@@ -1,7 +1,8 @@
 """The configuration of a run."""
 
 from dist_vse.config.load import dump_config, flat_config, load_config, load_yaml
-from dist_vse.config.schema import (
+from dist_vse.config.schema import TrainConfig
+from dist_vse.config.sections import (
     CacheConfig,
     DataConfig,
     EngineConfig,
@@ -11,7 +12,6 @@ from dist_vse.config.schema import (
     ModelConfig,
     OptimConfig,
     TextConfig,
-    TrainConfig,
 )
 
 __all__ = [

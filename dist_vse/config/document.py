@@ -5,12 +5,12 @@ import inspect
 from dataclasses import MISSING, fields, is_dataclass
 from typing import get_args, get_type_hints
 
-from dist_vse.config import schema
+from dist_vse.config import schema, sections
 from dist_vse.config.schema import TrainConfig
 
 _HEAD = """# Settings of a run
 
-Written by `python -m dist_vse.config.document` from dist_vse/config/schema.py. Give them in a YAML
+Written by `python -m dist_vse.config.document` from dist_vse/config/. Give them in a YAML
 file, or behind it as `key=value`.
 """
 
@@ -45,7 +45,7 @@ def _plain(value: object) -> str:
 def _docstrings() -> dict[tuple[str, str], str]:
     """Return the text under each field, which Python itself does not keep."""
     words = {}
-    for part in ast.parse(inspect.getsource(schema)).body:
+    for part in ast.parse(inspect.getsource(sections) + inspect.getsource(schema)).body:
         if not isinstance(part, ast.ClassDef):
             continue
         for field, text in zip(part.body, part.body[1:], strict=False):
