@@ -3,6 +3,7 @@
 import os
 import pickle
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -54,3 +55,7 @@ def _work(
             value = error
         if distributed.is_main_process():
             result.write_bytes(pickle.dumps(value))
+    # At once: while PyTorch's threads still run, its shutdown aborts the process now and then.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
