@@ -36,9 +36,12 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._last = time.monotonic()
+        self._ending = f".life-{fence.life}{checkpoint.TEMPORARY}"
         if distributed.is_main_process():
+            # Of former lives only: another rank of this one may be writing already.
             for leftover in folder.glob(f"*{checkpoint.TEMPORARY}"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                if not leftover.name.endswith(self._ending):
+                    shutil.rmtree(leftover, ignore_errors=True)
 
     @property
     def writing(self) -> bool:
@@ -57,7 +60,7 @@ class Saver:
         """
         self.finish()
         final = self.folder / f"step-{progress.step:06d}"
-        temporary = self.folder / f"{final.name}.life-{self.fence.life}{checkpoint.TEMPORARY}"
+        temporary = self.folder / f"{final.name}{self._ending}"
         world_size, stage, life = distributed.world_size(), engine.stage, self.fence.life
 
         def publish(receipts: Receipts) -> None:

@@ -262,6 +262,17 @@ def test_an_older_life_can_not_save_any_more(tmp_path: Path) -> None:
     assert folders == ["step-000001", "step-000003"]
 
 
+def test_leftovers_of_former_lives_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    fence.claim(tmp_path)
+    former, own = (tmp_path / f"step-000007.life-{life}.tmp" for life in (1, 2))
+    for folder in (former, own):
+        folder.mkdir()
+        (folder / "rank-1.safetensors").write_bytes(b"written by a rank that was faster")
+    _saver(tmp_path)  # life 2
+    assert not former.exists()
+    assert (own / "rank-1.safetensors").is_file()
+
+
 def test_a_former_life_of_a_job_can_not_claim_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
