@@ -167,7 +167,7 @@ def _build_sweep(
     )
     positives.include_twins(carrier)
     tile = setting.tile or default_tile(rows.device)
-    dense, sparse = _build_terms(setting, positives, survey, bias, tile)
+    dense, sparse = _build_terms(setting, positives, survey, bias)
     return Sweep(
         rows,
         carrier,
@@ -197,7 +197,7 @@ def _take_survey(own: OwnPairs) -> _Survey:
 
 
 def _build_terms(
-    setting: _Setting, positives: Positives, survey: _Survey, bias: Tensor, tile: int
+    setting: _Setting, positives: Positives, survey: _Survey, bias: Tensor
 ) -> tuple[Dense | None, Sparse | None]:
     margin, hardness = setting.margin, setting.hardness
     if setting.name == "siglip":
@@ -207,7 +207,7 @@ def _build_terms(
     if setting.name in HINGES:
         return (
             Hinges(positives, margin, mean=True, weight=1 - hardness) if hardness < 1 else None,
-            Hardest(positives, margin, weight=hardness, bound=survey.largest, tile=tile)
+            Hardest(positives, margin, weight=hardness, bound=survey.largest)
             if hardness > 0
             else None,
         )

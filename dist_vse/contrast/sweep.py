@@ -45,12 +45,7 @@ class Sparse(Term, Protocol):
     """A term whose gradient touches one pair a row and one a column."""
 
     def add_gradient(
-        self,
-        block: Block,
-        rows: Tensor,
-        products: Products,
-        row_grad: Tensor,
-        column_grad: Tensor,
+        self, block: Block, rows: Tensor, row_grad: Tensor, column_grad: Tensor
     ) -> None:
         """Add the gradient of a block's pairs to those of the rows and of the block's columns."""
 
@@ -120,7 +115,7 @@ class Sweep:
             if self.dense is not None:
                 self._add_dense(self.dense, block, row_grad, column_grad)
             if self.sparse is not None:
-                self.sparse.add_gradient(block, self.rows, self.products, row_grad, column_grad)
+                self.sparse.add_gradient(block, self.rows, row_grad, column_grad)
             for term in self.terms:
                 self.positives.add_twins_gradient(
                     block, term.row_pull, term.column_pull, row_grad, column_grad

@@ -66,12 +66,6 @@ class Products:
         else:
             torch.mm(self.rows[rows], columns.T, out=out)
 
-    def between(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the similarities (m, n) of features (m, d) and (n, d)."""
-        if self.bf16:
-            return _bf16_product(left.bfloat16(), right.bfloat16().T).float()
-        return left @ right.T
-
     def add_gradients(
         self, weights: Tensor, rows: slice, columns: Tensor, row_grad: Tensor, column_grad: Tensor
     ) -> None:
