@@ -50,9 +50,15 @@ def process_group(timeout_s: float | None = None) -> Iterator[None]:
 
     A rank that waits for another one longer than `timeout_s` seconds fails; the default is in
     the environment's DIST_VSE_HANG_S, else half an hour. Raises UserError if the launcher's
-    description is not complete.
+    description is not complete, or promises a GPU that is not there.
     """
+    if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"DS_ACCELERATOR=cuda, but PyTorch sees no GPU on {socket.gethostname()}: check "
+            "nvidia-smi and CUDA_VISIBLE_DEVICES there, or set DS_ACCELERATOR=cpu"
+        )
     if "RANK" not in os.environ:
+        _check_alone()
         _describe_single_process()
     missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
@@ -72,6 +78,17 @@ def process_group(timeout_s: float | None = None) -> Iterator[None]:
     finally:
         # Without it gloo's threads may abort the process after all work was done.
         dist.destroy_process_group()
+
+
+def _check_alone() -> None:
+    """Raise UserError if we are one of several processes that nobody has told of each other."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        several = os.environ.get(name, "1")
+        if several.isdecimal() and int(several) > 1:
+            raise UserError(
+                f"{name}={several}, but RANK is not set: each of these processes would train for "
+                "itself; use `dist-vse submit`, or see configs/clusters/accelerate.sbatch"
+            )
 
 
 def _describe_single_process() -> None:

@@ -1,6 +1,8 @@
 """The commands `dist-vse submit`, `status`, `logs`, `cancel`, `runs` and `doctor`."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 _POLL_S = {"slurm": 5.0, "local": 0.5}
@@ -34,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Submit as asked and return the exit code. Raises UserError for what can't be submitted."""
+    from launch.describe import describe, find_conflicts
     from launch.follow import follow
-    from launch.submit import describe, plan_submission, submit
+    from launch.submit import plan_submission, submit
 
     if args.sweep:
         return _sweep(args)
@@ -43,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(describe(plan))
         return 0
+    _warn(find_conflicts(plan, os.environ))
     job = submit(plan)
     print(f"job {job.job_id} ({plan.scheduler}), {plan.cluster.world_size} processes")
     print(f"log of rank 0: {job.task(0).paths.stderr}", flush=True)
@@ -51,18 +55,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _sweep(args: argparse.Namespace) -> int:
     from dist_vse.errors import UserError
+    from launch.describe import describe, find_conflicts
     from launch.follow import follow
-    from launch.submit import describe
     from launch.sweep import plan_sweep, submit_sweep
 
     if args.parallel < 1:
         raise UserError(f"--parallel ({args.parallel}) must be at least 1")
     plans = plan_sweep(args.config, args.overrides, args.sweep, args.cluster)
     if args.dry_run:
-        print(describe(plans[0]))
+        print(describe(plans[0], runs=len(plans), parallel=args.parallel))
         print(f"\n{len(plans)} runs, {args.parallel} at a time:")
         print("\n".join(f"  {plan.folder.parent}" for plan in plans))
         return 0
+    _warn(find_conflicts(plans[0], os.environ))
     jobs = []
     for plan, job in zip(plans, submit_sweep(plans, parallel=args.parallel), strict=True):
         print(f"job {job.job_id}: {plan.folder.parent}", flush=True)
@@ -70,6 +75,11 @@ def _sweep(args: argparse.Namespace) -> int:
     print(f"dist-vse runs {plans[0].jobs.parent}")
     poll_s = _POLL_S[plans[0].scheduler]
     return max(follow(job, poll_s=poll_s) for job in jobs) if args.wait else 0
+
+
+def _warn(conflicts: list[str]) -> None:
+    for conflict in conflicts:
+        print(f"in this shell: {conflict}", file=sys.stderr)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

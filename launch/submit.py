@@ -17,21 +17,22 @@ from dist_vse.errors import UserError
 from launch import control, local, slurm
 from launch.cluster import ClusterConfig, load_cluster
 from launch.code import code_folder, pin
-from launch.environment import Place, conflicts, free_port, nested_slurm_names
+from launch.environment import free_port, nested_slurm_names
 from launch.job import Job, Train
 
 
-def python_command(scheduler: str, code: Path) -> str:
+def python_command(scheduler: str, code: Path, python: str, container: str | None = None) -> str:
     """Return the shell command that starts a rank's Python on the pinned code.
 
-    It is deaf, until the job listens, to the signal that asks for a save: before that it would
+    It is deaf, until the job listens, to the signals that ask for a save: before that they would
     end Python. Under Slurm so it is to SIGTERM, which comes before a requeue: a job whose ranks
     die of it has failed and is not queued again. (`env --ignore-signal` says the same, but not in
     coreutils before 8.31; `python -m` looks into the current folder first.)
     """
-    signals = "USR2 TERM" if scheduler == "slurm" else "USR2"
+    signals = "USR1 USR2 TERM" if scheduler == "slurm" else "USR1 USR2"
     script = f'trap "" {signals}; cd {shlex.quote(str(code))} && exec "$0" "$@"'
-    return f"sh -c {shlex.quote(script)} {shlex.quote(sys.executable)}"
+    command = [*shlex.split(container or ""), python]
+    return f"sh -c {shlex.quote(script)} {shlex.join(command)}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Plan:
     @property
     def python(self) -> str:
         """The command that starts a rank's Python."""
-        return python_command(self.scheduler, self.code)
+        python = self.cluster.python or sys.executable
+        return python_command(self.scheduler, self.code, python, self.cluster.container)
 
     @property
     def config_path(self) -> Path:
@@ -99,6 +101,7 @@ def plan_submission(
         "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", str(cluster.cpus_per_process)),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "DIST_VSE_HANG_S": str(cluster.hang_s),
+        "DS_ACCELERATOR": "cuda" if cluster.gpus_per_node else "cpu",
     }
     if scheduler == "local":
         parameters = local.parameters(cluster)
@@ -182,7 +185,7 @@ def _slurm_submit(executor: Any, jobs: Sequence[Job]) -> list[Any]:
     from submitit.core.utils import FailedJobError
 
     try:
-        with _outside_of_slurm():
+        with _hidden(executor.parameters):
             if len(jobs) == 1:
                 return [executor.submit(jobs[0])]
             with executor.batch():
@@ -206,50 +209,11 @@ def _deaf_to_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _outside_of_slurm() -> Iterator[None]:
-    """Hide the Slurm job around us, if any, from the one that we submit."""
-    hidden = {name: os.environ.pop(name) for name in nested_slurm_names(os.environ)}
+def _hidden(parameters: Mapping[str, Any]) -> Iterator[None]:
+    """Hide from sbatch the Slurm job around us, and what would override the cluster's file."""
+    names = nested_slurm_names(os.environ) + slurm.overriding(os.environ, parameters)
+    hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield
     finally:
         os.environ.update(hidden)
-
-
-def describe(plan: Plan, *, inherited: Mapping[str, str] = os.environ) -> str:
-    """Say in full what `submit` would do: script or processes, environment, conflicts."""
-    cluster = plan.cluster
-    if plan.scheduler == "slurm":
-        head = slurm.sbatch_text(plan.job_folder, plan.python, plan.parameters).rstrip()
-        address, port = "<first node>", "<from the job's id>"
-    else:
-        head = f"{cluster.world_size} processes on this machine: {plan.python} -u -m submitit ..."
-        address, port = "127.0.0.1", "<free port>"
-    lines = [head, "", f"config: {plan.config_path}", f"logs: {plan.job_folder}/%j_RANK_log.err"]
-    lines += ["", "environment of all ranks:"]
-    per_node = cluster.processes_per_node
-    shared = plan.env | {
-        "WORLD_SIZE": str(cluster.world_size),
-        "LOCAL_WORLD_SIZE": str(per_node),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
-    }
-    lines += [f"  {name}={value}" for name, value in sorted(shared.items())]
-    lines += ["", "ranks:"]
-    for rank in range(cluster.world_size):
-        lines.append(f"  RANK={rank} LOCAL_RANK={rank % per_node} on node {rank // per_node}")
-    lines += ["", *_describe_conflicts(plan, inherited)]
-    return "\n".join(lines)
-
-
-def _describe_conflicts(plan: Plan, inherited: Mapping[str, str]) -> list[str]:
-    identity = Place(0, 0, plan.cluster.world_size, plan.cluster.processes_per_node, "", 0)
-    ours = {name: value for name, value in plan.env.items() if name != "PYTHONPATH"}
-    changes = conflicts(inherited, {**ours, **identity.variables()})
-    lines = [
-        f"  {name}={value}" + (" would be removed" if ours is None else " would be overwritten")
-        for name, value, ours in changes
-    ]
-    if plan.scheduler == "slurm":
-        nested = nested_slurm_names(inherited)
-        lines += [f"  {name}={inherited[name]} would be removed" for name in nested]
-    return ["conflicts in this shell's environment:", *(lines or ["  none"])]

@@ -6,8 +6,9 @@ import pytest
 
 from dist_vse.errors import UserError
 from launch import control
+from launch.describe import describe
 from launch.runs import find_runs, table
-from launch.submit import describe, plan_submission, submit
+from launch.submit import plan_submission, submit
 from launch.sweep import plan_sweep, settings, submit_sweep
 from tests.datasets import write_dataset
 
