@@ -93,7 +93,7 @@ def run(config: TrainConfig) -> int:
     else:
         logger.info("resuming %s at step %d", run.run_dir, progress.step)
     if distributed.is_main_process():
-        indexes = [run.index, *(a_set.index for a_set in run.train_sets)]
+        indexes = (run.index, *(a_set.index for a_set in run.train_sets))
         data = {str(index.root): index.fingerprint() for index in indexes}
         record_environment(run.run_dir, progress.step, data)
     progress = _train(run, progress)
@@ -123,14 +123,13 @@ def _open(config: TrainConfig) -> Run:
         config = replace(config, chunk_size=chunking.chunk_size)
         if distributed.is_main_process():
             write_config(config)
-    chunk = f"{chunking.chunk_size} pairs a chunk"
-    logger.info("%s, %d chunks keep their graphs", chunk, chunking.keep_graphs)
+    sizes = chunking.chunk_size, chunking.keep_graphs
+    logger.info("%d pairs a chunk, %d chunks keep their graphs", *sizes)
     engine = wrap_model(config, model)
     with distributed.same_verdict():
         fence = claim(run_dir) if distributed.is_main_process() else None
     fence = distributed.broadcast_object(fence)
-    keep_graphs = chunking.keep_graphs
-    return Run(config, run_dir, index, train_sets, tokenizer, engine, keep_graphs, features, fence)
+    return Run(config, run_dir, index, train_sets, tokenizer, engine, sizes[1], features, fence)
 
 
 def _train(run: Run, progress: Progress) -> Progress:
@@ -171,8 +170,8 @@ def _train(run: Run, progress: Progress) -> Progress:
         meter.pairs += config.global_batch_size
         bar.update()
         last = progress.step == config.total_steps
-        flags = (interrupt.asked(), saver.writing, saver.overdue)
-        stopped, writing, overdue = distributed.any_rank_each(flags)
+        flags = distributed.any_rank_each((interrupt.asked(), saver.writing, saver.overdue))
+        stopped, writing, overdue = flags
         saver.settle(writing=writing)
         save = last or stopped or overdue or _save_due(config, progress)
         log = last or progress.step % config.log_every == 0
@@ -271,20 +270,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments:
         logger.error("error: no config given: python -m dist_vse.train CONFIG.yaml [key=value ...]")
         return 2
-    with distributed.process_group():
-        try:
-            with distributed.same_verdict():
-                config = load_config(arguments[0], arguments[1:])
-                contradictions = launcher_conflicts(config, os.environ)
-            for contradiction in contradictions:
-                logger.info(contradiction)
-            return run(config)
-        except UserError as error:  # alike on every rank
-            if distributed.is_main_process():
-                logger.error("error: %s", error)
-            # A launcher ends all ranks when the first one ends: let rank 0 speak before.
-            distributed.barrier()
-            return 2
+    try:
+        with distributed.process_group():
+            return _run_alike(arguments[0], arguments[1:])
+    except UserError as error:  # there is no group
+        logger.error("error: %s", error)
+        return 2
+
+
+def _run_alike(config_path: str, overrides: Sequence[str]) -> int:
+    """Train by a config that one rank or another may find wrong; all return the same code."""
+    try:
+        with distributed.same_verdict():
+            config = load_config(config_path, overrides)
+            contradictions = launcher_conflicts(config, os.environ)
+        for contradiction in contradictions:
+            logger.info(contradiction)
+        return run(config)
+    except UserError as error:  # alike on every rank
+        if distributed.is_main_process():
+            logger.error("error: %s", error)
+        # A launcher ends all ranks when the first one ends: let rank 0 speak before.
+        distributed.barrier()
+        return 2
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from dist_vse.errors import UserError
+
 _POLL_S = {"slurm": 5.0, "local": 0.5}
 
 
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one run for each combination, as one job array; see them with `dist-vse runs`",
     )
     parser.add_argument(
-        "--parallel", type=int, default=4, metavar="N", help="a sweep's runs at a time (default: 4)"
+        "--parallel", type=int, metavar="N", help="a sweep's runs at a time (default: 4)"
     )
 
 
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.sweep:
         return _sweep(args)
+    if args.parallel is not None:
+        raise UserError("--parallel is for --sweep: a single run is one job")
     plan = plan_submission(args.config, args.overrides, args.cluster)
     if args.dry_run:
         print(describe(plan))
@@ -54,22 +58,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from dist_vse.errors import UserError
     from launch.describe import describe, find_conflicts
     from launch.follow import follow
     from launch.sweep import plan_sweep, submit_sweep
 
-    if args.parallel < 1:
-        raise UserError(f"--parallel ({args.parallel}) must be at least 1")
+    parallel = 4 if args.parallel is None else args.parallel
+    if parallel < 1:
+        raise UserError(f"--parallel ({parallel}) must be at least 1")
     plans = plan_sweep(args.config, args.overrides, args.sweep, args.cluster)
     if args.dry_run:
-        print(describe(plans[0], runs=len(plans), parallel=args.parallel))
-        print(f"\n{len(plans)} runs, {args.parallel} at a time:")
+        print(describe(plans[0], runs=len(plans), parallel=parallel))
+        print(f"\n{len(plans)} runs, {parallel} at a time:")
         print("\n".join(f"  {plan.folder.parent}" for plan in plans))
         return 0
     _warn(find_conflicts(plans[0], os.environ))
     jobs = []
-    for plan, job in zip(plans, submit_sweep(plans, parallel=args.parallel), strict=True):
+    for plan, job in zip(plans, submit_sweep(plans, parallel=parallel), strict=True):
         print(f"job {job.job_id}: {plan.folder.parent}", flush=True)
         jobs.append(job)
     print(f"dist-vse runs {plans[0].jobs.parent}")

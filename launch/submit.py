@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import shlex
 import shutil
@@ -185,7 +186,8 @@ def _slurm_submit(executor: Any, jobs: Sequence[Job]) -> list[Any]:
     from submitit.core.utils import FailedJobError
 
     try:
-        with _hidden(executor.parameters):
+        # submitit prints what it also raises.
+        with _hidden(executor.parameters), contextlib.redirect_stderr(io.StringIO()):
             if len(jobs) == 1:
                 return [executor.submit(jobs[0])]
             with executor.batch():

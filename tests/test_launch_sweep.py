@@ -26,10 +26,12 @@ def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_settings_are_all_combinations() -> None:
     assert settings(["a=1,2", "b=x"]) == [["a=1", "b=x"], ["a=2", "b=x"]]
+    assert settings(["b=[1,2],[3,4],5"]) == [["b=[1,2]"], ["b=[3,4]"], ["b=5"]]
     for wrong, message in (
         (["a"], "write key=value,value"),
         (["a="], "write key=value,value"),
         (["a=1", "a=2"], "gives a twice"),
+        (["output_dir=a,b"], "a folder of its own"),
         (["a=" + ",".join("1" * 1001)], "1001 runs"),
     ):
         with pytest.raises(UserError, match=message):
@@ -85,7 +87,7 @@ def test_cancel_saves_and_the_code_is_pinned(
     assert "has ended already" in control.cancel(run_dir)
     control.show_log(run_dir, rank=0, follow=True)
     assert "stopped at step" in capsys.readouterr().out
-    with pytest.raises(UserError, match="never submitted"):
+    with pytest.raises(UserError, match="was not started by dist-vse submit"):
         control.status(tmp_path)
     with pytest.raises(UserError, match="no rank 7"):
         control.show_log(run_dir, rank=7, follow=False)
