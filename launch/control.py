@@ -56,6 +56,21 @@ def _has_ended(job: Submitted) -> bool:
     return not _is_controller(int(job.job_id))
 
 
+def check_free(run_dir: Path) -> None:
+    """Raise UserError if the run's last job has not ended yet."""
+    if not (run_dir / "submit" / _NOTE).is_file():
+        return
+    job = read_note(run_dir)
+    if job.scheduler == "slurm" and not slurm.is_here():  # then nobody can tell
+        return
+    state = job_state(job)
+    if state != "UNKNOWN" and not _has_ended(job):
+        raise UserError(
+            f"{run_dir}: job {job.job_id} of this run is {state}; follow it with `dist-vse logs "
+            f"{run_dir} --follow`, or end it with `dist-vse cancel {run_dir}`"
+        )
+
+
 def status(run_dir: Path) -> str:
     """Say in a few lines where a submitted run stands."""
     job = read_note(run_dir)

@@ -126,6 +126,11 @@ def sbatch_text(folder: Path, python: str, wanted: dict[str, Any]) -> str:
     return text
 
 
+def is_here() -> bool:
+    """Tell whether Slurm's commands are on this machine."""
+    return shutil.which("scontrol") is not None
+
+
 def job_state(job_id: str) -> str | None:
     """Return the job's state in Slurm's words; None if Slurm has forgotten the job.
 
@@ -146,7 +151,7 @@ def _read_job(job_id: str) -> dict[str, str]:
 
     Raises UserError where there is no Slurm.
     """
-    if shutil.which("scontrol") is None:
+    if not is_here():
         raise UserError(f"job {job_id} is Slurm's, but scontrol is not on PATH; use a login node")
     asked = subprocess.run(
         ["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True

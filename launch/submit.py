@@ -135,7 +135,11 @@ def submit(plan: Plan) -> Any:
 
 
 def prepare(plan: Plan) -> Job:
-    """Save the resolved config, and return the job that will train by it."""
+    """Save the resolved config, and return the job that will train by it.
+
+    Raises UserError if a job of this run is still under way: the two would take turns.
+    """
+    control.check_free(plan.folder.parent)
     plan.folder.mkdir(parents=True, exist_ok=True)
     temporary = plan.config_path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(plan.config_text, encoding="utf-8")

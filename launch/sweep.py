@@ -1,5 +1,6 @@
 """Sweeps: the same run with several settings, as one job array."""
 
+import hashlib
 import itertools
 import re
 import time
@@ -15,12 +16,13 @@ _POLL_S = 0.2
 _COMMA = re.compile(r",(?![^\[]*\])")
 _LONGEST = 1000
 """Slurm's usual bound on an array (MaxArraySize)."""
+_LONGEST_NAME = 200  # bytes; file systems take 255
 
 
 def settings(sweep: Sequence[str]) -> list[list[str]]:
     """Return the overrides of every run: all combinations of `key=value,value,...`.
 
-    A comma inside brackets is part of a value: `optim.betas=[0.9,0.98],[0.9,0.999]`. Raises
+    A comma inside brackets is part of a value, as in `data.mix=[...],[...]`. Raises
     UserError for what is no `key=values`, for a key given twice, and for the runs' folder.
     """
     axes: dict[str, list[str]] = {}
@@ -52,11 +54,19 @@ def plan_sweep(
     base = Path(load_config(config_path, overrides).output_dir)
     plans = []
     for run in settings(sweep):
-        name = ",".join(run).replace("/", "_")
+        name = _folder_name(run)
         more = [*overrides, *run, f"output_dir={base / name}"]
         jobs = (base / "submit").absolute()
         plans.append(plan_submission(config_path, more, cluster_path, jobs=jobs))
     return plans
+
+
+def _folder_name(run: Sequence[str]) -> str:
+    """Return the settings as a folder's name, shortened where the system would refuse it."""
+    name = ",".join(run).replace("/", "_")
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    return f"{name[:100]}...{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def submit_sweep(plans: Sequence[Plan], *, parallel: int) -> Iterator[Any]:

@@ -1,8 +1,10 @@
 """Checkpoints: whole or not at all, onto any number of ranks and any stage, one life at a time."""
 
+import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -53,10 +55,10 @@ def _parameters(engine: ZeroEngine) -> Tensor:
         return torch.cat([p.detach().flatten().clone() for p in engine.module.parameters()])
 
 
-def _saver(folder: Path, *, keep_last: int = 2, keep_best: int = 0) -> Saver:
+def _saver(folder: Path, *, keep_last: int = 2, keep_best: int = 0, minutes: float = 0) -> Saver:
     held = fence.claim(folder) if distributed.is_main_process() else None
     held = distributed.broadcast_object(held)
-    return Saver(folder, held, keep_last=keep_last, keep_best=keep_best, minutes=0)
+    return Saver(folder, held, keep_last=keep_last, keep_best=keep_best, minutes=minutes)
 
 
 def _whole_state(files: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -149,16 +151,34 @@ def _publish(folder: Path, step: int) -> None:
     checkpoint.publish(temporary, folder / f"step-{step:06d}")
 
 
+class _TellingEngine:
+    """What a saver asks of an engine, quick to start; every number in it tells the step."""
+
+    stage = 1
+
+    def __init__(self) -> None:
+        self.module = torch.nn.Linear(500, 500)
+
+    def tell(self, step: int) -> None:
+        self.step = step
+        with torch.no_grad():
+            for parameter in self.module.parameters():
+                parameter.fill_(step)
+
+    def dump_optimizer(self) -> dict[str, Tensor]:
+        return {"optim/a/0": torch.full((250_000,), float(self.step))}
+
+    def whole_parameters(self) -> Any:
+        return contextlib.nullcontext()
+
+
 def _save_for_ever(folder: Path) -> None:
-    """Save without end, as training does; every weight tells the step."""
-    engine, saver = _engine(1), _saver(folder)
-    _step(engine, 0)
+    """Save without end, as training does."""
+    engine, saver = _TellingEngine(), _saver(folder)
     (folder / f"process-{distributed.rank()}").write_text(str(os.getpid()))
     for step in range(1, 10**6):
-        with torch.no_grad():
-            for parameter in engine.module.parameters():
-                parameter.fill_(step)
-        saver.start(engine, Progress(step, step * B, [[step, step]]), score=None)
+        engine.tell(step)
+        saver.start(engine, Progress(step, step * B, [[step, step]]), score=None)  # type: ignore[arg-type]
         saver.settle(writing=distributed.any_rank(saver.writing))
 
 
@@ -189,11 +209,11 @@ def test_thirty_kills_of_two_ranks_while_saving_leave_a_good_checkpoint(tmp_path
         step = manifest["step"]
         assert step >= 2 and newest.name == f"step-{step:06d}"
         assert (manifest["samples_seen"], manifest["lanes"]) == (step * B, [[step, step]])
-        ranks = {f"rank-{rank}.safetensors" for rank in (0, 1)}
-        assert set(manifest["files"]) == {checkpoint.WEIGHTS, *ranks}
-        weights = load_file(newest / checkpoint.WEIGHTS)
-        for name, _ in tiny_model().named_parameters():
-            assert (weights[name] == step).all(), (newest, name)
+        names = {checkpoint.WEIGHTS, "rank-0.safetensors", "rank-1.safetensors"}
+        assert set(manifest["files"]) == names
+        for file in names:
+            numbers = {k: v for k, v in load_file(newest / file).items() if v.is_floating_point()}
+            assert numbers and all((v == step).all() for v in numbers.values()), (newest, file)
         unfinished += any(folder.glob("*.tmp"))
     assert unfinished >= 10  # most kills did hit a save
 
@@ -277,6 +297,41 @@ def test_an_older_life_can_not_save_any_more(tmp_path: Path) -> None:
     ((told, folders),) = run_distributed(_save_in_two_lives, 1, tmp_path)
     assert "a later start of this run has taken it over" in told
     assert folders == ["step-000001", "step-000003"]
+
+
+def _train_while_files_are_written(folder: Path) -> list[bool]:
+    """Hold the writing up and train on; return what is to be true."""
+    engine, saver, gate = _engine(1), _saver(folder, minutes=1), threading.Event()
+    write_files = checkpoint.write_files
+
+    def slow_write(*args: Any) -> Any:
+        assert gate.wait(30)
+        return write_files(*args)
+
+    checkpoint.write_files = slow_write
+    _step(engine, 0)
+    before = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    saver._last -= 61  # seconds
+    true = [saver.overdue]
+    saver.start(engine, Progress(1, B, []), score=None)
+    true += [saver.writing, not saver.overdue]
+    _step(engine, 1)
+    saver.settle(writing=saver.writing)
+    true.append(not checkpoint.steps(folder))
+    gate.set()
+    while saver.writing:
+        time.sleep(0.001)
+    saver.settle(writing=saver.writing)
+    saved = load_file(folder / "step-000001" / checkpoint.WEIGHTS)
+    after = engine.module.state_dict()
+    true.append(all(torch.equal(saved[name], value) for name, value in before.items()))
+    true.append(any(not torch.equal(saved[name], value) for name, value in after.items()))
+    checkpoint.write_files = write_files
+    return true
+
+
+def test_training_goes_on_while_the_files_of_a_checkpoint_are_written(tmp_path: Path) -> None:
+    assert run_distributed(_train_while_files_are_written, 1, tmp_path) == [[True] * 6]
 
 
 def _be_taken_over_while_saving(folder: Path) -> str:

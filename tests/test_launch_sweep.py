@@ -38,6 +38,15 @@ def test_settings_are_all_combinations() -> None:
             settings(wrong)
 
 
+def test_long_settings_make_a_name_that_a_folder_can_have(
+    tmp_path: Path, one_process: Path
+) -> None:
+    long = "model.image.weights=" + ",".join(f"{letter}{'x' * 300}" for letter in "ab")
+    plans = plan_sweep(CONFIG, [f"output_dir={tmp_path}/s"], [long], one_process)
+    names = [plan.folder.parent.name for plan in plans]
+    assert len(set(names)) == 2 and all(len(name) < 200 for name in names)
+
+
 def test_a_wrong_value_is_told_before_anything_starts(tmp_path: Path, one_process: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'convse'"):
         plan_sweep(CONFIG, [f"output_dir={tmp_path}/s"], ["loss.name=convse,convs"], one_process)
@@ -80,6 +89,8 @@ def test_cancel_saves_and_the_code_is_pinned(
     while control.last_metrics(run_dir, "train") is None:
         assert not job.done(), job.stderr()
     assert control.job_state(control.read_note(run_dir)) == "RUNNING"
+    with pytest.raises(UserError, match=f"job {job.job_id} of this run is RUNNING"):
+        submit(plan)
     maps = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
     assert any(str(plan.code) in Path(f"/proc/{pid}/environ").read_text() for pid in maps)
     control.cancel(run_dir)
