@@ -31,7 +31,9 @@ def note(folder: Path, job: Any, scheduler: str) -> None:
     """Note a job in its run's folder for submissions."""
     logs = str(job.task(0).paths.stderr).replace("_0_log.err", "_RANK_log.err")
     text = json.dumps(asdict(Submitted(job.job_id, scheduler, logs)))
-    (folder / _NOTE).write_text(text, encoding="utf-8")
+    temporary = folder / f"{_NOTE}.{os.getpid()}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / _NOTE)
 
 
 def read_note(run_dir: Path) -> Submitted:
