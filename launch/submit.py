@@ -156,7 +156,7 @@ def start(plan: Plan, job: Job) -> Any:
     if plan.scheduler == "local":
         executor = submitit.LocalExecutor(plan.job_folder, python=plan.python)
         executor.update_parameters(**plan.parameters)
-        with _deaf_to_interrupt():
+        with _detached():
             started = executor.submit(job)
     else:
         started = _slurm_submit(_slurm_executor(plan, plan.parameters), [job])[0]
@@ -202,15 +202,25 @@ def _slurm_submit(executor: Any, jobs: Sequence[Job]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _deaf_to_interrupt() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C until they listen to it: it asks the ranks for a save.
+def _detached() -> Iterator[None]:
+    """Start processes that don't hold our output open, and ignore Ctrl-C until they listen to it.
 
+    `submit | tee log` would wait for the job otherwise. Ctrl-C asks the ranks for a save;
     submitit's controller would end at once instead, and leave a traceback.
     """
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout.flush()
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
+        for number, _ in kept:
+            os.dup2(nowhere, number)
         yield
     finally:
+        for number, own in kept:
+            os.dup2(own, number)
+            os.close(own)
+        os.close(nowhere)
         signal.signal(signal.SIGINT, handler)
 
 
