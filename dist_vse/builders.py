@@ -212,7 +212,7 @@ def step_learning_rate(config: TrainConfig, samples_seen: int) -> float:
 
 
 def launcher_conflicts(config: TrainConfig, environment: Mapping[str, str]) -> list[str]:
-    """Say where the launcher's own DeepSpeed settings contradict the run's, a line each."""
+    """Say where the launcher's own settings contradict the run's, a line each."""
     ours = zero_config(
         stage=config.engine.zero_stage,
         rank_batch_size=config.global_batch_size // distributed.world_size(),
@@ -220,4 +220,13 @@ def launcher_conflicts(config: TrainConfig, environment: Mapping[str, str]) -> l
         precision=config.engine.precision,
         bucket=1,
     )
-    return conflicts(environment, {**ours, "train_batch_size": config.global_batch_size})
+    optim = config.optim
+    elsewhere = {
+        "train_batch_size": config.global_batch_size,
+        "optimizer": {
+            "type": optim.name,
+            "params": {"lr": optim.lr, "weight_decay": optim.weight_decay},
+        },
+        "scheduler": {"type": optim.schedule},
+    }
+    return conflicts(environment, ours | elsewhere)

@@ -79,15 +79,17 @@ def write_files(folder: Path, files: Mapping[str, Tensors]) -> Receipts:
     return receipts
 
 
-def publish(
-    temporary: Path, final: Path, progress: Progress, receipts: Receipts, **more: Any
-) -> None:
-    """Turn a folder with all ranks' files into a checkpoint, in one rename. Raises OSError."""
+def seal(temporary: Path, progress: Progress, receipts: Receipts, **more: Any) -> None:
+    """Write the manifest beside all ranks' files. Raises OSError."""
     description = {**asdict(progress), **more, "files": receipts}
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps(description, indent=1), encoding="utf-8")
     _flush(manifest)
     _flush(temporary)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Turn a sealed folder into a checkpoint, in one rename. Raises OSError."""
     if final.exists():  # one that was cut, and so passed over when this run began
         broken = final.with_name(final.name + TEMPORARY)
         os.rename(final, broken)

@@ -50,23 +50,27 @@ def process_group(timeout_s: float | None = None) -> Iterator[None]:
 
     A rank that waits for another one longer than `timeout_s` seconds fails; the default is in
     the environment's DIST_VSE_HANG_S, else half an hour. Raises UserError if the launcher's
-    description is not complete.
+    description is not complete, or promises a GPU that is not there.
     """
-    if "RANK" not in os.environ:
-        _describe_single_process()
-    missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    if missing:
+    if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"RANK is set, but not {', '.join(missing)}: start with `accelerate launch` or "
-            "`torchrun`, or unset RANK to run one process"
+            f"DS_ACCELERATOR=cuda, but PyTorch sees no GPU on {socket.gethostname()}: check "
+            "nvidia-smi and CUDA_VISIBLE_DEVICES there, or set DS_ACCELERATOR=cpu"
         )
+    place: dict[str, Any] = {}  # in the environment
+    if "RANK" in os.environ:
+        _check_described()
+    else:
+        _check_alone()
+        store = dist.HashStore()  # type: ignore[attr-defined]  # needs no port
+        place = {"store": store, "rank": 0, "world_size": 1}
     os.environ.setdefault("LOCAL_RANK", "0")
     if device().type == "cuda":
         torch.cuda.set_device(device())
     backend = "nccl" if device().type == "cuda" else "gloo"
     if timeout_s is None:
         timeout_s = float(os.environ.get("DIST_VSE_HANG_S", "1800"))
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s), **place)
     try:
         yield
     finally:
@@ -74,18 +78,24 @@ def process_group(timeout_s: float | None = None) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _describe_single_process() -> None:
-    """Set the variables of a group of one, on a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def _check_alone() -> None:
+    """Raise UserError if we are one of several processes that nobody has told of each other."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        several = os.environ.get(name, "1")
+        if several.isdecimal() and int(several) > 1:
+            raise UserError(
+                f"{name}={several}, but RANK is not set: each of these processes would train for "
+                "itself; use `dist-vse submit`, or see configs/clusters/accelerate.sbatch"
+            )
+
+
+def _check_described() -> None:
+    missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise UserError(
+            f"RANK is set, but not {', '.join(missing)}: start with `accelerate launch` or "
+            "`torchrun`, or unset RANK to run one process"
+        )
 
 
 class _AllGather(torch.autograd.Function):

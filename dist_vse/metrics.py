@@ -25,11 +25,12 @@ class Recorder:
         self.path = run_dir / METRICS_NAME
         self.last_recall: float | None = None
         self.writer: Any = None
-        if distributed.is_main_process():
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
+        with distributed.same_verdict(), writing(self.path):
+            if distributed.is_main_process():
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            drop_lines_after(self.path, start_step)
-            self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+                drop_lines_after(self.path, start_step)
+                self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
         """Append one line of metrics; `kind` is train or eval. Raises UserError if it can't."""
@@ -46,9 +47,10 @@ class Recorder:
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Flush what is not written yet."""
-        if self.writer is not None:
-            self.writer.close()
+        """Flush what is not written yet; every rank calls this."""
+        with distributed.same_verdict(), writing(self.path):
+            if self.writer is not None:
+                self.writer.close()
 
 
 class Meter:

@@ -1,6 +1,7 @@
 """The names in a run's folder, and its files of one JSON line a step."""
 
 import json
+import os
 from pathlib import Path
 
 CONFIG_NAME = "config.yaml"  # the whole resolved config
@@ -29,5 +30,7 @@ def drop_lines_after(path: Path, step: int) -> list[str]:
             continue  # the last line of a killed run may be cut
         if record["step"] <= step:
             kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary = path.with_suffix(".tmp")  # a kill in the middle must not cost the history
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
     return kept

@@ -65,7 +65,9 @@ class Saver:
 
         def publish(receipts: Receipts) -> None:
             more = {"world_size": world_size, "zero_stage": stage, "score": score, "life": life}
-            checkpoint.publish(temporary, final, progress, receipts, **more)
+            checkpoint.seal(temporary, progress, receipts, **more)
+            self.fence.check()  # as late as can be: what is before it may hang on a lost node
+            checkpoint.publish(temporary, final)
             checkpoint.prune(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
 
         files = checkpoint.snapshot(engine)
@@ -94,7 +96,6 @@ class Saver:
             parts = distributed.all_gather_object(receipts)
             with distributed.same_verdict(), writing(self.folder):
                 if distributed.is_main_process():
-                    self.fence.check()
                     pending.publish({name: r for part in parts for name, r in part.items()})
         except UserError:
             if distributed.is_main_process():

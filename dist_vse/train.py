@@ -1,7 +1,6 @@
 """Training: `accelerate launch -m dist_vse.train CONFIG [key=value ...]`.
 
-accelerate (or torchrun, or Slurm) only starts the processes; the DeepSpeed engine is driven
-directly.
+The launcher only starts the processes; the DeepSpeed engine is driven directly.
 """
 
 import os
@@ -92,15 +91,16 @@ def run(config: TrainConfig) -> int:
         return 0
     else:
         logger.info("resuming %s at step %d", run.run_dir, progress.step)
-    if distributed.is_main_process():
-        indexes = [run.index, *(a_set.index for a_set in run.train_sets)]
-        data = {str(index.root): index.fingerprint() for index in indexes}
-        record_environment(run.run_dir, progress.step, data)
+    indexes = (run.index, *(a_set.index for a_set in run.train_sets))
+    data = {str(index.root): index.fingerprint() for index in indexes}
+    with distributed.same_verdict(), writing(run.run_dir):
+        if distributed.is_main_process():
+            record_environment(run.run_dir, progress.step, data)
     progress = _train(run, progress)
-    if progress.step < config.total_steps:
-        logger.info("stopped at step %d and saved: the same command continues", progress.step)
-        return INTERRUPTED
-    return 0
+    if progress.step == config.total_steps:
+        return 0
+    logger.info("stopped at step %d and saved: the same command continues", progress.step)
+    return INTERRUPTED
 
 
 def _open(config: TrainConfig) -> Run:
@@ -109,8 +109,9 @@ def _open(config: TrainConfig) -> Run:
         index.split(config.data.eval_split)
         train_sets = open_train_sets(config)
         features = open_run_features(config, index)
-        if distributed.is_main_process():
-            run_tokenizer(config, prepare_run_dir(config), build=True)
+        with writing(Path(config.output_dir)):
+            if distributed.is_main_process():
+                run_tokenizer(config, prepare_run_dir(config), build=True)
     run_dir = Path(config.output_dir)
     with distributed.same_verdict():
         tokenizer = run_tokenizer(config, run_dir, build=False)
@@ -123,14 +124,13 @@ def _open(config: TrainConfig) -> Run:
         config = replace(config, chunk_size=chunking.chunk_size)
         if distributed.is_main_process():
             write_config(config)
-    chunk = f"{chunking.chunk_size} pairs a chunk"
-    logger.info("%s, %d chunks keep their graphs", chunk, chunking.keep_graphs)
+    rows, graphs = chunking.chunk_size, chunking.keep_graphs
+    logger.info("%d pairs a chunk, %d chunks keep their graphs", rows, graphs)
     engine = wrap_model(config, model)
-    with distributed.same_verdict():
+    with distributed.same_verdict(), writing(run_dir):
         fence = claim(run_dir) if distributed.is_main_process() else None
     fence = distributed.broadcast_object(fence)
-    keep_graphs = chunking.keep_graphs
-    return Run(config, run_dir, index, train_sets, tokenizer, engine, keep_graphs, features, fence)
+    return Run(config, run_dir, index, train_sets, tokenizer, engine, graphs, features, fence)
 
 
 def _train(run: Run, progress: Progress) -> Progress:
@@ -171,8 +171,8 @@ def _train(run: Run, progress: Progress) -> Progress:
         meter.pairs += config.global_batch_size
         bar.update()
         last = progress.step == config.total_steps
-        flags = (interrupt.asked(), saver.writing, saver.overdue)
-        stopped, writing, overdue = distributed.any_rank_each(flags)
+        flags = distributed.any_rank_each((interrupt.asked(), saver.writing, saver.overdue))
+        stopped, writing, overdue = flags
         saver.settle(writing=writing)
         save = last or stopped or overdue or _save_due(config, progress)
         log = last or progress.step % config.log_every == 0
@@ -231,8 +231,7 @@ def _log(
             run.fence.check()
         recorder.write("train", progress.step, values)
     log_line(progress.step, run.config.total_steps, values)
-    warning = collapsed(statistics)
-    if warning is not None:
+    if warning := collapsed(statistics):
         logger.warning(warning)
     meter.reset()
 
@@ -271,20 +270,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments:
         logger.error("error: no config given: python -m dist_vse.train CONFIG.yaml [key=value ...]")
         return 2
-    with distributed.process_group():
-        try:
-            with distributed.same_verdict():
-                config = load_config(arguments[0], arguments[1:])
-                contradictions = launcher_conflicts(config, os.environ)
-            for contradiction in contradictions:
-                logger.info(contradiction)
-            return run(config)
-        except UserError as error:  # alike on every rank
-            if distributed.is_main_process():
-                logger.error("error: %s", error)
-            # A launcher ends all ranks when the first one ends: let rank 0 speak before.
-            distributed.barrier()
-            return 2
+    try:
+        with distributed.process_group():
+            return _run_alike(arguments[0], arguments[1:])
+    except UserError as error:  # there is no group
+        logger.error("error: %s", error)
+        return 2
+
+
+def _run_alike(config_path: str, overrides: Sequence[str]) -> int:
+    """Train by a config that one rank or another may find wrong; all return the same code."""
+    try:
+        with distributed.same_verdict():
+            config = load_config(config_path, overrides)
+            contradictions = launcher_conflicts(config, os.environ)
+        for contradiction in contradictions:
+            logger.info(contradiction)
+        return run(config)
+    except UserError as error:  # alike on every rank
+        if distributed.is_main_process():
+            logger.error("error: %s", error)
+        # A launcher ends all ranks when the first one ends: let rank 0 speak before.
+        distributed.barrier()
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """The commands `dist-vse submit`, `status`, `logs`, `cancel`, `runs` and `doctor`."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
+
+from dist_vse.errors import UserError
 
 _POLL_S = {"slurm": 5.0, "local": 0.5}
 
@@ -28,21 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one run for each combination, as one job array; see them with `dist-vse runs`",
     )
     parser.add_argument(
-        "--parallel", type=int, default=4, metavar="N", help="a sweep's runs at a time (default: 4)"
+        "--parallel", type=int, metavar="N", help="a sweep's runs at a time (default: 4)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Submit as asked and return the exit code. Raises UserError for what can't be submitted."""
+    from launch.describe import describe, find_conflicts
     from launch.follow import follow
-    from launch.submit import describe, plan_submission, submit
+    from launch.submit import plan_submission, submit
 
     if args.sweep:
         return _sweep(args)
+    if args.parallel is not None:
+        raise UserError("--parallel is for --sweep: a single run is one job")
     plan = plan_submission(args.config, args.overrides, args.cluster)
     if args.dry_run:
         print(describe(plan))
         return 0
+    _warn(find_conflicts(plan, os.environ))
     job = submit(plan)
     print(f"job {job.job_id} ({plan.scheduler}), {plan.cluster.world_size} processes")
     print(f"log of rank 0: {job.task(0).paths.stderr}", flush=True)
@@ -50,26 +58,32 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from dist_vse.errors import UserError
+    from launch.describe import describe, find_conflicts
     from launch.follow import follow
-    from launch.submit import describe
     from launch.sweep import plan_sweep, submit_sweep
 
-    if args.parallel < 1:
-        raise UserError(f"--parallel ({args.parallel}) must be at least 1")
+    parallel = 4 if args.parallel is None else args.parallel
+    if parallel < 1:
+        raise UserError(f"--parallel ({parallel}) must be at least 1")
     plans = plan_sweep(args.config, args.overrides, args.sweep, args.cluster)
     if args.dry_run:
-        print(describe(plans[0]))
-        print(f"\n{len(plans)} runs, {args.parallel} at a time:")
+        print(describe(plans[0], runs=len(plans), parallel=parallel))
+        print(f"\n{len(plans)} runs, {parallel} at a time:")
         print("\n".join(f"  {plan.folder.parent}" for plan in plans))
         return 0
+    _warn(find_conflicts(plans[0], os.environ))
     jobs = []
-    for plan, job in zip(plans, submit_sweep(plans, parallel=args.parallel), strict=True):
+    for plan, job in zip(plans, submit_sweep(plans, parallel=parallel), strict=True):
         print(f"job {job.job_id}: {plan.folder.parent}", flush=True)
         jobs.append(job)
     print(f"dist-vse runs {plans[0].jobs.parent}")
     poll_s = _POLL_S[plans[0].scheduler]
     return max(follow(job, poll_s=poll_s) for job in jobs) if args.wait else 0
+
+
+def _warn(conflicts: list[str]) -> None:
+    for conflict in conflicts:
+        print(f"in this shell: {conflict}", file=sys.stderr)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

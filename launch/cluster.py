@@ -25,17 +25,21 @@ class ClusterConfig:
     scheduler: str = "auto"
     """`slurm`, `local` (processes of this machine), or `auto`: Slurm where sbatch is found."""
     nodes: int = 1
+    """Machines; local processes run on one."""
     processes_per_node: int = 1
     """Ranks on each node: one for each of its GPUs."""
     gpus_per_node: int = 0
-    """0 runs on the CPU."""
+    """As many as processes; 0 runs on the CPU."""
     cpus_per_process: int = 1
     """Cores of a rank: one computes, the others decode (data.num_workers)."""
     mem_gib: int | None = None
     """Memory of a node, GiB; 0 asks for all of it, none for the partition's default."""
     partition: str | None = None
+    """The queue; none is the site's default."""
     account: str | None = None
+    """Who pays; none is your default account."""
     qos: str | None = None
+    """Quality of service, where the site has several."""
     constraint: str | None = None
     """Features that the nodes must have, such as `a100`."""
     time_min: int = 60
@@ -44,10 +48,20 @@ class ClusterConfig:
     """Share the nodes with no other job."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before the processes start (module load ...); for Slurm."""
+    container: str | None = None
+    """A command that runs each rank's Python in a container, such as `apptainer exec --nv
+    vse.sif`; code and run must be visible inside under the same paths. For Slurm."""
+    python: str | None = None
+    """The ranks' interpreter, if not the one that submits (in a container: `python3`)."""
+    srun: list[str] = field(default_factory=list)
+    """More options of srun, such as `--container-image=...`; for Slurm."""
     env: dict[str, str] = field(default_factory=dict)
-    """Environment variables of every process."""
+    """Environment variables of every process, such as NCCL's."""
     signal_before_end_s: int = 300
     """Seconds before the time limit at which a run is told to save."""
+    requeue: bool = True
+    """Queue the job again after a time limit, a preemption or a lost node; false ends it there,
+    and a later `submit` goes on."""
     failures: int = 0
     """How often a job that failed (a rank killed, a hang) is queued again; a lost node, a time
     limit and a preemption don't count, and what the user must mend is never tried again."""
@@ -70,6 +84,10 @@ class ClusterConfig:
             self.gpus_per_node in (0, self.processes_per_node),
             f"processes_per_node ({self.processes_per_node}) must equal gpus_per_node "
             f"({self.gpus_per_node}): every process drives one GPU",
+        )
+        _check(
+            self.requeue or not self.failures,
+            f"failures ({self.failures}) needs requeue: true; set failures to 0 or remove requeue",
         )
         longest = 60 * self.time_min - SIGNAL_SLACK_S
         _check(

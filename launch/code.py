@@ -29,4 +29,9 @@ def pin(code: Path) -> None:
     temporary = code.with_name(f"{code.name}.{os.getpid()}.tmp")
     for package in _PACKAGES:
         shutil.copytree(package, temporary / package.name, ignore=_IGNORED)
-    os.rename(temporary, code)
+    try:
+        os.rename(temporary, code)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not code.is_dir():  # else another submission was quicker
+            raise

@@ -31,14 +31,17 @@ def note(folder: Path, job: Any, scheduler: str) -> None:
     """Note a job in its run's folder for submissions."""
     logs = str(job.task(0).paths.stderr).replace("_0_log.err", "_RANK_log.err")
     text = json.dumps(asdict(Submitted(job.job_id, scheduler, logs)))
-    (folder / _NOTE).write_text(text, encoding="utf-8")
+    temporary = folder / f"{_NOTE}.{os.getpid()}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / _NOTE)
 
 
 def read_note(run_dir: Path) -> Submitted:
     """Return a run's last submission. Raises UserError if it never was submitted."""
     path = run_dir / "submit" / _NOTE
     if not path.is_file():
-        raise UserError(f"{run_dir}: was never submitted ({path} is missing)")
+        what = "was not started by dist-vse submit" if run_dir.is_dir() else "no such folder"
+        raise UserError(f"{run_dir}: {what}; give the output_dir of a submitted run")
     return Submitted(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -47,6 +50,27 @@ def job_state(job: Submitted) -> str:
     if job.scheduler == "slurm":
         return slurm.job_state(job.job_id) or "FORGOTTEN"
     return "RUNNING" if _is_controller(int(job.job_id)) else "ENDED"
+
+
+def _has_ended(job: Submitted) -> bool:
+    if job.scheduler == "slurm":
+        return slurm.has_ended(job.job_id)
+    return not _is_controller(int(job.job_id))
+
+
+def check_free(run_dir: Path) -> None:
+    """Raise UserError if the run's last job has not ended yet."""
+    if not (run_dir / "submit" / _NOTE).is_file():
+        return
+    job = read_note(run_dir)
+    if job.scheduler == "slurm" and not slurm.is_here():  # then nobody can tell
+        return
+    state = job_state(job)
+    if state != "UNKNOWN" and not _has_ended(job):
+        raise UserError(
+            f"{run_dir}: job {job.job_id} of this run is {state}; follow it with `dist-vse logs "
+            f"{run_dir} --follow`, or end it with `dist-vse cancel {run_dir}`"
+        )
 
 
 def status(run_dir: Path) -> str:
@@ -73,7 +97,7 @@ def show_log(run_dir: Path, *, rank: int, follow: bool) -> None:
     if not path.exists() and not follow:
         raise UserError(f"{path}: no log; the job is {job_state(job)}, or has no rank {rank}")
     while True:
-        ended = job_state(job) in (*slurm.ENDED_STATES, "ENDED", "FORGOTTEN")
+        ended = _has_ended(job)
         if path.exists():
             with path.open("rb") as file:
                 file.seek(offset)
@@ -89,14 +113,14 @@ def show_log(run_dir: Path, *, rank: int, follow: bool) -> None:
 def cancel(run_dir: Path) -> str:
     """Ask a run's job to save and end for good; say what was done."""
     job = read_note(run_dir)
+    if _has_ended(job):
+        return f"job {job.job_id} has ended already ({job_state(job)})"
     if job.scheduler == "slurm":
         asked = subprocess.run(["scancel", job.job_id], capture_output=True, text=True)
         if asked.returncode != 0:
             raise UserError(f"scancel {job.job_id}: {' '.join(asked.stderr.split())}")
-    elif _is_controller(int(job.job_id)):
-        os.kill(int(job.job_id), signal.SIGTERM)
     else:
-        return f"job {job.job_id} has ended already"
+        os.kill(int(job.job_id), signal.SIGTERM)
     return f"asked job {job.job_id} to save and end; `dist-vse status {run_dir}` shows when it has"
 
 

@@ -7,8 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 IDENTITY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-FOREIGN_PREFIX = "TORCHELASTIC_"
-"""Left by a torchrun around us: its TORCHELASTIC_USE_AGENT_STORE makes ranks wait for ever."""
+
+# Left by another launcher around us; TORCHELASTIC_USE_AGENT_STORE makes ranks wait for ever.
+_PREFIXES = {"TORCHELASTIC_": "torchrun", "ACCELERATE_": "accelerate"}
+_NAMES = {
+    **dict.fromkeys(("GROUP_RANK", "GROUP_WORLD_SIZE"), "torchrun"),
+    **dict.fromkeys(("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"), "torchrun"),
+    **dict.fromkeys(("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"), "deepspeed"),
+}
+_NETWORK_CARDS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 # Ports of the system's own choice for outgoing connections start at 32768 (Linux).
 FIRST_PORT, NUM_PORTS = 20000, 12000
@@ -39,6 +46,19 @@ class Place:
         return dict(zip(IDENTITY, map(str, values), strict=True))
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """A variable around us that contradicts a job's, and what becomes of it."""
+
+    name: str
+    value: str
+    fate: str
+    removed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value}: {self.fate}"
+
+
 def job_port(job_id: int, restarts: int) -> int:
     """Return the port on which a Slurm job's ranks meet: the same on all of them, unasked."""
     return FIRST_PORT + (job_id + _RESTART_STRIDE * restarts) % NUM_PORTS
@@ -54,20 +74,32 @@ def free_port() -> int:
 
 
 def conflicts(
-    inherited: Mapping[str, str], wanted: Mapping[str, str]
-) -> list[tuple[str, str, str | None]]:
-    """List (name, inherited value, our value or None for removed) of what contradicts us."""
-    changed = [
-        (name, inherited[name], value)
+    inherited: Mapping[str, str], wanted: Mapping[str, str], *, several_nodes: bool
+) -> list[Conflict]:
+    """List what contradicts the variables that a rank is to have, by name.
+
+    PYTHONPATH is no contradiction: the job's own comes first in it.
+    """
+    found = [
+        Conflict(name, inherited[name], f"set to {value}")
         for name, value in wanted.items()
-        if name in inherited and inherited[name] != value
+        if inherited.get(name, value) != value and name != "PYTHONPATH"
     ]
-    removed = [
-        (name, value, None)
-        for name, value in inherited.items()
-        if name.startswith(FOREIGN_PREFIX) and name not in wanted
-    ]
-    return sorted([*changed, *removed])
+    for name, value in inherited.items():
+        launcher = launcher_of(name)
+        if name in wanted:
+            continue
+        if launcher is not None:
+            found.append(Conflict(name, value, f"removed, left by {launcher}", removed=True))
+        elif name in _NETWORK_CARDS and value == "lo" and several_nodes:
+            found.append(Conflict(name, value, "removed, it reaches no other node", removed=True))
+    return sorted(found, key=lambda conflict: conflict.name)
+
+
+def launcher_of(name: str) -> str | None:
+    """Return the launcher that leaves such a variable behind, None if none does."""
+    by_prefix = (who for prefix, who in _PREFIXES.items() if name.startswith(prefix))
+    return _NAMES.get(name) or next(by_prefix, None)
 
 
 def nested_slurm_names(inherited: Mapping[str, str]) -> list[str]:

@@ -60,8 +60,7 @@ def has_ended(job: Any) -> bool:
     For Slurm its state decides: a job that is queued again may have left results behind.
     """
     if _is_slurm(job):
-        state = slurm.job_state(job.job_id)
-        return state is None or state in slurm.ENDED_STATES
+        return slurm.has_ended(job.job_id)
     return bool(job.done())
 
 

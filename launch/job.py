@@ -11,7 +11,7 @@ from dist_vse import interrupt
 from dist_vse.errors import UserError
 from dist_vse.log import logger, setup_logging
 from launch import local, slurm
-from launch.environment import FOREIGN_PREFIX, Place, conflicts, job_port
+from launch.environment import Place, conflicts, job_port
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,15 @@ class Train:
 def enter(place: Place, env: Mapping[str, str]) -> None:
     """Set this process's variables, remove what would contradict them, and log the changes."""
     wanted = {**env, **place.variables()}
-    changes = [c for c in conflicts(os.environ, wanted) if c[0] != "PYTHONPATH"]  # prepended to
-    for name in [n for n in os.environ if n.startswith(FOREIGN_PREFIX) and n not in wanted]:
-        del os.environ[name]
+    several_nodes = place.world_size > place.local_world_size
+    found = conflicts(os.environ, wanted, several_nodes=several_nodes)
+    for conflict in found:
+        if conflict.removed:
+            del os.environ[conflict.name]
     os.environ.update(wanted)
     setup_logging()
-    for name, inherited, value in changes:
-        action = "removed it" if value is None else f"set it to {value}"
-        logger.info("%s=%s was inherited: %s", name, inherited, action)
+    for conflict in found:
+        logger.info("inherited %s", conflict)
 
 
 def _place(environment: Any, local_port: int | None) -> Place:

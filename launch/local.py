@@ -29,6 +29,13 @@ def parameters(cluster: ClusterConfig) -> dict[str, Any]:
             f"setup ({cluster.setup[0]!r} ...) is run by Slurm only; run these lines in this shell "
             "and remove them from the cluster's file"
         )
+    for name in ("container", "srun"):
+        value = getattr(cluster, name)
+        if value:
+            raise UserError(
+                f"{name} ({value!r}) is for Slurm only; remove it from the cluster's file, and run "
+                "dist-vse itself in the container"
+            )
     if cluster.failures:
         raise UserError(
             f"failures ({cluster.failures}): only Slurm queues a job again; set it to 0 for local "
@@ -48,15 +55,23 @@ def environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> dict[st
     Raises UserError if fewer GPUs are visible than the cluster's file asks for.
     """
     variables = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    if cluster.gpus_per_node and inherited.get("CUDA_VISIBLE_DEVICES"):
-        visible = inherited["CUDA_VISIBLE_DEVICES"].split(",")
+    if cluster.gpus_per_node and "CUDA_VISIBLE_DEVICES" in inherited:
+        visible = _visible(inherited["CUDA_VISIBLE_DEVICES"])
         if len(visible) < cluster.gpus_per_node:
             raise UserError(
-                f"gpus_per_node ({cluster.gpus_per_node}) is more than CUDA_VISIBLE_DEVICES="
-                f"{','.join(visible)} shows; lower it, or show more GPUs"
+                f"gpus_per_node ({cluster.gpus_per_node}) is more than the {len(visible)} of "
+                f"CUDA_VISIBLE_DEVICES={inherited['CUDA_VISIBLE_DEVICES']!r} in this shell; lower "
+                "it, or show more GPUs"
             )
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible[: cluster.gpus_per_node])
     return variables
+
+
+def _visible(devices: str) -> list[str]:
+    """Return the GPUs that CUDA sees: those before the first number that is none, such as -1."""
+    names = [name.strip() for name in devices.split(",")]
+    none = (number for number, name in enumerate(names) if name in ("", "-1", "NoDevFiles"))
+    return names[: next(none, len(names))]
 
 
 def end_with_controller(controller: int) -> None:

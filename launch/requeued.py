@@ -18,8 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from launch import slurm
 
     code = train.main(arguments)
-    if code == train.INTERRUPTED and os.environ.get("RANK") == "0":
-        slurm.requeue(os.environ["SLURM_JOB_ID"])
+    if code != train.INTERRUPTED:
+        return code
+    if os.environ.get("RANK") != "0":
+        return 0  # an error would have srun end the job's step before rank 0 has asked
+    slurm.requeue(os.environ["SLURM_JOB_ID"])
     return code
 
 

@@ -3,12 +3,15 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_vse.errors import UserError
 from dist_vse.log import logger
 from launch.cluster import ClusterConfig
 
@@ -25,7 +28,32 @@ ENDED_STATES = (
     "OUT_OF_MEMORY",
     "TIMEOUT",
 )
-"""NODE_FAIL and PREEMPTED are missing: such jobs are queued again."""
+_LOST_STATES = ("NODE_FAIL", "PREEMPTED")
+"""The end of a job only if it may not be queued again."""
+
+SBATCH_VARIABLES = {
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_ARRAY_INX": "array",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_CPUS_PER_TASK": "cpus_per_task",
+    "SBATCH_EXCLUSIVE": "exclusive",
+    "SBATCH_GPUS": "gpus_per_node",
+    "SBATCH_GPUS_PER_NODE": "gpus_per_node",
+    "SBATCH_GPUS_PER_TASK": "gpus_per_node",
+    "SBATCH_JOB_NAME": "job_name",
+    "SBATCH_MEM_PER_CPU": "mem",
+    "SBATCH_MEM_PER_GPU": "mem",
+    "SBATCH_MEM_PER_NODE": "mem",
+    "SBATCH_NO_REQUEUE": "requeue",
+    "SBATCH_OPEN_MODE": "open_mode",
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_QOS": "qos",
+    "SBATCH_REQUEUE": "requeue",
+    "SBATCH_SIGNAL": "signal",
+    "SBATCH_TIMELIMIT": "time",
+}
+"""sbatch prefers these to the lines of its script: what each of them would change."""
+_ALWAYS_SET = ("array", "open_mode", "requeue", "signal")
 
 
 def parameters(cluster: ClusterConfig, name: str, folder: Path) -> dict[str, Any]:
@@ -34,6 +62,7 @@ def parameters(cluster: ClusterConfig, name: str, folder: Path) -> dict[str, Any
     `folder` holds the jobs' folders.
     """
     setup = [*cluster.setup, *_try_again(folder, cluster.failures)]
+    srun_cpus = f"--cpus-per-task={cluster.cpus_per_process}"  # since 22.05 not sbatch's
     wanted = {
         "job_name": name,
         "nodes": cluster.nodes,
@@ -49,11 +78,17 @@ def parameters(cluster: ClusterConfig, name: str, folder: Path) -> dict[str, Any
         "exclusive": cluster.exclusive or None,
         "setup": setup or None,
         "signal_delay_s": cluster.signal_before_end_s,
-        "additional_parameters": {"requeue": True},
-        # A dead rank ends all ranks. Since Slurm 22.05 srun takes no --cpus-per-task from sbatch.
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_process}"],
+        "additional_parameters": {"requeue" if cluster.requeue else "no-requeue": True},
+        # A dead rank ends all ranks.
+        "srun_args": ["--kill-on-bad-exit=1", srun_cpus, *cluster.srun],
     }
     return {key: value for key, value in wanted.items() if value is not None}
+
+
+def overriding(inherited: Mapping[str, str], parameters: Mapping[str, Any]) -> list[str]:
+    """List the variables by which sbatch would override what the cluster's file says."""
+    asked = {*parameters, *_ALWAYS_SET}
+    return sorted(name for name in inherited if SBATCH_VARIABLES.get(name) in asked)
 
 
 def _try_again(folder: Path, failures: int) -> list[str]:
@@ -91,18 +126,40 @@ def sbatch_text(folder: Path, python: str, wanted: dict[str, Any]) -> str:
     return text
 
 
+def is_here() -> bool:
+    """Tell whether Slurm's commands are on this machine."""
+    return shutil.which("scontrol") is not None
+
+
 def job_state(job_id: str) -> str | None:
     """Return the job's state in Slurm's words; None if Slurm has forgotten the job.
 
     Asks the controller, not the accounting: that may be absent, and lags.
     """
+    return _read_job(job_id).get("JobState")
+
+
+def has_ended(job_id: str) -> bool:
+    """Tell whether the job is over for good: it won't be queued again, or is forgotten."""
+    job = _read_job(job_id)
+    state = job.get("JobState")
+    return state in (None, *ENDED_STATES) or (state in _LOST_STATES and job["Requeue"] == "0")
+
+
+def _read_job(job_id: str) -> dict[str, str]:
+    """Return what the controller says of a job; nothing if it has forgotten it.
+
+    Raises UserError where there is no Slurm.
+    """
+    if not is_here():
+        raise UserError(f"job {job_id} is Slurm's, but scontrol is not on PATH; use a login node")
     asked = subprocess.run(
         ["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True
     )
     if asked.returncode != 0 and "Invalid job id" in asked.stderr:
-        return None
-    found = re.search(r"JobState=(\w+)", asked.stdout)
-    return found.group(1) if found else "UNKNOWN"  # a controller that doesn't answer just now
+        return {}
+    found = dict(re.findall(r"\b(JobState|Requeue)=(\w+)", asked.stdout))
+    return {"JobState": "UNKNOWN", "Requeue": "1"} | found  # it may not answer just now
 
 
 def requeue(job_id: str) -> None:
@@ -111,9 +168,12 @@ def requeue(job_id: str) -> None:
     Called in the job by rank 0. A job that was cancelled stays so, and one that Slurm itself has
     put back (preempted, or by `scontrol requeue`) needs no second request.
     """
-    state = job_state(job_id)
-    if state != "RUNNING":
-        logger.info("not queued again: the job is %s", state)
+    job = _read_job(job_id)
+    if job.get("JobState") != "RUNNING":
+        logger.info("not queued again: the job is %s", job.get("JobState"))
+        return
+    if job["Requeue"] == "0":
+        logger.info("saved; the cluster's file says requeue: false, so the job ends here")
         return
     asked = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True)
     if asked.returncode != 0:

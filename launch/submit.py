@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import shlex
 import shutil
@@ -17,21 +18,22 @@ from dist_vse.errors import UserError
 from launch import control, local, slurm
 from launch.cluster import ClusterConfig, load_cluster
 from launch.code import code_folder, pin
-from launch.environment import Place, conflicts, free_port, nested_slurm_names
+from launch.environment import free_port, nested_slurm_names
 from launch.job import Job, Train
 
 
-def python_command(scheduler: str, code: Path) -> str:
+def python_command(scheduler: str, code: Path, python: str, container: str | None = None) -> str:
     """Return the shell command that starts a rank's Python on the pinned code.
 
-    It is deaf, until the job listens, to the signal that asks for a save: before that it would
+    It is deaf, until the job listens, to the signals that ask for a save: before that they would
     end Python. Under Slurm so it is to SIGTERM, which comes before a requeue: a job whose ranks
     die of it has failed and is not queued again. (`env --ignore-signal` says the same, but not in
     coreutils before 8.31; `python -m` looks into the current folder first.)
     """
-    signals = "USR2 TERM" if scheduler == "slurm" else "USR2"
+    signals = "USR1 USR2 TERM" if scheduler == "slurm" else "USR1 USR2"
     script = f'trap "" {signals}; cd {shlex.quote(str(code))} && exec "$0" "$@"'
-    return f"sh -c {shlex.quote(script)} {shlex.quote(sys.executable)}"
+    command = [*shlex.split(container or ""), python]
+    return f"sh -c {shlex.quote(script)} {shlex.join(command)}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Plan:
     @property
     def python(self) -> str:
         """The command that starts a rank's Python."""
-        return python_command(self.scheduler, self.code)
+        python = self.cluster.python or sys.executable
+        return python_command(self.scheduler, self.code, python, self.cluster.container)
 
     @property
     def config_path(self) -> Path:
@@ -99,6 +102,7 @@ def plan_submission(
         "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", str(cluster.cpus_per_process)),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "DIST_VSE_HANG_S": str(cluster.hang_s),
+        "DS_ACCELERATOR": "cuda" if cluster.gpus_per_node else "cpu",
     }
     if scheduler == "local":
         parameters = local.parameters(cluster)
@@ -131,7 +135,11 @@ def submit(plan: Plan) -> Any:
 
 
 def prepare(plan: Plan) -> Job:
-    """Save the resolved config, and return the job that will train by it."""
+    """Save the resolved config, and return the job that will train by it.
+
+    Raises UserError if a job of this run is still under way: the two would take turns.
+    """
+    control.check_free(plan.folder.parent)
     plan.folder.mkdir(parents=True, exist_ok=True)
     temporary = plan.config_path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(plan.config_text, encoding="utf-8")
@@ -148,7 +156,7 @@ def start(plan: Plan, job: Job) -> Any:
     if plan.scheduler == "local":
         executor = submitit.LocalExecutor(plan.job_folder, python=plan.python)
         executor.update_parameters(**plan.parameters)
-        with _deaf_to_interrupt():
+        with _detached():
             started = executor.submit(job)
     else:
         started = _slurm_submit(_slurm_executor(plan, plan.parameters), [job])[0]
@@ -182,7 +190,8 @@ def _slurm_submit(executor: Any, jobs: Sequence[Job]) -> list[Any]:
     from submitit.core.utils import FailedJobError
 
     try:
-        with _outside_of_slurm():
+        # submitit prints what it also raises.
+        with _hidden(executor.parameters), contextlib.redirect_stderr(io.StringIO()):
             if len(jobs) == 1:
                 return [executor.submit(jobs[0])]
             with executor.batch():
@@ -193,63 +202,34 @@ def _slurm_submit(executor: Any, jobs: Sequence[Job]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _deaf_to_interrupt() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C until they listen to it: it asks the ranks for a save.
+def _detached() -> Iterator[None]:
+    """Start processes that don't hold our output open, and ignore Ctrl-C until they listen to it.
 
+    `submit | tee log` would wait for the job otherwise. Ctrl-C asks the ranks for a save;
     submitit's controller would end at once instead, and leave a traceback.
     """
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout.flush()
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
+        for number, _ in kept:
+            os.dup2(nowhere, number)
         yield
     finally:
+        for number, own in kept:
+            os.dup2(own, number)
+            os.close(own)
+        os.close(nowhere)
         signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager
-def _outside_of_slurm() -> Iterator[None]:
-    """Hide the Slurm job around us, if any, from the one that we submit."""
-    hidden = {name: os.environ.pop(name) for name in nested_slurm_names(os.environ)}
+def _hidden(parameters: Mapping[str, Any]) -> Iterator[None]:
+    """Hide from sbatch the Slurm job around us, and what would override the cluster's file."""
+    names = nested_slurm_names(os.environ) + slurm.overriding(os.environ, parameters)
+    hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield
     finally:
         os.environ.update(hidden)
-
-
-def describe(plan: Plan, *, inherited: Mapping[str, str] = os.environ) -> str:
-    """Say in full what `submit` would do: script or processes, environment, conflicts."""
-    cluster = plan.cluster
-    if plan.scheduler == "slurm":
-        head = slurm.sbatch_text(plan.job_folder, plan.python, plan.parameters).rstrip()
-        address, port = "<first node>", "<from the job's id>"
-    else:
-        head = f"{cluster.world_size} processes on this machine: {plan.python} -u -m submitit ..."
-        address, port = "127.0.0.1", "<free port>"
-    lines = [head, "", f"config: {plan.config_path}", f"logs: {plan.job_folder}/%j_RANK_log.err"]
-    lines += ["", "environment of all ranks:"]
-    per_node = cluster.processes_per_node
-    shared = plan.env | {
-        "WORLD_SIZE": str(cluster.world_size),
-        "LOCAL_WORLD_SIZE": str(per_node),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
-    }
-    lines += [f"  {name}={value}" for name, value in sorted(shared.items())]
-    lines += ["", "ranks:"]
-    for rank in range(cluster.world_size):
-        lines.append(f"  RANK={rank} LOCAL_RANK={rank % per_node} on node {rank // per_node}")
-    lines += ["", *_describe_conflicts(plan, inherited)]
-    return "\n".join(lines)
-
-
-def _describe_conflicts(plan: Plan, inherited: Mapping[str, str]) -> list[str]:
-    identity = Place(0, 0, plan.cluster.world_size, plan.cluster.processes_per_node, "", 0)
-    ours = {name: value for name, value in plan.env.items() if name != "PYTHONPATH"}
-    changes = conflicts(inherited, {**ours, **identity.variables()})
-    lines = [
-        f"  {name}={value}" + (" would be removed" if ours is None else " would be overwritten")
-        for name, value, ours in changes
-    ]
-    if plan.scheduler == "slurm":
-        nested = nested_slurm_names(inherited)
-        lines += [f"  {name}={inherited[name]} would be removed" for name in nested]
-    return ["conflicts in this shell's environment:", *(lines or ["  none"])]

@@ -1,6 +1,8 @@
 """Sweeps: the same run with several settings, as one job array."""
 
+import hashlib
 import itertools
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,23 +13,28 @@ from dist_vse.errors import UserError
 from launch.submit import Plan, plan_submission, prepare, start_array, submit
 
 _POLL_S = 0.2
+_COMMA = re.compile(r",(?![^\[]*\])")
 _LONGEST = 1000
 """Slurm's usual bound on an array (MaxArraySize)."""
+_LONGEST_NAME = 200  # bytes; file systems take 255
 
 
 def settings(sweep: Sequence[str]) -> list[list[str]]:
     """Return the overrides of every run: all combinations of `key=value,value,...`.
 
-    Raises UserError for what is no `key=values`, and for a key given twice.
+    A comma inside brackets is part of a value, as in `data.mix=[...],[...]`. Raises
+    UserError for what is no `key=values`, for a key given twice, and for the runs' folder.
     """
     axes: dict[str, list[str]] = {}
     for axis in sweep:
         key, equals, values = axis.partition("=")
         if not equals or not values:
             raise UserError(f"--sweep {axis!r}: write key=value,value, such as optim.lr=1e-4,3e-4")
+        if key == "output_dir":
+            raise UserError("--sweep output_dir: every run gets a folder of its own inside it")
         if key in axes:
             raise UserError(f"--sweep gives {key} twice; join its values by commas")
-        axes[key] = [f"{key}={value}" for value in values.split(",")]
+        axes[key] = [f"{key}={value}" for value in _COMMA.split(values)]
     runs = [list(run) for run in itertools.product(*axes.values())]
     if len(runs) > _LONGEST:
         raise UserError(f"--sweep makes {len(runs)} runs, more than {_LONGEST}; split it")
@@ -47,11 +54,19 @@ def plan_sweep(
     base = Path(load_config(config_path, overrides).output_dir)
     plans = []
     for run in settings(sweep):
-        name = ",".join(run).replace("/", "_")
+        name = _folder_name(run)
         more = [*overrides, *run, f"output_dir={base / name}"]
         jobs = (base / "submit").absolute()
         plans.append(plan_submission(config_path, more, cluster_path, jobs=jobs))
     return plans
+
+
+def _folder_name(run: Sequence[str]) -> str:
+    """Return the settings as a folder's name, shortened where the system would refuse it."""
+    name = ",".join(run).replace("/", "_")
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    return f"{name[:100]}...{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def submit_sweep(plans: Sequence[Plan], *, parallel: int) -> Iterator[Any]:

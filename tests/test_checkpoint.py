@@ -1,12 +1,14 @@
 """Checkpoints: whole or not at all, onto any number of ranks and any stage, one life at a time."""
 
-import multiprocessing
+import contextlib
 import os
 import random
 import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,10 @@ def _parameters(engine: ZeroEngine) -> Tensor:
         return torch.cat([p.detach().flatten().clone() for p in engine.module.parameters()])
 
 
-def _saver(folder: Path, *, keep_last: int = 2, keep_best: int = 0) -> Saver:
+def _saver(folder: Path, *, keep_last: int = 2, keep_best: int = 0, minutes: float = 0) -> Saver:
     held = fence.claim(folder) if distributed.is_main_process() else None
     held = distributed.broadcast_object(held)
-    return Saver(folder, held, keep_last=keep_last, keep_best=keep_best, minutes=0)
+    return Saver(folder, held, keep_last=keep_last, keep_best=keep_best, minutes=minutes)
 
 
 def _whole_state(files: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -142,39 +144,77 @@ def _files(step: int) -> dict[str, dict[str, Tensor]]:
     }
 
 
+def _publish(folder: Path, step: int) -> None:
+    temporary = folder / f"step-{step:06d}.tmp"
+    receipts = checkpoint.write_files(temporary, _files(step))
+    checkpoint.seal(temporary, Progress(step, step, []), receipts)
+    checkpoint.publish(temporary, folder / f"step-{step:06d}")
+
+
+class _TellingEngine:
+    """What a saver asks of an engine, quick to start; every number in it tells the step."""
+
+    stage = 1
+
+    def __init__(self) -> None:
+        self.module = torch.nn.Linear(500, 500)
+
+    def tell(self, step: int) -> None:
+        self.step = step
+        with torch.no_grad():
+            for parameter in self.module.parameters():
+                parameter.fill_(step)
+
+    def dump_optimizer(self) -> dict[str, Tensor]:
+        return {"optim/a/0": torch.full((250_000,), float(self.step))}
+
+    def whole_parameters(self) -> Any:
+        return contextlib.nullcontext()
+
+
 def _save_for_ever(folder: Path) -> None:
+    """Save without end, as training does."""
+    engine, saver = _TellingEngine(), _saver(folder)
+    (folder / f"process-{distributed.rank()}").write_text(str(os.getpid()))
     for step in range(1, 10**6):
-        temporary = folder / f"step-{step:06d}.life-1.tmp"
-        receipts = checkpoint.write_files(temporary, _files(step))
-        final = folder / f"step-{step:06d}"
-        checkpoint.publish(temporary, final, Progress(step, step, []), receipts)
-        checkpoint.prune(folder, keep_last=2, keep_best=0)
+        engine.tell(step)
+        saver.start(engine, Progress(step, step * B, [[step, step]]), score=None)  # type: ignore[arg-type]
+        saver.settle(writing=distributed.any_rank(saver.writing))
 
 
-def test_thirty_kills_while_saving_always_leave_a_good_checkpoint(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    rng, unfinished, loaded = random.Random(0), 0, []
+def _kill_while_saving(folder: Path, rng: random.Random) -> None:
+    """Kill both ranks at a random moment, one a little after the other."""
+    with ThreadPoolExecutor(1) as threads:
+        ranks = threads.submit(run_distributed, _save_for_ever, 2, folder)
+        while not (folder / "step-000002").exists():  # two are good: now any moment will do
+            assert not ranks.done(), ranks.exception()
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.06))
+        for rank in rng.sample((0, 1), 2):
+            os.kill(int((folder / f"process-{rank}").read_text()), signal.SIGKILL)
+            time.sleep(rng.choice((0, 0.005)))
+        assert ranks.exception() is not None
+
+
+@pytest.mark.timeout(240)
+def test_thirty_kills_of_two_ranks_while_saving_leave_a_good_checkpoint(tmp_path: Path) -> None:
+    rng, unfinished = random.Random(0), 0
     for number in range(30):
         folder = tmp_path / str(number)
         folder.mkdir()
-        process = context.Process(target=_save_for_ever, args=(folder,))
-        process.start()
-        while not (folder / "step-000002").exists():  # two are good: now any moment will do
-            assert process.is_alive()
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.06))
-        os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
+        _kill_while_saving(folder, rng)
         newest = checkpoint.latest(folder)
-        assert newest is not None
-        step = checkpoint.read_manifest(newest)["step"]
-        for name, tensors in _files(step).items():
-            for key, value in load_file(newest / name).items():
-                assert torch.equal(value, tensors[key]), (newest, name)
-        assert step == max(int(p.name[5:11]) for p in checkpoint.steps(folder))
-        loaded.append(step)
+        assert newest is not None and newest == checkpoint.steps(folder)[-1]
+        manifest = checkpoint.read_manifest(newest)
+        step = manifest["step"]
+        assert step >= 2 and newest.name == f"step-{step:06d}"
+        assert (manifest["samples_seen"], manifest["lanes"]) == (step * B, [[step, step]])
+        names = {checkpoint.WEIGHTS, "rank-0.safetensors", "rank-1.safetensors"}
+        assert set(manifest["files"]) == names
+        for file in names:
+            numbers = {k: v for k, v in load_file(newest / file).items() if v.is_floating_point()}
+            assert numbers and all((v == step).all() for v in numbers.values()), (newest, file)
         unfinished += any(folder.glob("*.tmp"))
-    assert min(loaded) >= 2
     assert unfinished >= 10  # most kills did hit a save
 
 
@@ -191,10 +231,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path, name: str, damage: str, fault: str
 ) -> None:
     for step in (1, 2):
-        temporary = tmp_path / f"step-{step:06d}.tmp"
-        receipts = checkpoint.write_files(temporary, _files(step))
-        final = tmp_path / f"step-{step:06d}"
-        checkpoint.publish(temporary, final, Progress(step, step, []), receipts)
+        _publish(tmp_path, step)
     path = tmp_path / "step-000002" / name
     content = bytearray(path.read_bytes())
     if damage == "flip":
@@ -260,6 +297,66 @@ def test_an_older_life_can_not_save_any_more(tmp_path: Path) -> None:
     ((told, folders),) = run_distributed(_save_in_two_lives, 1, tmp_path)
     assert "a later start of this run has taken it over" in told
     assert folders == ["step-000001", "step-000003"]
+
+
+def _train_while_files_are_written(folder: Path) -> list[bool]:
+    """Hold the writing up and train on; return what is to be true."""
+    engine, saver, gate = _engine(1), _saver(folder, minutes=1), threading.Event()
+    write_files = checkpoint.write_files
+
+    def slow_write(*args: Any) -> Any:
+        assert gate.wait(30)
+        return write_files(*args)
+
+    checkpoint.write_files = slow_write
+    _step(engine, 0)
+    before = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    saver._last -= 61  # seconds
+    true = [saver.overdue]
+    saver.start(engine, Progress(1, B, []), score=None)
+    true += [saver.writing, not saver.overdue]
+    _step(engine, 1)
+    saver.settle(writing=saver.writing)
+    true.append(not checkpoint.steps(folder))
+    gate.set()
+    while saver.writing:
+        time.sleep(0.001)
+    saver.settle(writing=saver.writing)
+    saved = load_file(folder / "step-000001" / checkpoint.WEIGHTS)
+    after = engine.module.state_dict()
+    true.append(all(torch.equal(saved[name], value) for name, value in before.items()))
+    true.append(any(not torch.equal(saved[name], value) for name, value in after.items()))
+    checkpoint.write_files = write_files
+    return true
+
+
+def test_training_goes_on_while_the_files_of_a_checkpoint_are_written(tmp_path: Path) -> None:
+    assert run_distributed(_train_while_files_are_written, 1, tmp_path) == [[True] * 6]
+
+
+def _be_taken_over_while_saving(folder: Path) -> str:
+    """Return what a life is told that a later one replaces while its manifest is written."""
+    engine, saver, seal = _engine(0), _saver(folder), checkpoint.seal
+
+    def slow_seal(*args: Any, **more: Any) -> None:
+        seal(*args, **more)
+        fence.claim(folder)
+
+    checkpoint.seal = slow_seal
+    saver.start(engine, Progress(1, 1, []), score=None)
+    try:
+        saver.finish()
+    except UserError as error:
+        return str(error)
+    finally:
+        checkpoint.seal = seal
+    return ""
+
+
+def test_a_life_that_is_taken_over_while_it_saves_publishes_nothing(tmp_path: Path) -> None:
+    (told,) = run_distributed(_be_taken_over_while_saving, 1, tmp_path)
+    assert "a later start of this run has taken it over" in told
+    assert not list(tmp_path.glob("step-*"))
 
 
 def test_leftovers_of_former_lives_are_removed_and_nothing_else(tmp_path: Path) -> None:

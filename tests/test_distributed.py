@@ -81,3 +81,15 @@ def test_an_incomplete_launcher_environment_is_named(monkeypatch: pytest.MonkeyP
     ):
         pass
     assert "WORLD_SIZE" not in os.environ
+
+
+def test_processes_that_nobody_told_of_each_other_are_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with (
+        pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=4, but RANK is not set"),
+        distributed.process_group(),
+    ):
+        pass

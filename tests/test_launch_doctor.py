@@ -4,7 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from dist_vse.errors import UserError
+from launch import probe
 from launch.doctor import doctor
 from tests.datasets import write_dataset
 
@@ -40,8 +43,18 @@ def test_a_run_that_can_start(examine: Examine, tmp_path: Path) -> None:
     assert code == 0, lines
     assert list(lines) == ["batch", "shards", "samples", "memory", "disk", "ranks"]
     assert "64 samples, the first 8 can be read" in lines["samples"]
-    assert "2 met in" in lines["ranks"]
+    assert "2 met in" in lines["ranks"] and "have fp32 and the memory" in lines["ranks"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cluster.yaml", "data"]
+
+
+def test_ranks_look_at_precision_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for bf16 in (False, True):
+        probe._check_precision(cpu, bf16=bf16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    probe._check_memory(cpu, 0.1)
+    with pytest.raises(UserError, match=r"a rank needs 1000000.00 GiB for weights.*zero_stage"):
+        probe._check_memory(cpu, 1e6)
 
 
 def test_what_is_broken_is_named(
@@ -59,8 +72,16 @@ def test_what_is_broken_is_named(
     assert lines["disk"].startswith("FAIL") and "lower keep_checkpoints" in lines["disk"]
     _, lines = examine("model.text.width=4096", cluster=", mem_gib: 1")
     assert lines["memory"].startswith("FAIL") and "but mem_gib is 1" in lines["memory"]
+    code, lines = examine("output_dir=/proc/run", "data.index=/nowhere")
+    assert code == 2 and "/proc: can't be written to (" in lines["disk"]
+    assert "/nowhere/index.json: no such index" in lines["shards"]
+    assert lines["samples"] == "FAIL  samples: as shards"
     shard = tmp_path / "data" / "train-00001.tar"
-    shard.write_bytes(shard.read_bytes()[:-1])
+    whole = shard.read_bytes()
+    shard.write_bytes(bytes(len(whole)))
+    _, lines = examine()
+    assert "its samples are not where the index says; `dist-vse shard verify" in lines["shards"]
+    shard.write_bytes(whole[:-1])
     _, lines = examine()
     assert lines["shards"].startswith("FAIL") and "copy it again" in lines["shards"]
     shard.unlink()

@@ -6,8 +6,9 @@ import pytest
 
 from dist_vse.errors import UserError
 from launch import control
+from launch.describe import describe
 from launch.runs import find_runs, table
-from launch.submit import describe, plan_submission, submit
+from launch.submit import plan_submission, submit
 from launch.sweep import plan_sweep, settings, submit_sweep
 from tests.datasets import write_dataset
 
@@ -25,14 +26,25 @@ def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_settings_are_all_combinations() -> None:
     assert settings(["a=1,2", "b=x"]) == [["a=1", "b=x"], ["a=2", "b=x"]]
+    assert settings(["b=[1,2],[3,4],5"]) == [["b=[1,2]"], ["b=[3,4]"], ["b=5"]]
     for wrong, message in (
         (["a"], "write key=value,value"),
         (["a="], "write key=value,value"),
         (["a=1", "a=2"], "gives a twice"),
+        (["output_dir=a,b"], "a folder of its own"),
         (["a=" + ",".join("1" * 1001)], "1001 runs"),
     ):
         with pytest.raises(UserError, match=message):
             settings(wrong)
+
+
+def test_long_settings_make_a_name_that_a_folder_can_have(
+    tmp_path: Path, one_process: Path
+) -> None:
+    long = "model.image.weights=" + ",".join(f"{letter}{'x' * 300}" for letter in "ab")
+    plans = plan_sweep(CONFIG, [f"output_dir={tmp_path}/s"], [long], one_process)
+    names = [plan.folder.parent.name for plan in plans]
+    assert len(set(names)) == 2 and all(len(name) < 200 for name in names)
 
 
 def test_a_wrong_value_is_told_before_anything_starts(tmp_path: Path, one_process: Path) -> None:
@@ -77,6 +89,8 @@ def test_cancel_saves_and_the_code_is_pinned(
     while control.last_metrics(run_dir, "train") is None:
         assert not job.done(), job.stderr()
     assert control.job_state(control.read_note(run_dir)) == "RUNNING"
+    with pytest.raises(UserError, match=f"job {job.job_id} of this run is RUNNING"):
+        submit(plan)
     maps = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
     assert any(str(plan.code) in Path(f"/proc/{pid}/environ").read_text() for pid in maps)
     control.cancel(run_dir)
@@ -84,7 +98,7 @@ def test_cancel_saves_and_the_code_is_pinned(
     assert "has ended already" in control.cancel(run_dir)
     control.show_log(run_dir, rank=0, follow=True)
     assert "stopped at step" in capsys.readouterr().out
-    with pytest.raises(UserError, match="never submitted"):
+    with pytest.raises(UserError, match="was not started by dist-vse submit"):
         control.status(tmp_path)
     with pytest.raises(UserError, match="no rank 7"):
         control.show_log(run_dir, rank=7, follow=False)

@@ -1,4 +1,4 @@
-"""Four launchers, one result; and what a launcher's own DeepSpeed settings contradict is told."""
+"""Four ways to start, one result; and what a launcher's own settings contradict is told."""
 
 import json
 import os
@@ -25,8 +25,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _launch(run_dir: Path, data: Path, *launcher: str) -> tuple[list[float], str]:
-    """Train three steps in two processes; return the losses and what was said."""
+def _launch(run_dir: Path, data: Path, *launcher: str) -> tuple[list[float], bytes, str]:
+    """Train three steps in two processes; return losses, final weights and what was said."""
     settings = ["total_steps=3", "log_every=1", f"data.index={data}", f"output_dir={run_dir}"]
     bin_dir = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
@@ -40,11 +40,13 @@ def _launch(run_dir: Path, data: Path, *launcher: str) -> tuple[list[float], str
     )
     assert done.returncode == 0, done.stderr
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["kind"] == "train"], done.stderr
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    weights = (run_dir / "checkpoints" / "step-000003" / "model.safetensors").read_bytes()
+    return losses, weights, done.stderr
 
 
 @pytest.mark.timeout(300)
-def test_every_launcher_gives_the_same_losses(data: Path, tmp_path: Path) -> None:
+def test_every_way_to_start_gives_the_same_weights(data: Path, tmp_path: Path) -> None:
     deepspeed = tmp_path / "deepspeed.json"
     theirs = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
     deepspeed.write_text(json.dumps(theirs))
@@ -55,20 +57,23 @@ def test_every_launcher_gives_the_same_losses(data: Path, tmp_path: Path) -> Non
         f" deepspeed_config: {{deepspeed_config_file: {deepspeed}}}}}"
     )
     port = str(free_port())
+    train, cluster = "dist_vse.train", "--cluster=configs/clusters/local.yaml"
     launchers = {
-        "torchrun": ("torchrun", "--nproc_per_node=2", f"--master_port={port}", "-m"),
-        "deepspeed": ("deepspeed", "--num_gpus=2", f"--master_port={port}", "--module"),
-        "accelerate": ("accelerate", "launch", f"--config_file={accelerate}", "-m"),
+        "torchrun": ("torchrun", "--nproc_per_node=2", f"--master_port={port}", "-m", train),
+        # This one gives every rank its --local_rank=N behind the module.
+        "deepspeed": ("deepspeed", "--num_gpus=2", f"--master_port={port}", "--module", train),
+        "accelerate": ("accelerate", "launch", f"--config_file={accelerate}", "-m", train),
+        "submit": ("dist-vse", "submit", "--wait", cluster),
     }
     results = {
-        name: _launch(tmp_path / name, data, *command, "dist_vse.train")
-        for name, command in launchers.items()
+        name: _launch(tmp_path / name, data, *command) for name, command in launchers.items()
     }
-    losses, _ = results["torchrun"]
+    losses, weights, _ = results["torchrun"]
     assert len(losses) == 3
-    assert all(found == losses for found, _ in results.values())
+    for name, (found, final, _) in results.items():
+        assert (found, final) == (losses, weights), name
     told = "the launcher asks DeepSpeed for zero_optimization.stage=3, the run has 1"
-    assert [told in said for _, said in results.values()] == [False, False, True]
+    assert [told in said for *_, said in results.values()] == [False, False, True, False]
 
 
 def test_a_launchers_contradictions_are_told(tmp_path: Path) -> None:
@@ -80,7 +85,11 @@ def test_a_launchers_contradictions_are_told(tmp_path: Path) -> None:
         "gradient_accumulation_steps": "auto",
         "train_batch_size": 32,
         "fp16": {"enabled": True},
-        "optimizer": {"type": "Adam"},
+        "optimizer": {"type": "Adam", "params": {"lr": "auto", "weight_decay": 0.5}},
+        "steps_per_print": 100,
+        "wall_clock_breakdown": False,
+        "amp": {"enabled": False},
+        "activation_checkpointing": {"number_checkpoints": 4},
     }
     path.write_text(json.dumps(theirs))
     environment = {
@@ -89,9 +98,12 @@ def test_a_launchers_contradictions_are_told(tmp_path: Path) -> None:
     }
     start = "the launcher asks DeepSpeed for "
     assert launcher_conflicts(config, environment) == [
+        f"{start}activation_checkpointing.number_checkpoints=4, the run does without",
         f"{start}fp16.enabled=true, the run has false; set engine.precision in its config",
         f"{start}gradient_clipping=1.0, the run has 0.0; set optim.clip_norm in its config",
-        f"{start}optimizer.type=Adam, the run does without",
+        f"{start}optimizer.params.weight_decay=0.5, the run has 0.2; set optim.weight_decay in its "
+        "config",
+        f"{start}optimizer.type=Adam, the run has adamw; set optim.name in its config",
         f"{start}zero_optimization.offload_optimizer.device=cpu, the run does without",
     ]
     assert launcher_conflicts(config, {}) == []
@@ -99,6 +111,21 @@ def test_a_launchers_contradictions_are_told(tmp_path: Path) -> None:
     assert launcher_conflicts(config, given) == []  # accelerate's default, nobody's wish
     (told,) = launcher_conflicts(config, {**given, "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage"})
     assert told.startswith(f"{start}zero_optimization.stage=2, the run has 1")
+    asked = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+    }
+    assert launcher_conflicts(config, asked) == [
+        "the launcher asks for mixed precision bf16, the run has fp32; set engine.precision in its "
+        "config",
+        "the launcher asks for FSDP, the run has DeepSpeed's ZeRO; set engine.zero_stage in its "
+        "config",
+        "the launcher asks for dynamo backend inductor, the run does without; set model.compile in "
+        "its config",
+    ]
+    bf16 = load_config(ROOT / CONFIG, ["engine.precision=bf16"])
+    assert launcher_conflicts(bf16, {"ACCELERATE_MIXED_PRECISION": "bf16"}) == []
     path.write_text("{")
     with pytest.raises(UserError, match="the launcher's DeepSpeed config"):
         launcher_conflicts(config, environment)

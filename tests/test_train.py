@@ -128,6 +128,7 @@ def test_a_chunk_size_found_by_trying_is_written_down_and_changes_nothing(
 def test_a_run_goes_on_with_other_processes_and_another_stage(shards: Path, tmp_path: Path) -> None:
     more = ("loss.learn_temperature=true", "checkpoint_samples=64", *SGD)
     assert run_distributed(_run, 1, _overrides(shards, tmp_path / "whole", *more)) == [0]
+    assert _kept(tmp_path / "whole") == [4, 6]  # of 2, 4, 6
     parts = _overrides(shards, tmp_path / "parts", *more)
     for world_size, stage, steps in ((2, 3, 2), (4, 1, 4), (1, 2, 6)):
         overrides = [*parts, f"engine.zero_stage={stage}", f"total_steps={steps}"]
@@ -151,9 +152,14 @@ def test_a_cut_checkpoint_is_passed_over_for_the_one_before(shards: Path, tmp_pa
     assert len(_losses(tmp_path / "run")) == 6
 
 
+def _kept(run_dir: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
+
+
 def test_a_finished_run_is_left_alone(shards: Path, tmp_path: Path) -> None:
-    overrides = _overrides(shards, tmp_path / "run")
+    overrides = _overrides(shards, tmp_path / "run", "checkpoint_minutes=1e-9")
     assert run_distributed(_run, 1, overrides) == [0]
+    assert _kept(tmp_path / "run") == [5, 6]  # one was due at every step; two are kept
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert run_distributed(_run, 1, overrides) == [0]
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

@@ -3,6 +3,7 @@
 import ast
 import inspect
 from dataclasses import MISSING, fields, is_dataclass
+from types import ModuleType
 from typing import get_args, get_type_hints
 
 from dist_vse.config import schema, sections
@@ -17,35 +18,40 @@ file, or behind it as `key=value`.
 
 def document() -> str:
     """Return every setting with its default and its docstring, as Markdown."""
-    return "\n".join([_HEAD, *_tables(TrainConfig, "", _docstrings())])
+    return "\n".join([_HEAD, *tables(TrainConfig, "The run", docstrings(sections, schema))])
 
 
-def _tables(part: type, prefix: str, words: dict[tuple[str, str], str]) -> list[str]:
+def tables(
+    part: type, title: str, words: dict[tuple[str, str], str], prefix: str = ""
+) -> list[str]:
+    """Return a dataclass's settings as a table, and those of its parts behind it."""
     hints = get_type_hints(part)
     rows, below = [], []
     for item in fields(part):
         if is_dataclass(hints[item.name]):
-            below += _tables(hints[item.name], f"{prefix}{item.name}.", words)
+            inner = f"{prefix}{item.name}"
+            below += tables(hints[item.name], inner, words, f"{inner}.")
             continue
         for items in get_args(hints[item.name]):  # of a list
             if isinstance(items, type) and is_dataclass(items):
-                below += _tables(items, f"{prefix}{item.name}[].", words)
+                inner = f"{prefix}{item.name}[]"
+                below += tables(items, inner, words, f"{inner}.")
         default = None if item.default is MISSING else item.default
         text = words.get((part.__name__, item.name), "")
         rows.append(f"| `{prefix}{item.name}` | {_plain(default)} | {text} |")
-    title = f"## {prefix.rstrip('.')}" if prefix else "## The run"
     summary = inspect.getdoc(part) or ""
-    return [title, "", summary, "", "| key | default | |", "| --- | --- | --- |", *rows, "", *below]
+    head = [f"## {title}", "", summary, "", "| key | default | |", "| --- | --- | --- |"]
+    return [*head, *rows, "", *below]
 
 
 def _plain(value: object) -> str:
     return "" if value in ("", None) else f"`{str(value).lower()}`"
 
 
-def _docstrings() -> dict[tuple[str, str], str]:
+def docstrings(*modules: ModuleType) -> dict[tuple[str, str], str]:
     """Return the text under each field, which Python itself does not keep."""
     words = {}
-    for part in ast.parse(inspect.getsource(sections) + inspect.getsource(schema)).body:
+    for part in ast.parse("".join(map(inspect.getsource, modules))).body:
         if not isinstance(part, ast.ClassDef):
             continue
         for field, text in zip(part.body, part.body[1:], strict=False):

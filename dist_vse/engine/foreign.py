@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration that came with the launcher, and where it contradicts the run's own.
+"""A configuration that came with the launcher, and where it contradicts the run's own.
 
 `accelerate launch` hands its user's settings on in the environment, and DeepSpeed's JSON by its
 path. The run's config alone counts; what differs is told, never merged in silence.
@@ -27,6 +27,11 @@ _FIELDS = {  # accelerate's name of a field, its variable, DeepSpeed's name
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
         "zero_optimization.offload_param.device",
     ),
+    "zero3_init_flag": ("ACCELERATE_DEEPSPEED_ZERO3_INIT", "zero3_init_flag"),
+    "zero3_save_16bit_model": (
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL",
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    ),
 }
 _INSTEAD = {
     "zero_optimization.stage": "engine.zero_stage",
@@ -36,7 +41,20 @@ _INSTEAD = {
     "fp16.enabled": "engine.precision",
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "chunk_size",
+    "optimizer.type": "optim.name",
+    "optimizer.params.lr": "optim.lr",
+    "optimizer.params.weight_decay": "optim.weight_decay",
+    "scheduler.type": "optim.schedule",
 }
+_CHANGES_NO_NUMBER = (  # DeepSpeed's own log, and how it cuts its messages
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.contiguous_gradients",
+)
 
 
 def conflicts(environment: Mapping[str, str], ours: Mapping[str, Any]) -> list[str]:
@@ -45,27 +63,61 @@ def conflicts(environment: Mapping[str, str], ours: Mapping[str, Any]) -> list[s
     `ours` is DeepSpeed's configuration as the run builds it. Raises UserError if the launcher's
     file can't be read.
     """
-    if environment.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        return []
-    asked = _asked(environment)
     known = _flat(ours)
+    known |= {"bf16.enabled": bool(ours.get("torch_autocast")), "fp16.enabled": False}
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if environment.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return _of_accelerate(environment, precision, bf16=known["bf16.enabled"])
+    asked = _asked(environment)
     if precision in ("bf16", "fp16"):
         asked[f"{precision}.enabled"] = True
-    known |= {"bf16.enabled": bool(ours.get("torch_autocast")), "fp16.enabled": False}
     told = []
     for name, value in sorted(asked.items()):
         used = known.get(name)
-        if value == _AUTO or str(value).lower() in ("none", str(used).lower()):
-            continue
-        if used is not None and _number(value) is not None and _number(value) == _number(used):
+        if name in _CHANGES_NO_NUMBER or _same(value, used):
             continue
         does = "does without" if used is None else f"has {_plain(used)}"
         where = f"; set {_INSTEAD[name]} in its config" if name in _INSTEAD else ""
         told.append(
             f"the launcher asks DeepSpeed for {name}={_plain(value)}, the run {does}{where}"
         )
-    return told
+    return told + _of_accelerate(environment, "no", bf16=False)
+
+
+def _of_accelerate(environment: Mapping[str, str], precision: str, *, bf16: bool) -> list[str]:
+    """Say what accelerate was asked for that it does by itself, without DeepSpeed."""
+    asked = {
+        f"mixed precision {precision}": (
+            precision not in ("no", "bf16" if bf16 else "no"),
+            f"has {'bf16' if bf16 else 'fp32'}; set engine.precision in its config",
+        ),
+        "FSDP": (
+            environment.get("ACCELERATE_USE_FSDP") == "true",
+            "has DeepSpeed's ZeRO; set engine.zero_stage in its config",
+        ),
+        "Megatron-LM": (
+            environment.get("ACCELERATE_USE_MEGATRON_LM") == "true",
+            "has DeepSpeed's ZeRO; set engine.zero_stage in its config",
+        ),
+        f"dynamo backend {environment.get('ACCELERATE_DYNAMO_BACKEND', '').lower()}": (
+            environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
+            "does without; set model.compile in its config",
+        ),
+    }
+    return [
+        f"the launcher asks for {name}, the run {does}"
+        for name, (differs, does) in asked.items()
+        if differs
+    ]
+
+
+def _same(value: Any, used: Any) -> bool:
+    """Tell whether a value asks for nothing, or for what the run does anyway."""
+    if value in (_AUTO, None, False, "none", "None", "false") and used in (None, False):
+        return True
+    if value == _AUTO or str(value).lower() == str(used).lower():
+        return True
+    return used is not None and _number(value) is not None and _number(value) == _number(used)
 
 
 def _asked(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dist_vse import distributed
-from dist_vse.errors import UserError
+from dist_vse.errors import UserError, writing
 from dist_vse.run_files import drop_lines_after
 from dist_vse.stream.samples import Skipped
 
@@ -20,8 +20,9 @@ class Ledger:
         self._path, self._share, self._per_epoch = path, share, per_epoch
         self._pending: list[tuple[int, Skipped]] = []
         lines: list[str] = []
-        if distributed.is_main_process():
-            lines = drop_lines_after(path, start_step)
+        with distributed.same_verdict(), writing(path):
+            if distributed.is_main_process():
+                lines = drop_lines_after(path, start_step)
         epochs = [json.loads(line)["epoch"] for line in lines]
         self._bad: Counter[int] = Counter(distributed.broadcast_object(epochs))  # by epoch
 
@@ -32,7 +33,8 @@ class Ledger:
     def flush(self) -> None:
         """Write what all ranks noted since the last time; every rank calls this.
 
-        Raises UserError, alike on every rank, if an epoch has too many bad samples.
+        Raises UserError, alike on every rank, if an epoch has too many bad samples, or if the file
+        can't be written.
         """
         if not distributed.any_rank(bool(self._pending)):
             return
@@ -41,11 +43,9 @@ class Ledger:
         ]
         self._pending = []
         noted.sort(key=lambda entry: entry[0])
-        if distributed.is_main_process():
-            with self._path.open("a", encoding="utf-8") as file:
-                for step, sample in noted:
-                    line = {"step": step, **asdict(sample)}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with distributed.same_verdict(), writing(self._path):
+            if distributed.is_main_process():
+                self._append(noted)
         self._bad.update(sample.epoch for _, sample in noted)
         allowed = math.floor(self._share * self._per_epoch)
         for epoch, bad in sorted(self._bad.items()):
@@ -55,3 +55,9 @@ class Ledger:
                     f"({self._share:g}) of {self._per_epoch} allows ({allowed}); look into "
                     f"{self._path} (the last: {noted[-1][1]}), mend them, or raise data.max_bad"
                 )
+
+    def _append(self, noted: list[tuple[int, Skipped]]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            for step, sample in noted:
+                line = {"step": step, **asdict(sample)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")

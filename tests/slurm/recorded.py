@@ -22,6 +22,14 @@ class RecordedTrain:
         from dist_vse import distributed, train
 
         real, folder = train.build_train_batches, Path(self.folder)
+        build_loss = train.build_loss
+
+        def poisoned(config: Any, batch: Any, samples_seen: int, statistics: Any) -> Any:
+            loss_fn = build_loss(config, batch, samples_seen, statistics)
+            step = samples_seen // config.global_batch_size + 1
+            if distributed.rank() == 1 and (folder / f"poison-{step}").exists():
+                return lambda *features: loss_fn(*features) * float("inf")
+            return loss_fn
 
         def recorded(*args: Any) -> Iterator[Any]:
             rank, start = distributed.rank(), args[-1].step
@@ -38,12 +46,20 @@ class RecordedTrain:
                 yield batch
 
         train.build_train_batches = recorded  # type: ignore[assignment]
+        train.build_loss = poisoned
         return self.train()
 
 
 def pause_at(folder: Path, step: int) -> None:
     """Have every rank wait before this step until `release`."""
     (folder / f"pause-{step}").touch()
+
+
+def poison(folder: Path, step: int) -> Path:
+    """Have rank 1's loss be infinite at this step for as long as the returned file is there."""
+    path = folder / f"poison-{step}"
+    path.touch()
+    return path
 
 
 def num_waiting(folder: Path, step: int) -> int:

@@ -22,6 +22,7 @@ from tests.slurm.recorded import (
     RecordedTrain,
     num_waiting,
     pause_at,
+    poison,
     release,
     samples_trained_on,
 )
@@ -85,11 +86,11 @@ def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors")
 
 
-def _assert_exact(folder: Path, undisturbed: Path) -> None:
+def _assert_exact(folder: Path, undisturbed: Path, *, run_dir: Path | None = None) -> None:
     """Check that all samples were seen once, and that the final weights are those to the bit."""
     trained = samples_trained_on(folder)
     assert len(trained) == len(set(trained)) == STEPS * 32
-    expected, found = _weights(undisturbed), _weights(folder / "run")
+    expected, found = _weights(undisturbed), _weights(run_dir or folder / "run")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
@@ -163,28 +164,71 @@ def test_a_killed_and_a_hanging_rank_are_started_again_so_often(
     _assert_exact(tmp_path, undisturbed[2])
 
 
-@pytest.mark.timeout(200)
-def test_what_the_user_must_mend_ends_all_ranks_with_one_message(
-    cluster: Cluster, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def _fill(folder: Path) -> Path:
+    """Leave no room on the file system of `folder` but some log lines; return what takes it."""
+    ballast = folder / "ballast"
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    ballast.write_bytes(bytes(free - 100_000))
+    return ballast
+
+
+def _assert_ended_with_one_message(cluster: Cluster, job: Any, capfd: Any, message: str) -> None:
+    assert cluster.wait_for_end(job.job_id) == "FAILED"
+    assert cluster.job(job.job_id, "Restarts") == "0"
+    assert follow.report(job) == 2
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 1 and message in told[0], told
+
+
+@pytest.mark.timeout(300)
+def test_what_the_user_must_mend_ends_all_ranks_and_then_costs_nothing(
+    cluster: Cluster,
+    data: Path,
+    undisturbed: dict[int, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    cases = {
-        "infinite": (tmp_path / "infinite", ["optim.lr=1e38", "optim.name=sgd"], "the loss is "),
-        "full": (Path(cluster.small_disk), ["model.text.width=2048"], "No space left on device"),
-    }
-    jobs = {}
-    for name, (folder, settings, _) in cases.items():
-        (tmp_path / name).mkdir()
-        plan = _plan(data, tmp_path / name, 2, ", failures: 3", settings)
-        text = plan.config_text.replace(
-            f"output_dir: {tmp_path / name}/run", f"output_dir: {folder}/run"
-        )
-        jobs[name] = submit(replace(plan, config_text=text))
-    for name, (_, _, message) in cases.items():
-        assert cluster.wait_for_end(jobs[name].job_id) == "FAILED"
-        assert cluster.job(jobs[name].job_id, "Restarts") == "0"
-        assert follow.report(jobs[name]) == 2
-        told = capfd.readouterr().err.splitlines()
-        assert len(told) == 1 and message in told[0], told
+    infinite, full = tmp_path / "infinite", tmp_path / "full"
+    plans, jobs = {}, {}
+    for folder in (infinite, full):
+        folder.mkdir()
+        plans[folder] = _plan(data, folder, 2, ", failures: 3")
+    poisoned = poison(infinite, 8)
+    jobs[infinite] = _send(plans[infinite], infinite, ())
+    small = f"output_dir: {cluster.small_disk}/run"
+    text = plans[full].config_text.replace(f"output_dir: {full}/run", small)
+    plans[full] = replace(plans[full], config_text=text)
+    jobs[full] = _send(plans[full], full, (8,))
+    _wait_at(full, 8, 2)
+    ballast = _fill(Path(cluster.small_disk))
+    release(full, 8)
+    _assert_ended_with_one_message(cluster, jobs[infinite], capfd, "the loss is inf")
+    _assert_ended_with_one_message(cluster, jobs[full], capfd, "No space left on device")
+    poisoned.unlink()
+    ballast.unlink()
+    again = [start(plans[f], jobs[f].submission().function) for f in (infinite, full)]
+    for job in again:
+        assert cluster.wait_for_end(job.job_id) == "COMPLETED", _log(job, 0)
+    _assert_exact(infinite, undisturbed[2])
+    _assert_exact(full, undisturbed[2], run_dir=Path(cluster.small_disk) / "run")
+
+
+@pytest.mark.timeout(200)
+def test_a_job_that_may_not_be_queued_again_saves_and_ends(
+    cluster: Cluster, data: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    plan = _plan(data, tmp_path, nodes=1, cluster=", requeue: false")
+    job = _send(plan, tmp_path, (5,))
+    _wait_at(tmp_path, 5, 1)
+    cluster("scancel", "--signal=USR2", job.job_id)
+    release(tmp_path, 5)
+    assert cluster.wait_for_end(job.job_id) == "COMPLETED"
+    assert follow.report(job) == train.INTERRUPTED
+    assert "requeue: false, so the job ends here" in _log(job, 0)
+    again = start(plan, job.submission().function)
+    assert cluster.wait_for_end(again.job_id) == "COMPLETED", _log(again, 0)
+    assert follow.report(again) == 0
+    _assert_exact(tmp_path, undisturbed[1])
 
 
 @pytest.mark.timeout(300)
@@ -204,18 +248,22 @@ def test_an_orphan_of_a_former_life_can_not_write(
     wait_until(lambda: orphan not in cluster.ranks(node), "the orphan's end")
     assert cluster.wait_for_end(job.job_id) == "COMPLETED"
     assert "a later start of this run has taken it over" in _log(job, 0)
-    expected, found = _weights(undisturbed[1]), _weights(tmp_path / "run")
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    _assert_exact(tmp_path, undisturbed[1])
 
 
 @pytest.mark.timeout(200)
 def test_a_signal_before_the_imports_are_done_does_not_kill_the_job(
-    cluster: Cluster, data: Path, tmp_path: Path
+    cluster: Cluster, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = submit(_plan(data, tmp_path, nodes=1, settings=["total_steps=2"]))
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "3")  # sbatch would prefer it to the cluster's file
+    inside = ", container: env INSIDE=container"
+    job = submit(_plan(data, tmp_path, 1, inside, ["total_steps=2"]))
     wait_until(lambda: cluster.job(job.job_id, "JobState") == "RUNNING", "the start")
     node = cluster.job(job.job_id, "NodeList")
     wait_until(lambda: cluster.ranks(node), "Python's start")
+    variables = Path(f"/proc/{_rank_on(cluster, node)}/environ").read_bytes().split(b"\0")
     for _ in range(5):
         cluster("scancel", "--signal=USR2", job.job_id)
+    assert b"INSIDE=container" in variables
+    assert cluster.job(job.job_id, "TimeLimit") == "00:10:00"
     assert cluster.wait_for_end(job.job_id) == "COMPLETED", _log(job, 0)

@@ -12,7 +12,7 @@ import pytest
 from launch.runs import find_runs, table
 from launch.submit import plan_submission, submit
 from launch.sweep import plan_sweep, submit_sweep
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, wait_until
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "debug_cpu.yaml"
@@ -54,7 +54,7 @@ def test_two_nodes_of_two_processes_learn_what_one_process_learns(
 
 
 @pytest.mark.timeout(200)
-def test_accelerate_on_every_node_learns_the_same(
+def test_accelerate_on_every_node_learns_the_same_in_two_lives(
     cluster: Cluster, data: Path, alone: list[float], tmp_path: Path
 ) -> None:
     log = tmp_path / "job.log"
@@ -75,7 +75,11 @@ def test_accelerate_on_every_node_learns_the_same(
         text=True,
         check=True,
     )
-    assert cluster.wait_for_end(sent.stdout.strip()) == "COMPLETED", log.read_text()
+    job_id = sent.stdout.strip()
+    wait_until((tmp_path / "run" / "config.yaml").exists, "the start")
+    cluster("scancel", "--signal=USR2", job_id)  # as before the time limit
+    assert cluster.wait_for_end(job_id) == "COMPLETED", log.read_text()
+    assert cluster.job(job_id, "Restarts") == "1"
     assert _losses(tmp_path / "run") == pytest.approx(alone, abs=1e-4)
 
 

@@ -1,0 +1,75 @@
+"""What `dist-vse doctor` runs in every rank of a job: meet, compute, and look at the memory."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dist_vse.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A job's work: add a number up over the ranks, in the precision of the run."""
+
+    bf16: bool
+    needed_gib: float
+    """Memory of a rank for weights, gradients and optimizer."""
+
+    def __call__(self) -> int:
+        """Return 0. Raises UserError if the ranks don't find the right sum, or lack something."""
+        import torch
+
+        from dist_vse import distributed
+
+        with distributed.process_group():
+            here = distributed.device()
+            with distributed.same_verdict():
+                _check_precision(here, bf16=self.bf16)
+                _check_memory(here, self.needed_gib)
+            size = distributed.world_size()
+            with distributed.same_verdict():
+                ones = torch.ones(1 << 20, device=here)
+                total = distributed.all_reduce_sum(ones)[0].item()
+                if total != size:
+                    raise UserError(f"the sum over {size} ranks is {total}")
+        return 0
+
+
+def _check_precision(here: "torch.device", *, bf16: bool) -> None:
+    """Run a product forward and backward in the run's precision."""
+    import torch
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    if here.type == "cuda" and bf16 and not torch.cuda.is_bf16_supported():
+        raise UserError(f"{_name(here)} has no bfloat16; set engine.precision=fp32")
+    try:
+        x = torch.eye(64, device=here, dtype=dtype, requires_grad=True)
+        (x @ x).sum().backward()
+    except RuntimeError as error:
+        reason = first_line(error)
+        raise UserError(f"{_name(here)} can't compute in {dtype} ({reason})") from error
+
+
+def _check_memory(here: "torch.device", needed_gib: float) -> None:
+    import psutil
+    import torch
+
+    if here.type == "cuda":
+        free = torch.cuda.mem_get_info(here)[0] / GIB
+    else:
+        free = psutil.virtual_memory().available / int(os.environ["LOCAL_WORLD_SIZE"]) / GIB
+    if needed_gib > free:
+        raise UserError(
+            f"a rank needs {needed_gib:.2f} GiB for weights, gradients and optimizer, and "
+            f"{_name(here)} has {free:.2f} free for it; raise engine.zero_stage, or take more nodes"
+        )
+
+
+def _name(here: "torch.device") -> str:
+    return f"{here} of {socket.gethostname()}"
