@@ -59,12 +59,12 @@ class Meter:
 
     def reset(self) -> None:
         """Start an interval."""
-        _synchronize()
+        synchronize()
         self.started, self.pairs = time.perf_counter(), 0
 
     def pairs_per_s(self) -> float:
         """Return the rate over all ranks since `reset`."""
-        _synchronize()
+        synchronize()
         return self.pairs / (time.perf_counter() - self.started)
 
 
@@ -98,6 +98,7 @@ def progress_bar(total_steps: int, done: int) -> "tqdm[NoReturn]":
     return tqdm(total=total_steps, initial=done, unit="step", disable=not shown, leave=False)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait until the device has done its work."""
     if distributed.device().type == "cuda":
         torch.cuda.synchronize()
