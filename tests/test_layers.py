@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [
         "index",
         "config",
         "allocation",
+        "clock",
         "schedule",
         "interrupt",
         "random_state",
