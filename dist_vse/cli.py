@@ -206,3 +206,7 @@ _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
         dist_vse.bench.cli.run,
     ),
 }
+
+
+if __name__ == "__main__":  # for `accelerate launch -m dist_vse.cli bench scale ...`
+    sys.exit(main())

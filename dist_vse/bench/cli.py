@@ -158,4 +158,9 @@ def _add_scale(scale: argparse.ArgumentParser) -> None:
         action="store_false",
         help="skip the W single runs at once, beside which weak scaling is judged",
     )
+    scale.add_argument(
+        "--read", nargs="+", default=[], metavar="FILE", help="measure nothing; join such files"
+    )
+    scale.add_argument("--baseline", metavar="FILE", help="an earlier --out, to tell ratios to")
+    scale.add_argument("--page", metavar="FILE", help="write plots as one HTML page")
     scale.add_argument("--task", metavar="I/N", help="measure one share of N, for a job array")

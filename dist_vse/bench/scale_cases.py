@@ -32,6 +32,8 @@ class Case:
     config: TrainConfig
     runs: int = 1
     """How many of it run at the same time."""
+    varied: str = ""
+    """The setting that is varied, with its value."""
 
 
 def read_settings(settings: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -71,7 +73,7 @@ def plan_cases(
         for value in values.split(","):
             changed = load_config(path, [*overrides, f"{key}={value}"])
             if changed != config:
-                cases.append(Case(key, last, changed))
+                cases.append(Case(key, last, changed, varied=f"{key}={value}"))
     for case in cases:
         _check(case)
     return cases
