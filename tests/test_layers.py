@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
     {"builders"},
     {"train", "features_run", "eval_run", "report", "verify", "export"},
     {"search", "bench"},
+    {"plan"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -83,9 +83,7 @@ def settings_of(config: TrainConfig, *, global_batch: int, world_size: int) -> S
 
 def settings_of_row(row: dict[str, Any], config: TrainConfig) -> Settings:
     """Return the settings of a measured row; what it does not tell is the config's."""
-    whole = settings_of(
-        config, global_batch=row["global_batch"], world_size=row["world_size"]
-    )
+    whole = settings_of(config, global_batch=row["global_batch"], world_size=row["world_size"])
     return replace(
         whole,
         chunk_size=row["chunk_size"],

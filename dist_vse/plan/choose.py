@@ -1,4 +1,4 @@
-"""The best settings for a batch and a number of ranks: every choice is priced, the fastest taken."""
+"""The best settings for a batch and some ranks: every choice is priced, the fastest taken."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dist_vse.errors import UserError
 from dist_vse.plan.hardware import GIB, Hardware
-from dist_vse.plan.memory import Memory, Place, peak_memory
+from dist_vse.plan.memory import Memory, Place, fullest, moments
 from dist_vse.plan.seconds import Seconds, step_seconds
 from dist_vse.plan.settings import HARDEST, Settings
 from dist_vse.plan.traffic import engine_collectives, loss_collectives, sent_bytes
@@ -24,6 +24,7 @@ class Plan:
     settings: Settings
     seconds: Seconds
     memory: Memory
+    moments: list[Memory]
     room: float
     """Bytes that a rank may fill."""
     sent: float
@@ -42,13 +43,14 @@ class Plan:
 
 def price(work: Work, settings: Settings, hardware: Hardware) -> Plan:
     """Return what settings cost."""
-    place = Place(on_cpu=hardware.cores > 0)
+    every = moments(work, settings, Place(on_cpu=hardware.cores > 0))
     sent = sent_bytes(loss_collectives(settings, work.embed_dim), settings.world_size)
     sent += sent_bytes(engine_collectives(work, settings), settings.world_size)
     return Plan(
         settings,
         step_seconds(work, settings, hardware),
-        peak_memory(work, settings, place),
+        fullest(every),
+        every,
         hardware.rank_memory(settings.world_size),
         sent,
     )
@@ -83,7 +85,14 @@ def choose(work: Work, start: Settings, hardware: Hardware) -> Plan:
         return min(plans, key=lambda plan: plan.memory.total)
     fastest = min(plan.seconds.total for plan in fitting)
     equal = [plan for plan in fitting if plan.seconds.total <= EQUAL * fastest]
-    return min(equal, key=_plainness)
+
+    def plainness(plan: Plan) -> tuple[int, bool, int, bool, float]:
+        """Order by what is nearest to the defaults, then by the fewest chunks and least memory."""
+        one = plan.settings
+        stage, budget = SIMPLEST.index(one.zero_stage), one.loss_gib != start.loss_gib
+        return stage, one.ring, one.num_chunks, budget, plan.memory.total
+
+    return min(equal, key=plainness)
 
 
 def candidates(start: Settings) -> Iterator[Settings]:
@@ -124,11 +133,10 @@ def explain(plan: Plan, work: Work) -> str:
     if settings.num_chunks == 1:
         parts.append("the whole share fits at once, so nothing is encoded twice")
     else:
-        kept = f"{settings.kept} of {settings.num_chunks} graphs kept"
-        parts.append(f"chunks of {settings.chunk} with {kept} fill {room} best")
-    parts.append(
-        f"ZeRO {settings.zero_stage}: state takes {memory.state / GIB:.2f} GiB"
-    )
+        kept = f"{settings.kept} of {settings.num_chunks} chunks keep their graphs within {room}"
+        others = settings.num_chunks > settings.kept
+        parts.append(kept + ("; the others are encoded twice" if others else ""))
+    parts.append(f"ZeRO {settings.zero_stage}: state takes {memory.state / GIB:.2f} GiB")
     everyone = 4.0 * settings.global_batch * work.embed_dim / GIB
     if settings.world_size > 1 and settings.ring:
         parts.append(f"a ring, since all captions are {everyone:.1f} GiB and its messages hide")
@@ -158,12 +166,6 @@ def _thin(chunks: list[int]) -> list[int]:
         if not kept or chunk <= 0.7 * kept[-1]:
             kept.append(chunk)
     return kept
-
-
-def _plainness(plan: Plan) -> tuple[int, bool, float, float]:
-    settings = plan.settings
-    stage = SIMPLEST.index(settings.zero_stage)
-    return stage, settings.ring, settings.loss_gib, plan.memory.total
 
 
 def _largest(memory: Memory) -> str:

@@ -50,7 +50,7 @@ class ChunkSpeed:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A cluster of equal nodes, each with some ranks (a GPU each, or processes that share cores)."""
+    """A cluster of equal nodes; a rank has a GPU, or shares the cores of its node."""
 
     name: str = "unnamed"
     ranks_per_node: int = 8
@@ -74,7 +74,7 @@ class Hardware:
     memory_gb_per_s: float = 1000.0
     """10^9 bytes a second that passes over memory reach."""
     launch_us: float = 5.0
-    """Microseconds that an operator takes at least."""
+    """Microseconds that an operator takes whatever its size: to start, and to fill the device."""
     optimizer_ns: float = 0.0
     """Nanoseconds an element of AdamW; 0 derives them from memory_gb_per_s."""
     inside: LinkConfig = field(default_factory=LinkConfig)

@@ -6,6 +6,7 @@ the real engine beside it), which is more than the ZeRO paper counts: buckets, f
 gradient that is whole until it is reduced.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -82,7 +83,7 @@ def gradient_bytes(work: Work, settings: Settings) -> dict[str, float]:
     gathered = min(LIVE, work.weight_bytes) * (1 if settings.world_size > 1 else 0)
     update = 4 * share  # the share's gradient, once more flat, and Adam's two temporaries
     if stage == 0:
-        reduce = full + (min(WHOLE_BUCKET, full) if settings.world_size > 1 else 0)
+        reduce = full + min(WHOLE_BUCKET, full)
         step = full + 2 * FP32 * work.largest
         return {"encode": 0.0, "second_pass": full, "reduce": reduce, "step": step}
     if stage < 3 and (stage == 1 or settings.coalesce):
@@ -145,22 +146,21 @@ def cache_bytes(settings: Settings, width: int) -> float:
     return 4 * own + VECTORS / 2 * (settings.rank_batch + settings.global_batch)
 
 
-def peak_memory(work: Work, settings: Settings, place: Place) -> Memory:
-    """Return the fullest moment of a step."""
-    return max(moments(work, settings, place), key=lambda moment: moment.total)
+def fullest(moments: Sequence[Memory]) -> Memory:
+    """Return the moment with the most bytes."""
+    return max(moments, key=lambda moment: moment.total)
 
 
 def moments(work: Work, settings: Settings, place: Place) -> list[Memory]:
-    """Return the fullest moment of each phase."""
+    """Return a step's moments that may be the fullest, a phase's most each."""
     rows, width = settings.rank_batch, work.embed_dim
-    inputs = work.hidden_bytes * rows
-    inputs += work.input_bytes * (rows if place.on_cpu else settings.chunk)
+    host = rows if place.on_cpu else settings.chunk  # a GPU gets a chunk's inputs at its turn
+    inputs = float(work.hidden_bytes * rows + work.input_bytes * host)
     state = state_bytes(work, settings)
     grads = gradient_bytes(work, settings)
     acts = activation_bytes(work, settings)
     # Outputs of chunks without a graph wait for the second pass.
-    waiting = 2 * FP32 * width * (rows - settings.kept * settings.chunk)
-    waiting = max(0.0, waiting)
+    waiting = 2.0 * FP32 * width * max(0, rows - settings.kept * settings.chunk)
     features, similarities = loss_bytes(settings, width, place)
     cache = cache_bytes(settings, width)
 

@@ -106,7 +106,7 @@ def rows_seconds(ops: Ops, rows: int, hardware: Hardware, *, bf16: bool) -> floa
     conv = (hardware.bf16_tflops if bf16 else hardware.conv_tflops) * TERA
     products = (ops.matmul_flops / matmul + ops.conv_flops / conv) / hardware.attained_encoders
     passes = ops.moved_bytes / (hardware.memory_gb_per_s * GB)
-    return max(rows * (products + passes), ops.calls * hardware.launch_us * 1e-6)
+    return rows * (products + passes) + ops.calls * hardware.launch_us * 1e-6
 
 
 def _measured(

@@ -5,6 +5,7 @@ each. Rings pass every level, so the slowest link of those in use sets their pac
 2005, https://doi.org/10.1177/1094342005051521). N rows on all ranks, d embedding, W ranks.
 """
 
+import math
 from dataclasses import dataclass
 
 from dist_vse.plan.hardware import Hardware, LinkConfig
@@ -46,10 +47,14 @@ class Collective:
             slowest = max(alpha_beta(link, self.num_bytes) for link, _ in levels)
             return crowding * self.calls * slowest
         rounds = _SHARES[self.kind] * self.calls
-        alpha = rounds * sum(hops * link.alpha_us * 1e-6 for link, hops in levels)
+        alpha = rounds * sum(self._hops(n) * link.alpha_us * 1e-6 for link, n in levels)
         return crowding * (
             alpha + self.sent(world_size) / (GB * min(self._speed(link) for link, _ in levels))
         )
+
+    def _hops(self, members: int) -> int:
+        """Return the hops of a gather's ring, or of a reduction's tree (as NCCL has both)."""
+        return math.ceil(math.log2(members)) if self.kind in _ADDING else members - 1
 
     def _speed(self, link: LinkConfig) -> float:
         return link.reduce_gb_per_s if self.kind in _ADDING else link.copy_gb_per_s
@@ -122,15 +127,13 @@ def sent_bytes(collectives: list[Collective], world_size: int) -> float:
     return sum(collective.sent(world_size) for collective in collectives)
 
 
-def total_seconds(
-    collectives: list[Collective], hardware: Hardware, world_size: int
-) -> float:
+def total_seconds(collectives: list[Collective], hardware: Hardware, world_size: int) -> float:
     """Return how long the collectives take one after another."""
     return sum(collective.seconds(hardware, world_size) for collective in collectives)
 
 
 def _levels(hardware: Hardware, world_size: int) -> list[tuple[LinkConfig, int]]:
-    """Return the levels that so many ranks use, with the hops of a ring on each."""
+    """Return the levels that so many ranks use, with the members of a ring on each."""
     inside, nodes = hardware.ranks_on_node(world_size), hardware.nodes(world_size)
-    levels = [(hardware.inside, inside - 1)] if inside > 1 else []
-    return levels + ([(hardware.between, nodes - 1)] if nodes > 1 else [])
+    levels = [(hardware.inside, inside)] if inside > 1 else []
+    return levels + ([(hardware.between, nodes)] if nodes > 1 else [])
