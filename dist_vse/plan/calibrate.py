@@ -1,7 +1,7 @@
 """Measures this machine for plans: products, copies, messages, and a model's chunks (gloo, CPU).
 
-One process alone, and as many together as there are cores, so that what they share is in the
-numbers. The fastest of several rounds counts: what else the machine does is not its speed.
+One process alone, as many together as there are cores, and twice as many, so that what they share
+is in the numbers. The faster of two series counts: what else the machine does is not its speed.
 """
 
 import os
@@ -34,6 +34,7 @@ def calibrate(config: TrainConfig, *, vocabulary: int, rounds: int) -> Hardware:
     cores = len(os.sched_getaffinity(0))
     alone = run_on_ranks(_measure, 1, config, vocabulary, rounds)
     full = run_on_ranks(_measure, cores, config, vocabulary, rounds) if cores > 1 else alone
+    crowded = run_on_ranks(_measure_chunks, 2 * cores, config, vocabulary, rounds)
     pair = run_on_ranks(_messages, 2, rounds)
     return Hardware(
         name=f"{cores} cores of this machine",
@@ -51,7 +52,7 @@ def calibrate(config: TrainConfig, *, vocabulary: int, rounds: int) -> Hardware:
         optimizer_ns=full["optimizer_ns"],
         inside=LinkConfig(**pair),
         between=LinkConfig(**pair),
-        chunks=[ChunkSpeed(**speed) for speed in (*alone["chunks"], *full["chunks"])],
+        chunks=[ChunkSpeed(**speed) for speed in (*alone["chunks"], *full["chunks"], *crowded)],
     )
 
 
@@ -65,14 +66,16 @@ def save_hardware(hardware: Hardware, path: Path, measured: str) -> None:
 
 
 def fastest(work: Callable[[], Any], rounds: int) -> float:
-    """Return the seconds of the fastest of some calls; all ranks work at the same time."""
+    """Return the seconds of a call, in the faster of two series; all ranks work at once."""
     taken = []
-    for _ in range(rounds + 1):  # the first warms up
+    work()  # warms up
+    for _ in range(2):
         distributed.barrier()
         started = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - started)
-    return float(distributed.all_reduce_max(torch.tensor([min(taken[1:])])))
+        for _ in range(rounds):
+            work()
+        taken.append((time.perf_counter() - started) / rounds)
+    return float(distributed.all_reduce_mean(torch.tensor([min(taken)])))
 
 
 def _measure(config: TrainConfig, vocabulary: int, rounds: int) -> dict[str, Any]:
@@ -92,6 +95,10 @@ def _measure(config: TrainConfig, vocabulary: int, rounds: int) -> dict[str, Any
         "optimizer_ns": _adam(rounds),
         "chunks": chunks,
     }
+
+
+def _measure_chunks(config: TrainConfig, vocabulary: int, rounds: int) -> list[dict[str, Any]]:
+    return _chunks(config, build_for_plan(config, vocabulary, "cpu").train(), rounds)
 
 
 def _weights(model: DualEncoder) -> int:
@@ -174,7 +181,6 @@ def _chunk(config: TrainConfig, model: DualEncoder, rows: int, rounds: int) -> d
     images = torch.randint(0, 256, (rows, 3, image.size, image.size), dtype=torch.uint8)
     word = 1 if model.text.trunk.pad_id != 1 else 2
     tokens = torch.full((rows, text.max_tokens), word)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     bf16 = config.engine.precision == "bf16"
 
     def prepare() -> dict[str, Tensor]:
@@ -192,9 +198,7 @@ def _chunk(config: TrainConfig, model: DualEncoder, rows: int, rounds: int) -> d
         with torch.no_grad():
             plain = fastest(forward, rounds)
         graph = fastest(forward, rounds)
-        both = fastest(
-            lambda: torch.autograd.grad(forward(), parameters, allow_unused=True), rounds
-        )
+        both = fastest(lambda: forward().backward(), rounds)  # adds to gradients, as a step does
     frozen = any(x is not images and x is not tokens for x in inputs.values())
     speed = ChunkSpeed(
         model=model_key(config),

@@ -122,7 +122,7 @@ def _lines(frame: _Frame, curves: Sequence[Curve]) -> str:
         x, y = curve.points[-1]
         parts.append(
             f'<path class="c{i}" d="M{path}"><title>{escape(curve.label)}: {figure(y)} at '
-            f'{x:,.0f}</title></path><text class="t{i}" x="{WIDTH - RIGHT + 8}" '
+            f'{x:,.0f}</title></path><text class="t{i}" x="{frame.place(x, y)[0] + 8:.1f}" '
             f'y="{label + 4:.1f}">{escape(curve.label)}</text>'
         )
     return "".join(parts)

@@ -76,7 +76,11 @@ def state_bytes(work: Work, settings: Settings) -> float:
 
 
 def gradient_bytes(work: Work, settings: Settings) -> dict[str, float]:
-    """Return what the engine adds to its state, by phase; `early` until the first backward ends."""
+    """Return what the engine adds to its state, by phase.
+
+    `gathering` are whole parameters: they come before a forward's activations and go before the
+    most of them, so that the larger of the two counts.
+    """
     full = work.gradient_bytes
     share, stage = full / settings.world_size, settings.zero_stage
     bucket = min(BUCKET, full) * (2 if work.precision == "bf16" else 1)
@@ -85,18 +89,17 @@ def gradient_bytes(work: Work, settings: Settings) -> dict[str, float]:
     if stage == 0:
         reduce = full + min(WHOLE_BUCKET, full)
         step = full + 2 * FP32 * work.largest
-        return {"encode": 0.0, "second_pass": full, "reduce": reduce, "step": step}
+        return {"gathering": 0.0, "second_pass": full, "reduce": reduce, "step": step}
     if stage < 3 and (stage == 1 or settings.coalesce):
         early = full + bucket if stage == 1 else full
-        return {"encode": 0.0, "second_pass": early, "reduce": full + bucket, "step": update}
+        return {"gathering": 0.0, "second_pass": early, "reduce": full + bucket, "step": update}
     if stage == 2:
         partly = share + bucket + min(BUCKET, full)
-        return {"encode": 0.0, "second_pass": partly, "reduce": partly, "step": update}
+        return {"gathering": 0.0, "second_pass": partly, "reduce": partly, "step": update}
     whole = full if settings.coalesce else min(BUCKET, full)
-    gathering = 1.75 * gathered  # gathered parameters, and the messages that bring them
     return {
-        "encode": gathering,
-        "second_pass": whole + gathering,
+        "gathering": 1.75 * gathered,  # and the messages that bring them
+        "second_pass": whole,
         "reduce": whole + min(BUCKET, full),
         "step": 3 * share,
     }
@@ -164,13 +167,14 @@ def moments(work: Work, settings: Settings, place: Place) -> list[Memory]:
     features, similarities = loss_bytes(settings, width, place)
     cache = cache_bytes(settings, width)
 
+    again = max(grads["gathering"], acts["second_pass"])
     at = partial(Memory, inputs=inputs, state=state)
     return [
-        at("encode", grads["encode"], acts["encode"], waiting, 0.0),
+        at("encode", 0.0, max(grads["gathering"], acts["encode"]), waiting, 0.0),
         at("loss", 0.0, acts["loss"], waiting + features, similarities),
         # Gradients come as the graph goes: whole at the end of the first backward.
-        at("second_pass", grads["encode"], acts["first_backward"], waiting + cache, 0.0),
-        at("second_pass", grads["second_pass"], acts["second_pass"], waiting + cache, 0.0),
+        at("second_pass", 0.0, acts["first_backward"], waiting + cache, 0.0),
+        at("second_pass", grads["second_pass"], again, waiting + cache, 0.0),
         at("reduce", grads["reduce"], 0.0, cache, 0.0),
         at("step", grads["step"], 0.0, cache, 0.0),
     ]

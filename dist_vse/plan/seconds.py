@@ -117,7 +117,7 @@ def _measured(
     together = sorted({speed.together for speed in speeds})
     nearest = [n for n in together if n <= ranks] or together[:1]
     of_both = [s for s in speeds if s.together == nearest[-1]]
-    crowding = max(1.0, hardware.crowding(world_size)) if nearest[-1] >= hardware.cores else 1.0
+    crowding = max(1.0, ranks / max(hardware.cores, nearest[-1]))
 
     def of(name: str) -> float:
         points = sorted((s.rows, getattr(s, name) / s.rows) for s in of_both)
