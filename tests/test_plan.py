@@ -55,9 +55,9 @@ WORK = Work(
     hidden_bytes=0,
 )
 GPU = Hardware(name="a GPU")
-GOLDEN_PARAMETERS = (0, 0)
-GOLDEN_CHOICE = (0, 0, 0, 0, "")
-GOLDEN_NUMBERS = [0.0, 0.0, 0.0]
+GOLDEN_PARAMETERS = (380032, 2)
+GOLDEN_CHOICE = (1024, 1, 1, 0, "ring")
+GOLDEN_NUMBERS = [0.011093, 0.45595, 0.62213]  # seconds, GiB, efficiency
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,12 @@ def test_what_must_grow_grows(chosen: Settings) -> None:
     doubled = price(WORK, chosen.changed(global_batch=2 * chosen.global_batch), GPU)
     assert doubled.seconds.total > one.seconds.total
     assert doubled.memory.total >= one.memory.total
-    kept = price(WORK, chosen.changed(keep_graphs=chosen.keep_graphs + 1), GPU)
-    assert kept.seconds.total <= one.seconds.total + 1e-12
-    assert kept.memory.total >= one.memory.total - 1
+    fewer, more = (
+        price(WORK, chosen.changed(keep_graphs=max(1, chosen.keep_graphs) + i), GPU) for i in (0, 1)
+    )
+    assert more.seconds.total <= fewer.seconds.total + 1e-12
+    # Where all are kept, none is made again beside the gradients: a little less.
+    assert more.memory.total >= 0.97 * fewer.memory.total
 
 
 @settings(deadline=None, max_examples=10)
