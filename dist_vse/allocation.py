@@ -57,7 +57,7 @@ class Storages(TorchDispatchMode):
                 self._count(given.untyped_storage(), made=False)
         result = func(*args, **(kwargs or {}))
         for made in tree_iter(result):
-            if isinstance(made, torch.Tensor):
+            if isinstance(made, torch.Tensor) and made.device.type != "meta":  # a shape, no memory
                 self._count(made.untyped_storage(), made=True)
         return result
 

@@ -19,8 +19,10 @@ from dist_vse.engine.foreign import conflicts
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.zero import ZeroEngine, most_graphs, zero_config
 from dist_vse.feature_cache import Features, Key, open_features
+from dist_vse.flops import count_flops, peak_flops
 from dist_vse.grad_cache import Chunk, LossFn
 from dist_vse.index import Index
+from dist_vse.metrics import Meter
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.tokenizer import Tokenizer
 from dist_vse.schedule import learning_rate, temperature, warmup_share
@@ -149,6 +151,15 @@ def build_loss(
         return output.loss
 
     return loss_fn
+
+
+def build_meter(config: TrainConfig, model: DualEncoder) -> Meter:
+    """Return what measures the steps; it counts operations where the device's peak is known."""
+    peak = peak_flops(distributed.device(), config.engine.precision)
+    if peak is None:
+        return Meter()
+    flops = count_flops(model, config.model.image.size, config.model.text.max_tokens)
+    return Meter(flops.of_step(config.global_batch_size, config.model.embed_dim), peak)
 
 
 def feature_key(config: TrainConfig, index: Index) -> Key:

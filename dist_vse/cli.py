@@ -10,6 +10,7 @@ from pathlib import Path
 
 import dist_vse.bench.cli
 import dist_vse.export.cli
+import dist_vse.plan.cli
 import dist_vse.search.cli
 import dist_vse.verify.cli
 import launch.cli
@@ -200,9 +201,18 @@ _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
         dist_vse.search.cli.add_zeroshot,
         dist_vse.search.cli.run_zeroshot,
     ),
+    "plan": (
+        "predict time and memory on a cluster, and recommend settings",
+        dist_vse.plan.cli.add_arguments,
+        dist_vse.plan.cli.run,
+    ),
     "bench": (
         "measure against the best peer",
         dist_vse.bench.cli.add_arguments,
         dist_vse.bench.cli.run,
     ),
 }
+
+
+if __name__ == "__main__":  # for `accelerate launch -m dist_vse.cli bench scale ...`
+    sys.exit(main())

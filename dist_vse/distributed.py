@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_vse.clock import collective
 from dist_vse.errors import UserError
 
 # The newer names first: the older ones are deprecated since torch 2.14.
@@ -122,6 +123,7 @@ def all_gather(x: Tensor) -> Tensor:
     return gathered
 
 
+@collective()
 def gather_rows(x: Tensor) -> Tensor:
     """Gather equally many rows of all ranks, (b, ...) -> (B, ...), without a gradient."""
     if world_size() == 1:
@@ -131,6 +133,7 @@ def gather_rows(x: Tensor) -> Tensor:
     return out
 
 
+@collective()
 def reduce_scatter_rows(x: Tensor) -> Tensor:
     """Sum over the ranks and keep this rank's rows, (B, ...) -> (b, ...)."""
     if world_size() == 1:
@@ -168,6 +171,7 @@ class Exchange:
     Every rank starts its exchanges in the same order. An empty message is not sent.
     """
 
+    @collective()
     def __init__(
         self, outgoing: Tensor, incoming: Tensor, *, destination: int, source: int
     ) -> None:
@@ -176,6 +180,7 @@ class Exchange:
         started = [dist.P2POp(*message) for message in messages if message[1].numel()]
         self._works = dist.batch_isend_irecv(started) if started else []
 
+    @collective()
     def wait(self) -> Tensor:
         """Wait for both messages and return the one that came in."""
         for work in self._works:
@@ -183,6 +188,7 @@ class Exchange:
         return self._buffers[1]
 
 
+@collective()
 def all_gather_object(value: Any) -> list[Any]:
     """Return every rank's object, in rank order; for small things between steps."""
     if world_size() == 1:
@@ -192,6 +198,7 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
+@collective()
 def broadcast_object(value: Any) -> Any:
     """Return rank 0's object on every rank."""
     if world_size() == 1:
@@ -201,6 +208,7 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
+@collective()
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over the ranks, in place; return the tensor."""
     if world_size() > 1:
@@ -208,6 +216,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+@collective()
 def all_reduce_max(x: Tensor) -> Tensor:
     """Take the maximum over the ranks, in place; return the tensor."""
     if world_size() > 1:
@@ -215,6 +224,7 @@ def all_reduce_max(x: Tensor) -> Tensor:
     return x
 
 
+@collective()
 def all_reduce_min(x: Tensor) -> Tensor:
     """Take the minimum over the ranks, in place; return the tensor."""
     if world_size() > 1:
@@ -240,6 +250,7 @@ def any_rank_each(flags: Sequence[bool]) -> list[bool]:
     return [number > 0 for number in all_reduce_max(numbers).tolist()]
 
 
+@collective()
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:

@@ -16,15 +16,11 @@ from dist_vse.run_files import ENVIRONMENT_NAME
 PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "transformers", "numpy")
 
 
-def record_environment(run_dir: Path, step: int, data: dict[str, str]) -> None:
-    """Append a line for this start of the run; rank 0 calls it.
-
-    `data` holds the fingerprint of each data set by its place.
-    """
+def describe_environment() -> dict[str, dict[str, Any]]:
+    """Return the versions and the machine of this process."""
     here = distributed.device()
     name = torch.cuda.get_device_name(here) if here.type == "cuda" else platform.processor()
-    line = {
-        "step": step,
+    return {
         "versions": {"dist_vse": __version__, "Python": platform.python_version(), **_versions()},
         "machine": {
             "host": socket.gethostname(),
@@ -33,8 +29,15 @@ def record_environment(run_dir: Path, step: int, data: dict[str, str]) -> None:
             "cores": os.cpu_count(),
             "processes": distributed.world_size(),
         },
-        "data": data,
     }
+
+
+def record_environment(run_dir: Path, step: int, data: dict[str, str]) -> None:
+    """Append a line for this start of the run; rank 0 calls it.
+
+    `data` holds the fingerprint of each data set by its place.
+    """
+    line = {"step": step, **describe_environment(), "data": data}
     with (run_dir / ENVIRONMENT_NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

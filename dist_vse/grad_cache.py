@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from dist_vse import clock
 from dist_vse.distributed import all_reduce_mean, device
 from dist_vse.engine import Engine
 from dist_vse.errors import UserError
@@ -50,10 +51,12 @@ def train_step(
     assert engine.most_graphs is None or graphs <= engine.most_graphs, f"keep_graphs={graphs}"
 
     # Pass 1: embeddings only, with a graph where it is kept.
+    clock.begin("encode")
     first_kept = len(chunks) - keep_graphs
     encoded = [_encode(engine, chunk, i >= first_kept) for i, chunk in enumerate(chunks)]
 
     # The cache. autograd.grad, not backward: it reaches no parameter and so fires no engine hook.
+    clock.begin("loss")
     columns = zip(*(chunk.outputs for chunk in encoded), strict=True)
     leaves = [torch.cat([part.detach() for part in c]).requires_grad_() for c in columns]
     image_features, text_features, log_scale, bias = leaves  # (b, d), (b, d), (c,), (c,)
@@ -70,6 +73,7 @@ def train_step(
     # Pass 2: <output, cached gradient> has the gradient of the loss in the parameters. Kept
     # graphs go first, so that their memory is free for the others. BatchNorm's statistics have
     # moved in pass 1, once.
+    clock.begin("second_pass")
     with engine.accumulation(), frozen_statistics(engine.module):
         for i in reversed(range(len(chunks))):
             outputs = _encode_again(engine, chunks[i], encoded[i])
@@ -77,7 +81,9 @@ def train_step(
             assert isinstance(surrogate, Tensor)
             encoded[i] = encoded[i]._replace(outputs=())
             engine.backward(surrogate, last=i == 0)
+    clock.begin("step")
     engine.step()
+    clock.begin(clock.OTHER)
     return mean_loss
 
 

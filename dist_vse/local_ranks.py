@@ -5,12 +5,13 @@ import pickle
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import ProcessContext, start_processes
 
 from dist_vse import distributed
 from dist_vse.errors import UserError
@@ -21,18 +22,50 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> Any:
 
     A UserError, which all ranks must raise alike, is raised here.
     """
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+    return run_teams([Team(fn, world_size, args)])[0]
+
+
+@dataclass(frozen=True)
+class Team:
+    """A process group of its own, and what all of its ranks call."""
+
+    fn: Callable[..., Any]
+    world_size: int
+    args: Sequence[Any]
+
+
+def run_teams(teams: Sequence[Team]) -> list[Any]:
+    """Run several groups at the same time; return what every group's rank 0 returned.
+
+    If a process fails, all of them are ended and its error is raised. A UserError, which all
+    ranks of a team must raise alike, is raised here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        results = [Path(folder) / str(number) for number in range(len(teams))]
+        running = [_start(team, result) for team, result in zip(teams, results, strict=True)]
+        try:
+            while not all([context.join(timeout=0.1) for context in running]):
+                pass
+        finally:
+            for process in (process for context in running for process in context.processes):
+                if process.is_alive():
+                    process.kill()
+        values = [pickle.loads(result.read_bytes()) for result in results]
+    for value in values:
+        if isinstance(value, UserError):
+            raise value
+    return values
+
+
+def _start(team: Team, result: Path) -> ProcessContext:
+    with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-        probe.close()
-        result = Path(folder) / "result"
-        start_processes(
-            _work, (world_size, port, result, fn, args), world_size, start_method="spawn"
-        )
-        value = pickle.loads(result.read_bytes())
-    if isinstance(value, UserError):
-        raise value
-    return value
+    arguments = (team.world_size, port, result, team.fn, team.args)
+    context: ProcessContext = start_processes(
+        _work, arguments, team.world_size, join=False, start_method="spawn"
+    )
+    return context
 
 
 def _work(

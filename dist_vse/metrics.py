@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from dist_vse import distributed
+from dist_vse.clock import Clock
 from dist_vse.errors import writing
 from dist_vse.log import logger
 from dist_vse.run_files import METRICS_NAME, drop_lines_after
@@ -54,20 +55,38 @@ class Recorder:
 
 
 class Meter:
-    """Measures pairs a second between two log steps."""
+    """Measures the steps between two log steps: pairs a second, seconds by part, and MFU.
 
-    def __init__(self) -> None:
+    `step_flops` are the operations of a step on all ranks, `peak_flops` a device's in a second;
+    None where they are not known.
+    """
+
+    def __init__(self, step_flops: float | None = None, peak_flops: float | None = None) -> None:
+        self.clock = Clock(distributed.device())
+        self.step_flops, self.peak_flops = step_flops, peak_flops
         self.reset()
 
     def reset(self) -> None:
         """Start an interval."""
-        _synchronize()
-        self.started, self.pairs = time.perf_counter(), 0
+        synchronize()
+        self.clock.read()
+        self.started, self.pairs, self.steps = time.perf_counter(), 0, 0
 
-    def pairs_per_s(self) -> float:
-        """Return the rate over all ranks since `reset`."""
-        _synchronize()
-        return self.pairs / (time.perf_counter() - self.started)
+    def add(self, pairs: int) -> None:
+        """Count a step of so many pairs."""
+        self.pairs += pairs
+        self.steps += 1
+
+    def rates(self) -> dict[str, float]:
+        """Return pairs_per_s over all ranks, this rank's seconds a step (data_s ...), and mfu."""
+        synchronize()
+        seconds = time.perf_counter() - self.started
+        values = {"pairs_per_s": self.pairs / seconds}
+        values |= {f"{part}_s": taken / self.steps for part, taken in self.clock.read().items()}
+        if self.step_flops is not None and self.peak_flops is not None:
+            done = self.step_flops * self.steps / seconds
+            values["mfu"] = done / (self.peak_flops * distributed.world_size())
+        return values
 
 
 def peak_memory_gib() -> float:
@@ -89,6 +108,7 @@ def log_line(step: int, total_steps: int, values: dict[str, Any]) -> None:
         "lr": "lr {:.1e}",
         "pairs_per_s": "{:,.0f} pairs/s",
         "memory_gib": "{:.2f} GiB a rank",
+        "mfu": "MFU {:.1%}",
     }
     parts += [text.format(values[name]) for name, text in formats.items() if name in values]
     logger.info("  ".join(parts))
@@ -100,6 +120,7 @@ def progress_bar(total_steps: int, done: int) -> "tqdm[NoReturn]":
     return tqdm(total=total_steps, initial=done, unit="step", disable=not shown, leave=False)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait until the device has done its work."""
     if distributed.device().type == "cuda":
         torch.cuda.synchronize()

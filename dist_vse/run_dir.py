@@ -25,6 +25,7 @@ _MAY_CHANGE = (
     "checkpoint_minutes",
     "keep_checkpoints",
     "keep_best",
+    "profile",
     "engine.zero_stage",
     "engine.coalesce",
     "data.num_workers",

@@ -11,6 +11,7 @@ SKIPPED_NAME = "skipped.jsonl"  # a line a bad sample that training left out
 EXAMPLES_NAME = "examples.json"  # queries with their best answers, for the report
 RESULT_NAME = "eval-{split}.json"  # what `dist-vse eval` measured
 CHECKPOINTS = "checkpoints"
+TRACE_NAME = "profile.json"  # what `profile=true` writes
 ENVIRONMENT_NAME = "environment.jsonl"  # versions, machine and data of each start
 LIFE_NAME = "life.json"  # which start of the run may write
 

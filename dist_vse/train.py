@@ -5,17 +5,18 @@ The launcher only starts the processes; the DeepSpeed engine is driven directly.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dist_vse import checkpoint, distributed, interrupt
+from dist_vse import checkpoint, clock, distributed, interrupt
 from dist_vse.builders import (
     build_eval_batches,
     build_loss,
+    build_meter,
     build_train_batches,
     choose_chunks,
     launcher_conflicts,
@@ -42,6 +43,7 @@ from dist_vse.log import logger, setup_logging
 from dist_vse.metrics import Meter, Recorder, log_line, peak_memory_gib, progress_bar
 from dist_vse.models.dual_encoder import average_statistics
 from dist_vse.models.tokenizer import Tokenizer
+from dist_vse.profiler import profiled
 from dist_vse.run_dir import (
     open_run,
     open_train_sets,
@@ -50,7 +52,7 @@ from dist_vse.run_dir import (
     run_tokenizer,
     write_config,
 )
-from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME
+from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME, TRACE_NAME
 from dist_vse.saver import Saver
 from dist_vse.stream import Batch, TrainSet
 from dist_vse.stream.ledger import Ledger
@@ -72,6 +74,7 @@ class Run:
     keep_graphs: int
     features: Features | None
     fence: Fence
+    meter: Meter
 
 
 def run(config: TrainConfig) -> int:
@@ -96,7 +99,9 @@ def run(config: TrainConfig) -> int:
     with distributed.same_verdict(), writing(run.run_dir):
         if distributed.is_main_process():
             record_environment(run.run_dir, progress.step, data)
-    progress = _train(run, progress)
+    trace = run.run_dir / TRACE_NAME if config.profile else None
+    with clock.listening(run.meter.clock), profiled(trace) as traced:
+        progress = _train(run, progress, traced)
     if progress.step == config.total_steps:
         return 0
     logger.info("stopped at step %d and saved: the same command continues", progress.step)
@@ -119,6 +124,7 @@ def _open(config: TrainConfig) -> Run:
             config = replace(config, chunk_size=open_run(run_dir).chunk_size)
         model = run_model(config, tokenizer).to(distributed.device())
         chunking = choose_chunks(config, model)
+        meter = build_meter(config, model)
     chunking = agree(chunking)
     if config.chunk_size == AUTO:
         config = replace(config, chunk_size=chunking.chunk_size)
@@ -130,13 +136,15 @@ def _open(config: TrainConfig) -> Run:
     with distributed.same_verdict(), writing(run_dir):
         fence = claim(run_dir) if distributed.is_main_process() else None
     fence = distributed.broadcast_object(fence)
-    return Run(config, run_dir, index, train_sets, tokenizer, engine, graphs, features, fence)
+    return Run(
+        config, run_dir, index, train_sets, tokenizer, engine, graphs, features, fence, meter
+    )
 
 
-def _train(run: Run, progress: Progress) -> Progress:
-    """Loop over the steps until the last one or until any rank was asked to stop."""
-    config, engine = run.config, run.engine
-    recorder, meter = Recorder(run.run_dir, progress.step), Meter()
+def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress:
+    """Loop over the steps until the last one or any rank's wish to stop; each ends in `traced`."""
+    config, engine, meter = run.config, run.engine, run.meter
+    recorder = Recorder(run.run_dir, progress.step)
     saver = Saver(
         run.run_dir / CHECKPOINTS,
         run.fence,
@@ -157,8 +165,10 @@ def _train(run: Run, progress: Progress) -> Progress:
     bar = progress_bar(config.total_steps, progress.step)
     stopped = False
     while progress.step < config.total_steps and not stopped:
+        clock.begin("data")
         with distributed.same_verdict():
             batch = next(batches)
+        clock.begin("encode")
         rate = step_learning_rate(config, progress.samples_seen)
         engine.set_learning_rate(rate)
         statistics: dict[str, Tensor] = {}
@@ -168,7 +178,8 @@ def _train(run: Run, progress: Progress) -> Progress:
 
         progress = _advance(progress, batch, config.global_batch_size)
         ledger.add(progress.step, batch.skipped)
-        meter.pairs += config.global_batch_size
+        meter.add(config.global_batch_size)
+        traced()
         bar.update()
         last = progress.step == config.total_steps
         flags = distributed.any_rank_each((interrupt.asked(), saver.writing, saver.overdue))
@@ -180,7 +191,7 @@ def _train(run: Run, progress: Progress) -> Progress:
             ledger.flush()
         if log:
             statistics |= {"loss": loss, "lr": torch.tensor(rate)}
-            _log(run, progress, statistics, meter, recorder)
+            _log(run, progress, statistics, recorder)
         score = None
         if last or _due(progress.step, config.eval_every):
             score = _evaluate(run, progress, recorder)
@@ -220,12 +231,10 @@ def _save(run: Run, saver: Saver, progress: Progress, score: float | None) -> No
     saver.start(run.engine, replace(progress, lanes=lanes), score=score)
 
 
-def _log(
-    run: Run, progress: Progress, statistics: dict[str, Tensor], meter: Meter, recorder: Recorder
-) -> None:
+def _log(run: Run, progress: Progress, statistics: dict[str, Tensor], recorder: Recorder) -> None:
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen}
     values |= {name: number.item() for name, number in statistics.items()}
-    values |= {"pairs_per_s": meter.pairs_per_s(), "memory_gib": peak_memory_gib()}
+    values |= {**run.meter.rates(), "memory_gib": peak_memory_gib()}
     with distributed.same_verdict():  # a full disk, or a later start of the run
         if distributed.is_main_process():
             run.fence.check()
@@ -233,7 +242,7 @@ def _log(
     log_line(progress.step, run.config.total_steps, values)
     if warning := collapsed(statistics):
         logger.warning(warning)
-    meter.reset()
+    run.meter.reset()
 
 
 def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:

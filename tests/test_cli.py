@@ -19,6 +19,7 @@ COMMANDS = (
     "search",
     "zeroshot",
     "verify",
+    "plan",
     "bench",
 )
 

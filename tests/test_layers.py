@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [
         "index",
         "config",
         "allocation",
+        "clock",
         "schedule",
         "interrupt",
         "random_state",
@@ -26,11 +27,12 @@ LAYERS: list[set[str]] = [
     {"distributed", "fence"},
     {"models", "local_ranks"},
     {"contrast", "stream", "engine", "metrics", "feature_cache", "environment"},
-    {"grad_cache", "chunking", "checkpoint", "evaluate"},
+    {"grad_cache", "chunking", "flops", "profiler", "checkpoint", "evaluate"},
     {"run_dir", "saver", "examples"},
     {"builders"},
-    {"train", "features_run", "eval_run", "report", "bench", "verify", "export"},
-    {"search"},
+    {"train", "features_run", "eval_run", "report", "verify", "export"},
+    {"search", "bench"},
+    {"plan"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

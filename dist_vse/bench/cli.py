@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_data(benchmarks.add_parser("data", help="the stream's speed, and OpenCLIP's"))
     _add_order(benchmarks.add_parser("order", help="what an epoch misses and repeats"))
     _add_shard(benchmarks.add_parser("shard", help="sharding, tar, ShardWriter and img2dataset"))
+    _add_scale(benchmarks.add_parser("scale", help="speed, memory and traffic over processes"))
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
 
@@ -122,3 +123,44 @@ def _add_order(order: argparse.ArgumentParser) -> None:
         metavar="N",
         help="weigh a worker over an epoch of N samples (default: not)",
     )
+
+
+def _add_scale(scale: argparse.ArgumentParser) -> None:
+    scale.description = (
+        "Train some steps of a config on several numbers of processes, and with settings varied "
+        "one at a time; tell pairs a second, efficiency, memory and seconds by part, and bytes "
+        "sent. Starts processes of this machine (gloo, one thread each), or joins a launcher's."
+    )
+    scale.add_argument(
+        "settings",
+        nargs="*",
+        metavar="[CONFIG] KEY=VALUE",
+        help="the run; without CONFIG a small ViT and a small text transformer",
+    )
+    scale.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], metavar="W", help="[1 2]"
+    )
+    scale.add_argument(
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE,VALUE",
+        help="settings to vary on the last W, such as chunk_size=32,128 loss.transport=ring",
+    )
+    scale.add_argument("--rounds", type=int, default=3, help="visits to every case [3]")
+    scale.add_argument("--steps", type=int, default=2, help="timed steps of a visit [2]")
+    scale.add_argument(
+        "--stream", action="store_true", help="read the config's data; else pairs are made up"
+    )
+    scale.add_argument(
+        "--no-independent",
+        dest="independent",
+        action="store_false",
+        help="skip the W single runs at once, beside which weak scaling is judged",
+    )
+    scale.add_argument(
+        "--read", nargs="+", default=[], metavar="FILE", help="measure nothing; join such files"
+    )
+    scale.add_argument("--baseline", metavar="FILE", help="an earlier --out, to tell ratios to")
+    scale.add_argument("--page", metavar="FILE", help="write plots as one HTML page")
+    scale.add_argument("--task", metavar="I/N", help="measure one share of N, for a job array")

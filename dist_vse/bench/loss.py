@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.bench.bare import bare_steps
+from dist_vse.bench.checks import at_least_one, writable
 from dist_vse.bench.memory import measure_memory
 from dist_vse.bench.peer import peer_loss, peer_version
 from dist_vse.bench.traffic import bytes_sent
@@ -67,11 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise UserError for options that make no sense, before anything is measured."""
-    numbers = [("--processes", args.processes), ("--dim", args.dim), ("--repeats", args.repeats)]
-    numbers += [("--rows", n) for n in args.rows] + [("--memory-dim", args.memory_dim)]
-    for option, number in numbers:
-        if number < 1:
-            raise UserError(f"{option} ({number}) must be at least 1")
+    at_least_one(processes=args.processes, dim=args.dim, repeats=args.repeats)
+    for rows in args.rows:
+        at_least_one(rows=rows)
+    at_least_one(memory_dim=args.memory_dim)
     for total in args.memory:
         if total < args.processes or total % args.processes:
             near = max(1, total // args.processes) * args.processes
@@ -79,11 +79,7 @@ def _check(args: argparse.Namespace) -> None:
                 f"--memory ({total}) must be a multiple of --processes ({args.processes}); "
                 f"nearest: {near}"
             )
-    if args.out is not None:
-        try:
-            Path(args.out).open("a", encoding="utf-8").close()
-        except OSError as error:
-            raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from None
+    writable("--out", args.out)
 
 
 def make_features(rows: int, width: int) -> list[Tensor]:

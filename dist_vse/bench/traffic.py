@@ -1,12 +1,13 @@
 """Counts what a rank sends, by looking at every collective that a step runs."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_vse import distributed
+from dist_vse import clock, distributed
 
 _SPREADING = (
     "reduce_scatter_",
@@ -15,6 +16,7 @@ _SPREADING = (
     "alltoall_base_",
     "scatter_",  # the inputs are one rank's; elsewhere the list is empty
 )
+_ONE_WAY = ("reduce_", "broadcast_")  # between one rank and all others
 
 
 class _Traffic(TorchDispatchMode):
@@ -22,22 +24,28 @@ class _Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.sent: float = 0.0
+        self.sent: defaultdict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.namespace == "c10d":
-            self.sent += _bytes_sent(func.__name__, args, distributed.world_size())
+            sent = _bytes_sent(func.__name__, args, distributed.world_size())
+            self.sent[clock.current()] += sent
         return func(*args, **(kwargs or {}))
 
 
 def bytes_sent(step: Callable[[], Any]) -> float:
     """Run a step on every rank and return what one rank sends."""
+    return sum(bytes_sent_by_part(step).values())
+
+
+def bytes_sent_by_part(step: Callable[[], Any]) -> dict[str, float]:
+    """Run a step on every rank and return what one rank sends in each of its parts."""
     traffic = _Traffic()
     with traffic:
         step()
-    return traffic.sent
+    return {part: sent for part, sent in traffic.sent.items() if sent}
 
 
 def _bytes_sent(name: str, args: Any, world_size: int) -> float:
@@ -50,6 +58,8 @@ def _bytes_sent(name: str, args: Any, world_size: int) -> float:
         return float(_size(args[1]) * others / world_size)
     if operation == "allreduce_":
         return float(_size(args[0]) * 2 * others / world_size)
+    if operation in _ONE_WAY:
+        return float(_size(args[0]) * others / world_size)  # on average over the ranks
     if operation == "send":
         return float(_size(args[0]))
     assert operation in ("recv_", "barrier"), operation

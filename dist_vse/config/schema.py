@@ -47,6 +47,9 @@ class TrainConfig:
     keep_best: int = 0
     """Further checkpoints that are kept: those of the highest sum of recalls, of the steps that
     were evaluated as well."""
+    profile: bool = False
+    """Write a trace of three steps (torch.profiler, rank 0) to `profile.json` in the run's folder,
+    for https://ui.perfetto.dev."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

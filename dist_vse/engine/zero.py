@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dist_vse.distributed import rank, world_size
 from dist_vse.engine.pieces import Piece, dump_state, find_pieces, load_state
+from dist_vse.engine.timing import tell_collectives
 from dist_vse.models.dual_encoder import DualEncoder
 
 PERSISTENT = 100_000  # elements: ZeRO 3 keeps smaller parameters whole on every rank
@@ -179,6 +180,7 @@ def _import_deepspeed() -> Any:
     # The shared-memory operator serves inference only, and its build at first use needs a
     # compiler, ninja and half a minute.
     __compatible_ops__["deepspeed_shm_comm"] = False
+    tell_collectives(deepspeed.comm)
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     logger.addFilter(_is_news)

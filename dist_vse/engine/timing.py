@@ -1,0 +1,53 @@
+"""DeepSpeed's collectives, told apart from the computation around them (see `dist_vse.clock`)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from dist_vse.clock import collective
+
+_NAMES = (
+    "all_gather",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "all_to_all_single",
+    "allgather_fn",
+    "broadcast",
+    "reduce",
+    "reduce_scatter_fn",
+    "reduce_scatter_tensor",
+)
+
+
+def tell_collectives(comm: Any) -> None:
+    """Have the functions of `deepspeed.comm` say when they run; a second call changes nothing."""
+    for name in _NAMES:
+        function = getattr(comm, name, None)
+        if function is not None and not hasattr(function, "tells"):
+            setattr(comm, name, _telling(function))
+
+
+def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        with collective():
+            work = function(*args, **kwargs)
+        return _Pending(work) if kwargs.get("async_op") and work is not None else work
+
+    tell.tells = True  # type: ignore[attr-defined]
+    return tell
+
+
+class _Pending:
+    """A collective under way."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    @collective()
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        return self._work.wait(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
