@@ -34,15 +34,19 @@ class Team:
     args: Sequence[Any]
 
 
-def run_teams(teams: Sequence[Team]) -> list[Any]:
+def run_teams(teams: Sequence[Team], *, start_method: str = "spawn") -> list[Any]:
     """Run several groups at the same time; return what every group's rank 0 returned.
+
+    `start_method` is one of multiprocessing's.
 
     If a process fails, all of them are ended and its error is raised. A UserError, which all
     ranks of a team must raise alike, is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(number) for number in range(len(teams))]
-        running = [_start(team, result) for team, result in zip(teams, results, strict=True)]
+        running = [
+            _start(team, result, start_method) for team, result in zip(teams, results, strict=True)
+        ]
         try:
             while not all([context.join(timeout=0.1) for context in running]):
                 pass
@@ -57,13 +61,13 @@ def run_teams(teams: Sequence[Team]) -> list[Any]:
     return values
 
 
-def _start(team: Team, result: Path) -> ProcessContext:
+def _start(team: Team, result: Path, start_method: str) -> ProcessContext:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = (team.world_size, port, result, team.fn, team.args)
     context: ProcessContext = start_processes(
-        _work, arguments, team.world_size, join=False, start_method="spawn"
+        _work, arguments, team.world_size, join=False, start_method=start_method
     )
     return context
 

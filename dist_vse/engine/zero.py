@@ -22,6 +22,8 @@ from dist_vse.engine.pieces import Piece, dump_state, find_pieces, load_state
 from dist_vse.engine.timing import tell_collectives
 from dist_vse.models.dual_encoder import DualEncoder
 
+IMPORTS = ("torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.zero.stage3")
+"""Slow to import; for a server of which ranks are forked."""
 PERSISTENT = 100_000  # elements: ZeRO 3 keeps smaller parameters whole on every rank
 _LARGEST_BUCKET = 1 << 26  # elements
 _ALIGNMENT = 1 << 10  # DeepSpeed wants buckets in multiples of a small power of two

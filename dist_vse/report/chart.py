@@ -49,7 +49,8 @@ def line_chart(title: str, series: Sequence[Series], *, from_zero: bool, x_label
     if not points:
         return '<p class="note">No finite value.</p>'
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    x_axis = _axis(min(xs), max(xs), 5, LEFT, WIDTH - RIGHT, tight=True)
+    whole = all(x == int(x) for x in xs)  # such as steps: no marks between
+    x_axis = _axis(min(xs), max(xs), 5, LEFT, WIDTH - RIGHT, tight=True, least=float(whole))
     y_axis = _axis(0 if from_zero else min(ys), max(ys), 4, HEIGHT - BOTTOM, TOP, tight=False)
     spoken = "; ".join(
         f"{s.label} from {figure(s.points[0][1])} to {figure(s.points[-1][1])}"
@@ -63,12 +64,24 @@ def line_chart(title: str, series: Sequence[Series], *, from_zero: bool, x_label
     )
 
 
-def _axis(low: float, high: float, count: int, start: float, end: float, *, tight: bool) -> Axis:
-    """Choose marks 1, 2 or 5 times a power of ten apart; `tight` ends the range at the data."""
+def _axis(
+    low: float,
+    high: float,
+    count: int,
+    start: float,
+    end: float,
+    *,
+    tight: bool,
+    least: float = 0.0,
+) -> Axis:
+    """Choose marks 1, 2 or 5 times a power of ten apart; `tight` ends the range at the data.
+
+    Marks are at least `least` apart.
+    """
     if high - low <= 1e-9 * abs(high):  # a flat line lies in the middle of a band round it
         spread = abs(high) / 2 or 1.0
         low, high = (low, high + spread) if low == 0 else (low - spread, high + spread)
-    raw = (high - low) / count
+    raw = max((high - low) / count, least)
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -5,6 +5,7 @@
 #   cluster.sh start N      controller and nodes n0 .. n(N-1), from nothing; an old cluster is stopped first
 #   cluster.sh stop         end all of it; the logs stay
 #   cluster.sh crash NODE   power cut: the cable first, then every process at once;  boot NODE starts it again
+#   cluster.sh slow RATE    let each node send at most so much, as in 200mbit;  fast takes it back
 #   cluster.sh cut NODE     take the network cable out;  heal NODE puts it back
 #   cluster.sh pids NODE    the node's processes, as this machine numbers them
 #   cluster.sh bin          the folder with sbatch, scontrol .. for this cluster, for PATH
@@ -117,6 +118,20 @@ CLIENT
     for name in sbatch squeue scancel scontrol sinfo; do ln -s srun "$D/bin/$name"; done
 }
 
+# Bandwidth has its price, by tbf; a delay would need netem, which not every kernel has.
+slow() {  # RATE
+    local name
+    for name in $(ip netns list | grep -oE "^$PREFIX-n[0-9]+"); do
+        tc -n "$name" qdisc replace dev eth0 root tbf rate "$1" burst 256kb latency 400ms
+    done
+}
+fast() {
+    local name
+    for name in $(ip netns list | grep -oE "^$PREFIX-n[0-9]+"); do
+        tc -n "$name" qdisc del dev eth0 root 2>/dev/null || :
+    done
+}
+
 start() {  # N
     local i
     stop
@@ -141,6 +156,8 @@ case ${1:-} in
     stop) stop ;;
     crash) net ctl link set "$2" down; kill_all "$2" ;;  # the cable first: else the dying kernel takes leave of its peers
     boot) net ctl link set "$2" up; boot "$2" ;;
+    slow) slow "$2" ;;
+    fast) fast ;;
     cut) net ctl link set "$2" down ;;
     heal) net ctl link set "$2" up ;;
     pids) pids "$2" ;;
