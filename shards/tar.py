@@ -3,13 +3,13 @@
 import hashlib
 import tarfile
 import zlib
+from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Thread
-from types import TracebackType
 from typing import BinaryIO
 
 CHUNK_BYTES = 1 << 20  # written and digested at a time
-_CHUNKS = 3  # being filled, waiting, being digested
+_CHUNKS = 4  # being filled, being written, being digested, and one that waits
 _PAGE_BYTES = 4096
 _BLOCK = tarfile.BLOCKSIZE
 _PADDING = tuple(b"\0" * count for count in range(_BLOCK))
@@ -27,36 +27,41 @@ _BLANK_SUM = sum(_BLANK[:_SIZE_AT]) + sum(_BLANK[_SIZE_AT + 11 : _SUM_AT]) + 8 *
 _BLANK_SUM += sum(_BLANK[_SUM_AT + 8 :])
 
 
+_Chunk = tuple[memoryview, int]  # a buffer, and how many of its bytes count
+_Queue = SimpleQueue[_Chunk | None]  # None: there will be no more
+
+
 class TarWriter:
     """Writes members one after another; knows where each begins and the digest of it all.
 
-    Bytes gather in one of a few buffers; a full one is written while a thread digests it (neither
-    holds Python's lock). `file` should be unbuffered. To be used in a `with` statement, which ends
-    the thread.
+    Bytes gather in one of a few buffers; a full one is written by one thread and digested by
+    another, and neither holds Python's lock. `file` should be unbuffered. To be used in a `with`
+    statement, which ends the threads.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._free, self._full = SimpleQueue[memoryview](), SimpleQueue[tuple[memoryview, int]]()
+        self._file, self._digest = file, hashlib.sha256()
+        self._error: OSError | None = None  # of the writing thread
+        self._free, self._full, self._written = _Queue(), _Queue(), _Queue()
         for _ in range(_CHUNKS):
-            self._free.put(memoryview(bytearray(CHUNK_BYTES)))
-        self._buffer = self._free.get()
-        self._filled, self._flushed = 0, 0
-        self._thread = Thread(target=self._digest_all, daemon=True)
-        self._thread.start()
+            self._free.put((memoryview(bytearray(CHUNK_BYTES)), 0))
+        self._filled = self._flushed = 0
+        self._buffer = self._next_buffer()
+        stages = (
+            (self._write_out, self._full, self._written),
+            (self._digest_chunk, self._written, self._free),
+        )
+        self._threads = [Thread(target=_work_off, args=stage, daemon=True) for stage in stages]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> "TarWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._full.put((self._buffer, 0))
-        self._thread.join()
+    def __exit__(self, *_: object) -> None:
+        self._full.put(None)
+        for thread in self._threads:
+            thread.join()
 
     @property
     def num_bytes(self) -> int:
@@ -97,8 +102,8 @@ class TarWriter:
         self._write(b"\0" * (2 * _BLOCK))
         self._write(b"\0" * (-self.num_bytes % tarfile.RECORDSIZE))
         self._flush()
-        self._full.put((self._buffer, 0))
-        self._thread.join()
+        for _ in range(_CHUNKS - 1):
+            self._next_buffer()  # once all came back, all is written and digested
         return self._digest.hexdigest()
 
     def _write(self, data: bytes) -> None:
@@ -117,25 +122,39 @@ class TarWriter:
             view = view[len(part) :]
 
     def _flush(self, keep: int = 0) -> None:
-        """Write and digest what the buffer holds; its last `keep` bytes begin the next one."""
+        """Have what the buffer holds written; its last `keep` bytes begin the next one."""
         count = self._filled - keep
         rest = bytes(self._buffer[count : self._filled])
         self._full.put((self._buffer, count))
-        chunk = self._buffer[:count]
-        while chunk:
-            chunk = chunk[self._file.write(chunk) :]
-        self._buffer = self._free.get()
+        self._buffer = self._next_buffer()
         self._buffer[:keep] = rest
         self._filled, self._flushed = keep, self._flushed + count
 
-    def _digest_all(self) -> None:
-        """Digest one buffer after the other, up to one of no bytes."""
-        while True:
-            buffer, count = self._full.get()
-            if count == 0:
-                return
-            self._digest.update(buffer[:count])
-            self._free.put(buffer)
+    def _next_buffer(self) -> memoryview:
+        chunk = self._free.get()
+        if self._error is not None:
+            raise self._error
+        assert chunk is not None, "ended"
+        return chunk[0]
+
+    def _write_out(self, buffer: memoryview, count: int) -> None:
+        rest = buffer[: 0 if self._error else count]
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._error = error  # told by the thread that waits for a buffer
+
+    def _digest_chunk(self, buffer: memoryview, count: int) -> None:
+        self._digest.update(buffer[:count])
+
+
+def _work_off(work: Callable[[memoryview, int], None], take: _Queue, give: _Queue) -> None:
+    """Do the work on every chunk of one queue, and hand it on to the other."""
+    while (chunk := take.get()) is not None:
+        work(*chunk)
+        give.put(chunk)
+    give.put(None)
 
 
 def header(name: str, size: int) -> bytes:

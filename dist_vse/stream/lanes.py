@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from dist_vse.errors import UserError
 from dist_vse.index import Index, image_id
-from dist_vse.stream.decode import BadSampleError, Pixels, Transform, decode_image
+from dist_vse.jpeg import Pixels
+from dist_vse.stream.decode import BadSampleError, Transform, decode_image
 from dist_vse.stream.order import EpochOrder, Order, Place
 from dist_vse.stream.prefetch import Prefetcher
 from dist_vse.stream.reader import ShardReader
