@@ -14,16 +14,23 @@ import difflib
 import hashlib
 import json
 import os
+import struct
+import sys
+from array import array
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlparse
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from dist_vse.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np  # not here: sharding does without it
+    from numpy.typing import NDArray
 
 INDEX_NAME = "index.json"
 FORMAT = 1
@@ -87,11 +94,13 @@ class Index:
             )
         return self.splits[name]
 
-    def offsets(self, shard: Shard) -> NDArray[np.int64]:
+    def offsets(self, shard: Shard) -> "NDArray[np.int64]":
         """Read the shard's side file: int64 (samples, 5), columns as in `OFFSET_COLUMNS`.
 
         Raises UserError if the file is missing or disagrees with the index.
         """
+        import numpy as np
+
         path = self.root / shard.offsets_name
         if not path.is_file():
             raise UserError(f"{path}: is missing (offsets of {shard.path}); run `dist-vse shard`")
@@ -114,12 +123,26 @@ def offsets_name(shard_path: str) -> str:
     return Path(shard_path).name.removesuffix(".tar") + ".npy"
 
 
+def write_offsets(file: BinaryIO, rows: Iterable[tuple[int, ...]]) -> None:
+    """Write a side file: NumPy's format, version 1.0, of int64 (samples, 5).
+
+    Source: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+    """
+    values = array("q", chain.from_iterable(rows))
+    if sys.byteorder == "big":
+        values.byteswap()
+    shape = (len(values) // len(OFFSET_COLUMNS), len(OFFSET_COLUMNS))
+    fields = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}"
+    file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + f"{fields:<117}\n".encode())
+    values.tofile(file)
+
+
 def is_remote(path: str) -> bool:
     """Tell whether a shard's path is a URL or a `pipe:` command."""
     return urlparse(path).scheme != ""
 
 
-def image_id(identity: str | bytes) -> int:
+def image_id(identity: str | bytes | memoryview) -> int:
     """Hash what identifies an image (or a caption) to a signed 64-bit id.
 
     Pairs with equal ids are no negatives of each other. Among a billion images the chance that

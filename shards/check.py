@@ -1,12 +1,15 @@
 """Is a sample whole? Its captions are read, its image is looked through or decoded."""
 
 import io
+import struct
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from PIL import Image, UnidentifiedImageError
+if TYPE_CHECKING:
+    from PIL import Image  # not here: most images are never opened
 
 # The formats that are read, with the extension that a tar member gets: it follows the bytes,
 # not the file's name, since many a PNG is called .jpg. Nothing that runs code (EPS) is here.
@@ -20,8 +23,11 @@ EXTENSIONS = {
     "TIFF": "tif",
 }
 _FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")  # Pillow opens MPO as JPEG
+MAX_PIXELS = 1024**3 // 4 // 3  # Pillow's own limit, from which on it suspects a bomb
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a frame's header
+_JPEG_SEGMENT = struct.Struct(">BBH")  # 0xFF, marker, length
+_JPEG_FRAME = struct.Struct(">HH")  # height, width
 
 
 class BadSampleError(Exception):
@@ -43,7 +49,7 @@ def check_captions(captions: Sequence[str]) -> None:
             ) from error
 
 
-def check_image(data: bytes, *, decode: bool = True) -> str:
+def check_image(data: bytes | memoryview, *, decode: bool = True) -> str:
     """Return the extension that fits the image's format, once it is known to be whole.
 
     With `decode` it is decoded to the last pixel. Without, a JPEG from its first marker to its
@@ -65,8 +71,10 @@ def check_image(data: bytes, *, decode: bool = True) -> str:
 
 
 @contextmanager
-def decoding(data: bytes) -> Iterator[Image.Image]:
+def decoding(data: bytes | memoryview) -> "Iterator[Image.Image]":
     """Open an image for the body; raise BadSampleError for what goes wrong there or in the body."""
+    from PIL import Image, UnidentifiedImageError
+
     if not data:
         raise BadSampleError("the image file is empty (0 bytes)")
     try:
@@ -82,36 +90,38 @@ def decoding(data: bytes) -> Iterator[Image.Image]:
         raise BadSampleError(f"the image does not decode ({error})") from error
 
 
-def _framed(data: bytes) -> str | None:
+def _framed(data: bytes | memoryview) -> str | None:
     """Return the extension of a JPEG or PNG that is whole by its outline; None where in doubt."""
-    if data.startswith(b"\xff\xd8\xff") and data.endswith(b"\xff\xd9"):
+    if data[:3] == b"\xff\xd8\xff" and data[-2:] == b"\xff\xd9":
         pixels, extension = _jpeg_pixels(data), "jpg"
-    elif data.startswith(_PNG_START):
+    elif data[: len(_PNG_START)] == _PNG_START:
         pixels, extension = _png_pixels(data), "png"
     else:
         return None
-    return extension if 0 < pixels <= (Image.MAX_IMAGE_PIXELS or pixels) else None
+    return extension if 0 < pixels <= MAX_PIXELS else None
 
 
-def _jpeg_pixels(data: bytes) -> int:
+def _jpeg_pixels(data: bytes | memoryview) -> int:
     """Return width x height from the markers before the first scan; 0 if they make no sense."""
-    at, pixels = 2, 0
-    while at + 9 < len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
+    at, pixels, end = 2, 0, len(data) - 9
+    while at < end:
+        start, marker, length = _JPEG_SEGMENT.unpack_from(data, at)
+        if start != 0xFF:
+            break
         if marker == 0xDA:  # a scan: pixels from here on
             return pixels
         if marker in _JPEG_SIZES:
-            height, width = data[at + 5 : at + 7], data[at + 7 : at + 9]
-            pixels = int.from_bytes(height, "big") * int.from_bytes(width, "big")
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            height, width = _JPEG_FRAME.unpack_from(data, at + 5)
+            pixels = height * width
+        at += 2 + length
     return 0
 
 
-def _png_pixels(data: bytes) -> int:
+def _png_pixels(data: bytes | memoryview) -> int:
     """Return width x height if every chunk has its checksum and IEND is the last; else 0."""
     at, pixels, kind = len(_PNG_START), 0, b""
     while at + 12 <= len(data) and kind != b"IEND":
-        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        length, kind = int.from_bytes(data[at : at + 4], "big"), bytes(data[at + 4 : at + 8])
         end = at + 8 + length
         if zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             return 0

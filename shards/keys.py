@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 MAX_CHARS = 80  # with an extension well under the 100 bytes of a tar's name field
 _HASH_CHARS = 8
+_SAFE = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_CHARS}}}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")  # a dot would end WebDataset's key
 
 
@@ -16,10 +17,10 @@ def safe_key(name: str) -> str:
     The hash keeps apart names that look alike once cleaned ("a.b" and "a/b"), and depends on
     no other sample.
     """
+    if _SAFE.fullmatch(name):
+        return name
     ascii_form = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     safe = _UNSAFE.sub("_", ascii_form)
-    if safe == name and 0 < len(name) <= MAX_CHARS:
-        return name
     digest = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:_HASH_CHARS]
     return f"{safe[: MAX_CHARS - _HASH_CHARS - 1]}-{digest}"
 

@@ -105,13 +105,14 @@ def output_options(args: argparse.Namespace) -> "Options":
     Raises UserError for one that makes no sense.
     """
     from shards.plan import Options
-    from shards.recode import Recode
 
     at_least_1(args, "max_side", "quality")
     if args.quality is not None and args.quality > 100:
         raise UserError(f"--quality ({args.quality}) must be at most 100")
     recode = None
     if args.max_side or args.format:
+        from shards.recode import Recode
+
         recode = Recode(args.max_side or 0, args.format or "", args.quality or 90)
     elif args.quality is not None:
         raise UserError("--quality changes nothing without --max-side or --format; add one")

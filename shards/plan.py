@@ -6,14 +6,16 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_vse.errors import UserError
 from shards.keys import safe_keys
-from shards.recode import Recode
-from shards.record import Member, Record
+from shards.record import Image, Member, Record, local_path
 
-FORMAT = 2  # of the bytes that a shard holds; a new number makes every shard again
+if TYPE_CHECKING:
+    from shards.recode import Recode
+
+FORMAT = 3  # of the bytes that a shard holds; a new number makes every shard again
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -24,7 +26,7 @@ class Options:
     shard_size: int = 500  # samples
     shard_bytes: int = 0  # bytes of the images as the source has them; 0: cut by samples
     seed: int = 0
-    recode: Recode | None = None  # else the images' bytes stay as they are
+    recode: "Recode | None" = None  # else the images' bytes stay as they are
     decode: bool = False  # decode every image to check it
 
 
@@ -53,8 +55,10 @@ def plan_shards(records: Sequence[Record], options: Options) -> list[Task]:
     """
     splits: dict[str, list[Record]] = {}
     for record, key in zip(records, safe_keys(r.key for r in records), strict=True):
-        check_split(record.split, record.key)
-        splits.setdefault(record.split, []).append(replace(record, key=key))
+        if record.split not in splits:
+            check_split(record.split, record.key)
+            splits[record.split] = []
+        splits[record.split].append(record if record.key == key else replace(record, key=key))
     tasks = []
     for split, members in sorted(splits.items()):
         members.sort(key=lambda record: _shuffle_key(options.seed, record.key))
@@ -69,19 +73,58 @@ def check_split(split: str, key: str) -> None:
         raise UserError(f"split {split!r} of {key!r} is no file name; use letters, digits, - and _")
 
 
-def fingerprint(task: Task) -> str:
-    """Return a digest of all that a shard's bytes depend on; an image counts by size and time.
+class Fingerprint:
+    """A digest of all that a shard's bytes depend on; an image counts by size and time.
 
     A changed caption, image, order, option or format gives another fingerprint. A remote image
     counts by its URL only: to ask for its state would be a request each.
     """
-    options = asdict(task.options)
-    del options["shard_size"], options["shard_bytes"]  # they show in the records
-    digest = hashlib.sha256(json.dumps([FORMAT, task.name, task.split, options]).encode())
+
+    def __init__(self, task: Task) -> None:
+        options = asdict(task.options)
+        del options["shard_size"], options["shard_bytes"]  # they show in the records
+        start = json.dumps([FORMAT, task.name, task.split, options])
+        self._digest = hashlib.sha256(start.encode())
+
+    def add(self, image: Image, state: tuple[int, int], meta: bytes) -> None:
+        """Count the next record in: its image, what `image_state` says of it, and its JSON."""
+        if isinstance(image, Member):
+            place = f"{image.offset}+{image.num_bytes}"
+        else:
+            place = "" if local_path(image) else str(image)
+        self._digest.update(b"%b %d %d %b\n" % (place.encode(), *state, meta))
+
+    def hexdigest(self) -> str:
+        """Return the digest of what was added."""
+        return self._digest.hexdigest()
+
+
+def fingerprint(task: Task) -> str:
+    """Return the digest of a whole task."""
+    whole = Fingerprint(task)
     for record in task.records:
-        fields = [record.key, record.captions, record.languages, record.extra, _state(record)]
-        digest.update(json.dumps(fields).encode())
-    return digest.hexdigest()
+        whole.add(record.image, image_state(record.image), sample_json(record))
+    return whole.hexdigest()
+
+
+def sample_json(record: Record) -> bytes:
+    """Return the JSON that lies beside the image: ASCII, whatever the extra fields hold."""
+    content = {"key": record.key, "captions": record.captions, "split": record.split}
+    if record.languages:
+        content["languages"] = record.languages
+    return json.dumps(content | record.extra).encode()
+
+
+def image_state(image: Image) -> tuple[int, int]:
+    """Return size (bytes) and time (ns) of the file that holds an image; zeros if it has none."""
+    path = local_path(image)
+    if path:
+        try:
+            status = os.stat(path)
+            return status.st_size, status.st_mtime_ns
+        except (OSError, ValueError):  # what cannot be looked at has no state; reading reports it
+            pass
+    return 0, 0
 
 
 def _cut(members: Sequence[Record], options: Options) -> Iterator[Sequence[Record]]:
@@ -93,29 +136,14 @@ def _cut(members: Sequence[Record], options: Options) -> Iterator[Sequence[Recor
     part: list[Record] = []
     num_bytes = 0
     for record in members:
-        state = _state(record)
-        size = state[0] if state and isinstance(state[0], int) else 0
+        image = record.image
+        size = image.num_bytes if isinstance(image, Member) else image_state(image)[0]
         if part and num_bytes + size > options.shard_bytes:
             yield part
             part, num_bytes = [], 0
         part.append(record)
         num_bytes += size
     yield part
-
-
-def _state(record: Record) -> list[int | str]:
-    """Return the image's size (bytes) and what else tells its state; nothing if it is missing."""
-    image = record.image
-    path = image.path if isinstance(image, Member) else image
-    if not isinstance(path, Path):  # remote
-        return [str(path)]
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # what cannot be looked at has no state; writing reports it
-        return []
-    if isinstance(image, Member):
-        return [image.num_bytes, image.offset, status.st_size, status.st_mtime_ns]
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _shuffle_key(seed: int, key: str) -> bytes:

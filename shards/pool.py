@@ -1,13 +1,9 @@
 """Map a function over tasks, in order, in this process or in several."""
 
-import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 from typing import TypeVar
 
 from dist_vse.errors import UserError
@@ -27,6 +23,11 @@ def ordered_map(
     if workers == 1 or len(tasks) <= 1:
         yield from map(function, tasks)
         return
+    # Imported here: one process does without them.
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
     # Spawn: a fork would copy the thread of the progress bar in an unknown state.
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker)
@@ -48,6 +49,9 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
+    import multiprocessing
+    from multiprocessing.connection import wait
+
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in a worker only"
     wait([parent.sentinel])

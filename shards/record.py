@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 from dist_vse.errors import UserError
@@ -20,11 +20,24 @@ class Member:
         return f"{self.path} at byte {self.offset}"
 
 
+Image = str | Path | Member
+"""A local path (as text: a million `Path`s take seconds to make), fsspec's, or part of a tar."""
+
+
+def local_path(image: Image) -> str:
+    """Return the path of the local file that holds the image; "" if it is elsewhere."""
+    if isinstance(image, str):
+        return image
+    if isinstance(image, Member):
+        return str(image.path)
+    return str(image) if isinstance(image, PosixPath) else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One image with its captions, as the source names them."""
 
-    image: Path | Member
+    image: Image
     captions: tuple[str, ...]
     split: str
     key: str

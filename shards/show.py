@@ -1,26 +1,22 @@
 """What the tool shows: a progress bar, and a table of what was made."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from shards.receipts import SKIPPED_NAME, Receipt
-from shards.stats import Stats, shared_images
-from shards.verify import Finding
+
+if TYPE_CHECKING:
+    from shards.stats import Stats
+    from shards.verify import Finding
 
 FAULTS_SHOWN = 10  # of a shard
 BINS, BAR = 12, 50  # of a histogram: rows, characters
@@ -28,7 +24,22 @@ BINS, BAR = 12, 50  # of a histogram: rows, characters
 
 @contextmanager
 def progress_bar(verb: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr with the rate and the time left; yield the function that advances it."""
+    """Show a bar with the rate and the time left; yield the function that advances it.
+
+    It is drawn on standard error, if that is a terminal.
+    """
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn(verb),
         BarColumn(),
@@ -74,7 +85,7 @@ def print_summary(receipts: Sequence[Receipt], folder: Path, *, seconds: float) 
         console.print(f"skipped samples: {folder / SKIPPED_NAME}", soft_wrap=True)
 
 
-def print_findings(findings: Sequence[Finding], folder: Path) -> None:
+def print_findings(findings: "Sequence[Finding]", folder: Path) -> None:
     """Print a line for each fault, the first few of a shard, and a row a split."""
     console = Console()
     for finding in findings:
@@ -99,8 +110,10 @@ def print_findings(findings: Sequence[Finding], folder: Path) -> None:
     console.print(table)
 
 
-def print_stats(stats: dict[str, Stats]) -> None:
+def print_stats(stats: "dict[str, Stats]") -> None:
     """Print a table of the splits, then a histogram of each measure over all of them."""
+    from shards.stats import Stats, shared_images
+
     console = Console()
     table = Table("split")
     for heading in ("images", "captions", "repeated images", "formats", "languages"):

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-import numpy as np
 from braceexpand import braceexpand
 
 from dist_vse.errors import UserError
-from dist_vse.index import OFFSET_COLUMNS, Shard, image_id, is_remote
+from dist_vse.index import Shard, image_id, is_remote, write_offsets
 from shards.bring import Advance, Maker, bring_to
 from shards.budget import Budget
 from shards.check import BadSampleError, check_captions
@@ -126,9 +125,8 @@ def index_tar(task: IndexTask, folder: Path) -> Receipt:
         sha256, num_bytes = digest_of(path), path.stat().st_size
     shard = Shard(task.name, len(rows), num_bytes, sha256, task.side)
     offsets, meta = folder / shard.offsets_name, folder / (shard.meta_name or "")
-    table = np.array(rows, dtype=np.int64).reshape(-1, len(OFFSET_COLUMNS))
     replace_file(meta, lambda file: file.writelines(lines))
-    replace_file(offsets, lambda file: np.save(file, table, allow_pickle=False))
+    replace_file(offsets, lambda file: write_offsets(file, rows))
     return Receipt(
         name=task.name,
         split=task.split,

@@ -1,24 +1,22 @@
 """Make one shard: read, check and write its samples; or see that it is there already."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
-
-import numpy as np
+from typing import BinaryIO, cast
 
 from dist_vse.errors import UserError
-from dist_vse.index import OFFSET_COLUMNS, image_id, offsets_name
+from dist_vse.index import image_id, offsets_name, write_offsets
 from shards.check import BadSampleError, check_captions, check_image
-from shards.plan import Options, Task, fingerprint
+from shards.plan import Fingerprint, Options, Task, fingerprint, image_state, sample_json
 from shards.receipts import Receipt, Skipped
-from shards.recode import recode_image
-from shards.record import Member, Record
+from shards.record import Image, Member, Record, local_path
 from shards.tar import TarWriter
 
 _READ_BYTES = 1 << 20
+Row = tuple[int, int, int, int, int]
+"""Where a sample lies, and its image's id: `dist_vse.index.OFFSET_COLUMNS`."""
 
 
 def write_shard(task: Task, folder: Path) -> Receipt:
@@ -27,28 +25,28 @@ def write_shard(task: Task, folder: Path) -> Receipt:
     Bad samples are left out and listed in the receipt. Raises UserError for an image that is
     there but cannot be read.
     """
-    plan = fingerprint(task)  # before the reading: a file that changes now is noticed next time
-    rows: list[tuple[int, ...]] = []
+    plan = Fingerprint(task)
+    rows: list[Row] = []
     skipped: list[Skipped] = []
     num_captions = 0
     temporary = folder / (task.name + ".tmp")
-    with temporary.open("wb", buffering=0) as file:
-        tar = TarWriter(file)
+    with temporary.open("wb", buffering=0) as file, TarWriter(file) as tar:
         for record in task.records:
+            state, meta = image_state(record.image), sample_json(record)
+            plan.add(record.image, state, meta)  # before the reading: a change is noticed next time
             try:
-                rows.append(_add_sample(tar, record, task.options))
+                rows.append(_add_sample(tar, record, state[0], meta, task.options))
                 num_captions += len(record.captions)
             except BadSampleError as error:
                 skipped.append(Skipped(record.key, str(record.image), str(error)))
         sha256 = tar.close()
     offsets = folder / offsets_name(task.name)
-    table = np.array(rows, dtype=np.int64).reshape(-1, len(OFFSET_COLUMNS))
-    replace_file(offsets, lambda file: np.save(file, table, allow_pickle=False))
+    replace_file(offsets, lambda file: write_offsets(file, rows))
     os.replace(temporary, folder / task.name)
     return Receipt(
         name=task.name,
         split=task.split,
-        fingerprint=plan,
+        fingerprint=plan.hexdigest(),
         num_samples=len(rows),
         num_captions=num_captions,
         num_bytes=tar.num_bytes,
@@ -71,27 +69,66 @@ def is_whole(task: Task, folder: Path, receipt: Receipt) -> bool:
     )
 
 
-def _add_sample(tar: TarWriter, record: Record, options: Options) -> tuple[int, ...]:
-    """Append the sample's three members; return its row of offsets (`OFFSET_COLUMNS`)."""
+def _add_sample(
+    tar: TarWriter, record: Record, num_bytes: int, meta: bytes, options: Options
+) -> Row:
+    """Append the sample's three members; return its row of offsets.
+
+    `num_bytes` is the size of the file that the image lies in, `meta` the sample's JSON.
+    """
     if record.fault:
         raise BadSampleError(record.fault)
     check_captions(record.captions)
-    image = _read_image(record.image)
-    if options.recode is not None:
-        image, extension = recode_image(image, options.recode)
+    if options.recode is None:
+        image_offset, image_bytes, identity = _add_as_it_is(tar, record, num_bytes, options.decode)
     else:
-        extension = check_image(image, decode=options.decode)
-    content = {"key": record.key, "captions": record.captions, "split": record.split}
-    if record.languages:
-        content["languages"] = record.languages
-    meta = json.dumps(content | record.extra).encode()  # ASCII, whatever the extra fields hold
-    image_offset = tar.add(f"{record.key}.{extension}", image)
+        from shards.recode import recode_image  # here: many a run changes no image
+
+        image, extension = recode_image(_read_image(record.image), options.recode)
+        image_offset = tar.add(f"{record.key}.{extension}", image)
+        image_bytes, identity = len(image), image_id(image)
     meta_offset = tar.add(f"{record.key}.json", meta)
     tar.add(f"{record.key}.txt", record.captions[0].encode())
-    return image_offset, len(image), meta_offset, len(meta), image_id(image)
+    return image_offset, image_bytes, meta_offset, len(meta), identity
 
 
-def _read_image(image: Path | Member) -> bytes:
+def _add_as_it_is(
+    tar: TarWriter, record: Record, num_bytes: int, decode: bool
+) -> tuple[int, int, int]:
+    """Append the image untouched; return its offset, size and id.
+
+    Most are read right to their place in the tar's buffer.
+    """
+    in_place = num_bytes > 0 and not isinstance(record.image, Member)
+    view = tar.room(num_bytes + 1) if in_place else None
+    if view is None or not _read_into(view, record.image):
+        data = _read_image(record.image)
+        extension = check_image(data, decode=decode)
+        return tar.add(f"{record.key}.{extension}", data), len(data), image_id(data)
+    image = view[:num_bytes]
+    extension = check_image(image, decode=decode)
+    offset = tar.add_filled(f"{record.key}.{extension}", num_bytes)
+    return offset, num_bytes, image_id(image)
+
+
+def _read_into(view: memoryview, image: Image) -> bool:
+    """Fill all of the view but its last byte with a local file that is just as long.
+
+    Returns False, to try another way, for any other file, or one that cannot be read.
+    """
+    try:
+        file = os.open(local_path(image), os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return False
+    try:
+        return os.readv(file, [view]) == len(view) - 1
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+
+
+def _read_image(image: Image) -> bytes:
     try:
         return _read_bytes(image)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -105,16 +142,17 @@ def _read_image(image: Path | Member) -> bytes:
         ) from error
 
 
-def _read_bytes(image: Path | Member) -> bytes:
+def _read_bytes(image: Image) -> bytes:
     if isinstance(image, Member):
         with open(image.path, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), image.num_bytes, image.offset)
         if len(data) != image.num_bytes:
             raise UserError(f"{image.path}: is cut; copy it again and run the command again")
         return data
-    if not isinstance(image, Path):  # remote: fsspec's
-        return bytes(image.read_bytes())
-    with open(image, "rb", buffering=0) as file:
+    path = local_path(image)
+    if not path:
+        return bytes(cast(Path, image).read_bytes())  # fsspec's
+    with open(path, "rb", buffering=0) as file:
         return file.read()
 
 

@@ -6,7 +6,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from dist_vse.stream.workers import run_workers
 REPOSITORY = Path(__file__).parents[1]
 
 
-def numbers(worker: int, num_workers: int) -> Iterator[int]:
+def numbers(worker: int, num_workers: int) -> Generator[int, None, None]:
     """Count for ever: worker w of n has w, w + n, ..."""
     while True:
         yield worker

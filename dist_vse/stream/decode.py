@@ -7,20 +7,17 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import simplejpeg
-from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from dist_vse.jpeg import Pixels, decode_at, plain_size, scale_for
+
 CROP_TRIES = 10
-CROP_ASPECT = 4 / 3  # width : height of a random crop lies between 3/4 and 4/3
-JPEG_SCALES = (8, 4, 2)  # whole fractions only: libjpeg-turbo has no fast code for 5/8 and the like
-PLAIN_COLOURS = ("YCbCr", "RGB", "Gray")
+LOG_CROP_ASPECT = math.log(4 / 3)  # width : height of a random crop lies between 3/4 and 4/3
 LUMA = np.array([0.299, 0.587, 0.114])  # of R, G, B: ITU-R BT.601, as Pillow and torchvision
 
 cv2.setNumThreads(1)  # data workers are the parallelism
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
-Pixels = NDArray[np.uint8]
 
 
 class BadSampleError(Exception):
@@ -79,7 +76,7 @@ def _transform(
 ) -> None:
     """Fill `out` (size, size, 3)."""
     image = None
-    size = _plain_jpeg_size(data) if transform.scaled else None
+    size = plain_size(data) if transform.scaled else None
     if size is None:
         image = _open(data)
         size = image.size
@@ -95,23 +92,6 @@ def _transform(
         cv2.flip(out, 1, dst=out)
     if transform.color_jitter > 0 and rng is not None:
         jitter_colors(out, transform.color_jitter, rng)
-
-
-def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return the size of a JPEG in colour or grey that neither is turned nor too large, or None.
-
-    Looks at the headers, in a fraction of the time that Pillow takes to open a file.
-    """
-    if not data.startswith(b"\xff\xd8\xff"):
-        return None
-    if data.find(b"\xff\xe1", 0, data.find(b"\xff\xda")) >= 0:  # EXIF or XMP before the pixels
-        return None
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    too_large = width * height > (Image.MAX_IMAGE_PIXELS or math.inf)
-    return None if too_large or colours not in PLAIN_COLOURS else (width, height)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -147,14 +127,15 @@ def random_box(width: int, height: int, min_area: float, rng: np.random.Generato
 
     As torchvision's RandomResizedCrop, in fractions of pixels; the middle square if no draw fits.
     """
-    for _ in range(CROP_TRIES):
-        draws: list[float] = rng.random(4).tolist()
-        area = width * height * (min_area + draws[0] * (1 - min_area))
-        aspect = math.exp((2 * draws[1] - 1) * math.log(CROP_ASPECT))
-        crop_width, crop_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
-        if crop_width <= width and crop_height <= height:
-            left, top = draws[2] * (width - crop_width), draws[3] * (height - crop_height)
-            # min: the sum may round to a hair more than the image has
+    draws: list[float] = rng.random(4 * CROP_TRIES).tolist()
+    for at in range(0, len(draws), 4):
+        area = width * height * (min_area + draws[at] * (1 - min_area))
+        aspect = math.exp((2 * draws[at + 1] - 1) * LOG_CROP_ASPECT)
+        if area * aspect <= width * width and area <= height * height * aspect:
+            crop_width, crop_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
+            left, top = draws[at + 2] * (width - crop_width), draws[at + 3] * (height - crop_height)
+            # 0 and min: roots and sums may round to a hair more than the image has
+            left, top = max(left, 0.0), max(top, 0.0)
             return left, top, min(left + crop_width, width), min(top + crop_height, height)
     return center_box(width, height)
 
@@ -177,15 +158,10 @@ def _decode_scaled(data: bytes, size: tuple[int, int], box: Box, out: Pixels) ->
 
     The box is rounded to whole pixels of the decoded image, at most half of a pixel of `out`.
     """
-    width, height = size
-    reduction = min(box[2] - box[0], box[3] - box[1]) / len(out)
-    scale = next((scale for scale in JPEG_SCALES if reduction >= scale), 1)
-    try:
-        pixels = simplejpeg.decode_jpeg(
-            data, "RGB", min_width=-(-width // scale), min_height=-(-height // scale)
-        )
-    except ValueError:
-        return False  # Pillow has the last word, as it has in evaluation
+    scale = scale_for(min(box[2] - box[0], box[3] - box[1]) / len(out))
+    pixels = decode_at(data, size, scale)
+    if pixels is None:
+        return False
     left, right = _round(box[0] / scale, box[2] / scale, pixels.shape[1])
     top, bottom = _round(box[1] / scale, box[3] / scale, pixels.shape[0])
     # Where less than two pixels become one, two taps a side smooth enough.

@@ -3,7 +3,7 @@
 Shapes: b images, m captions (of all b images), l tokens, h = w pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,7 +103,7 @@ class _Share:
     transform: Transform
     tokenizer: Tokenizer
 
-    def __call__(self, worker: int, num_workers: int) -> Iterator[EvalBatch]:
+    def __call__(self, worker: int, num_workers: int) -> Generator[EvalBatch, None, None]:
         reader = ShardReader(self.index, self.split, max_open=2)
         step = self.batch_size * num_workers
         try:

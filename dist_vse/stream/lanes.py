@@ -4,18 +4,21 @@ Which caption and which crop a sample gets is drawn from (seed, turn, sample), n
 worker or the rank; so a lane yields the same wherever it is read.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import cycle
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
 from dist_vse.errors import UserError
 from dist_vse.index import Index, image_id
-from dist_vse.stream.decode import BadSampleError, Pixels, Transform, decode_image
+from dist_vse.jpeg import Pixels
+from dist_vse.stream.decode import BadSampleError, Transform, decode_image
 from dist_vse.stream.order import EpochOrder, Order, Place
 from dist_vse.stream.prefetch import Prefetcher
 from dist_vse.stream.reader import ShardReader
@@ -54,6 +57,23 @@ class _Sample:
     origin: tuple[int, int]  # turn, sample number
 
 
+class _Draws:
+    """One random generator, set anew for each sample: to make one takes 5 % of a decoding."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed % 2**64
+        self._bits = np.random.PCG64(0)
+        self._state: Any = self._bits.state
+        self._generator = np.random.Generator(self._bits)
+
+    def of(self, turn: int, number: int) -> np.random.Generator:
+        """Return the generator of a sample in a turn, until the next call."""
+        seed = struct.pack("<3Q", self._seed, turn, number)
+        self._state["state"]["state"] = xxhash.xxh3_128_intdigest(seed)
+        self._bits.state = self._state
+        return self._generator
+
+
 @dataclass(frozen=True)
 class Lanes:
     """The lanes of one rank; called in a worker, it yields the parts of that worker's lanes."""
@@ -65,38 +85,45 @@ class Lanes:
     part_size: int  # samples that a lane gives to a batch
     transform: Transform
     tokenizer: Tokenizer
-    buffers: int
-    """Shared buffers that the parts' images take in turn; 0: each has its own, in no worker."""
+    slots: torch.Tensor | None = None
+    """Shared room for batches of this rank, uint8 (number, b, h, w, 3), if there are workers."""
     read_images: bool = True  # else batches hold none: their features are known
 
-    def __call__(self, worker: int, num_workers: int) -> Iterator[Part | torch.Tensor]:
-        """Yield the shared buffers, if any, then parts for ever: lane by lane, batch by batch."""
+    def __call__(
+        self, worker: int, num_workers: int
+    ) -> Generator[tuple[Part, ...], int | None, None]:
+        """Yield the parts of this worker's lanes, batch by batch, for ever.
+
+        What is sent is the slot that takes the images of the next batch. Without one, its parts
+        hold them.
+        """
         numbers = range(worker, len(self.state), num_workers)
         readers = self._readers(len(numbers))
         prefetcher = Prefetcher(readers)
         # Lanes stand in one epoch or on both sides of its end; more only with many bad samples.
         epochs = lru_cache(maxsize=4)(self.order.epoch)
         lanes = [_Lane(self, readers, prefetcher, epochs, number) for number in numbers]
+        slot = None
         try:
-            # Few, as the first use of a shared page takes as long as some of the decoding.
-            if self.buffers:
-                shared = self._images(self.buffers).share_memory_()
-                yield shared
-            for number, lane in enumerate(cycle(lanes)):
-                if self.buffers:
-                    buffer = number % self.buffers
-                    yield replace(lane.part(shared[buffer]), images=buffer)
-                else:
-                    yield lane.part(self._images(1)[0])
+            while True:
+                rooms = self._rooms(slot, numbers)
+                parts = [lane.part(room) for lane, room in zip(lanes, rooms, strict=True)]
+                if slot is not None:
+                    parts = [replace(part, images=None) for part in parts]
+                slot = yield tuple(parts)
         finally:
             for reader in readers:
                 reader.close()
 
-    def _images(self, number: int) -> torch.Tensor:
-        """Return room for the images of some parts, uint8 (number, k, h, w, 3)."""
+    def _rooms(self, slot: int | None, lanes: range) -> Iterator[torch.Tensor]:
+        """Yield the room of each lane's images, uint8 (k, h, w, 3)."""
         side = self.transform.size if self.read_images else 0
-        # Channels last: as decoders write them, and as convolutions like to read them.
-        return torch.empty((number, self.part_size, side, side, 3), dtype=torch.uint8)
+        for lane in lanes:
+            if slot is None or self.slots is None:
+                # Channels last: as decoders write them, and as convolutions like to read them.
+                yield torch.empty((self.part_size, side, side, 3), dtype=torch.uint8)
+            else:
+                yield self.slots[slot, lane * self.part_size : (lane + 1) * self.part_size]
 
     def _readers(self, lanes: int) -> list[ShardReader]:
         """Open nothing yet; shuffling reads from all the shards of a lane's block at once."""
@@ -126,6 +153,7 @@ class _Lane:
         self._lane = plan.first + number
         self._epoch, self._position = plan.state[number].tolist()
         self._skipped: list[Skipped] = []
+        self._draws = _Draws(plan.order.seed)
         sizes = [source.num_samples for source in plan.order.sources]
         self._first = np.cumsum([0, *sizes[:-1]]).tolist()  # number of each set's first sample
 
@@ -184,7 +212,7 @@ class _Lane:
         meta = reader.meta(shard, row)
         number = self._first[place.source] + reader.number(shard, row)
         if self._plan.read_images:
-            rng = np.random.default_rng((self._plan.order.seed % 2**64, turn, 3, number))
+            rng = self._draws.of(turn, number)
             decode_image(reader.image(shard, row), self._plan.transform, rng, out=out)
         choice = (turn + image_id(meta.key)) % len(meta.captions)  # samples start differently
         return _Sample(meta.captions[choice], reader.image_id(shard, row), (turn, number))

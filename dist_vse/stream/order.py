@@ -7,6 +7,7 @@ lane, which is shuffled within blocks of `shuffle_window` samples. So a lane rea
 after the other, needs memory for one block only, and can start at any position at once.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,10 +58,10 @@ class Place(NamedTuple):
 
 
 class _Ring(NamedTuple):
-    """A turn of a data set."""
+    """A turn of a data set. Lists: a sample is one look-up, where NumPy takes longer."""
 
-    shards: NDArray[np.intp]
-    starts: NDArray[np.int64]  # where each of these begins
+    shards: list[int]
+    starts: list[int]  # where each of these begins
     offset: int  # where the turn begins
 
 
@@ -69,8 +70,8 @@ class _Block(NamedTuple):
 
     number: int
     starts: list[int]  # of each source, in its endless row
-    counts: NDArray[np.int64]  # samples up to and with each source
-    order: NDArray[np.intp]
+    counts: list[int]  # samples up to and with each source
+    order: list[int]
 
 
 class EpochOrder:
@@ -98,9 +99,9 @@ class EpochOrder:
         if lane not in self._blocks or self._blocks[lane].number != number:
             self._blocks[lane] = self._block(lane, number)
         block = self._blocks[lane]
-        chosen = int(block.order[place])
-        source = int(np.searchsorted(block.counts, chosen, side="right"))
-        before = int(block.counts[source - 1]) if source else 0
+        chosen = block.order[place]
+        source = bisect_right(block.counts, chosen)
+        before = block.counts[source - 1] if source else 0
         return self._place(source, block.starts[source] + chosen - before)
 
     def block_shards(self, lane: int, number: int) -> list[tuple[int, int]]:
@@ -108,7 +109,7 @@ class EpochOrder:
         if number * self._order.shuffle_window >= self.lane_length(lane):
             return []
         block = self._block(lane, number)
-        counts = np.diff(block.counts, prepend=0).tolist()
+        counts = np.diff(block.counts, prepend=0).tolist()  # of each source
         found: list[tuple[int, int]] = []
         for source, (start, count) in enumerate(zip(block.starts, counts, strict=True)):
             at, stop = start, start + count
@@ -132,7 +133,7 @@ class EpochOrder:
         starts = [int(cuts[lane]) + b for cuts, b in zip(self._cuts, before, strict=True)]
         sizes = np.array(after) - np.array(before)
         seed = (self._seed, self._epoch, 2, lane, number)
-        return _Block(number, starts, np.cumsum(sizes), _permutation(seed, size))
+        return _Block(number, starts, np.cumsum(sizes).tolist(), _permutation(seed, size).tolist())
 
     def _place(self, source: int, at: int) -> Place:
         """Find a place of the source's endless row."""
@@ -141,8 +142,8 @@ class EpochOrder:
             self._rings[source, turn] = self._ring(source, turn)
         ring = self._rings[source, turn]
         on_ring = (ring.offset + place) % self._order.sources[source].num_samples
-        slot = int(np.searchsorted(ring.starts, on_ring, side="right")) - 1
-        return Place(source, turn, int(ring.shards[slot]), on_ring - int(ring.starts[slot]))
+        slot = bisect_right(ring.starts, on_ring) - 1
+        return Place(source, turn, ring.shards[slot], on_ring - ring.starts[slot])
 
     def _ring(self, source: int, turn: int) -> _Ring:
         sizes = np.array(self._order.sources[source].shard_sizes, np.int64)
@@ -150,7 +151,7 @@ class EpochOrder:
         starts = np.cumsum(sizes[shards]) - sizes[shards]
         # Begun anywhere: the lanes cut even a single shard at new places.
         offset = int(_raw((self._seed, turn, 1, source), 1)[0]) % int(sizes.sum())
-        return _Ring(shards, starts, offset)
+        return _Ring(shards.tolist(), starts.tolist(), offset)
 
 
 def shares(counts: Sequence[int], position: int) -> list[int]:

@@ -41,7 +41,7 @@ class Skipped:
 class Part:
     """One lane's share of a batch."""
 
-    images: Tensor | int  # uint8 (k, 3, h, w), or the number of the worker's buffer that has them
+    images: Tensor | None  # uint8 (k, 3, h, w); None if they lie in the batch's slot
     tokens: NDArray[np.int64]  # (k, l)
     image_ids: NDArray[np.int64]  # (k,)
     text_ids: NDArray[np.int64]  # (k,)
@@ -71,17 +71,15 @@ class Batch:
     """Bad samples passed over on the way to this batch."""
 
 
-def join_parts(parts: Sequence[Part], shared: Sequence[Tensor], pad_id: int) -> Batch:
-    """Copy the parts of the rank's lanes into one; tokens are padded to the longest of all.
+def join_parts(parts: Sequence[Part], images: Tensor | None, pad_id: int) -> Batch:
+    """Join the parts of the rank's lanes; tokens are padded to the longest of all.
 
-    `shared` are the buffers of the worker that made each part, uint8 (number, k, h, w, 3).
+    `images` are those of the whole batch, uint8 (b, 3, h, w), if the parts hold none.
     """
-    images = [
-        buffers[part.images].permute(0, 3, 1, 2) if isinstance(part.images, int) else part.images
-        for part, buffers in zip(parts, shared, strict=True)
-    ]
+    if images is None:
+        images = torch.cat([part.images for part in parts if part.images is not None])
     return Batch(
-        images=torch.cat(images),
+        images=images,
         tokens=torch.from_numpy(_pad([part.tokens for part in parts], pad_id)),
         image_ids=torch.from_numpy(np.concatenate([part.image_ids for part in parts])),
         text_ids=torch.from_numpy(np.concatenate([part.text_ids for part in parts])),

@@ -1,18 +1,17 @@
 """Endless training batches: the same global order for any number of ranks and workers."""
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from itertools import repeat
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dist_vse.errors import UserError
 from dist_vse.stream.decode import Transform
 from dist_vse.stream.lanes import Lanes, TrainSet
 from dist_vse.stream.order import Order, Source
-from dist_vse.stream.samples import Batch, Part, Tokenizer, join_parts
+from dist_vse.stream.samples import Batch, Tokenizer, join_parts
+from dist_vse.stream.slots import Slots
 from dist_vse.stream.workers import run_workers
 
 SAMPLES_AHEAD = 64
@@ -58,24 +57,25 @@ def train_batches(
     state = np.zeros((lanes, 2), np.int64) if state is None else state
     _check_state(where, order, state)
     rank_lanes = lanes // world_size
-    # Workers run one batch ahead, and a few samples at least where batches are small.
-    part_size = global_batch_size // lanes
-    lanes_a_worker = rank_lanes // max(1, num_workers)
-    prefetch = max(lanes_a_worker, -(-SAMPLES_AHEAD // part_size))
+    rows = global_batch_size // world_size
+    # One batch is made while another waits; more where batches are small.
+    prefetch = max(2, -(-SAMPLES_AHEAD * max(1, num_workers) // rows))
+    slots = None
+    if num_workers and read_images:
+        # Beside those under way, one is handed out and one is still held.
+        slots = Slots(prefetch + 2, rows, size)
     plan = Lanes(
         sets=sets,
         order=order,
         first=rank * rank_lanes,
         state=state[rank * rank_lanes : (rank + 1) * rank_lanes],
-        part_size=part_size,
+        part_size=global_batch_size // lanes,
         transform=Transform(size, crop == "random", min_crop_area, flip, color_jitter, scaled=True),
         tokenizer=tokenizer,
-        # A worker makes a part once the one `prefetch` before it is taken; what was taken last, a
-        # batch at most, is not yet copied.
-        buffers=prefetch + lanes_a_worker if num_workers and read_images else 0,
+        slots=slots.images if slots else None,
         read_images=read_images,
     )
-    return _batches(plan, num_workers, prefetch)
+    return _batches(plan, slots, num_workers, prefetch)
 
 
 def _source(a_set: TrainSet) -> Source:
@@ -83,15 +83,15 @@ def _source(a_set: TrainSet) -> Source:
     return Source(sizes, a_set.per_epoch)
 
 
-def _batches(plan: Lanes, num_workers: int, prefetch: int) -> Iterator[Batch]:
-    items = run_workers(plan, num_workers=num_workers, prefetch=prefetch)
-    workers = num_workers if plan.buffers else 0  # that share buffers
-    shared = [cast(Tensor, next(items)) for _ in range(workers)] or [torch.empty(0)]
-    # Workers take the lanes in turn.
-    of_parts = shared * (len(plan.state) // len(shared))
+def _batches(plan: Lanes, slots: Slots | None, num_workers: int, prefetch: int) -> Iterator[Batch]:
+    tasks = slots.tasks(num_workers) if slots else repeat(None)
+    items = run_workers(plan, num_workers=num_workers, prefetch=prefetch, tasks=tasks)
+    workers = max(1, num_workers)
     while True:
-        parts = [cast(Part, next(items)) for _ in plan.state]
-        yield join_parts(parts, of_parts, plan.tokenizer.pad_id)
+        of_workers = [next(items) for _ in range(workers)]
+        # Workers take the lanes in turn.
+        parts = [of_workers[lane % workers][lane // workers] for lane in range(len(plan.state))]
+        yield join_parts(parts, slots.take() if slots else None, plan.tokenizer.pad_id)
 
 
 def _check_samples(where: str, num_samples: int, lanes: int, global_batch_size: int) -> None:

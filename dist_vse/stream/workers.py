@@ -14,26 +14,32 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dist_vse.errors import UserError
 
 T = TypeVar("T")
-Items = Callable[[int, int], Iterator[T]]  # (worker, num_workers) -> that worker's items
+Items = Callable[[int, int], Generator[T, Any, None]]
+"""(worker, num_workers) -> that worker's items; a generator may be sent a task for its next one."""
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def run_workers(items: Items[T], *, num_workers: int, prefetch: int) -> Iterator[T]:
+def run_workers(
+    items: Items[T], *, num_workers: int, prefetch: int, tasks: Iterable[object] = repeat(None)
+) -> Iterator[T]:
     """Yield the workers' items in turn: the first of each, then the second of each, and so on.
 
-    `items` must be picklable. Each worker runs ahead by `prefetch` items. With 0 workers they
-    are made here. Raises the UserError of a worker as it is, and one for a worker that died.
+    Ends with the first that a worker has not got. `items` must be picklable. Each worker runs ahead
+    by `prefetch` items. A task is sent for each item, in the same order, when its turn to be made
+    has come; the first of each worker must be None. With 0 workers the items are made here, without
+    tasks. Raises the UserError of a worker as it is, and one for a worker that died.
     """
     if num_workers == 0:
         yield from items(0, 1)
@@ -43,6 +49,7 @@ def run_workers(items: Items[T], *, num_workers: int, prefetch: int) -> Iterator
     loader = DataLoader(
         _Items(items, ended),
         batch_size=None,
+        sampler=tasks,
         num_workers=num_workers,
         prefetch_factor=prefetch,
         multiprocessing_context="spawn",
@@ -53,6 +60,8 @@ def run_workers(items: Items[T], *, num_workers: int, prefetch: int) -> Iterator
             iterator = iter(loader)
         ended.close()  # ours; the workers have their own
         for item in iterator:
+            if isinstance(item, _End):
+                return
             if isinstance(item, _Failure):
                 raise UserError(item.message)
             yield item
@@ -75,20 +84,34 @@ class _Failure:
     message: str
 
 
-class _Items(IterableDataset[Any]):
+class _End:
+    """Stands for an item of a worker that has no more."""
+
+
+class _Items(Dataset[Any]):
+    """A worker's generator, one item a task."""
+
     def __init__(self, items: Items[Any], ended: Connection) -> None:
         self._items, self._ended = items, ended
+        self._generator: Generator[Any, Any, None] | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __getitem__(self, task: object) -> Any:
+        if self._generator is None:
+            self._generator = self._begin()
+        try:
+            return self._generator.send(task)
+        except StopIteration:
+            return _End()
+        except UserError as error:
+            return _Failure(str(error))
+
+    def _begin(self) -> Generator[Any, Any, None]:
         worker = get_worker_info()
         assert worker is not None
         for number in IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=self._exit_at_the_end, daemon=True).start()
-        try:
-            yield from self._items(worker.id, worker.num_workers)
-        except UserError as error:
-            yield _Failure(str(error))
+        return self._items(worker.id, worker.num_workers)
 
     def _exit_at_the_end(self) -> None:
         self._ended.poll(None)  # nothing is ever sent: it returns when the other end is closed

@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_vse.errors import UserError
 from shards.record import Record
-from shards.sources.paths import existing_file, existing_folder, read_text
+from shards.sources.paths import existing_file, existing_folder, image_in, read_text
 
 _SPLIT = re.compile(r"(train|val|test)\d*$")
 
@@ -63,7 +63,7 @@ def _record(
 ) -> Record:
     filename = entry["file_name"]
     return Record(
-        image=root / filename,
+        image=image_in(root, filename),
         captions=tuple(annotation["caption"].strip() for annotation in annotations),
         split=split,
         key=Path(filename).stem,

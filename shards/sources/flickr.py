@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dist_vse.errors import UserError
 from shards.record import Record
-from shards.sources.paths import existing_file, existing_folder, read_text
+from shards.sources.paths import existing_file, existing_folder, image_in, read_text
 
 _TOKEN = re.compile(r"(?P<image>[^\t]+)#(?P<number>\d+)\t(?P<caption>.*)")
 # One line of results.csv lacks the second bar: "2199200615.jpg| 4   A dog runs ..."
@@ -52,7 +52,9 @@ def read_flickr(
         of_image.append((int(found["number"] or len(of_image)), _unquoted(found["caption"])))
     for image, numbered in captions.items():
         texts = tuple(text for _, text in sorted(numbered, key=lambda pair: pair[0]))
-        yield Record(root / image, texts, split or "train", Path(image).stem, {"filename": image})
+        yield Record(
+            image_in(root, image), texts, split or "train", Path(image).stem, {"filename": image}
+        )
 
 
 def _form(first: str) -> tuple[re.Pattern[str], int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_vse.errors import UserError
 from shards.record import Record
-from shards.sources.paths import existing_file, existing_folder
+from shards.sources.paths import existing_file, existing_folder, image_in
 
 
 def read_jsonl(
@@ -44,7 +44,7 @@ def _record(line: bytes, where: str, root: Path, split: str) -> Record:
         raise UserError(f'{where}: no "image"; give the path of the image')
     captions, languages = _captions(fields, where)
     return Record(
-        image=root / image,
+        image=image_in(root, image),
         captions=captions,
         split=_text(fields, "split", where) or split,
         key=_text(fields, "key", where) or os.path.splitext(image)[0],

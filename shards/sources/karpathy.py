@@ -6,13 +6,14 @@ val2014, as `filepath` says). An image has five captions as a rule, six or seven
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dist_vse.errors import UserError
 from shards.record import Record
-from shards.sources.paths import existing_file, existing_folder, read_text
+from shards.sources.paths import existing_file, existing_folder, image_in, read_text
 
 EXTRA = ("filename", "imgid", "cocoid", "sentids")
 
@@ -47,7 +48,9 @@ def read_karpathy(
 def _record(entry: dict[str, Any], root: Path, restval: str) -> Record:
     filename = entry["filename"]
     return Record(
-        image=root / entry.get("filepath", "") / filename,  # Flickr's files have no filepath
+        image=image_in(
+            root, os.path.join(entry.get("filepath", ""), filename)
+        ),  # Flickr's files have no filepath
         captions=tuple(sentence["raw"].strip() for sentence in entry["sentences"]),
         split=restval if entry["split"] == "restval" else entry["split"],
         key=Path(filename).stem,

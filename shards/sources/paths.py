@@ -1,6 +1,7 @@
 """Checks of the paths that a user gives."""
 
-from pathlib import Path
+import os
+from pathlib import Path, PosixPath
 
 from dist_vse.errors import UserError
 
@@ -34,3 +35,8 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"{path}: byte {error.start} is no UTF-8; save the file as UTF-8"
         ) from error
+
+
+def image_in(root: Path, name: str) -> str | Path:
+    """Return the path of the image `name`, which starts from `root` unless it is absolute."""
+    return os.path.join(root, name) if isinstance(root, PosixPath) else root / name

@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_vse.errors import UserError, first_line
 from shards.record import Record
-from shards.sources.paths import existing, existing_file, existing_folder
+from shards.sources.paths import existing, existing_file, existing_folder, image_in
 
 Row = tuple[str, dict[str, Any]]  # where it stands, its columns
 
@@ -45,7 +45,7 @@ def read_table(
     root = root if images is None else existing_folder(images)
     for image, group in _groups(rows(path, columns), columns, split or "train").items():
         yield Record(
-            image=root / image,
+            image=image_in(root, image),
             captions=tuple(group.captions),
             split=group.split,
             key=group.key,
