@@ -48,7 +48,8 @@ SEEDS = (0, 1, 2)
 SPLITS = ("train", "val", "test")
 SIZE, TOKENS = 224, 32
 DIM, HIDDEN, DROPOUT = 256, 1024, 0.1
-RATE, RATE_BATCH = 1e-3, 512
+RATES = {"convse": 3e-3, "convse++": 1e-3, "vse++": 1e-3, "info_nce": 3e-3, "siglip": 3e-3}
+RATE_BATCH = 512
 PAIRS = 26 * 8192  # 25 epochs of the 8,435 images, and a multiple of every batch
 KEY = ("loss", "batch", "seed", "pairs", "rate")  # of a run
 
@@ -133,7 +134,7 @@ def draw(counts: Tensor, total_pairs: int) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    data: Data, loss: str, *, batch_size: int, total_pairs: int, seed: int, rate: float = RATE
+    data: Data, loss: str, *, batch_size: int, total_pairs: int, seed: int, rate: float
 ) -> nn.ModuleList:
     """Train both heads; return them in eval mode.
 
@@ -206,7 +207,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Losses by batch sizes on real pairs.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pairs", type=int, default=PAIRS, help="seen by every run [%(default)s]")
-    parser.add_argument("--rate", type=float, default=RATE, help="at a batch of 512 [%(default)s]")
+    parser.add_argument("--rate", type=float, help="at a batch of 512 [each loss's own]")
+    parser.add_argument("--losses", nargs="+", choices=[*LOSSES], default=[*LOSSES])
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     args = parser.parse_args()
@@ -218,15 +220,17 @@ def main() -> int:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     results: list[dict[str, Any]] = [json.loads(line) for line in lines]
     done = {tuple(result[key] for key in KEY) for result in results}
+    rates = {loss: args.rate or RATES[loss] for loss in args.losses}
     # A whole table a seed: the first one is there soon.
-    for seed, batch, loss in itertools.product(args.seeds, args.batches, LOSSES):
-        setting = dict(zip(KEY, (loss, batch, seed, args.pairs, args.rate), strict=True))
+    for seed, batch, loss in itertools.product(args.seeds, args.batches, args.losses):
+        setting = dict(zip(KEY, (loss, batch, seed, args.pairs, rates[loss]), strict=True))
         if tuple(setting.values()) not in done:
             results.append(setting | _run(data, **setting))
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(results[-1]) + "\n")
-    of_these = [r for r in results if (r["pairs"], r["rate"]) == (args.pairs, args.rate)]
-    print(table(of_these, list(LOSSES), args.batches))
+    wanted = {(loss, args.pairs, rate) for loss, rate in rates.items()}
+    of_these = [r for r in results if (r["loss"], r["pairs"], r["rate"]) in wanted]
+    print(table(of_these, args.losses, args.batches))
     return 0
 
 

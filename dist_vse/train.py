@@ -49,6 +49,7 @@ from dist_vse.run_dir import (
     prepare_run_dir,
     run_model,
     run_tokenizer,
+    with_start,
     write_config,
 )
 from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME
@@ -81,6 +82,8 @@ def run(config: TrainConfig) -> int:
     Every rank of a process group calls this. Raises UserError alike on every rank.
     """
     config.check_world_size(distributed.world_size())
+    with distributed.same_verdict():
+        config = with_start(config)
     interrupt.listen()
     torch.manual_seed(config.seed + 1000 * distributed.rank())  # dropout differs between ranks
     run = _open(config)

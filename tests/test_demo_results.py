@@ -25,7 +25,9 @@ def clustered(n: int, seed: int) -> results.Data:
 
 @pytest.mark.parametrize("loss", results.LOSSES)
 def test_heads_learn_what_they_have_not_seen(loss: str) -> None:
-    heads = results.train(clustered(400, 0), loss, batch_size=64, total_pairs=6400, seed=0)
+    heads = results.train(
+        clustered(400, 0), loss, batch_size=64, total_pairs=6400, seed=0, rate=1e-3
+    )
     found = results.test(clustered(60, 1), heads)
     assert found["metrics"]["rsum"] > 300  # chance: about 65
     rows = found["of_images"]

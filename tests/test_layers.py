@@ -42,7 +42,7 @@ OWNERS = {
     "transformers": {"dist_vse/models/"},
     "webdataset": {"dist_vse/stream/", "dist_vse/bench/"},
     "submitit": {"launch/"},
-    "open_clip": {"dist_vse/bench/", "dist_vse/verify/"},
+    "open_clip": {"dist_vse/bench/", "dist_vse/verify/", "dist_vse/models/pretrained/"},
 }
 
 

@@ -60,20 +60,17 @@ class TrainConfig:
         at_least(1, total_steps=self.total_steps, log_every=self.log_every)
         at_least(1, keep_checkpoints=self.keep_checkpoints)
         image = self.model.image
-        check(
-            image.weights is not None or not image.frozen,
-            "model.image.frozen=true would freeze random weights: give model.image.weights, or "
-            "set it to false",
-        )
         at_least(0, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
         at_least(0, checkpoint_samples=self.checkpoint_samples, keep_best=self.keep_best)
         at_least(0, checkpoint_minutes=self.checkpoint_minutes)
         data = self.data
         augmented = data.crop == "random" or data.flip or data.color_jitter > 0
         check(
-            data.features is None or (image.frozen and not augmented and not data.mix),
-            "data.features needs model.image.frozen=true, data.crop=center, data.flip=false, "
-            "data.color_jitter=0 and no data.mix: an image must have the same features every time",
+            data.features is None
+            or (image.frozen and image.weights is not None and not augmented and not data.mix),
+            "data.features needs model.image.frozen=true with model.image.weights, "
+            "data.crop=center, data.flip=false, data.color_jitter=0 and no data.mix: an image must "
+            "have the same features every time",
         )
         keep, engine = self.cache.keep_graphs, self.engine
         check(
