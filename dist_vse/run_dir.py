@@ -22,6 +22,8 @@ from dist_vse.stream import TrainSet, captions
 _MAY_CHANGE = (
     "total_steps",
     "log_every",
+    "trackers",
+    "project",
     "eval_every",
     "checkpoint_every",
     "checkpoint_samples",

@@ -27,7 +27,7 @@ from dist_vse.builders import (
 )
 from dist_vse.checkpoint import Progress
 from dist_vse.chunking import agree
-from dist_vse.config import TrainConfig, load_config
+from dist_vse.config import TrainConfig, flat_config, load_config
 from dist_vse.config.checks import AUTO
 from dist_vse.contrast import collapsed
 from dist_vse.engine.zero import ZeroEngine
@@ -56,6 +56,7 @@ from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME
 from dist_vse.saver import Saver
 from dist_vse.stream import Batch, TrainSet
 from dist_vse.stream.ledger import Ledger
+from dist_vse.trackers import check_trackers
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, saved a checkpoint, and can be continued."""
@@ -108,6 +109,7 @@ def run(config: TrainConfig) -> int:
 
 def _open(config: TrainConfig) -> Run:
     with distributed.same_verdict():
+        check_trackers(config.trackers)
         index = read_index(config.data.index)
         index.split(config.data.eval_split)
         train_sets = open_train_sets(config)
@@ -139,7 +141,15 @@ def _open(config: TrainConfig) -> Run:
 def _train(run: Run, progress: Progress) -> Progress:
     """Loop over the steps until the last one or until any rank was asked to stop."""
     config, engine = run.config, run.engine
-    recorder, meter = Recorder(run.run_dir, progress.step), Meter()
+    with distributed.same_verdict():
+        recorder = Recorder(
+            run.run_dir,
+            progress.step,
+            trackers=config.trackers,
+            project=config.project,
+            settings=flat_config(config),
+        )
+    meter = Meter()
     saver = Saver(
         run.run_dir / CHECKPOINTS,
         run.fence,

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
         "run_files",
     },
     {"distributed", "fence"},
-    {"models", "local_ranks"},
+    {"models", "local_ranks", "trackers"},
     {"contrast", "stream", "engine", "metrics", "feature_cache", "environment"},
     {"grad_cache", "chunking", "checkpoint", "evaluate"},
     {"run_dir", "saver", "examples"},
