@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def build_train_batches(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         num_workers=data.num_workers,
-        size=config.model.image.size,
+        **_square(config),
         crop=data.crop,
         min_crop_area=data.min_crop_area,
         flip=data.flip,
@@ -107,10 +108,16 @@ def build_eval_batches(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         batch_size=config.fixed_chunk_size,
-        size=config.model.image.size,
+        **_square(config),
         tokenizer=tokenizer,
         num_workers=min(config.data.num_workers, share // EVAL_SAMPLES_A_WORKER),
     )
+
+
+def _square(config: TrainConfig) -> dict[str, Any]:
+    """Return how the stream makes an image a square."""
+    image = config.model.image
+    return {"size": image.size, "squash": image.squash, "resampling": image.resampling}
 
 
 def build_loss(
@@ -172,7 +179,7 @@ def feature_key(config: TrainConfig, index: Index) -> Key:
     return {
         "model": image.name,
         "weights": weights.hexdigest()[:16],
-        "size": str(image.size),
+        "size": f"{image.size}{' squashed' * image.squash} {image.resampling}",
         "data": f"{index.fingerprint()} {config.data.train_split}",
         "precision": f"{config.engine.precision} {here}",
         "timm": metadata.version("timm"),

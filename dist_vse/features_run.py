@@ -75,6 +75,8 @@ def _write(config: TrainConfig, index: Index, folder: Path, key: Key) -> None:
             _NoWords(),
             split=split,
             size=config.model.image.size,
+            squash=config.model.image.squash,
+            resampling=config.model.image.resampling,
             num_workers=config.data.num_workers,
             scaled=True,  # as training decodes them
             **place,

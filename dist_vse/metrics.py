@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from dist_vse.clock import Clock
 from dist_vse.errors import writing
 from dist_vse.log import logger
 from dist_vse.run_files import METRICS_NAME, drop_lines_after
+from dist_vse.trackers import start_trackers
 
 GIB = 2**30
 
@@ -22,7 +24,17 @@ GIB = 2**30
 class Recorder:
     """Writes the metrics of a run; every rank may call it, rank 0 writes."""
 
-    def __init__(self, run_dir: Path, start_step: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int,
+        *,
+        trackers: Sequence[str] = (),
+        project: str = "",
+        settings: dict[str, object] | None = None,
+    ) -> None:
+        """Start the writers; `trackers` get the `settings` too. Raises UserError if one can't."""
+        self.trackers: list[Any] = []
         self.path = run_dir / METRICS_NAME
         self.last_recall: float | None = None
         self.writer: Any = None
@@ -32,6 +44,9 @@ class Recorder:
 
                 drop_lines_after(self.path, start_step)
                 self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+                self.trackers = start_trackers(
+                    trackers, run_dir, project=project, settings=settings or {}
+                )
 
     def write(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
         """Append one line of metrics; `kind` is train or eval. Raises UserError if it can't."""
@@ -43,15 +58,19 @@ class Recorder:
     def _write(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.log(numbers, step=step)
 
     def close(self) -> None:
         """Flush what is not written yet; every rank calls this."""
         with distributed.same_verdict(), writing(self.path):
             if self.writer is not None:
                 self.writer.close()
+            for tracker in self.trackers:
+                tracker.finish()
 
 
 class Meter:

@@ -8,10 +8,13 @@ from pathlib import Path
 from dist_vse import checkpoint
 from dist_vse.config import TrainConfig, dump_config, flat_config, load_config
 from dist_vse.config.checks import AUTO
+from dist_vse.config.sections import LEAST_LEARNED
 from dist_vse.errors import UserError
 from dist_vse.index import read_index
+from dist_vse.log import logger
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.pretrained import pretrained_tokenizer, read_start
 from dist_vse.models.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
 from dist_vse.run_files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, VOCABULARY_NAME
 from dist_vse.stream import TrainSet, captions
@@ -19,6 +22,8 @@ from dist_vse.stream import TrainSet, captions
 _MAY_CHANGE = (
     "total_steps",
     "log_every",
+    "trackers",
+    "project",
     "eval_every",
     "checkpoint_every",
     "checkpoint_samples",
@@ -90,11 +95,42 @@ def open_train_sets(config: TrainConfig) -> list[TrainSet]:
     return sets
 
 
+def with_start(config: TrainConfig) -> TrainConfig:
+    """Fill in what the checkpoint of `model.pretrained` decides, where there is one.
+
+    Raises UserError if it cannot be read.
+    """
+    if config.model.pretrained is None:
+        return config
+    start = read_start(config.model.pretrained)
+    temperature = start.temperature
+    if config.loss.learn_temperature:
+        temperature = max(LEAST_LEARNED, temperature)
+    bias = config.loss.bias if start.bias is None else start.bias
+    logger.info(
+        "%s: %s, %d pixels, %d tokens, %d dimensions, temperature %.4g",
+        *(config.model.pretrained, start.kind, start.image_size),
+        *(start.max_tokens, start.embed_dim, temperature),
+    )
+    image = replace(
+        config.model.image,
+        size=start.image_size,
+        squash=start.squash,
+        resampling=start.resampling,
+    )
+    text = replace(config.model.text, max_tokens=start.max_tokens)
+    model = replace(config.model, image=image, text=text, embed_dim=start.embed_dim)
+    loss = replace(config.loss, temperature=temperature, bias=bias)
+    return replace(config, model=model, loss=loss)
+
+
 def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokenizer:
     """Return the run's tokenizer; `build` makes the vocabulary where there is none yet.
 
     The vocabulary comes from the training splits alone, so that evaluation can't leak into it.
     """
+    if config.model.pretrained is not None:
+        return pretrained_tokenizer(config.model.pretrained)
     path = run_dir / VOCABULARY_NAME
     if path.is_file():
         return WordTokenizer.load(path)

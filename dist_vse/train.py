@@ -27,7 +27,7 @@ from dist_vse.builders import (
 )
 from dist_vse.checkpoint import Progress
 from dist_vse.chunking import agree
-from dist_vse.config import TrainConfig, load_config
+from dist_vse.config import TrainConfig, flat_config, load_config
 from dist_vse.config.checks import AUTO
 from dist_vse.contrast import collapsed
 from dist_vse.engine.zero import ZeroEngine
@@ -50,12 +50,14 @@ from dist_vse.run_dir import (
     prepare_run_dir,
     run_model,
     run_tokenizer,
+    with_start,
     write_config,
 )
 from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME, TRACE_NAME
 from dist_vse.saver import Saver
 from dist_vse.stream import Batch, TrainSet
 from dist_vse.stream.ledger import Ledger
+from dist_vse.trackers import check_trackers
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, saved a checkpoint, and can be continued."""
@@ -83,6 +85,8 @@ def run(config: TrainConfig) -> int:
     Every rank of a process group calls this. Raises UserError alike on every rank.
     """
     config.check_world_size(distributed.world_size())
+    with distributed.same_verdict():
+        config = with_start(config)
     interrupt.listen()
     torch.manual_seed(config.seed + 1000 * distributed.rank())  # dropout differs between ranks
     run = _open(config)
@@ -110,6 +114,7 @@ def run(config: TrainConfig) -> int:
 
 def _open(config: TrainConfig) -> Run:
     with distributed.same_verdict():
+        check_trackers(config.trackers)
         index = read_index(config.data.index)
         index.split(config.data.eval_split)
         train_sets = open_train_sets(config)
@@ -144,7 +149,13 @@ def _open(config: TrainConfig) -> Run:
 def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress:
     """Loop over the steps until the last one or any rank's wish to stop; each ends in `traced`."""
     config, engine, meter = run.config, run.engine, run.meter
-    recorder = Recorder(run.run_dir, progress.step)
+    recorder = Recorder(
+        run.run_dir,
+        progress.step,
+        trackers=config.trackers,
+        project=config.project,
+        settings=flat_config(config),
+    )
     saver = Saver(
         run.run_dir / CHECKPOINTS,
         run.fence,

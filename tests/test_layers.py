@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
         "run_files",
     },
     {"distributed", "fence"},
-    {"models", "local_ranks"},
+    {"models", "local_ranks", "trackers"},
     {"contrast", "stream", "engine", "metrics", "feature_cache", "environment"},
     {"grad_cache", "chunking", "flops", "profiler", "checkpoint", "evaluate"},
     {"run_dir", "saver", "examples"},
@@ -45,7 +45,7 @@ OWNERS = {
     "transformers": {"dist_vse/models/"},
     "webdataset": {"dist_vse/stream/", "dist_vse/bench/"},
     "submitit": {"launch/"},
-    "open_clip": {"dist_vse/bench/", "dist_vse/verify/"},
+    "open_clip": {"dist_vse/bench/", "dist_vse/verify/", "dist_vse/models/pretrained/"},
 }
 
 

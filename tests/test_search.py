@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors import safe_open
 
 from dist_vse import cli, train
 from dist_vse.config import load_config
+from dist_vse.errors import UserError
 from dist_vse.index import read_index
 from dist_vse.search.embed import embed_split, open_model
 from dist_vse.search.run import search
@@ -144,3 +146,17 @@ def test_slips_are_one_line(
     assert cli.main([str(places.get(argument, argument)) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("error:") == 1
+
+
+def test_faiss_finds_the_same(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss", reason="needs the extra `faiss`")
+    how = {"data": None, "split": "val", "texts": ["a red square", "circle"], "images": []}
+    exact = search(trained, **how, top=40, sheet=None)  # type: ignore[arg-type]
+    found = search(trained, **how, top=40, sheet=None, faiss=True)  # type: ignore[arg-type]
+    for one, other in zip(exact, found, strict=True):
+        assert len(one.keys) == 32 and other.keys == one.keys
+        assert other.scores == pytest.approx(one.scores, abs=1e-6)
+        assert one.scores == sorted(one.scores, reverse=True)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r"pip install 'dist_vse\[faiss\]'"):
+        search(trained, **how, top=4, sheet=None, faiss=True)  # type: ignore[arg-type]

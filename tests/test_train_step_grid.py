@@ -42,13 +42,13 @@ def _model() -> DualEncoder:
     """Build the smallest model that has both towers' parts; equal weights every time."""
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=32, embed_dim=32, depth=1, num_heads=2, num_classes=0)
-    vit.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    image = ImageTrunk(vit, dim=32, mean=(0.5,) * 3, std=(0.5,) * 3)
     text = TransformerTrunk(
         vocab_size=VOCABULARY, pad_id=0, max_tokens=8, width=64, depth=1, dropout=0.0,
         grad_checkpointing=False,
     )  # fmt: skip
     return DualEncoder(
-        Tower(ImageTrunk(vit, dim=32), build_head(32, 16, 24, 0.0), frozen=False),
+        Tower(image, build_head(32, 16, 24, 0.0), frozen=False),
         Tower(text, build_head(64, 16, 24, 0.0), frozen=False),
         temperature=0.1,
         learn_temperature=True,

@@ -6,8 +6,9 @@ rest is derived. Only `train.main` and the builders see a config: a component ta
 
 from dataclasses import dataclass, field
 
-from dist_vse.config.checks import AUTO, at_least, check, number_or_auto
+from dist_vse.config.checks import AUTO, at_least, check, number_or_auto, one_of
 from dist_vse.config.sections import (
+    TRACKERS,
     CacheConfig,
     DataConfig,
     EngineConfig,
@@ -32,6 +33,11 @@ class TrainConfig:
     `auto` tries at the start which is the largest that fits, and writes it into the run's config:
     where there is dropout, other chunks draw other numbers."""
     total_steps: int = 1000
+    trackers: list[str] = field(default_factory=list)
+    """Where metrics go beside metrics.jsonl and TensorBoard: `wandb`, `mlflow`. Both can stay
+    offline (WANDB_MODE=offline; MLflow writes into the run's folder)."""
+    project: str = "dist_vse"
+    """The trackers' name of the project (MLflow: experiment) that the run belongs to."""
     log_every: int = 10
     """Steps between lines of metrics."""
     eval_every: int = 0
@@ -62,21 +68,20 @@ class TrainConfig:
         number_or_auto(1, chunk_size=self.chunk_size)
         at_least(1, total_steps=self.total_steps, log_every=self.log_every)
         at_least(1, keep_checkpoints=self.keep_checkpoints)
+        for tracker in self.trackers:
+            one_of("trackers", tracker, TRACKERS)
         image = self.model.image
-        check(
-            image.weights is not None or not image.frozen,
-            "model.image.frozen=true would freeze random weights: give model.image.weights, or "
-            "set it to false",
-        )
         at_least(0, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
         at_least(0, checkpoint_samples=self.checkpoint_samples, keep_best=self.keep_best)
         at_least(0, checkpoint_minutes=self.checkpoint_minutes)
         data = self.data
         augmented = data.crop == "random" or data.flip or data.color_jitter > 0
         check(
-            data.features is None or (image.frozen and not augmented and not data.mix),
-            "data.features needs model.image.frozen=true, data.crop=center, data.flip=false, "
-            "data.color_jitter=0 and no data.mix: an image must have the same features every time",
+            data.features is None
+            or (image.frozen and image.weights is not None and not augmented and not data.mix),
+            "data.features needs model.image.frozen=true with model.image.weights, "
+            "data.crop=center, data.flip=false, data.color_jitter=0 and no data.mix: an image must "
+            "have the same features every time",
         )
         keep, engine = self.cache.keep_graphs, self.engine
         check(

@@ -8,6 +8,8 @@ LOSSES = ("convse", "convse++", "info_nce", "vse0", "vse++", "siglip")
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("fp32", "bf16")
+LEAST_LEARNED = 0.01  # temperature, as CLIP bounds it
+TRACKERS = ("wandb", "mlflow")
 TEXT_KINDS = ("gru", "transformer", "pretrained")
 
 
@@ -85,9 +87,14 @@ class ImageConfig:
     """Keep the trunk as it is (in eval mode) and train the head alone."""
     size: int = 224
     """Side of the square input, pixels."""
+    squash: bool = False
+    """Without a random crop, make the whole image the square; else its middle."""
+    resampling: str = "bicubic"
+    """`bicubic` or `bilinear`, of images in evaluation."""
 
     def __post_init__(self) -> None:
         at_least(8, model__image__size=self.size)
+        one_of("model.image.resampling", self.resampling, ("bicubic", "bilinear"))
 
 
 @dataclass(frozen=True)
@@ -122,11 +129,6 @@ class TextConfig:
             f"with model.text.kind=pretrained (it is {self.kind}), and only there",
         )
         check(
-            self.kind == "pretrained" or not self.frozen,
-            f"model.text.frozen=true would freeze random weights (model.text.kind={self.kind}); "
-            "set it to false",
-        )
-        check(
             self.kind != "transformer" or self.width % 64 == 0,
             f"model.text.width ({self.width}) must be a multiple of 64, the width of a head",
         )
@@ -136,6 +138,9 @@ class TextConfig:
 class ModelConfig:
     """Two trunks, two heads, one space."""
 
+    pretrained: str | None = None
+    """Folder of a CLIP or SigLIP checkpoint to start from (transformers' or OpenCLIP's). It brings
+    encoders, heads, tokenizer, image size and normalisation, `embed_dim`, temperature and bias."""
     image: ImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     embed_dim: int = 256
@@ -153,6 +158,33 @@ class ModelConfig:
         at_least(1, model__embed_dim=self.embed_dim)
         at_least(0, model__head_hidden=self.head_hidden)
         share(model__head_dropout=self.head_dropout)
+        for side, frozen, weights in (
+            ("image", self.image.frozen, self.image.weights),
+            ("text", self.text.frozen, self.text.weights),
+        ):
+            check(
+                not frozen or weights is not None or self.pretrained is not None,
+                f"model.{side}.frozen=true would freeze random weights: give model.{side}.weights "
+                "or model.pretrained, or set it to false",
+            )
+        if self.pretrained is not None:
+            self._check_nothing_is_ignored()
+
+    def _check_nothing_is_ignored(self) -> None:
+        """Check that nothing is set that a whole checkpoint decides."""
+        for key, value, default in (
+            ("image.name", self.image.name, ImageConfig.name),
+            ("image.weights", self.image.weights, None),
+            ("text.kind", self.text.kind, TextConfig.kind),
+            ("text.dropout", self.text.dropout, 0.0),
+            ("head_hidden", self.head_hidden, 0),
+            ("head_dropout", self.head_dropout, 0.0),
+        ):
+            check(
+                value == default,
+                f"model.pretrained ({self.pretrained}) brings both encoders and heads: leave out "
+                f"model.{key} ({value})",
+            )
 
 
 @dataclass(frozen=True)
@@ -215,8 +247,9 @@ class LossConfig:
         at_least(0, loss__margin=self.margin, loss__memory_gib=self.memory_gib)
         at_least(0, loss__warmup_samples=self.warmup_samples)
         check(
-            not self.learn_temperature or self.temperature >= 0.01,
-            f"loss.temperature ({self.temperature}) must be at least 0.01 where it is learned",
+            not self.learn_temperature or self.temperature >= LEAST_LEARNED,
+            f"loss.temperature ({self.temperature}) must be at least {LEAST_LEARNED} where it is "
+            "learned",
         )
 
 

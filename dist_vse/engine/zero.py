@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_vse.distributed import rank, world_size
 from dist_vse.engine.pieces import Piece, dump_state, find_pieces, load_state
@@ -25,6 +25,7 @@ from dist_vse.models.dual_encoder import DualEncoder
 IMPORTS = ("torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.zero.stage3")
 """Slow to import; for a server of which ranks are forked."""
 PERSISTENT = 100_000  # elements: ZeRO 3 keeps smaller parameters whole on every rank
+_HELD = -1  # no module has this number
 _LARGEST_BUCKET = 1 << 26  # elements
 _ALIGNMENT = 1 << 10  # DeepSpeed wants buckets in multiples of a small power of two
 
@@ -86,6 +87,8 @@ class ZeroEngine:
         coalesce: bool = True,
     ) -> None:
         deepspeed = _import_deepspeed()
+        if stage == 3:
+            _fetch_at_once(module)
         size = sum(p.numel() for p in module.parameters() if p.requires_grad)
         config = zero_config(
             stage=stage,
@@ -139,9 +142,17 @@ class ZeroEngine:
             return
         deepspeed = _import_deepspeed()
         modifier = 0 if changed else None
-        parameters = list(self.module.parameters())
+        parameters: list[Any] = list(self.module.parameters())
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier):
-            yield
+            # Each forward would split again what it used, and the next one gather it: a rank with
+            # more batches than the others would wait for them for ever.
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.add(_HELD)
+            try:
+                yield
+            finally:
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.discard(_HELD)
 
     def dump_optimizer(self) -> dict[str, Tensor]:
         """Copy this rank's share of the optimizer's state to host memory; see `pieces`.
@@ -168,6 +179,15 @@ class ZeroEngine:
 
     def _pieces(self) -> list[Piece]:
         return find_pieces(self.engine, self.module, stage=self.stage, rank=rank())
+
+
+def _fetch_at_once(model: nn.Module) -> None:
+    """Mark modules that read weights of the modules inside them, which are never called then."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) or getattr(module, "reads_inner", False):
+            set_z3_leaf_module(module, True)
 
 
 def _import_deepspeed() -> Any:

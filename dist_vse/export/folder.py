@@ -1,6 +1,8 @@
 """The exported folder: its files and what its description says.
 
 dist_vse.json          the model's shape, its temperature, and where it came from
+model/                 of a run that began with model.pretrained: the checkpoint's own layout, with
+                       tokenizer and preprocessing; takes the place of image/, text/, vocabulary
 image/                 timm's layout: timm.create_model("local-dir:OUT/image", pretrained=True)
 text/                  transformers' layout with the tokenizer, or plain tensors of our own trunks
 heads.safetensors      the maps from both trunks into the shared space, log_scale and bias
@@ -20,7 +22,7 @@ from dist_vse.errors import UserError
 
 DESCRIPTION = "dist_vse.json"
 HEADS = "heads.safetensors"
-IMAGE, TEXT = "image", "text"
+IMAGE, TEXT, MODEL = "image", "text", "model"
 FORMAT = 1
 
 
@@ -59,6 +61,8 @@ def read_description(folder: Path) -> Description:
         model: dict[str, Any] = content["model"]
         for part in (model["image"], model["text"]):
             part["weights"] = str(folder / part["weights"]) if part["weights"] else None
+        if model.get("pretrained"):
+            model["pretrained"] = str(folder / model["pretrained"])
         shape = {key: value for key, value in model.items() if key not in ("image", "text")}
         config = ModelConfig(
             image=ImageConfig(**model["image"]), text=TextConfig(**model["text"]), **shape

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dist_vse.config import ModelConfig
 from dist_vse.errors import UserError
 from dist_vse.export.folder import HEADS, TEXT, read_description
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.pretrained import pretrained_tokenizer
 from dist_vse.models.save import TRUNK_WEIGHTS
 from dist_vse.models.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
 from dist_vse.run_files import VOCABULARY_NAME
@@ -29,12 +31,15 @@ class Embedder:
     """A trained model in eval mode, with its preprocessing and its tokenizer."""
 
     def __init__(
-        self, model: DualEncoder, tokenizer: Tokenizer, *, size: int, device: torch.device
+        self, model: DualEncoder, tokenizer: Tokenizer, *, shape: ModelConfig, device: torch.device
     ) -> None:
-        """Join the parts; images become squares of `size` pixels."""
+        """Join the parts of a model of that shape."""
         self.model = model.eval().to(device)
-        self.tokenizer = tokenizer
-        self.size, self.device = size, device
+        self.tokenizer, self.device = tokenizer, device
+        self.dim = shape.embed_dim  # the size of the shared space
+        self.square = Transform(
+            shape.image.size, squash=shape.image.squash, resampling=shape.image.resampling
+        )
 
     @torch.inference_mode()
     def encode_images(
@@ -59,16 +64,11 @@ class Embedder:
             found.append(self.model.encode_texts(tokens.to(self.device)).cpu())
         return torch.cat(found)
 
-    @property
-    def dim(self) -> int:
-        """The size of the shared space."""
-        return int(self.model.image.head[-1].out_features)  # type: ignore[index]
-
     def _pixels(self, image: "str | Path | bytes | Image") -> Tensor:
         name = str(image) if isinstance(image, str | Path) else "the image"
         try:
             data = image if isinstance(image, bytes) else _read(image)
-            return torch.from_numpy(np.ascontiguousarray(decode_image(data, Transform(self.size))))
+            return torch.from_numpy(np.ascontiguousarray(decode_image(data, self.square)))
         except (BadSampleError, OSError) as error:
             raise UserError(f"{name}: cannot be read ({error}); give an image file") from error
 
@@ -80,14 +80,15 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Embedder:
     """
     folder = Path(folder)
     description = read_description(folder)
-    text = description.model.text
+    shape = description.model
     tokenizer: Tokenizer
-    if text.weights is not None:
-        tokenizer = PretrainedTokenizer(text.weights, text.max_tokens)
+    if shape.pretrained is not None:
+        tokenizer = pretrained_tokenizer(shape.pretrained)
+    elif shape.text.weights is not None:
+        tokenizer = PretrainedTokenizer(shape.text.weights, shape.text.max_tokens)
     else:
         tokenizer = WordTokenizer.load(folder / VOCABULARY_NAME)
-    size = description.model.image.size
-    return Embedder(build(folder), tokenizer, size=size, device=torch.device(device))
+    return Embedder(build(folder), tokenizer, shape=shape, device=torch.device(device))
 
 
 def build(folder: Path) -> DualEncoder:
@@ -105,7 +106,7 @@ def build(folder: Path) -> DualEncoder:
         seed=0,
     )
     try:
-        if config.text.weights is None:
+        if config.text.weights is None and config.pretrained is None:
             model.text.trunk.load_state_dict(load_file(folder / TEXT / TRUNK_WEIGHTS))
         heads = load_file(folder / HEADS)
         for side, tower in (("image", model.image), ("text", model.text)):

@@ -24,7 +24,7 @@ class _Features(nn.Module):
         return features
 
 
-def write_onnx(embedder: Embedder, folder: Path, *, size: int) -> None:
+def write_onnx(embedder: Embedder, folder: Path) -> None:
     """Write `image.onnx` (uint8 (b, 3, size, size)) and `text.onnx` (int64 (b, l)), b and l free.
 
     Both return `features`, float32 (b, d) of unit length. Raises UserError if the extra `onnx` is
@@ -35,6 +35,7 @@ def write_onnx(embedder: Embedder, folder: Path, *, size: int) -> None:
     except ImportError:
         hint = "install it with `pip install 'dist_vse[onnx]'`"
         raise UserError(f"--onnx needs the packages of the extra onnx; {hint}") from None
+    size = embedder.square.size
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     tokens = embedder.tokenizer(["one two three", "four"])
     batch, length = Dim("b", min=1), Dim("l", min=1)

@@ -9,12 +9,13 @@ from typing import cast
 import torch
 from safetensors.torch import save_file
 
-from dist_vse.config import TrainConfig
+from dist_vse.config import ModelConfig, TrainConfig
 from dist_vse.errors import UserError
-from dist_vse.export.folder import HEADS, IMAGE, TEXT, Description, write_description
+from dist_vse.export.folder import HEADS, IMAGE, MODEL, TEXT, Description, write_description
 from dist_vse.export.load import build, load
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.image import ImageTrunk
+from dist_vse.models.pretrained import save_pretrained
 from dist_vse.models.save import save_image_trunk, save_text_trunk, save_tokenizer
 from dist_vse.models.text import TextTrunk
 from dist_vse.models.tokenizer import Tokenizer, WordTokenizer
@@ -31,12 +32,19 @@ An image encoder and a caption encoder into one space of {dim} dimensions, train
     model = dist_vse.load("path/to/this/folder")
     scores = model.encode_images(["photo.jpg"]) @ model.encode_texts(["a red apple"]).T
 
-Without dist_vse: `image/` is a model of timm (`timm.create_model("local-dir:image",
-pretrained=True)`; images are cropped to the largest square in the middle, resized to {size} pixels
-with bicubic, and normalised as `image/config.json` says){text}. The heads in
-`heads.safetensors` (`image.*`, `text.*`: linear layers{relu}) map the trunks' outputs into the
-shared space; divide the result by its length. The score of a pair is the inner product.
+Without dist_vse: {parts}. Divide the features by their length. The score of a pair is the inner
+product.
 """
+OWN_PARTS = """`image/` is a model of timm (`timm.create_model("local-dir:image",
+pretrained=True)`; images are {square} {size} pixels with {resampling}, and normalised as
+`image/config.json` says){text}. The heads in `heads.safetensors` (`image.*`,
+`text.*`: linear layers{relu}) map the trunks' outputs into the shared space"""
+WHOLE_PARTS = {
+    "transformers": "`model/` is a model of transformers (`AutoModel.from_pretrained`; "
+    "`get_image_features`,\n`get_text_features`), with tokenizer and image processor",
+    "OpenCLIP": "`model/` is a model of OpenCLIP\n"
+    "(`open_clip.create_model_and_transforms('local-dir:model')`)",
+}
 PRETRAINED_TEXT = (
     "; `text/` one of transformers with its tokenizer (the mean of the last hidden states over a "
     "caption's tokens)"
@@ -72,7 +80,7 @@ def export_run(location: Path, out: Path, *, onnx: bool) -> Path:
     if onnx:
         from dist_vse.export.onnx import write_onnx
 
-        write_onnx(load(temporary), temporary, size=config.model.image.size)
+        write_onnx(load(temporary), temporary)
     os.rename(temporary, out)
     return out
 
@@ -86,15 +94,7 @@ def write_folder(
 ) -> None:
     """Write all files of an export."""
     shape = config.model
-    image = save_image_trunk(
-        cast(ImageTrunk, model.image.trunk), folder / IMAGE, size=shape.image.size
-    )
-    save_text_trunk(cast(TextTrunk, model.text.trunk), folder / TEXT)
-    if isinstance(tokenizer, WordTokenizer):
-        tokenizer.save(folder / VOCABULARY_NAME)
-    else:
-        assert shape.text.weights is not None
-        save_tokenizer(shape.text.weights, folder / TEXT)
+    folder.mkdir(parents=True)
     heads = {
         f"{side}.{name}": tensor
         for side, tower in (("image", model.image), ("text", model.text))
@@ -103,22 +103,58 @@ def write_folder(
     heads |= {"log_scale": model.log_scale.detach(), "bias": model.bias.detach()}
     heads = {name: tensor.contiguous().clone() for name, tensor in heads.items()}
     save_file(heads, folder / HEADS, metadata={"format": "pt"})
-    pretrained = shape.text.kind == "pretrained"
-    moved = dataclasses.replace(
-        shape,
-        image=dataclasses.replace(shape.image, weights=str(image.relative_to(folder))),
-        text=dataclasses.replace(shape.text, weights=TEXT if pretrained else None),
-    )
+    if shape.pretrained is not None:
+        parts = WHOLE_PARTS[save_pretrained(model, shape.pretrained, folder / MODEL)]
+        moved = dataclasses.replace(shape, pretrained=MODEL)
+    else:
+        parts = _own_parts(shape)
+        moved = _write_trunks(folder, model, tokenizer, shape)
     text = README.format(
         name=source["run"],
         checkpoint=source["checkpoint"],
         loss=source["loss"],
         batch=config.global_batch_size,
         dim=shape.embed_dim,
-        size=shape.image.size,
-        text=PRETRAINED_TEXT if pretrained else "",
-        relu=", with a ReLU between them" if shape.head_hidden else "",
+        parts=parts,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     description = Description(moved, tokenizer.vocab_size, tokenizer.pad_id, dict(source))
     write_description(folder, description)
+
+
+def _write_trunks(
+    folder: Path, model: DualEncoder, tokenizer: Tokenizer, shape: ModelConfig
+) -> ModelConfig:
+    """Write both trunks and the tokenizer; return the shape with its weights in the folder."""
+    image = save_image_trunk(
+        cast(ImageTrunk, model.image.trunk),
+        folder / IMAGE,
+        size=shape.image.size,
+        squash=shape.image.squash,
+        resampling=shape.image.resampling,
+    )
+    save_text_trunk(cast(TextTrunk, model.text.trunk), folder / TEXT)
+    if isinstance(tokenizer, WordTokenizer):
+        tokenizer.save(folder / VOCABULARY_NAME)
+    else:
+        assert shape.text.weights is not None
+        save_tokenizer(shape.text.weights, folder / TEXT)
+    weights = TEXT if shape.text.kind == "pretrained" else None
+    return dataclasses.replace(
+        shape,
+        image=dataclasses.replace(shape.image, weights=str(image.relative_to(folder))),
+        text=dataclasses.replace(shape.text, weights=weights),
+    )
+
+
+def _own_parts(shape: ModelConfig) -> str:
+    squash = shape.image.squash
+    return OWN_PARTS.format(
+        square="squashed to"
+        if squash
+        else "cropped to the largest square in the middle, resized to",
+        size=shape.image.size,
+        resampling=shape.image.resampling,
+        text=PRETRAINED_TEXT if shape.text.kind == "pretrained" else "",
+        relu=", with a ReLU between them" if shape.head_hidden else "",
+    )

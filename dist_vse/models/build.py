@@ -10,6 +10,7 @@ from dist_vse.config import ModelConfig
 from dist_vse.errors import UserError
 from dist_vse.models.dual_encoder import DualEncoder, Tower
 from dist_vse.models.image import build_image_trunk
+from dist_vse.models.pretrained import Parts, build_pretrained
 from dist_vse.models.text import build_text_trunk
 
 
@@ -32,31 +33,46 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: it would seed the GPUs as well, which the fork does not restore.
         torch.default_generator.manual_seed(seed)
-        image_trunk = build_image_trunk(
-            config.image, grad_checkpointing=config.grad_checkpointing and not config.image.frozen
-        )
-        text_trunk = build_text_trunk(
-            config.text,
-            vocab_size=vocab_size,
-            pad_id=pad_id,
-            grad_checkpointing=config.grad_checkpointing and not config.text.frozen,
-        )
-        image_head, text_head = (
-            build_head(trunk.dim, config.embed_dim, config.head_hidden, config.head_dropout)
-            for trunk in (image_trunk, text_trunk)
-        )
+        if config.pretrained is not None:
+            checkpointing = config.grad_checkpointing
+            parts = build_pretrained(config.pretrained, grad_checkpointing=checkpointing)
+        else:
+            parts = _build_parts(config, vocab_size, pad_id)
     if config.compile:
         _check_compiler()
-        for trunk in (image_trunk, text_trunk):
+        for trunk in (parts.image_trunk, parts.text_trunk):
             trunk.compile()  # in place, at the first call: names and weights stay
-    return DualEncoder(
-        Tower(image_trunk, image_head, frozen=config.image.frozen),
-        Tower(text_trunk, text_head, frozen=config.text.frozen),
+    model = DualEncoder(
+        Tower(parts.image_trunk, parts.image_head, frozen=config.image.frozen),
+        Tower(parts.text_trunk, parts.text_head, frozen=config.text.frozen),
         temperature=temperature,
         learn_temperature=learn_temperature,
         bias=bias,
         learn_bias=learn_bias,
     )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "nothing is left to learn: both encoders are frozen, and there are no heads beside "
+            "them; set model.image.frozen=false or model.text.frozen=false"
+        )
+    return model
+
+
+def _build_parts(config: ModelConfig, vocab_size: int, pad_id: int) -> Parts:
+    image_trunk = build_image_trunk(
+        config.image, grad_checkpointing=config.grad_checkpointing and not config.image.frozen
+    )
+    text_trunk = build_text_trunk(
+        config.text,
+        vocab_size=vocab_size,
+        pad_id=pad_id,
+        grad_checkpointing=config.grad_checkpointing and not config.text.frozen,
+    )
+    image_head, text_head = (
+        build_head(trunk.dim, config.embed_dim, config.head_hidden, config.head_dropout)
+        for trunk in (image_trunk, text_trunk)
+    )
+    return Parts(image_trunk, text_trunk, image_head, text_head)
 
 
 def _check_compiler() -> None:

@@ -6,6 +6,7 @@ Shape letters: b images, h w pixels, d the trunk's features.
 import difflib
 import pickle
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -25,20 +26,21 @@ _UNREADABLE = (
 
 
 class ImageTrunk(nn.Module):
-    """A timm model without its classifier, and the normalisation it was made for."""
+    """An image encoder without a classifier, and the normalisation it was made for."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, *, dim: int) -> None:
-        """Wrap a timm model whose features are (b, dim)."""
+    def __init__(
+        self, backbone: nn.Module, *, dim: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        """Wrap an encoder of normalised images whose features are (b, dim)."""
         super().__init__()
         self.backbone = backbone
         self.dim = dim
-        normalisation: dict[str, tuple[float, float, float]] = backbone.pretrained_cfg  # type: ignore[assignment]
-        for name in ("mean", "std"):  # in units of uint8, so that pixels need no division first
-            value = torch.tensor(normalisation[name]).mul(255).view(1, 3, 1, 1)
-            self.register_buffer(name, value)
+        for name, values in (("mean", mean), ("std", std)):
+            # In units of uint8, so that pixels need no division first.
+            self.register_buffer(name, torch.tensor(values).mul(255).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (b, d) of uint8 images (b, 3, h, w), or of normalised float ones."""
@@ -66,14 +68,24 @@ def build_image_trunk(config: ImageConfig, *, grad_checkpointing: bool) -> Image
                 f"model.image.name={config.name!r} has no gradient checkpointing; "
                 "set model.grad_checkpointing=false"
             ) from error
-    for name, parameter in backbone.named_parameters():
+    make_sendable(backbone, f"model.image.name={config.name!r}")
+    normalisation: dict[str, tuple[float, ...]] = backbone.pretrained_cfg  # type: ignore[assignment]
+    mean, std = normalisation["mean"], normalisation["std"]
+    return ImageTrunk(backbone, dim=_output_dim(backbone, config), mean=mean, std=std)
+
+
+def make_sendable(encoder: nn.Module, what: str) -> None:
+    """Lay the parameters out in flat memory, as DeepSpeed sends them.
+
+    Raises UserError for one without a dimension, which it cannot send.
+    """
+    for name, parameter in encoder.named_parameters():
         if parameter.ndim == 0:
             raise UserError(
-                f"model.image.name={config.name!r} has a scalar parameter ({name}), which "
-                "DeepSpeed cannot send to the other ranks; choose another model"
+                f"{what} has a scalar parameter ({name}), which DeepSpeed cannot send to the other "
+                "ranks; choose another model"
             )
-        parameter.data = parameter.data.contiguous()  # DeepSpeed sends them as flat memory
-    return ImageTrunk(backbone, dim=_output_dim(backbone, config))
+        parameter.data = parameter.data.contiguous()
 
 
 def _create(name: str, size: int) -> nn.Module:

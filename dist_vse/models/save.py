@@ -12,7 +12,9 @@ from dist_vse.models.text import PretrainedTrunk, TextTrunk
 TRUNK_WEIGHTS = "model.safetensors"  # timm's and transformers' own name
 
 
-def save_image_trunk(trunk: ImageTrunk, folder: Path, *, size: int) -> Path:
+def save_image_trunk(
+    trunk: ImageTrunk, folder: Path, *, size: int, squash: bool, resampling: str
+) -> Path:
     """Write the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
 
     Returns the file of its weights.
@@ -23,8 +25,9 @@ def save_image_trunk(trunk: ImageTrunk, folder: Path, *, size: int) -> Path:
         tensor.data = tensor.data.contiguous()
     preprocessing = {
         "input_size": (3, size, size),
-        "interpolation": "bicubic",
+        "interpolation": resampling,
         "crop_pct": 1.0,  # the largest square in the middle
+        "crop_mode": "squash" if squash else "center",
         **{name: backbone.pretrained_cfg[name] for name in ("mean", "std")},  # type: ignore[index]
     }
     save_for_hf(backbone, str(folder), safe_serialization=True, data_config=preprocessing)

@@ -219,7 +219,7 @@ def _build_pretrained(
         if limit is not None and needed > limit:
             raise UserError(f"{folder}: its {name} is {limit}, but {needed} are needed; {remedy}")
     if grad_checkpointing:
-        _enable_checkpointing(encoder, folder)
+        enable_checkpointing(encoder, folder)
     return PretrainedTrunk(encoder, dim=_encoder_dim(encoder, folder), pad_id=pad_id)
 
 
@@ -270,7 +270,8 @@ def load_encoder(folder: str, dropout: float) -> Any:
     return encoder.float().train()  # transformers loads in eval mode
 
 
-def _enable_checkpointing(encoder: Any, folder: str) -> None:
+def enable_checkpointing(encoder: Any, folder: str) -> None:
+    """Let a transformers model keep no activations. Raises UserError if it cannot."""
     name = "activation_checkpointing_enable"  # since transformers 5
     enable = getattr(encoder, name, None) or encoder.gradient_checkpointing_enable
     try:

@@ -91,7 +91,7 @@ class WordTokenizer:
 
         Raises UserError for a caption without a word.
         """
-        _check_captions(captions)
+        check_captions(captions)
         room = self.max_tokens - 2
         rows = [
             [START, *(self._ids.get(word, UNK) for word in split_words(caption)[:room]), END]
@@ -178,7 +178,7 @@ class PretrainedTokenizer:
 
         Raises UserError for a caption without a word.
         """
-        _check_captions(captions)
+        check_captions(captions)
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(captions))]
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1 if rows else 0)  # (n, l)
 
@@ -199,7 +199,8 @@ def build_tokenizer(
     return WordTokenizer(vocabulary, config.max_tokens)
 
 
-def _check_captions(captions: Sequence[str]) -> None:
+def check_captions(captions: Sequence[str]) -> None:
+    """Raise UserError for a caption without a word."""
     for i, caption in enumerate(captions):
         if not caption.strip():
             raise UserError(

@@ -100,14 +100,16 @@ def _run_facts(record: Record) -> dict[str, str]:
     config, last = record.config, record.train[-1]
     rate = statistics.median(line["pairs_per_s"] for line in record.train)
     text = config.model.text
+    pretrained = config.model.pretrained
+    start = f"of {Path(pretrained).name}" if pretrained is not None else None
     return {
         "Loss": config.loss.name,
         "Global batch": f"{config.global_batch_size:,} pairs",
         "Chunk": f"{config.fixed_chunk_size:,} pairs",
         "Steps": f"{last['step']:,} of {config.total_steps:,}",
-        "Image encoder": config.model.image.name
+        "Image encoder": (start or config.model.image.name)
         + (", frozen" if config.model.image.frozen else ""),
-        "Text encoder": text.kind + (", frozen" if text.frozen else ""),
+        "Text encoder": (start or text.kind) + (", frozen" if text.frozen else ""),
         "Shared space": f"{config.model.embed_dim:,} dimensions",
         "Optimizer": f"{config.optim.name}, learning rate {config.optim.lr:g}",
         "Engine": f"ZeRO {config.engine.zero_stage}, {config.engine.precision}",

@@ -24,6 +24,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", action="append", default=[], help="a query; may be repeated")
     parser.add_argument("--image", action="append", default=[], type=Path, metavar="FILE")
     parser.add_argument("--top", type=int, default=10, help="answers a query (default: 10)")
+    parser.add_argument(
+        "--faiss", action="store_true", help="search in float32 with faiss, for large collections"
+    )
     parser.add_argument("--sheet", type=Path, metavar="OUT", help="write them as .html or .png")
 
 
@@ -42,6 +45,7 @@ def run_search(args: argparse.Namespace) -> int:
         images=args.image,
         top=args.top,
         sheet=args.sheet,
+        faiss=args.faiss,
     )
     return 0
 

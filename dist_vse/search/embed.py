@@ -32,7 +32,7 @@ def open_model(location: Path) -> Embedder:
     tokenizer = run_tokenizer(config, run_dir, build=False)
     model = run_model(config, tokenizer)
     load_trained(run_dir, model, asked)
-    return Embedder(model, tokenizer, size=config.model.image.size, device=here)
+    return Embedder(model, tokenizer, shape=config.model, device=here)
 
 
 def open_data(location: Path, data: str | None) -> Index:
@@ -51,7 +51,9 @@ def embed_split(model: Embedder, index: Index, split: str) -> Embedded:
         model.tokenizer,
         split=split,
         batch_size=BATCH,
-        size=model.size,
+        size=model.square.size,
+        squash=model.square.squash,
+        resampling=model.square.resampling,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )

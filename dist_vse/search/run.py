@@ -14,6 +14,7 @@ from dist_vse.log import setup_logging
 from dist_vse.report.images import thumbnails
 from dist_vse.retrieval import top_k
 from dist_vse.search.embed import embed_split, open_data, open_model
+from dist_vse.search.faiss_index import check_faiss, faiss_top_k
 from dist_vse.search.sheet import write_sheet
 
 
@@ -36,9 +37,11 @@ def search(
     images: Sequence[Path],
     top: int,
     sheet: Path | None,
+    faiss: bool = False,
 ) -> list[Found]:
-    """Search a split exactly, print a table a query, and write the sheet if one is asked for.
+    """Search a split, print a table a query, and write the sheet if one is asked for.
 
+    The search is exact, in float64; with `faiss` in float32.
     Raises UserError where nothing is asked or a file cannot be read.
     """
     setup_logging()
@@ -46,8 +49,11 @@ def search(
         raise UserError("nothing to search for; give --text or --image")
     if sheet is not None and sheet.suffix not in (".html", ".png"):
         raise UserError(f"{sheet}: give a sheet that ends in .html or .png")
+    find = faiss_top_k if faiss else top_k
     with distributed.process_group():
         with distributed.same_verdict():
+            if faiss:
+                check_faiss()
             index, model = open_data(location, data), open_model(location)
             index.split(split)
             queries = [model.encode_texts([text])[0] for text in texts]
@@ -56,7 +62,7 @@ def search(
         first = {row: i for i, row in reversed([*enumerate(gallery.image_of_text.tolist())])}
         found = []
         for name, query in zip([*texts, *map(str, images)], queries, strict=True):
-            (scores,), (rows,) = top_k(query[None], gallery.image_features, top)
+            (scores,), (rows,) = find(query[None], gallery.image_features, top)
             keys = [gallery.keys[row] for row in rows.tolist()]
             captions = [gallery.captions[first[row]] for row in rows.tolist()]
             found.append(Found(name, keys, scores.tolist(), captions))

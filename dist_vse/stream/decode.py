@@ -18,6 +18,7 @@ LUMA = np.array([0.299, 0.587, 0.114])  # of R, G, B: ITU-R BT.601, as Pillow an
 cv2.setNumThreads(1)  # data workers are the parallelism
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+RESAMPLINGS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class BadSampleError(Exception):
@@ -34,7 +35,10 @@ class Transform:
     flip: bool = False
     color_jitter: float = 0.0
     scaled: bool = False
-    """Decode JPEG no larger than the crop needs, for speed; else in full and plain bicubic."""
+    """Decode JPEG no larger than the crop needs, for speed; else in full and by `resampling`."""
+    squash: bool = False
+    """Without a random crop: the whole image becomes the square."""
+    resampling: str = "bicubic"
 
     @property
     def is_random(self) -> bool:
@@ -84,6 +88,8 @@ def _transform(
     # The crop is taken before the image is turned upright: both kinds treat width and height alike.
     if transform.random_crop and rng is not None:
         box = random_box(*size, transform.min_crop_area, rng)
+    elif transform.squash:
+        box = 0.0, 0.0, float(size[0]), float(size[1])
     else:
         box = center_box(*size)
     if image or not _decode_scaled(data, size, box, out):
@@ -109,7 +115,8 @@ def _decode_any(
     if not (scaled and _decode_scaled(data, image.size, box, out)):
         image = _resizable(image)
         size = (transform.size, transform.size)
-        image = image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+        how = RESAMPLINGS[transform.resampling]
+        image = image.resize(size, how, box=box, reducing_gap=2.0)
         out[:] = np.asarray(image.convert("RGB"))
     if orientation in range(2, 9):
         out[:] = _upright(out.copy(), orientation)

@@ -47,18 +47,20 @@ def eval_batches(
     world_size: int,
     num_workers: int = 0,
     scaled: bool = False,
+    squash: bool = False,
+    resampling: str = "bicubic",
 ) -> Iterator[EvalBatch]:
     """Yield this rank's contiguous share of a split, `batch_size` images at a time.
 
     Over the ranks each sample comes exactly once, in the order of the index; images are cropped
-    in the middle to `size` pixels, and decoded in full, or as for training (`scaled`). A rank
-    without a share yields nothing.
+    in the middle to `size` pixels (`squash`: not cropped), and decoded in full, or as for training
+    (`scaled`). A rank without a share yields nothing.
 
     Raises UserError for a sample that cannot be used: leaving it out would change the metrics.
     """
     num_samples = index.split(split).num_samples
     start, stop = eval_share(num_samples, batch_size, rank, world_size)
-    transform = Transform(size, scaled=scaled)
+    transform = Transform(size, scaled=scaled, squash=squash, resampling=resampling)
     share = _Share(index, split, start, stop, batch_size, transform, tokenizer)
     return run_workers(share, num_workers=num_workers, prefetch=BATCHES_AHEAD)
 

@@ -35,6 +35,8 @@ def train_batches(
     num_workers: int,
     state: NDArray[np.int64] | None = None,
     read_images: bool = True,
+    squash: bool = False,
+    resampling: str = "bicubic",
 ) -> Iterator[Batch]:
     """Yield this rank's rows of one global batch after the other, for ever.
 
@@ -42,9 +44,9 @@ def train_batches(
     concatenated over the ranks, the batches are the same for every W that divides L and for any
     number of workers. An epoch holds each good sample once (or `weight` times, on average, where
     several sets are mixed); batches cross its end, lane by lane.
-    `crop` is "random" or "center", to `size` pixels. `state` (L, 2) is all ranks' `Batch.state`
-    in rank order, of any W: the stream goes on there. Without `read_images` the batches' images
-    have no pixels.
+    `crop` is "random" or "center" (`squash`: not cropped), to `size` pixels. `state` (L, 2) is
+    all ranks' `Batch.state` in rank order, of any W: the stream goes on there. Without
+    `read_images` the batches' images have no pixels.
 
     Raises UserError: at once for too few samples or a state that does not fit; later for a
     missing shard or a lane without a single good sample.
@@ -70,7 +72,16 @@ def train_batches(
         first=rank * rank_lanes,
         state=state[rank * rank_lanes : (rank + 1) * rank_lanes],
         part_size=global_batch_size // lanes,
-        transform=Transform(size, crop == "random", min_crop_area, flip, color_jitter, scaled=True),
+        transform=Transform(
+            size,
+            crop == "random",
+            min_crop_area,
+            flip,
+            color_jitter,
+            scaled=True,
+            squash=squash,
+            resampling=resampling,
+        ),
         tokenizer=tokenizer,
         slots=slots.images if slots else None,
         read_images=read_images,

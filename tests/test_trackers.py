@@ -1,0 +1,67 @@
+"""Weights & Biases and MLflow, the real ones, without a network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_vse import trackers, train
+from dist_vse.config import load_config
+from dist_vse.errors import UserError
+from tests.datasets import write_dataset
+from tests.distributed import run_distributed
+
+CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.yaml"
+
+
+def learn(folder: Path, names: str, lives: list[int]) -> None:
+    import os
+
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    for total_steps in lives:
+        overrides = [
+            f"data.index={folder / 'shards'}",
+            f"output_dir={folder / 'run'}",
+            f"total_steps={total_steps}",
+            f"trackers=[{names}]",
+            *("log_every=1", "data.num_workers=0", "project=tried", "optim.schedule=constant"),
+        ]
+        assert train.run(load_config(CONFIG, overrides)) == 0
+
+
+def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow: Any = pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
+    write_dataset(tmp_path / "shards", {"train": [60, 50, 40], "val": [8]})
+    run_distributed(learn, 2, tmp_path, "mlflow", [2, 3])
+    run_dir = tmp_path / "run"
+    client = mlflow.MlflowClient((run_dir / "mlruns").as_uri())
+    (experiment,) = client.search_experiments(filter_string="name = 'tried'")
+    (run,) = client.search_runs([experiment.experiment_id])  # one, of both lives and both ranks
+    assert run.info.run_id == json.loads((run_dir / "trackers.json").read_text())["mlflow"]
+    assert run.info.status == "FINISHED"
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    want = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    got = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in got] == want and len(want) == 3
+    assert run.data.params["loss.name"] == "convse"
+
+
+def test_wandb_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="needs the extra `wandb`")
+    write_dataset(tmp_path / "shards", {"train": [60, 50, 40], "val": [8]})
+    run_distributed(learn, 1, tmp_path, "wandb", [2, 3])
+    run_dir = tmp_path / "run"
+    name = json.loads((run_dir / "trackers.json").read_text())["wandb"]
+    files = list((run_dir / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
+    assert len(files) == 2  # a file a life, of one run
+    assert all(b"train/loss" in file.read_bytes() for file in files)
+
+
+def test_a_tracker_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"wandb is not installed; pip install 'dist_vse\[wandb\]'"):
+        trackers.check_trackers(["wandb"])
+    with pytest.raises(UserError, match="trackers='wand' is unknown; did you mean 'wandb'"):
+        load_config(None, ["trackers=[wand]"])
