@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SCRIPT = str(Path(__file__).with_name("cluster.sh"))
-PATIENCE_S = 90
+PATIENCE_S = 150
 
 
 def wait_until(done: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:

@@ -146,7 +146,7 @@ def _rank_on(cluster: Cluster, node: str) -> int:
 def test_a_killed_and_a_hanging_rank_are_started_again_so_often(
     cluster: Cluster, data: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
-    plan = _plan(data, tmp_path, nodes=2, cluster=", failures: 2, hang_s: 8")
+    plan = _plan(data, tmp_path, nodes=2, cluster=", failures: 2, hang_s: 20")
     job = _send(plan, tmp_path, (5, 11, 18))
     _wait_at(tmp_path, 5, 2)
     os.kill(_rank_on(cluster, "n1"), signal.SIGKILL)
