@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_eval(benchmarks.add_parser("eval", help="retrieval by tiles, and VSE++'s way"))
     _add_data(benchmarks.add_parser("data", help="the stream's speed, and OpenCLIP's"))
     _add_order(benchmarks.add_parser("order", help="what an epoch misses and repeats"))
+    _add_peers(benchmarks.add_parser("peers", help="OpenCLIP's trainer and ours, end to end"))
     _add_shard(benchmarks.add_parser("shard", help="sharding, tar, ShardWriter and img2dataset"))
     _add_scale(benchmarks.add_parser("scale", help="speed, memory and traffic over processes"))
     for benchmark in benchmarks.choices.values():
@@ -99,6 +100,36 @@ def _add_data(data: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--seconds", type=float, default=6, help="of a round (default: 6)")
     data.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
+
+
+def _add_peers(peers: argparse.ArgumentParser) -> None:
+    peers.description = (
+        "Train with OpenCLIP's own main and with ours, in turn, on the same shards and model "
+        "(CPU, gloo): pairs a second, peak memory, exactness, and the largest batches that fit."
+    )
+    peers.add_argument("--processes", type=int, default=2, help="ranks on this machine [2]")
+    peers.add_argument("--workers", type=int, default=1, help="data workers a rank [1]")
+    peers.add_argument("--batch", type=int, default=256, help="global batch [256]")
+    peers.add_argument("--chunks", type=int, default=8, help="chunks a rank, accum_freq [8]")
+    peers.add_argument("--steps", type=int, default=5, help="timed steps of a training [5]")
+    peers.add_argument("--warm-up", type=int, default=2, help="steps before them [2]")
+    peers.add_argument("--rounds", type=int, default=3, help="trainings of each; 0 times none [3]")
+    peers.add_argument("--image", default="vit_tiny_patch16_224", help="timm trunk [%(default)s]")
+    peers.add_argument("--size", type=int, default=112, help="side of an image, pixels [112]")
+    peers.add_argument("--text-width", type=int, default=256, help="of the text transformer [256]")
+    peers.add_argument("--text-depth", type=int, default=4, help="of the text transformer [4]")
+    peers.add_argument("--dim", type=int, default=256, help="embedding size [256]")
+    peers.add_argument("--photographs", type=int, default=512, help="of 640x480 [512]")
+    peers.add_argument("--limit-gib", type=float, default=4.0, help="of a rank's memory [4]")
+    peers.add_argument("--chunk", type=int, default=16, help="pairs a chunk within it [16]")
+    peers.add_argument(
+        "--most",
+        type=int,
+        default=8,
+        metavar="N",
+        help="end the search at N times OpenCLIP's largest batch; 0 searches none [8]",
+    )
+    peers.add_argument("--timeout", type=float, default=600, help="of a training, seconds [600]")
 
 
 def _add_shard(shard: argparse.ArgumentParser) -> None:

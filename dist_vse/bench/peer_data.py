@@ -21,6 +21,17 @@ def require_peer() -> str:
     return version
 
 
+def mend_reader() -> None:
+    """Turn off the marks at a shard's end, which OpenCLIP 3.3.0 takes for files, and fails.
+
+    Newer webdatasets set them.
+    """
+    from open_clip_train import data
+
+    if "eof_value" in inspect.signature(data.tar_file_expander).parameters:
+        data.tar_file_expander = partial(data.tar_file_expander, eof_value=None)
+
+
 def peer_loader(
     tars: Sequence[str],
     *,
@@ -41,9 +52,7 @@ def peer_loader(
     """
     from open_clip_train import data
 
-    # Newer webdatasets mark a shard's end, which OpenCLIP 3.3.0 takes for a file, and fails.
-    if "eof_value" in inspect.signature(data.tar_file_expander).parameters:
-        data.tar_file_expander = partial(data.tar_file_expander, eof_value=None)
+    mend_reader()
     if buffer is not None:
         data._SAMPLE_SHUFFLE_SIZE = data._SAMPLE_SHUFFLE_INITIAL = buffer
     args = Namespace(
