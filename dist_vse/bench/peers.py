@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         }
         console.print(_models_line(report["models"]))
         if args.rounds:
-            report["speed"] = _measure_speed(setting, args)
+            report["speed"] = _measure_speed(setting, args, console)
             errors = run_on_ranks(step_errors, args.processes, args.chunks)
             report["gradient_errors"] = errors
             console.print(_speed_table(report["speed"], errors, args))
@@ -99,8 +99,13 @@ def _tasks(args: argparse.Namespace) -> dict[str, Task]:
     }
 
 
-def _measure_speed(setting: Setting, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row a training: its seconds a step, by round, and its peaks of memory."""
+def _measure_speed(
+    setting: Setting, args: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """Return a row a training: its seconds a step, by round, and its peaks of memory.
+
+    Each one is told when it ends: all of them take minutes.
+    """
     tasks = _tasks(args)
     rows: dict[str, dict[str, Any]] = {
         name: {"case": name, "trainer": task.trainer, "chunks": task.chunks, "seconds": []}
@@ -111,6 +116,7 @@ def _measure_speed(setting: Setting, args: argparse.Namespace) -> list[dict[str,
             watched = train(setting, task)
             row = rows[name]
             row["seconds"].append(watched.seconds_a_step(args.warm_up))
+            console.print(f"{name}: {row['seconds'][-1]:.2f} s a step")
             for kind in ("rank_bytes", "worker_bytes"):
                 row[kind] = max(row.get(kind, 0), getattr(watched, kind))
     return list(rows.values())
