@@ -70,7 +70,12 @@ class TrainConfig:
         at_least(1, keep_checkpoints=self.keep_checkpoints)
         for tracker in self.trackers:
             one_of("trackers", tracker, TRACKERS)
-        image = self.model.image
+        image, whole = self.model.image, self.model.pretrained is not None
+        check(
+            whole or image.weights is not None or not image.frozen,
+            "model.image.frozen=true would freeze random weights: give model.image.weights or "
+            "model.pretrained, or set it to false",
+        )
         at_least(0, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
         at_least(0, checkpoint_samples=self.checkpoint_samples, keep_best=self.keep_best)
         at_least(0, checkpoint_minutes=self.checkpoint_minutes)

@@ -158,15 +158,11 @@ class ModelConfig:
         at_least(1, model__embed_dim=self.embed_dim)
         at_least(0, model__head_hidden=self.head_hidden)
         share(model__head_dropout=self.head_dropout)
-        for side, frozen, weights in (
-            ("image", self.image.frozen, self.image.weights),
-            ("text", self.text.frozen, self.text.weights),
-        ):
-            check(
-                not frozen or weights is not None or self.pretrained is not None,
-                f"model.{side}.frozen=true would freeze random weights: give model.{side}.weights "
-                "or model.pretrained, or set it to false",
-            )
+        check(
+            not self.text.frozen or self.text.weights is not None or self.pretrained is not None,
+            f"model.text.frozen=true would freeze random weights (model.text.kind={self.text.kind}); "
+            "set it to false",
+        )
         if self.pretrained is not None:
             self._check_nothing_is_ignored()
 
