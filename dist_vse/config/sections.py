@@ -160,8 +160,8 @@ class ModelConfig:
         share(model__head_dropout=self.head_dropout)
         check(
             not self.text.frozen or self.text.weights is not None or self.pretrained is not None,
-            f"model.text.frozen=true would freeze random weights (model.text.kind={self.text.kind}); "
-            "set it to false",
+            "model.text.frozen=true would freeze random weights (model.text.kind="
+            f"{self.text.kind}); set it to false",
         )
         if self.pretrained is not None:
             self._check_nothing_is_ignored()
