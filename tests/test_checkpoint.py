@@ -196,7 +196,7 @@ def _kill_while_saving(folder: Path, rng: random.Random) -> None:
         assert ranks.exception() is not None
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_thirty_kills_of_two_ranks_while_saving_leave_a_good_checkpoint(tmp_path: Path) -> None:
     rng, unfinished = random.Random(0), 0
     for number in range(30):

@@ -102,7 +102,7 @@ def test_a_launchers_contradictions_are_told(tmp_path: Path) -> None:
         f"{start}fp16.enabled=true, the run has false; set engine.precision in its config",
         f"{start}gradient_clipping=1.0, the run has 0.0; set optim.clip_norm in its config",
         f"{start}optimizer.params.weight_decay=0.5, the run has 0.01; set optim.weight_decay in "
-        "config",
+        "its config",
         f"{start}optimizer.type=Adam, the run has adamw; set optim.name in its config",
         f"{start}zero_optimization.offload_optimizer.device=cpu, the run does without",
     ]

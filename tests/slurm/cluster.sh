@@ -138,7 +138,7 @@ start() {  # N
     rm -rf "$D"
     mkdir -p -m 755 "$D"/{log,spool,state,bin}
     mkdir "$D/small"
-    mount -t tmpfs -o size=12m tmpfs "$D/small"  # a disk that is soon full
+    mount -t tmpfs -o size=24m tmpfs "$D/small"  # a disk for a few checkpoints, to be filled
     make_network "$1"
     configure
     make_clients
