@@ -26,7 +26,7 @@ from urllib.parse import urlparse
 
 import xxhash
 
-from dist_vse.errors import UserError
+from dist_vse.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import numpy as np  # not here: sharding does without it
@@ -97,14 +97,19 @@ class Index:
     def offsets(self, shard: Shard) -> "NDArray[np.int64]":
         """Read the shard's side file: int64 (samples, 5), columns as in `OFFSET_COLUMNS`.
 
-        Raises UserError if the file is missing or disagrees with the index.
+        Raises UserError if the file is missing, broken or disagrees with the index.
         """
         import numpy as np
 
         path = self.root / shard.offsets_name
         if not path.is_file():
             raise UserError(f"{path}: is missing (offsets of {shard.path}); run `dist-vse shard`")
-        table: NDArray[np.int64] = np.load(path, allow_pickle=False)
+        try:
+            table: NDArray[np.int64] = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(
+                f"{path}: is cut or no NumPy file ({first_line(error)}); run `dist-vse shard` again"
+            ) from error
         if table.shape != (shard.num_samples, len(OFFSET_COLUMNS)):
             raise UserError(
                 f"{path}: has shape {table.shape}, but the index says {shard.num_samples} samples; "
@@ -185,10 +190,20 @@ def read_index(location: str | Path) -> Index:
         if content["format"] != FORMAT:
             raise UserError(f"{path}: format {content['format']}, but this version reads {FORMAT}")
         splits = {
-            name: Split([Shard(**shard) for shard in split["shards"]], split["num_captions"])
+            name: Split([_shard(**shard) for shard in split["shards"]], split["num_captions"])
             for name, split in content["splits"].items()
         }
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeError, LookupError, TypeError, AttributeError) as error:
         hint = "make it with `dist-vse shard`"
         raise UserError(f"{path}: not a dist_vse index ({error}); {hint}") from error
     return Index(path.parent, splits)
+
+
+def _shard(**fields: Any) -> Shard:
+    """Return the shard of these fields; raises TypeError for one of another type."""
+    shard = Shard(**fields)
+    for name, value in vars(shard).items():
+        wanted = int if name.startswith("num_") else str
+        if type(value) is not wanted:
+            raise TypeError(f"{name} is {value!r}")
+    return shard

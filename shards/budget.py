@@ -32,7 +32,7 @@ def parse_budget(text: str) -> Budget:
             budget = Budget(text, share=Fraction(text[:-1]) / 100)
         else:
             budget = Budget(text, count=int(text))
-        if budget.allowed(100) >= 0:
+        if budget.allowed(100) >= 0 and (budget.share or 0) <= 1:
             return budget
     except (ValueError, ZeroDivisionError):
         pass

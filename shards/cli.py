@@ -73,12 +73,14 @@ def _build(args: argparse.Namespace) -> int:
     """Shard a data set and print a table of it."""
     from shards.build import build_dataset
     from shards.commands import note_command
+    from shards.guard import check_output
     from shards.show import print_summary, progress_bar
 
     at_least_1(args, "workers")
     options, max_bad = output_options(args), parse_budget(args.max_bad)
     start = time.monotonic()
     records = _read(args)
+    check_output(args.out, records)
     with _write_errors(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         note_command(args.out, args, {record.split for record in records})

@@ -53,9 +53,12 @@ def _read(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path}: no JSON ({error}); remove it and shard again") from error
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(line["splits"] + [*line["options"]], list) for line in lines):
+            raise TypeError("no list")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is broken ({error}); remove it and shard again") from error
+    return lines
 
 
 def _absolute(value: str | list[str]) -> str | list[str]:

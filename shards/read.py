@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_vse.errors import UserError
 from dist_vse.index import Index, Shard, is_remote
 from shards.remote import local_copy
 
@@ -46,9 +47,12 @@ def local_tar(index: Index, shard: Shard) -> Iterator[Path]:
 def read_stored(index: Index, shard: Shard, tar: Path) -> Iterator[Stored]:
     """Yield the samples of a shard whose tar lies at `tar`; cut ones come with fewer bytes.
 
-    Raises UserError if the side file is missing or disagrees with the index.
+    Raises UserError if the tar or a side file is missing, or disagrees with the index.
     """
     meta_path = index.root / shard.meta_name if shard.meta_name else tar
+    for path in (tar, meta_path):
+        if not path.is_file():
+            raise UserError(f"{path}: is missing; `dist-vse shard repair {index.root}` may mend it")
     with tar.open("rb") as images, meta_path.open("rb") as metas:
         for image_at, image_bytes, meta_at, meta_bytes, identity in index.offsets(shard).tolist():
             yield Stored(

@@ -49,7 +49,9 @@ def local_copy(location: str, folder: Path) -> Iterator[Path]:
                 subprocess.run(location[5:], shell=True, stdout=file, check=True)
             else:
                 _download(location, cast(IO[bytes], file))
-        except (OSError, subprocess.CalledProcessError) as error:
+        except UserError:
+            raise
+        except (OSError, ValueError, ImportError, subprocess.CalledProcessError) as error:
             raise UserError(
                 f"{location}: cannot be read ({first_line(error)}); mend that and run the command "
                 "again"
@@ -58,8 +60,12 @@ def local_copy(location: str, folder: Path) -> Iterator[Path]:
 
 
 def _download(url: str, file: IO[bytes]) -> None:
-    import fsspec
-
+    try:
+        import fsspec  # here: only URLs pay for the import
+    except ImportError:
+        raise UserError(
+            f"{url}: URLs need a package more; pip install 'dist_vse[remote]'"
+        ) from None
     with fsspec.open(url, "rb") as source:
         shutil.copyfileobj(source, file, COPY_BYTES)
     file.flush()

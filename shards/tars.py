@@ -16,6 +16,7 @@ from dist_vse.index import Shard, image_id, is_remote, write_offsets
 from shards.bring import Advance, Maker, bring_to
 from shards.budget import Budget
 from shards.check import BadSampleError, check_captions
+from shards.guard import check_indexable
 from shards.keys import safe_keys
 from shards.plan import check_split
 from shards.receipts import Receipt, Skipped
@@ -48,16 +49,16 @@ def find_tars(given: Sequence[str], out: Path | None) -> tuple[list[str], Path]:
     An argument is a tar, a folder of tars, a URL or `pipe:COMMAND`; of the first two and of URLs
     `{000..099}` and `*` (local) are expanded. Without `out` the folder is that of the first tar.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, or one that `dist-vse shard` made there.
     """
     tars: list[str] = []
     for text in given:
         tars += [text] if text.startswith("pipe:") else _expand(text)
-    if out is not None:
-        return tars, out
-    if is_remote(tars[0]):
+    if out is None and is_remote(tars[0]):
         raise UserError(f"{tars[0]}: is remote; say with --out where its index is to lie")
-    return tars, Path(tars[0]).parent
+    folder = Path(tars[0]).parent if out is None else out
+    check_indexable([_name(tar, folder) for tar in tars], folder)
+    return tars, folder
 
 
 def _expand(text: str) -> list[str]:
@@ -121,7 +122,8 @@ def index_tar(task: IndexTask, folder: Path) -> Receipt:
             raise UserError(f"{path}: no such file; check the path")
         state = _state(task)  # before the reading: a file that changes now is noticed next time
         with path.open("rb") as file:
-            rows, lines, skipped = _side_files(read_samples(path), file.fileno(), task.location)
+            samples = read_samples(path, task.location)
+            rows, lines, skipped = _side_files(samples, file.fileno(), task.location)
         sha256, num_bytes = digest_of(path), path.stat().st_size
     shard = Shard(task.name, len(rows), num_bytes, sha256, task.side)
     offsets, meta = folder / shard.offsets_name, folder / (shard.meta_name or "")

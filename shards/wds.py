@@ -29,8 +29,10 @@ class Sample:
     fault: str = ""  # why it cannot be used, if so
 
 
-def read_samples(path: Path) -> Iterator[Sample]:
+def read_samples(path: Path, name: str = "") -> Iterator[Sample]:
     """Yield the samples of a local tar, in its order; an image is not read.
+
+    `name` is what an error calls the tar: a URL, say, that `path` is a copy of.
 
     Raises UserError if the file is no plain tar: a compressed one has no offsets.
     """
@@ -47,10 +49,13 @@ def read_samples(path: Path) -> Iterator[Sample]:
                 key, parts[extension] = stem, (member.offset_data, member.size)
             if parts:
                 yield _sample(file.fileno(), key, parts)
+            # tarfile takes a broken or cut header for the end: the samples behind would be lost.
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no end of the archive at byte {tar.offset}")
     except (tarfile.ReadError, EOFError) as error:
         raise UserError(
-            f"{path}: no plain tar, or cut ({first_line(error)}); unpack a compressed one, or copy "
-            "it again"
+            f"{name or path}: no plain tar, or cut ({first_line(error)}); unpack a compressed one, "
+            "or copy it again"
         ) from error
 
 

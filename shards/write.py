@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -30,7 +31,11 @@ def write_shard(task: Task, folder: Path) -> Receipt:
     skipped: list[Skipped] = []
     num_captions = 0
     temporary = folder / (task.name + ".tmp")
-    with temporary.open("wb", buffering=0) as file, TarWriter(file) as tar:
+    with (
+        _removed_on_error(temporary),
+        temporary.open("wb", buffering=0) as file,
+        TarWriter(file) as tar,
+    ):
         for record in task.records:
             state, meta = image_state(record.image), sample_json(record)
             plan.add(record.image, state, meta)  # before the reading: a change is noticed next time
@@ -54,6 +59,16 @@ def write_shard(task: Task, folder: Path) -> Receipt:
         offsets_sha256=digest_of(offsets),
         skipped=skipped,
     )
+
+
+@contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    """Remove the file if the body fails: on a full disk it would be in the way."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def is_whole(task: Task, folder: Path, receipt: Receipt) -> bool:

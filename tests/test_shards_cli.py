@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,8 +76,10 @@ def test_karpathy_from_end_to_end(tmp_path: Path) -> None:
         (["jsonl", "--workers", "0"], r"--workers \(0\) must be at least 1"),
         (["jsonl", "--max-bad", "few"], "--max-bad 'few': give a number"),
         (["jsonl", "--max-bad=-1"], "--max-bad '-1': give a number"),
+        (["jsonl", "--max-bad", "200%"], "--max-bad '200%': give a number"),
+        (["flickr"], "pairs.jsonl:1: .* no caption like those before it; mend the line"),
         (["jsonl", "--images", "/nowhere"], "/nowhere: no such folder"),
-        (["folder"], "pairs.jsonl: no such folder"),
+        (["folder"], "pairs.jsonl: is a file; give its folder"),
         (["jsonl", "--shard-size", "1TB"], r"--shard-size \(1TB\) must be at least 1: samples"),
         (["jsonl", "--quality", "80"], "--quality changes nothing without --max-side or --format"),
         (["jsonl", "--quality", "101", "--max-side", "9"], r"--quality \(101\) must be at most"),
@@ -112,6 +115,57 @@ def test_an_option_that_means_nothing_is_refused(
 )
 def test_shard_size_is_samples_or_bytes(text: str, size: tuple[int, int]) -> None:
     assert parse_shard_size(text) == size
+
+
+def test_tars_that_are_read_or_not_ours_are_never_written_over(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    pairs = _pairs(tmp_path / "in", 3)
+    assert _shard("jsonl", pairs, ours, "--workers", "1") == 0
+    theirs.mkdir()
+    (theirs / "train-00000.tar").write_bytes((ours / "train-00000.tar").read_bytes())
+    before = {p: p.read_bytes() for p in (*ours.iterdir(), *theirs.iterdir())}
+    for message, *arguments in (
+        ("is read, and would be written over", "reshard", ours, ours),
+        ("is read, and would be written over", "reshard", ours / "train-00000.tar", ours),
+        ("was made by `dist-vse shard` and is in", "index", ours),
+        ("was made by `dist-vse shard` and is in", "index", ours, "--split", "val"),
+        ("is not of `dist-vse shard`", "jsonl", pairs, theirs),
+    ):
+        with pytest.raises(UserError, match=rf"train-00000\.tar: {message}"):
+            _shard(*arguments)
+        assert {p: p.read_bytes() for p in (*ours.iterdir(), *theirs.iterdir())} == before
+    assert _shard("index", theirs, "--workers", "1") == 0  # which leaves receipts there
+    with pytest.raises(UserError, match="is not of `dist-vse shard`"):
+        _shard("jsonl", pairs, theirs)
+
+
+def test_out_is_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pairs = _pairs(tmp_path / "in", 1)
+    assert _shard("jsonl", pairs, "out", "--workers", "1") == 0
+    for arguments in (("jsonl", pairs, "s3://b/out"), ("index", "out", "--out", "s3://b/out")):
+        with pytest.raises(UserError, match="s3:/b/out: is a URL; give a local folder"):
+            _shard(*arguments)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tar is written by a thread; /dev/full stands for a disk without room."""
+    pairs = _pairs(tmp_path / "in", 3)
+    real = Path.open
+
+    def full(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "train-00000.tar.tmp":
+            real(path, "wb").close()
+            path = Path("/dev/full")
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match=r"cannot write the shards \(No space left on device\)"):
+        _shard("jsonl", pairs, tmp_path / "out", "--workers", "1")
+    assert not list((tmp_path / "out").glob("*.t*"))
 
 
 def test_an_empty_source_is_an_error(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import json
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -212,6 +213,10 @@ def test_the_fate_of_odd_samples(tmp_path: Path) -> None:
         (["{in}/empty"], "empty: no tars here"),
         (["{in}/*.zip"], r"\*\.zip: no tars here"),
         (["http://127.0.0.1:9/a.tar", "--out", "{in}/o"], r"http://127\.0\.0\.1:9/a\.tar: cannot"),
+        (["{in}/lost.tar"], r"lost\.tar: no plain tar, or cut \(no end of the archive at byte"),
+        (["{in}/header.tar"], r"header\.tar: no plain tar, or cut \(no end of the archive"),
+        (["nowhere://a.tar", "--out", "{in}/o"], r"nowhere://a\.tar: cannot be read \(Protocol"),
+        (["pipe:", "--out", "{in}/o"], "pipe:: no plain tar"),
         (["http://127.0.0.1:9/a.tar"], "say with --out where"),
         (["pipe:exit 3", "--out", "{in}/o"], "pipe:exit 3: cannot be read .*exit status 3"),
         (["{in}/good.tar", "{in}/good.tar"], r"good\.tar: is given twice"),
@@ -223,6 +228,11 @@ def test_what_cannot_be_indexed(tmp_path: Path, arguments: list[str], message: s
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         tar.add(good)
     (tmp_path / "cut.tar").write_bytes(good.read_bytes()[:700])
+    whole = bytearray(good.read_bytes())
+    caption = whole.index(b"1.txt")
+    (tmp_path / "lost.tar").write_bytes(whole[:caption])  # cut where a member would begin
+    whole[caption] ^= 1
+    (tmp_path / "header.tar").write_bytes(whole)
     (tmp_path / "empty").mkdir()
     (tmp_path / "o").mkdir()
     given = [argument.replace("{in}", str(tmp_path)) for argument in arguments]
@@ -230,6 +240,12 @@ def test_what_cannot_be_indexed(tmp_path: Path, arguments: list[str], message: s
         _run("index", *given)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("index.json")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_url_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(UserError, match=r"^http://x/a\.tar: URLs need .*dist_vse\[remote\]'$"):
+        _run("index", "http://x/a.tar", "--out", tmp_path)
 
 
 def test_braces_and_patterns_name_many(tmp_path: Path) -> None:

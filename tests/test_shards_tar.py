@@ -4,10 +4,11 @@ import hashlib
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from shards import tar
+from shards import tar, write
 from shards.tar import TarWriter, header
 
 
@@ -40,3 +41,35 @@ def test_a_whole_tar_is_that_of_tarfile(
     assert (digest, writer.num_bytes) == (hashlib.sha256(ours).hexdigest(), len(ours))
     for offset, data in zip(offsets, members.values(), strict=True):
         assert ours[offset : offset + len(data)] == data
+
+
+class _Reluctant(io.FileIO):
+    """A file that takes few bytes at a time, as a pipe or a network disk may."""
+
+    def write(self, data: Any) -> int:
+        return super().write(data[:1000])
+
+
+def test_members_filled_in_place_are_carried_over_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar, "CHUNK_BYTES", 16384)
+    members = {f"{i:04d}.bin": bytes([i + 1]) * (i * 71 + 1) for i in range(40)}
+    with _Reluctant(tmp_path / "ours.tar", "wb") as file, TarWriter(file) as writer:
+        for name, data in members.items():
+            view = writer.room(len(data))
+            assert view is not None
+            view[:] = data
+            writer.add_filled(name, len(data))
+        digest = writer.close()
+    assert digest == hashlib.sha256((tmp_path / "ours.tar").read_bytes()).hexdigest()
+    with tarfile.open(tmp_path / "ours.tar") as archive:
+        assert {m.name: archive.extractfile(m).read() for m in archive} == members  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("num_bytes", "whole"), [(9, True), (8, False), (10, False)])
+def test_a_file_of_another_size_is_not_taken_in_place(
+    tmp_path: Path, num_bytes: int, whole: bool
+) -> None:
+    (tmp_path / "image").write_bytes(bytes(num_bytes))
+    assert write._read_into(memoryview(bytearray(10)), tmp_path / "image") is whole

@@ -79,6 +79,53 @@ def test_damage_is_found_and_mended(
     assert len(tars) == 4
 
 
+@pytest.mark.parametrize(("name", "harm", "message"), [DAMAGE[0], DAMAGE[3], DAMAGE[4]])
+def test_stats_tell_what_is_missing_or_cut(
+    made: Path, name: str, harm: Callable[[Path], object], message: str
+) -> None:
+    harm(made / name)
+    with pytest.raises(UserError, match=rf"{name}: is (missing|cut)") as caught:
+        _shard("stats", made, *ONE)
+    assert "\n" not in str(caught.value) and "dist-vse shard" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}', '{"splits": 1, "options": {}}'])
+def test_a_broken_note_of_the_commands_is_told(made: Path, text: str) -> None:
+    (made / "commands.jsonl").write_text(text + "\n")
+    with pytest.raises(UserError, match=r"commands\.jsonl: is broken \(.*; remove it"):
+        _shard("repair", made, *ONE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe",
+        b"[]",
+        b'{"format": 1, "splits": []}',
+        b'{"format": 1, "splits": {"train": {"shards": [{"path": 5, "num_samples": 1, '
+        b'"num_bytes": 1, "sha256": ""}], "num_captions": 1}}}',
+        b'{"format": 1, "splits": {"train": {"shards": [{"path": "a", "num_samples": "1", '
+        b'"num_bytes": 1, "sha256": ""}], "num_captions": 1}}}',
+    ],
+)
+def test_a_broken_index_is_told(made: Path, content: bytes) -> None:
+    (made / "index.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"index\.json: not a dist_vse index \(.*; make it"):
+        _shard("verify", made, *ONE)
+
+
+def test_an_index_of_another_format_is_told(made: Path) -> None:
+    (made / "index.json").write_text('{"format": 9}')
+    with pytest.raises(UserError, match=r"index\.json: format 9, but this version reads 1$"):
+        _shard("verify", made, *ONE)
+
+
+def test_resharding_misses_no_tar_of_the_index(made: Path) -> None:
+    (made / "train-00001.tar").unlink()
+    with pytest.raises(UserError, match=r"train-00001\.tar: is missing, and the index names it"):
+        _shard("reshard", made, made.parent / "again", *ONE)
+
+
 def test_repair_needs_to_know_the_command(made: Path) -> None:
     (made / "commands.jsonl").unlink()
     with pytest.raises(UserError, match="run the command that made the shards again"):

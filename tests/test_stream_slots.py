@@ -2,6 +2,9 @@
 
 from itertools import islice
 
+import pytest
+
+from dist_vse.errors import UserError
 from dist_vse.stream.slots import Slots
 
 
@@ -22,3 +25,9 @@ def test_a_slot_is_free_once_nobody_holds_it() -> None:
     del row
     assert list(islice(tasks, 4)) == [0, 0, None, None]
     assert second is not None
+
+
+def test_too_little_shared_memory_is_told() -> None:
+    message = r"^no 300,000,000,000,000 bytes of shared memory .*; make /dev/shm larger, or set"
+    with pytest.raises(UserError, match=message):
+        Slots(1, 1_000_000, 10_000)

@@ -11,15 +11,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dist_vse.errors import UserError, first_line
+
 
 class Slots:
     """Shared memory for the images of some batches, and which of it is free."""
 
     def __init__(self, number: int, rows: int, side: int) -> None:
-        """Make `number` slots of `rows` images; no page of them exists before its first use."""
+        """Make `number` slots of `rows` images.
+
+        Raises UserError where /dev/shm is too small.
+        """
         shape = (number, rows, side, side, 3)
-        # Not touched here: where memory runs out, that is a worker's end, and told as such.
-        storage = torch.UntypedStorage._new_shared(number * rows * side * side * 3)
+        num_bytes = number * rows * side * side * 3
+        try:
+            storage = torch.UntypedStorage._new_shared(num_bytes)
+        except RuntimeError as error:
+            raise UserError(
+                f"no {num_bytes:,} bytes of shared memory for batches ({first_line(error)}); make "
+                "/dev/shm larger, or set data.num_workers=0, which needs none"
+            ) from error
         self.images: Tensor = torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
         self._arrays = self.images.numpy()
         self._free = deque(range(number))

@@ -47,7 +47,9 @@ def read_flickr(
             continue
         found = form.fullmatch(line)
         if found is None:
-            raise UserError(f"{path}:{number}: {line[:60]!r} is no caption like those before it")
+            raise UserError(
+                f"{path}:{number}: {line[:60]!r} is no caption like those before it; mend the line"
+            )
         of_image = captions.setdefault(found["image"].strip(), [])
         of_image.append((int(found["number"] or len(of_image)), _unquoted(found["caption"])))
     for image, numbered in captions.items():

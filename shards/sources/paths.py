@@ -9,7 +9,8 @@ from dist_vse.errors import UserError
 def existing_file(path: Path) -> Path:
     """Return `path`, or raise UserError if no file is there."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path")
+        fault = "is a folder; give the file" if path.is_dir() else "no such file; check the path"
+        raise UserError(f"{path}: {fault}")
     return path
 
 
@@ -23,7 +24,8 @@ def existing(path: Path) -> Path:
 def existing_folder(path: Path) -> Path:
     """Return `path`, or raise UserError if no folder is there."""
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; check the path")
+        fault = "is a file; give its folder" if path.exists() else "no such folder; check the path"
+        raise UserError(f"{path}: {fault}")
     return path
 
 

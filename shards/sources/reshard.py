@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_vse.errors import UserError
+from dist_vse.index import INDEX_NAME, is_remote, read_index
 from shards.record import Member, Record
 from shards.sources.paths import existing
 from shards.wds import read_samples
@@ -16,11 +17,12 @@ def read_tars(path: Path, *, split: str | None = None) -> Iterator[Record]:
     one; without it a sample is of the split that its JSON names, or of train. The JSON's other
     fields are kept. A sample without an image or with broken JSON is a bad one.
 
-    Raises UserError if there is no tar, or one is compressed, cut or remote.
+    Raises UserError if there is no tar, or one is compressed, cut, remote, or missing where the
+    folder's index names it.
     """
     if not isinstance(path, Path):
         raise UserError(f"{path}: is remote; copy the tars here, or index them where they are")
-    tars = sorted(existing(path).glob("*.tar")) if path.is_dir() else [existing(path)]
+    tars = _tars_in(path) if path.is_dir() else [existing(path)]
     for tar in tars:
         for sample in read_samples(tar):
             offset, num_bytes = sample.image or (0, 0)  # no bytes: a bad sample
@@ -38,3 +40,15 @@ def read_tars(path: Path, *, split: str | None = None) -> Iterator[Record]:
                 languages=tuple(languages),
                 fault=sample.fault,
             )
+
+
+def _tars_in(folder: Path) -> list[Path]:
+    """Return the folder's tars; raise UserError if one that its index names is not there."""
+    splits = read_index(folder).splits if (folder / INDEX_NAME).is_file() else {}
+    for shard in (shard for split in splits.values() for shard in split.shards):
+        if not is_remote(shard.path) and not (folder / shard.path).is_file():
+            raise UserError(
+                f"{folder / shard.path}: is missing, and the index names it; try `dist-vse shard "
+                f"repair {folder}`"
+            )
+    return sorted(folder.glob("*.tar"))

@@ -151,7 +151,10 @@ def _parquet_rows(path: Path, columns: _Columns) -> Iterator[Row]:
                         number += 1
                         yield f"{part}: row {number}", row
             except arrow.ArrowException as error:
-                raise UserError(f"{part}: no Parquet file ({first_line(error)})") from error
+                raise UserError(
+                    f"{part}: no Parquet file, or cut ({first_line(error)}); give another, or copy "
+                    "it again"
+                ) from error
 
 
 def _check_columns(path: Path, columns: _Columns, header: Sequence[str]) -> None:
