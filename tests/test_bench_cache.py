@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from dist_vse.bench.cache import _info_nce
@@ -65,3 +66,19 @@ def test_the_command_times_every_case_and_writes_the_numbers(tmp_path: Path) -> 
     report = json.loads(out.read_text())
     assert len(report["speed"]["seconds"]) == 9
     assert all(len(s) == 1 and s[0] > 0 for s in report["speed"]["seconds"].values())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--repeats", "-1", "--repeats (-1) must be at least 0"),
+        ("--chunks", "0", "--chunks (0) must be at least 1"),
+        ("--batch", "100", "--batch (100) must be a multiple of --processes (2) times"),
+        ("--grad-cache", "nowhere", "nowhere: no src/grad_cache in it"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_line(
+    option: str, value: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "cache", option, value]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {told}")

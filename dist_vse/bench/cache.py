@@ -20,10 +20,12 @@ from torch import Tensor
 from dist_vse import distributed
 from dist_vse.bench.cache_memory import memory_table, weigh
 from dist_vse.bench.cache_model import Workload, make_model, make_optimizer, make_pairs
-from dist_vse.bench.cache_peers import Step, grad_cache_step, open_clip_step
+from dist_vse.bench.cache_peers import Step, check_checkout, grad_cache_step, open_clip_step
+from dist_vse.bench.checks import at_least_one, writable
 from dist_vse.bench.peer import peer_version
 from dist_vse.contrast import global_loss
 from dist_vse.engine.zero import ZeroEngine
+from dist_vse.errors import UserError
 from dist_vse.grad_cache import train_step
 from dist_vse.local_ranks import run_on_ranks
 
@@ -33,6 +35,7 @@ OPEN_CLIP, GRAD_CACHE = "OpenCLIP, accum_freq", "GradCache library"
 
 def run(args: argparse.Namespace) -> int:
     """Measure what `args` ask for, print tables, and write the numbers as JSON."""
+    _check(args)
     load = Workload(args.image, args.size, args.text_width, args.text_depth, args.tokens, args.dim)
     report: dict[str, Any] = {
         "torch": torch.__version__,
@@ -52,6 +55,22 @@ def run(args: argparse.Namespace) -> int:
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         console.print(f"wrote {args.out}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise UserError for options that make no sense, before anything is measured."""
+    at_least_one(processes=args.processes, chunks=args.chunks, chunk=args.chunk)
+    if args.repeats < 0:
+        raise UserError(f"--repeats ({args.repeats}) must be at least 0")
+    unit = args.processes * args.chunks
+    if args.batch < 1 or args.batch % unit:
+        raise UserError(
+            f"--batch ({args.batch}) must be a multiple of --processes ({args.processes}) times "
+            f"--chunks ({args.chunks}) = {unit}"
+        )
+    if args.grad_cache is not None:
+        check_checkout(args.grad_cache)
+    writable("--out", args.out)
 
 
 def _size(load: Workload) -> dict[str, int]:

@@ -92,6 +92,12 @@ def open_clip_step(
     return lambda: train_one_epoch(wrapped, data, loss, 0, optimizer, None, None, None, args)
 
 
+def check_checkout(folder: Path) -> None:
+    """Raise UserError if the GradCache library isn't in a folder."""
+    if not (folder / "src" / "grad_cache").is_dir():
+        raise UserError(f"{folder}: no src/grad_cache in it; give a checkout of luyug/GradCache")
+
+
 def grad_cache_step(
     folder: Path,
     model: DualEncoder,
@@ -103,8 +109,7 @@ def grad_cache_step(
 
     Raises UserError if it is not there.
     """
-    if not (folder / "src" / "grad_cache").is_dir():
-        raise UserError(f"{folder}: no src/grad_cache in it; give a checkout of luyug/GradCache")
+    check_checkout(folder)
     sys.path.insert(0, str(folder / "src"))
     library = importlib.import_module("grad_cache.grad_cache")
     losses = importlib.import_module("grad_cache.loss")

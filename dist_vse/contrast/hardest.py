@@ -8,7 +8,8 @@ looked for only in the block that has the maximum.
 
 Among equals the lowest index of the global batch is the hardest. Similarities closer than a few
 roundings are equal: the same two features give other last bits in another place of a product, and
-the choice must not depend on tiles or ranks.
+the choice must not depend on tiles or ranks. That holds for copies; a chain of negatives that are
+each within a few roundings of the next, and are no copies, is decided in the order of the tiles.
 """
 
 from typing import NamedTuple

@@ -182,7 +182,7 @@ def _build_sweep(
 
 
 def _take_survey(own: OwnPairs) -> _Survey:
-    """Exchange four numbers a rank; the one place where the host waits for the device."""
+    """Exchange four numbers a rank; the host waits for the device here."""
     infinity = own.similarities.new_full((1,), float("inf"))
     here = [
         torch.full_like(own.longest_row, len(own.similarities)),
