@@ -13,5 +13,5 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Ranks are forked from one server that has paid for the imports already.
 multiprocessing.set_forkserver_preload(
-    ["torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.zero.stage3"]
+    ["torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.zero.stage3", "timm"]
 )
