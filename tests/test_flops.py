@@ -29,7 +29,7 @@ def test_a_linear_head_alone_is_counted_to_the_operation() -> None:
     )
     models = [
         build_model(
-            ModelConfig(config.image, config.text, embed_dim=dim),
+            ModelConfig(image=config.image, text=config.text, embed_dim=dim),
             vocab_size=50,
             pad_id=0,
             temperature=0.1,
