@@ -21,13 +21,14 @@ from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.zero import ZeroEngine, most_graphs, zero_config
 from dist_vse.feature_cache import Features, Key, open_features
 from dist_vse.flops import count_flops, peak_flops
-from dist_vse.grad_cache import Chunk, LossFn
+from dist_vse.grad_cache import LossFn
 from dist_vse.index import Index
 from dist_vse.metrics import Meter
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.tokenizer import Tokenizer
 from dist_vse.schedule import learning_rate, temperature, warmup_share
 from dist_vse.stream import Batch, EvalBatch, TrainSet, eval_batches, train_batches
+from dist_vse.upload import Chunk
 
 EVAL_SAMPLES_A_WORKER = 1000  # starting a process takes as long as decoding about so many
 

@@ -8,7 +8,7 @@ their graphs from the first pass, so that only the others are encoded twice.
 Shape letters: b rows on this rank, d embedding size, c chunks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -20,9 +20,8 @@ from dist_vse.engine import Engine
 from dist_vse.errors import UserError
 from dist_vse.models.dual_encoder import frozen_statistics
 from dist_vse.random_state import RandomState, random_state, replay
+from dist_vse.upload import Chunk, uploaded
 
-Chunk = dict[str, Tensor]
-"""What the model's forward takes, by keyword; on the host until its turn."""
 LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(image_features (b, d), text_features (b, d), log_scale (1,), bias (1,)) -> the rank's loss."""
 
@@ -52,8 +51,9 @@ def train_step(
 
     # Pass 1: embeddings only, with a graph where it is kept.
     clock.begin("encode")
-    first_kept = len(chunks) - keep_graphs
-    encoded = [_encode(engine, chunk, i >= first_kept) for i, chunk in enumerate(chunks)]
+    first_kept = len(chunks) - graphs
+    inputs = enumerate(uploaded(chunks, device()))
+    encoded = [_encode(engine, chunk, keep_graph=i >= first_kept) for i, chunk in inputs]
 
     # The cache. autograd.grad, not backward: it reaches no parameter and so fires no engine hook.
     clock.begin("loss")
@@ -74,9 +74,10 @@ def train_step(
     # graphs go first, so that their memory is free for the others. BatchNorm's statistics have
     # moved in pass 1, once.
     clock.begin("second_pass")
+    again = uploaded(reversed(chunks[:first_kept]), device())
     with engine.accumulation(), frozen_statistics(engine.module):
         for i in reversed(range(len(chunks))):
-            outputs = _encode_again(engine, chunks[i], encoded[i])
+            outputs = _outputs(engine, encoded[i], again)
             surrogate = sum((o * g).sum() for o, g in zip(outputs, cache[i], strict=True))
             assert isinstance(surrogate, Tensor)
             encoded[i] = encoded[i]._replace(outputs=())
@@ -87,24 +88,19 @@ def train_step(
     return mean_loss
 
 
-def _encode(engine: Engine, chunk: Chunk, keep_graph: bool) -> _Encoded:
+def _encode(engine: Engine, chunk: Chunk, *, keep_graph: bool) -> _Encoded:
     state = random_state()
     with torch.set_grad_enabled(keep_graph):
-        outputs = _forward(engine, chunk)
-    return _Encoded(outputs, state, keep_graph)
+        return _Encoded(engine(**chunk), state, keep_graph)
 
 
-def _encode_again(engine: Engine, chunk: Chunk, first: _Encoded) -> tuple[Tensor, ...]:
-    """Return outputs that have a graph: the kept ones, or a second forward's with equal dropout."""
+def _outputs(engine: Engine, first: _Encoded, again: Iterator[Chunk]) -> tuple[Tensor, ...]:
+    """Return outputs that have a graph: the kept ones, or the next chunk's with equal dropout."""
     if first.has_graph:
         return first.outputs
+    chunk = next(again)
     with replay(first.state):
-        return _forward(engine, chunk)
-
-
-def _forward(engine: Engine, chunk: Chunk) -> tuple[Tensor, ...]:
-    inputs = {name: value.to(device(), non_blocking=True) for name, value in chunk.items()}
-    return cast(tuple[Tensor, ...], engine(**inputs))
+        return cast(tuple[Tensor, ...], engine(**chunk))
 
 
 def _split_like(grad: Tensor, encoded: Sequence[_Encoded], i: int) -> tuple[Tensor, ...]:

@@ -87,7 +87,10 @@ class Index:
             near = difflib.get_close_matches(name, self.splits, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             known = ", ".join(sorted(self.splits)) or "none"
-            raise UserError(f"{self.root / INDEX_NAME}: no split {name!r} (splits: {known}){hint}")
+            raise UserError(
+                f"{self.root / INDEX_NAME}: no split {name!r} (splits: {known}){hint}; name one of "
+                "them (data.train_split, data.eval_split, --split)"
+            )
         if self.splits[name].num_samples == 0:
             raise UserError(
                 f"{self.root / INDEX_NAME}: split {name!r} is empty; shard samples to it"

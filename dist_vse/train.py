@@ -6,8 +6,7 @@ The launcher only starts the processes; the DeepSpeed engine is driven directly.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,67 +15,32 @@ from dist_vse import checkpoint, clock, distributed, interrupt
 from dist_vse.builders import (
     build_eval_batches,
     build_loss,
-    build_meter,
     build_train_batches,
-    choose_chunks,
     launcher_conflicts,
     make_chunks,
-    open_run_features,
     step_learning_rate,
-    wrap_model,
 )
 from dist_vse.checkpoint import Progress
-from dist_vse.chunking import agree
 from dist_vse.config import TrainConfig, flat_config, load_config
-from dist_vse.config.checks import AUTO
 from dist_vse.contrast import collapsed
-from dist_vse.engine.zero import ZeroEngine
 from dist_vse.environment import record_environment
 from dist_vse.errors import UserError, writing
 from dist_vse.evaluate import evaluate
 from dist_vse.examples import save_examples
-from dist_vse.feature_cache import Features
-from dist_vse.fence import Fence, claim
 from dist_vse.grad_cache import train_step
-from dist_vse.index import Index, read_index
 from dist_vse.log import logger, setup_logging
-from dist_vse.metrics import Meter, Recorder, log_line, peak_memory_gib, progress_bar
+from dist_vse.metrics import Recorder, log_line, peak_memory_gib, progress_bar
 from dist_vse.models.dual_encoder import average_statistics
-from dist_vse.models.tokenizer import Tokenizer
 from dist_vse.profiler import profiled
-from dist_vse.run_dir import (
-    open_run,
-    open_train_sets,
-    prepare_run_dir,
-    run_model,
-    run_tokenizer,
-    with_start,
-    write_config,
-)
+from dist_vse.run_dir import with_start
 from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME, TRACE_NAME
 from dist_vse.saver import Saver
-from dist_vse.stream import Batch, TrainSet
+from dist_vse.stream import Batch
 from dist_vse.stream.ledger import Ledger
-from dist_vse.trackers import check_trackers
+from dist_vse.train_setup import Run, set_up
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, saved a checkpoint, and can be continued."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What lives as long as the run."""
-
-    config: TrainConfig
-    run_dir: Path
-    index: Index
-    train_sets: list[TrainSet]
-    tokenizer: Tokenizer
-    engine: ZeroEngine
-    keep_graphs: int
-    features: Features | None
-    fence: Fence
-    meter: Meter
 
 
 def run(config: TrainConfig) -> int:
@@ -89,7 +53,7 @@ def run(config: TrainConfig) -> int:
         config = with_start(config)
     interrupt.listen()
     torch.manual_seed(config.seed + 1000 * distributed.rank())  # dropout differs between ranks
-    run = _open(config)
+    run = set_up(config)
     progress = checkpoint.load_latest(run.run_dir / CHECKPOINTS, run.engine)
     if progress is None:
         progress = Progress(0, 0, [])
@@ -110,40 +74,6 @@ def run(config: TrainConfig) -> int:
         return 0
     logger.info("stopped at step %d and saved: the same command continues", progress.step)
     return INTERRUPTED
-
-
-def _open(config: TrainConfig) -> Run:
-    with distributed.same_verdict():
-        check_trackers(config.trackers)
-        index = read_index(config.data.index)
-        index.split(config.data.eval_split)
-        train_sets = open_train_sets(config)
-        features = open_run_features(config, index)
-        with writing(Path(config.output_dir)):
-            if distributed.is_main_process():
-                run_tokenizer(config, prepare_run_dir(config), build=True)
-    run_dir = Path(config.output_dir)
-    with distributed.same_verdict():
-        tokenizer = run_tokenizer(config, run_dir, build=False)
-        if config.chunk_size == AUTO:  # a resumed run has found it before
-            config = replace(config, chunk_size=open_run(run_dir).chunk_size)
-        model = run_model(config, tokenizer).to(distributed.device())
-        chunking = choose_chunks(config, model)
-        meter = build_meter(config, model)
-    chunking = agree(chunking)
-    if config.chunk_size == AUTO:
-        config = replace(config, chunk_size=chunking.chunk_size)
-        if distributed.is_main_process():
-            write_config(config)
-    rows, graphs = chunking.chunk_size, chunking.keep_graphs
-    logger.info("%d pairs a chunk, %d chunks keep their graphs", rows, graphs)
-    engine = wrap_model(config, model)
-    with distributed.same_verdict(), writing(run_dir):
-        fence = claim(run_dir) if distributed.is_main_process() else None
-    fence = distributed.broadcast_object(fence)
-    return Run(
-        config, run_dir, index, train_sets, tokenizer, engine, graphs, features, fence, meter
-    )
 
 
 def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress:

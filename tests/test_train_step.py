@@ -18,8 +18,9 @@ from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.errors import UserError
-from dist_vse.grad_cache import Chunk, LossFn, train_step
+from dist_vse.grad_cache import LossFn, train_step
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.upload import Chunk
 from tests.distributed import run_distributed
 from tests.tiny import tiny_batch, tiny_model
 

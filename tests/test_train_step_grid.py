@@ -20,12 +20,13 @@ from dist_vse.engine import Engine, zero
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.engine.zero import ZeroEngine
-from dist_vse.grad_cache import Chunk, LossFn, train_step
+from dist_vse.grad_cache import LossFn, train_step
 from dist_vse.losses import dense_loss
 from dist_vse.models.build import build_head
 from dist_vse.models.dual_encoder import DualEncoder, Tower
 from dist_vse.models.image import ImageTrunk
 from dist_vse.models.text import TransformerTrunk
+from dist_vse.upload import Chunk
 from tests.distributed import run_distributed
 from tests.tiny import VOCABULARY, tiny_batch
 

@@ -119,10 +119,11 @@ def test_time_limit_requeue_preemption_and_node_loss_cost_nothing(
         "--exclusive",
         "--output=/dev/null",
         "--wrap=true",
-    )
+    ).strip()
+    wait_until(lambda: cluster.job(job.job_id, "PreemptTime") != "None", "the preemption")
     release(tmp_path, 12)
     _wait_at(tmp_path, 17, 2)
-    assert cluster.job(urgent.strip(), "JobState") == "COMPLETED"
+    assert cluster.job(urgent, "JobState") == "COMPLETED"
     assert cluster.job(job.job_id, "NodeList") == "n[0-1]"
     cluster("crash", "n1")  # the checkpoint of step 15 is the last one
     cluster.bring_down("n1")

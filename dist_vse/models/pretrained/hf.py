@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dist_vse.errors import UserError, first_line
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.encoder import enable_checkpointing
 from dist_vse.models.image import ImageTrunk, make_sendable
 from dist_vse.models.pretrained.parts import Parts, PooledTrunk, Start
-from dist_vse.models.text import enable_checkpointing
 from dist_vse.models.tokenizer import Tokenizer, check_captions
 
 KIND = "transformers"

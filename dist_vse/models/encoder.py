@@ -1,0 +1,76 @@
+"""A text encoder of transformers, from a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_vse.errors import UserError, first_line
+
+
+def load_encoder(folder: str, dropout: float) -> Any:
+    """Load a transformers model from a folder, in float32, with `dropout` at all of its places.
+
+    Raises UserError if the folder holds none, or not all of its weights.
+    """
+    # Slow to import, and needed for this kind only.
+    from transformers import AutoConfig, AutoModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # or every rank draws one
+
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"{folder}: no such folder; model.text.weights is a saved transformers model"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        for name, value in vars(config).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(config, name, dropout)
+        encoder, loading = AutoModel.from_pretrained(
+            folder, config=config, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(
+            f"{folder}: does not load as a transformers model ({first_line(error)}); "
+            "save one there with model.save_pretrained"
+        ) from error
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(
+            f"{folder}: the weights lack {len(missing)} tensors of the model ({missing[0]}, ...); "
+            "save it again with model.save_pretrained"
+        )
+    pooler = getattr(encoder, "pooler", None)
+    if pooler is not None:
+        pooler.requires_grad_(False)  # the mean does not pass it, so it would get no gradient
+    return encoder.float().train()  # transformers loads in eval mode
+
+
+def enable_checkpointing(encoder: Any, folder: str) -> None:
+    """Let a transformers model keep no activations. Raises UserError if it cannot."""
+    name = "activation_checkpointing_enable"  # since transformers 5
+    enable = getattr(encoder, name, None) or encoder.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(
+            f"{folder}: has no gradient checkpointing; set model.grad_checkpointing=false"
+        ) from error
+
+
+def encoder_dim(encoder: Any, folder: str) -> int:
+    """Return the width of the last hidden states, by a forward of one token."""
+    training = encoder.training
+    try:
+        with torch.no_grad():
+            output = encoder.eval()(input_ids=torch.zeros(1, 1, dtype=torch.int64))
+        return int(output.last_hidden_state.shape[-1])
+    except (AttributeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder}: is no text encoder ({first_line(error)}); "
+            "give a model like BERT, MPNet or MiniLM"
+        ) from error
+    finally:
+        encoder.train(training)
