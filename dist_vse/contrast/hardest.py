@@ -24,7 +24,7 @@ from dist_vse.contrast.tiles import Tile
 from dist_vse.contrast.transport import Block
 
 ROUNDINGS = 16
-BLOCK = 64  # entries
+BLOCKS = {1: 64, 0: 16}  # entries along a row, along a column: strided, so fewer
 CHUNK = 1024  # features moved together
 
 
@@ -124,17 +124,18 @@ class _Best:
 
 def _first_largest(values: Tensor, dim: int, tolerance: float) -> tuple[Tensor, Tensor]:
     """Return the maxima along `dim` of a tile, and the first places that reach them."""
-    short = -values.shape[dim] % BLOCK
+    size = BLOCKS[dim]
+    short = -values.shape[dim] % size
     if short:
         values = pad(values, (0, short) if dim == 1 else (0, 0, 0, short), value=float("-inf"))
-    blocks = values.unflatten(dim, (-1, BLOCK))
+    blocks = values.unflatten(dim, (-1, size))
     maxima = blocks.amax(dim + 1)
     largest = maxima.amax(dim)
     thresholds = (largest - tolerance).unsqueeze(1)
     chosen = _first(maxima if dim == 1 else maxima.T, thresholds)
     each = torch.arange(len(chosen), device=chosen.device)
-    entries = blocks[each, chosen] if dim == 1 else blocks[chosen, :, each]  # (n, BLOCK)
-    return largest, chosen * BLOCK + _first(entries, thresholds)
+    entries = blocks[each, chosen] if dim == 1 else blocks[chosen, :, each]  # (n, size)
+    return largest, chosen * size + _first(entries, thresholds)
 
 
 def _first(values: Tensor, thresholds: Tensor) -> Tensor:
