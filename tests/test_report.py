@@ -2,7 +2,6 @@
 
 import html.parser
 import json
-import math
 import re
 import shutil
 from pathlib import Path
@@ -15,8 +14,6 @@ from dist_vse.errors import UserError
 from dist_vse.evaluate import Embedded, Evaluation, score
 from dist_vse.examples import save_examples
 from dist_vse.report import write_comparison, write_report
-from dist_vse.report.chart import Series, line_chart
-from dist_vse.report.numbers import figure, ordinal, short
 from tests.datasets import write_dataset
 
 VOID = {"meta", "img", "link"}
@@ -194,6 +191,23 @@ def test_shows_other_splits_that_were_evaluated(run_dir: Path) -> None:
     assert page.text.index("“test”, step-40") < page.text.index("“val”, step 40")
 
 
+def test_shows_intervals_where_they_were_drawn_and_nothing_where_a_figure_is_unknown(
+    run_dir: Path,
+) -> None:
+    trained = evaluation(0.1).metrics
+    old = {name: value for name, value in trained.items() if not name.endswith("_map")}
+    content = {"split": "test", "checkpoint": "step-40", "trained": old}
+    content["intervals"] = {"i2t_r5": [12.34, 56.78]}
+    (run_dir / "eval-test.json").write_text(json.dumps(content))
+    shown = f"{trained['i2t_r5']:.1f} [12.3, 56.8]"
+    for page in (
+        Page(write_report(run_dir, None, run_dir / "report.html")),
+        Page(write_comparison([run_dir, run_dir], run_dir / "report.html")),
+    ):
+        assert shown in page.text
+        assert page.text.count("mAP@R, %") >= 2
+
+
 def test_a_run_that_has_just_begun(run_dir: Path) -> None:
     (run_dir / "examples.json").unlink()
     (run_dir / "metrics.jsonl").write_text("\n".join(metrics_lines()[:2]) + "\n")
@@ -273,53 +287,3 @@ def test_examples_that_cannot_be_read(run_dir: Path, content: str) -> None:
     (run_dir / "examples.json").write_text(content)
     with pytest.raises(UserError, match=r"examples\.json: .*; run `dist-vse eval` again"):
         write_report(run_dir, None, run_dir / "report.html")
-
-
-def path_of(svg: str, style: str) -> list[tuple[float, float]]:
-    (found,) = re.findall(rf'class="line {style}" d="M(.*?)"', svg)
-    return [(float(x), float(y)) for x, y in (point.split() for point in found.split("L"))]
-
-
-def test_chart_places_points_and_marks() -> None:
-    points = [(0, 0.0), (50, 100.0), (75, math.nan), (100, 50.0)]
-    svg = line_chart("Recall", [Series("r1", "s1", points)], from_zero=True, x_label="steps")
-    assert 'aria-label="Recall: r1 from 0 to 50"' in svg
-    (x0, y0), (x1, y1), (x2, y2) = path_of(svg, "s1")  # the point that is no number is left out
-    assert x1 - x0 == pytest.approx(x2 - x1)
-    assert y0 - y1 == pytest.approx(2 * (y0 - y2))
-    labels = re.findall(r"<text.*?>(.*?)</text>", svg)
-    assert labels == ["0", "50", "100", "0", "20", "40", "60", "80", "100 steps"]
-
-
-def test_chart_of_many_points_shows_their_spread() -> None:
-    points = [(float(x), 5.0 + (x % 2)) for x in range(10_000)]
-    svg = line_chart("Loss", [Series("loss", "s1", points)], from_zero=False, x_label="steps")
-    line = path_of(svg, "s1")
-    assert len(line) == 200
-    assert len({y for _, y in line}) == 1  # the means of the bins
-    assert 'class="band s1"' in svg
-    assert len(svg) < 20_000
-
-
-@pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [-2.0, -2.0], [1e-9, 2e-9], [1e12, 2e12]])
-def test_chart_of_awkward_values(values: list[float]) -> None:
-    points = list(enumerate(values))
-    svg = line_chart("X", [Series("x", "s1", points)], from_zero=False, x_label="steps")
-    for x, y in path_of(svg, "s1"):
-        assert 0 <= x <= 400
-        assert 0 <= y <= 210
-    assert "No finite" in line_chart(
-        "X", [Series("x", "s1", [(0, math.inf)])], from_zero=True, x_label="steps"
-    )
-
-
-def test_numbers() -> None:
-    assert [figure(x) for x in (12345.6, 193.25, 4.069, 0.0312, 3.14e-6, 0, 100.0)] == [
-        *("12,346", "193.2", "4.07", "0.0312", "3.1e-06", "0", "100")
-    ]
-    assert [short(x) for x in (0, 250, 1500, 3e6, 0.05, 0.0005, -2000)] == [
-        *("0", "250", "1.5k", "3M", "0.05", "5e-4", "-2k")
-    ]
-    assert [ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 112, 1022)] == [
-        *("1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "112th", "1,022nd")
-    ]

@@ -66,7 +66,7 @@ def global_loss(
     64-bit ids (b,); b may differ between ranks and be 0, all else must be alike on all ranks.
     `hardness` goes from 0 (mean of all violations) to 1 (the hardest) for convse++ and vse++.
     What the losses are: `dist_vse.losses`, docs/losses.md. Raises UserError for arguments that
-    do not fit together.
+    do not fit together, before anything is sent: only on the ranks that have them.
     """
     ids = [x for x in (image_ids, text_ids) if x is not None]
     _check(name, image_features, text_features, ids, hardness, twins, transport)

@@ -9,7 +9,7 @@ from dist_vse.config import flat_config
 from dist_vse.errors import UserError
 from dist_vse.report.chart import Series
 from dist_vse.report.page import document
-from dist_vse.report.record import Record, read_record
+from dist_vse.report.record import Record, Result, read_record
 from dist_vse.report.sections import RESULT_ROWS, cell, figure_of
 
 COLOURS = 6
@@ -81,22 +81,22 @@ def _results(records: Sequence[Record], names: Sequence[str]) -> str:
     splits: dict[str, None] = {result.split: None for r in records for result in r.results}
     parts = []
     for split in splits:
-        columns = [
-            next((r.columns.get("trained") for r in record.results if r.split == split), None)
-            for record in records
-        ]
+        found = [next((r for r in record.results if r.split == split), None) for record in records]
         groups = [
             (
                 group,
-                [
-                    (label, ["" if c is None or f not in c else cell(f, c[f]) for c in columns])
-                    for f, label in fields.items()
-                ],
+                [(label, [_trained(r, field) for r in found]) for field, label in fields.items()],
             )
             for group, fields in RESULT_ROWS.items()
         ]
         parts.append(_table(names, groups, f"Split “{escape(split)}”, trained"))
     return f"<h2>Retrieval</h2>{''.join(parts)}"
+
+
+def _trained(result: Result | None, field: str) -> str:
+    if result is None or "trained" not in result.columns:
+        return ""
+    return cell(field, result.columns["trained"].get(field), result.intervals.get(field))
 
 
 def _table(

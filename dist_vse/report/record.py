@@ -26,6 +26,7 @@ class Result:
     split: str
     model: str  # which weights, such as "step 400"
     columns: dict[str, dict[str, float]]
+    intervals: dict[str, list[float]]  # [low, high] of trained metrics, where they were drawn
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,12 @@ def read_record(run_dir: Path) -> Record:
     path = run_dir / EXAMPLES_NAME
     examples = _read_json(path, *_EXAMPLES) if path.is_file() else None
     tested = [
-        Result(content["split"], _model_name(content), _columns(content))
+        Result(
+            content["split"],
+            _model_name(content),
+            _columns(content),
+            content.get("intervals", {}),
+        )
         for file in sorted(run_dir.glob("eval-*.json"))
         for content in [_read_json(file, "split", "checkpoint", "trained")]
     ]
@@ -80,7 +86,7 @@ def _watched(evals: list[Line], examples: dict[str, Any] | None) -> Result:
         columns["trained"] = last
     if examples is not None and examples["split"] == last["split"]:
         columns["chance"] = examples["chance"]
-    return Result(last["split"], f"step {last['step']:,}", columns)
+    return Result(last["split"], f"step {last['step']:,}", columns, {})
 
 
 def _model_name(content: dict[str, Any]) -> str:

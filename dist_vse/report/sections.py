@@ -1,6 +1,6 @@
 """The report's sections, each a function from the record to HTML."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -14,13 +14,17 @@ RESULT_ROWS: dict[str, dict[str, str]] = {
         "i2t_r1": "R@1, %",
         "i2t_r5": "R@5, %",
         "i2t_r10": "R@10, %",
+        "i2t_map": "mAP@R, %",
         "i2t_medr": "median rank",
+        "i2t_meanr": "mean rank",
     },
     "Text to image": {
         "t2i_r1": "R@1, %",
         "t2i_r5": "R@5, %",
         "t2i_r10": "R@10, %",
+        "t2i_map": "mAP@R, %",
         "t2i_medr": "median rank",
+        "t2i_meanr": "mean rank",
     },
     "Both": {"rsum": "sum of the six recalls (rsum)"},
 }
@@ -120,7 +124,9 @@ def result_tables(record: Record) -> str:
         "<h2>Retrieval</h2>"
         '<p class="note">A query counts for R@K if a right answer is among its first K; the rank '
         "of an image is that of its best-placed caption. Equal scores count as the mean over "
-        "their orders. Chance is exact: what random ranks would give.</p>"
+        "their orders. mAP@R counts how many of a query's R right answers are among its first R, "
+        "the higher ones more. Chance is exact: what random ranks would give. In brackets: 95 % "
+        "bootstrap intervals, where <code>dist-vse eval --bootstrap</code> drew them.</p>"
         + "".join(_result_table(result) for result in record.results)
     )
 
@@ -132,8 +138,7 @@ def _result_table(result: Result) -> str:
         rows.append(f'<tr class="group"><th colspan="{len(result.columns) + 1}">{group}</th></tr>')
         for field, label in fields.items():
             cells = "".join(
-                f'<td class="{name}">{cell(field, metrics[field])}</td>'
-                for name, metrics in result.columns.items()
+                f'<td class="{name}">{_value(result, name, field)}</td>' for name in result.columns
             )
             rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
     return (
@@ -143,8 +148,17 @@ def _result_table(result: Result) -> str:
     )
 
 
-def cell(field: str, value: float) -> str:
-    """Write a metric as people read it."""
+def _value(result: Result, column: str, field: str) -> str:
+    band = result.intervals.get(field) if column == "trained" else None
+    return cell(field, result.columns[column].get(field), band)
+
+
+def cell(field: str, value: float | None, band: Sequence[float] | None = None) -> str:
+    """Write a metric as people read it, with its interval; nothing where a run lacks it."""
+    if value is None:
+        return ""
+    if band is not None:
+        return f"{cell(field, value)} [{cell(field, band[0])}, {cell(field, band[1])}]"
     if field.endswith("_medr"):
         return f"{value:,.0f}"
     return f"{value:,.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
