@@ -76,9 +76,11 @@ def check_free(run_dir: Path) -> None:
 def status(run_dir: Path) -> str:
     """Say in a few lines where a submitted run stands."""
     job = read_note(run_dir)
-    lines = [f"job {job.job_id} ({job.scheduler}): {job_state(job)}"]
-    last = last_metrics(run_dir, "train")
-    total = total_steps(run_dir)
+    state, last, total = job_state(job), last_metrics(run_dir, "train"), total_steps(run_dir)
+    if state == "ENDED":  # without Slurm nobody keeps the exit code
+        whole = last is not None and last["step"] == total
+        state += " after its last step" if whole else " before its last step; its log says why"
+    lines = [f"job {job.job_id} ({job.scheduler}): {state}"]
     if last:
         lines.append(f"step {last['step']}/{total}, loss {last['loss']:.4f}")
     else:
