@@ -179,7 +179,7 @@ def test_the_fate_of_odd_samples(tmp_path: Path) -> None:
             "7.json": b"{broken",
             "8.png": image,
             "8.txt": b"\xe9",
-            "__meta__.json": "{}",
+            "__meta__": "{}",
         },
     )
     with pytest.raises(UserError, match=r"sample '4' \(.*odd\.tar\): no image"):

@@ -9,21 +9,24 @@ from shards.record import Member, Record
 from shards.sources.paths import existing
 from shards.wds import read_samples
 
+REMOTE = "is remote; copy the tars here, or index them where they are"
+
 
 def read_tars(path: Path, *, split: str | None = None) -> Iterator[Record]:
     """Yield the samples of a tar, or of all tars in a folder in the order of their names.
 
-    Captions are the JSON's `captions` or `caption`, else the `.txt`. `split` puts all samples into
-    one; without it a sample is of the split that its JSON names, or of train. The JSON's other
-    fields are kept. A sample without an image or with broken JSON is a bad one.
+    In a folder with an index, these are the tars that it names. Captions are the JSON's `captions`
+    or `caption`, else the `.txt`. `split` puts all samples into one; without it a sample is of the
+    split that the index says, or that its JSON names, or of train. The JSON's other fields are
+    kept. A sample without an image or with broken JSON is a bad one.
 
     Raises UserError if there is no tar, or one is compressed, cut, remote, or missing where the
     folder's index names it.
     """
     if not isinstance(path, Path):
-        raise UserError(f"{path}: is remote; copy the tars here, or index them where they are")
-    tars = _tars_in(path) if path.is_dir() else [existing(path)]
-    for tar in tars:
+        raise UserError(f"{path}: {REMOTE}")
+    tars = _tars_in(path) if path.is_dir() else [(existing(path), "")]
+    for tar, of_index in tars:
         for sample in read_samples(tar):
             offset, num_bytes = sample.image or (0, 0)  # no bytes: a bad sample
             fields = dict(sample.fields)
@@ -34,7 +37,7 @@ def read_tars(path: Path, *, split: str | None = None) -> Iterator[Record]:
             yield Record(
                 image=Member(tar, offset, num_bytes),
                 captions=sample.captions,
-                split=split or (own if isinstance(own, str) else "train"),
+                split=split or of_index or (own if isinstance(own, str) else "train"),
                 key=key if isinstance(key, str) else sample.key,
                 extra=fields,
                 languages=tuple(languages),
@@ -42,13 +45,22 @@ def read_tars(path: Path, *, split: str | None = None) -> Iterator[Record]:
             )
 
 
-def _tars_in(folder: Path) -> list[Path]:
-    """Return the folder's tars; raise UserError if one that its index names is not there."""
-    splits = read_index(folder).splits if (folder / INDEX_NAME).is_file() else {}
-    for shard in (shard for split in splits.values() for shard in split.shards):
-        if not is_remote(shard.path) and not (folder / shard.path).is_file():
-            raise UserError(
-                f"{folder / shard.path}: is missing, and the index names it; try `dist-vse shard "
-                f"repair {folder}`"
-            )
-    return sorted(folder.glob("*.tar"))
+def _tars_in(folder: Path) -> list[tuple[Path, str]]:
+    """Return the folder's tars, each with the split that an index says, or "".
+
+    Raises UserError if one that the index names is not there.
+    """
+    if not (folder / INDEX_NAME).is_file():
+        return [(tar, "") for tar in sorted(folder.glob("*.tar"))]
+    tars = []
+    for name, split in read_index(folder).splits.items():
+        for shard in split.shards:
+            if is_remote(shard.path):
+                raise UserError(f"{shard.path}: {REMOTE}")
+            if not (folder / shard.path).is_file():
+                raise UserError(
+                    f"{folder / shard.path}: is missing, and the index names it; try `dist-vse "
+                    f"shard repair {folder}`"
+                )
+            tars.append((folder / shard.path, name))
+    return tars
