@@ -80,13 +80,21 @@ def _build(args: argparse.Namespace) -> int:
     options, max_bad = output_options(args), parse_budget(args.max_bad)
     start = time.monotonic()
     records = _read(args)
-    check_output(args.out, records)
+    splits = _wanted_splits(args, records)
+    check_output(args.out, records, splits)
     with _write_errors(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-        note_command(args.out, args, {record.split for record in records})
-        with progress_bar("sharding", len(records), "images") as advance:
+        note_command(args.out, args, splits)
+        total = sum(record.split in splits for record in records)
+        with progress_bar("sharding", total, "images") as advance:
             receipts = build_dataset(
-                records, args.out, options, max_bad=max_bad, workers=args.workers, advance=advance
+                records,
+                args.out,
+                options,
+                only=splits,
+                max_bad=max_bad,
+                workers=args.workers,
+                advance=advance,
             )
     print_summary(receipts, args.out, seconds=time.monotonic() - start)
     return 0
@@ -94,18 +102,30 @@ def _build(args: argparse.Namespace) -> int:
 
 def _read(args: argparse.Namespace) -> "Sequence[Record]":
     """Read all records of the source that the command names."""
-    from shards.record import in_languages
+    from shards.record import all_in_languages
     from shards.remote import to_path
 
     _, read = SOURCES[args.shard_command]
     records = list(read(to_path(args.input), **source_options(args)))
-    if getattr(args, "languages", None):
-        records = [in_languages(record, args.languages.split(",")) for record in records]
+    if args.languages is not None:
+        records = all_in_languages(records, args.languages)
     if not records:
         raise UserError(
             f"{args.input}: no images found for the source {args.shard_command}; check the path"
         )
     return records
+
+
+def _wanted_splits(args: argparse.Namespace, records: "Sequence[Record]") -> set[str]:
+    """Return the splits to be made: all, but in a repair those that the command still owns."""
+    there = {record.split for record in records}
+    wanted = set(getattr(args, "only", there))
+    for split in sorted(wanted - there):
+        raise UserError(
+            f"{args.input}: has no samples of split {split!r} any more; bring them back, or shard "
+            "the split anew"
+        )
+    return wanted
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -145,11 +165,12 @@ def _verify(args: argparse.Namespace) -> int:
     with progress_bar("verifying", sum(len(split.shards) for split in splits), "shards") as advance:
         findings = verify_dataset(args.dir, workers=args.workers, advance=advance)
     print_findings(findings, args.dir)
-    damaged = {finding.shard.path for finding in findings if finding.damage}
+    damaged = {finding.shard for finding in findings if finding.damage}
     if damaged:
+        indexed = "; copy an indexed tar again first: only its side files can be written"
         raise UserError(
             f"{args.dir}: {len(damaged)} of its shards are damaged; write them again with "
-            f"`dist-vse shard repair {args.dir}`"
+            f"`dist-vse shard repair {args.dir}`{indexed * any(s.side for s in damaged)}"
         )
     unusable = sum(len(finding.unusable) for finding in findings)
     if unusable:
@@ -163,12 +184,16 @@ def _verify(args: argparse.Namespace) -> int:
 def _repair(args: argparse.Namespace) -> int:
     """Run again what made the data set: shards that are whole stay."""
     from shards.commands import read_commands
+    from shards.tars import check_tars
 
     at_least_1(args, "workers")
     for command in read_commands(args.dir):
         command.workers = args.workers
-        run_command = _index if command.shard_command == "index" else _build
-        run_command(command)
+        if command.shard_command == "index":
+            check_tars(args.dir, command.split, workers=args.workers)
+            _index(command)
+        else:
+            _build(command)
     return 0
 
 
