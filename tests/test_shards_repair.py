@@ -46,7 +46,7 @@ def _flip(path: Path) -> None:
 
 def test_repair_leaves_a_split_to_the_command_that_made_it_last(tmp_path: Path) -> None:
     """Keys depend on all records of a source (`k`, `k-2`), of which two splits are made anew."""
-    first = _source(tmp_path / "a", [(0, "k", "train"), (1, "k", "extra"), (2, "v", "val")])
+    first = _source(tmp_path / "a", [(0, "k", "train"), (1, "k", "west"), (2, "v", "val")])
     second = _source(tmp_path / "b", [(3, "k", "test"), (4, "k", "train"), (5, "v", "val")])
     out = tmp_path / "out"
     for source in (first, second):
@@ -54,19 +54,19 @@ def test_repair_leaves_a_split_to_the_command_that_made_it_last(tmp_path: Path) 
     before = _contents(out)
     lines = [json.loads(line) for line in (out / "commands.jsonl").read_text().splitlines()]
     owners = {split: Path(line["options"]["input"]) for line in lines for split in line["splits"]}
-    assert owners == {"extra": first, "test": second, "train": second, "val": second}
+    assert owners == {"west": first, "test": second, "train": second, "val": second}
     assert sum(len(line["splits"]) for line in lines) == 4
 
     assert _shard("repair", out, *ONE) == 0
     assert _contents(out) == before
-    for split in ("extra", "val"):
+    for split in ("west", "val"):
         _flip(out / f"{split}-00000.tar")
     assert _shard("repair", out, *ONE) == 0
     assert {name: data for name, (_, data) in _contents(out).items()} == {
         name: data for name, (_, data) in before.items()
     }
     _source(tmp_path / "a", [(0, "k", "train")])
-    with pytest.raises(UserError, match="a: has no samples of split 'extra' any more"):
+    with pytest.raises(UserError, match="a: has no samples of split 'west' any more"):
         _shard("repair", out, *ONE)
 
 
