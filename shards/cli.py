@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_vse.errors import UserError
-from shards.budget import parse_budget
+from shards.budget import Budget, parse_budget
 from shards.options import (
     add_output_options,
     add_run_options,
@@ -21,6 +21,8 @@ from shards.options import (
 from shards.sources import SOURCES
 
 if TYPE_CHECKING:
+    from shards.plan import Options
+    from shards.receipts import Receipt
     from shards.record import Record
 
 
@@ -71,15 +73,29 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     """Shard a data set and print a table of it."""
-    from shards.build import build_dataset
-    from shards.commands import note_command
-    from shards.guard import check_output
-    from shards.show import print_summary, progress_bar
+    from shards.guard import check_local
+    from shards.remote import local_copies
+    from shards.show import print_summary
 
     at_least_1(args, "workers")
     options, max_bad = output_options(args), parse_budget(args.max_bad)
+    check_local(args.out)
     start = time.monotonic()
-    records = _read(args)
+    with local_copies(args.input if args.shard_command == "reshard" else "") as copies:
+        receipts = _write(args, _read(args, copies), options, max_bad)
+    print_summary(receipts, args.out, seconds=time.monotonic() - start)
+    return 0
+
+
+def _write(
+    args: argparse.Namespace, records: "Sequence[Record]", options: "Options", max_bad: Budget
+) -> "list[Receipt]":
+    """Bring OUT to hold the records."""
+    from shards.build import build_dataset
+    from shards.commands import note_command
+    from shards.guard import check_output
+    from shards.show import progress_bar
+
     splits = _wanted_splits(args, records)
     check_output(args.out, records, splits)
     with _write_errors(args.out):
@@ -87,7 +103,7 @@ def _build(args: argparse.Namespace) -> int:
         note_command(args.out, args, splits)
         total = sum(record.split in splits for record in records)
         with progress_bar("sharding", total, "images") as advance:
-            receipts = build_dataset(
+            return build_dataset(
                 records,
                 args.out,
                 options,
@@ -96,17 +112,19 @@ def _build(args: argparse.Namespace) -> int:
                 workers=args.workers,
                 advance=advance,
             )
-    print_summary(receipts, args.out, seconds=time.monotonic() - start)
-    return 0
 
 
-def _read(args: argparse.Namespace) -> "Sequence[Record]":
-    """Read all records of the source that the command names."""
+def _read(args: argparse.Namespace, copies: dict[str, Path]) -> "Sequence[Record]":
+    """Read all records of the source that the command names; `copies` stand for a URL."""
     from shards.record import all_in_languages
     from shards.remote import to_path
 
     _, read = SOURCES[args.shard_command]
-    records = list(read(to_path(args.input), **source_options(args)))
+    options = source_options(args)
+    if copies:
+        records = [r for url, path in copies.items() for r in read(path, name=url, **options)]
+    else:
+        records = list(read(to_path(args.input), **options))
     if args.languages is not None:
         records = all_in_languages(records, args.languages)
     if not records:

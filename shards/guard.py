@@ -12,10 +12,9 @@ from shards.record import Member, Record
 def check_output(folder: Path, records: Iterable[Record], splits: Collection[str]) -> None:
     """Check that `folder` is a place where the records' shards of `splits` may be written.
 
-    Raises UserError if it is a URL, holds tars that the records lie in, or tars of others that
-    the shards could replace.
+    Raises UserError if it holds tars that the records lie in, or tars of others that the shards
+    could replace.
     """
-    check_local(folder)
     tars = {Path(r.image.path) for r in records if isinstance(r.image, Member)}
     for tar in sorted(tars):
         if tar.resolve().parent == folder.resolve():

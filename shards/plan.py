@@ -95,7 +95,7 @@ class Fingerprint:
     def add(self, image: Image, state: tuple[int, int], meta: bytes) -> None:
         """Count the next record in: its image, what `image_state` says of it, and its JSON."""
         if isinstance(image, Member):
-            place = f"{image.offset}+{image.num_bytes}"
+            place = f"{image.url}{image.offset}+{image.num_bytes}"
         else:
             place = "" if local_path(image) else str(image)
         self._digest.update(b"%b %d %d %b\n" % (place.encode(), *state, meta))

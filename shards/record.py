@@ -15,9 +15,10 @@ class Member:
     path: Path
     offset: int  # of its first byte in the file
     num_bytes: int
+    url: str = ""  # that `path` is a copy of
 
     def __str__(self) -> str:
-        return f"{self.path} at byte {self.offset}"
+        return f"{self.url or self.path} at byte {self.offset}"
 
 
 Image = str | Path | Member

@@ -9,25 +9,23 @@ from shards.record import Member, Record
 from shards.sources.paths import existing
 from shards.wds import read_samples
 
-REMOTE = "is remote; copy the tars here, or index them where they are"
 
-
-def read_tars(path: Path, *, split: str | None = None) -> Iterator[Record]:
+def read_tars(path: Path, *, split: str | None = None, name: str = "") -> Iterator[Record]:
     """Yield the samples of a tar, or of all tars in a folder in the order of their names.
+
+    `name` is the URL that `path` is a copy of.
 
     In a folder with an index, these are the tars that it names. Captions are the JSON's `captions`
     or `caption`, else the `.txt`. `split` puts all samples into one; without it a sample is of the
     split that the index says, or that its JSON names, or of train. The JSON's other fields are
     kept. A sample without an image or with broken JSON is a bad one.
 
-    Raises UserError if there is no tar, or one is compressed, cut, remote, or missing where the
-    folder's index names it.
+    Raises UserError if there is no tar, or one is compressed or cut, or one that the folder's index
+    names is remote or missing.
     """
-    if not isinstance(path, Path):
-        raise UserError(f"{path}: {REMOTE}")
     tars = _tars_in(path) if path.is_dir() else [(existing(path), "")]
     for tar, of_index in tars:
-        for sample in read_samples(tar):
+        for sample in read_samples(tar, name):
             offset, num_bytes = sample.image or (0, 0)  # no bytes: a bad sample
             fields = dict(sample.fields)
             own, key = fields.pop("split", None), fields.pop("key", None)
@@ -35,7 +33,7 @@ def read_tars(path: Path, *, split: str | None = None) -> Iterator[Record]:
             if not isinstance(languages, list) or len(languages) != len(sample.captions):
                 languages = ()
             yield Record(
-                image=Member(tar, offset, num_bytes),
+                image=Member(tar, offset, num_bytes, name),
                 captions=sample.captions,
                 split=split or of_index or (own if isinstance(own, str) else "train"),
                 key=key if isinstance(key, str) else sample.key,
@@ -56,7 +54,10 @@ def _tars_in(folder: Path) -> list[tuple[Path, str]]:
     for name, split in read_index(folder).splits.items():
         for shard in split.shards:
             if is_remote(shard.path):
-                raise UserError(f"{shard.path}: {REMOTE}")
+                raise UserError(
+                    f"{shard.path}: is remote, and the index in {folder} names it; give the URLs "
+                    "of the tars as INPUT"
+                )
             if not (folder / shard.path).is_file():
                 raise UserError(
                     f"{folder / shard.path}: is missing, and the index names it; try `dist-vse "
