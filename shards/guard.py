@@ -41,12 +41,13 @@ def check_indexable(names: Sequence[str], folder: Path) -> None:
     Raises UserError for one that was, or a folder that is a URL.
     """
     check_local(folder)
-    known = read_receipts(folder)
+    ours = _own_tars(folder)
     for name in names:
-        if name in known and not known[name].side:
+        if name in ours:
             raise UserError(
                 f"{folder / name}: was made by `dist-vse shard` and is in {folder / INDEX_NAME} "
-                "already; train with that, or give another folder by --out"
+                "already, or will be once that run ends; train with that, or give another folder "
+                "by --out"
             )
 
 
