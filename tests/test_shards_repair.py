@@ -151,9 +151,9 @@ def test_what_a_killed_run_left_goes_once_no_task_names_it(
     assert made == ["train-00000.tar", "train-00001.tar"]
     assert (out / "train-00001.npy").is_file()
     with pytest.raises(UserError, match=r"train-00001\.tar: was made by .* once that run ends"):
-        _shard(
-            "index", out / "train-00001.tar", *ONE
-        )  # which would take it for a stale one of ours
+        _shard("index", out / "train-00001.tar", *ONE)  # it would go as a stale one of ours
+    with pytest.raises(UserError, match="out: the run that makes split 'train' was cut"):
+        _shard("reshard", out, tmp_path / "again", *ONE)
     for folder in (expected, out):
         _shard("jsonl", pairs, folder, "--split", "val", *ONE)
         assert (out / "planned.json").is_file()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dist_vse.errors import UserError
 from dist_vse.index import INDEX_NAME, is_remote, read_index
+from shards.receipts import read_planned
 from shards.record import Member, Record
 from shards.sources.paths import existing
 from shards.wds import read_samples
@@ -20,8 +21,8 @@ def read_tars(path: Path, *, split: str | None = None, name: str = "") -> Iterat
     split that the index says, or that its JSON names, or of train. The JSON's other fields are
     kept. A sample without an image or with broken JSON is a bad one.
 
-    Raises UserError if there is no tar, or one is compressed or cut, or one that the folder's index
-    names is remote or missing.
+    Raises UserError if a tar is compressed or cut, or one that the folder's index names is remote
+    or missing, or the run that makes them has not ended.
     """
     tars = _tars_in(path) if path.is_dir() else [(existing(path), "")]
     for tar, of_index in tars:
@@ -46,8 +47,12 @@ def read_tars(path: Path, *, split: str | None = None, name: str = "") -> Iterat
 def _tars_in(folder: Path) -> list[tuple[Path, str]]:
     """Return the folder's tars, each with the split that an index says, or "".
 
-    Raises UserError if one that the index names is not there.
+    Raises UserError if one that the index names is not there, or a run there has not ended.
     """
+    for cut in read_planned(folder):
+        raise UserError(
+            f"{folder}: the run that makes split {cut!r} was cut; run it to the end first"
+        )
     if not (folder / INDEX_NAME).is_file():
         return [(tar, "") for tar in sorted(folder.glob("*.tar"))]
     tars = []
