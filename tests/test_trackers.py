@@ -9,6 +9,7 @@ import pytest
 from dist_vse import trackers, train
 from dist_vse.config import load_config
 from dist_vse.errors import UserError
+from dist_vse.metrics import Recorder
 from tests.datasets import write_dataset
 from tests.distributed import run_distributed
 
@@ -65,3 +66,26 @@ def test_a_tracker_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         trackers.check_trackers(["wandb"])
     with pytest.raises(UserError, match="trackers='wand' is unknown; did you mean 'wandb'"):
         load_config(None, ["trackers=[wand]"])
+
+
+def test_a_tracker_that_fails_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlflow: Any = pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    store, away = tmp_path / "mlruns", tmp_path / "away"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.as_uri())
+    recorder = Recorder(tmp_path, 0, trackers=["mlflow"], project="tried", settings={})
+    recorder.write("train", 1, {"loss": 3.0})
+    assert len(recorder.trackers) == 1
+    store.rename(away)
+    store.write_text("no folder")
+    for step in (2, 3):
+        recorder.write("train", step, {"loss": 2.0})
+    recorder.close()
+    assert caplog.text.count("tracker mlflow failed (") == 1
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    store.unlink()
+    away.rename(store)
+    mlflow.end_run()  # or it would try at exit
