@@ -9,8 +9,6 @@ from pathlib import Path
 
 from dist_vse.errors import UserError, first_line
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-
 
 def check_output(path: Path) -> None:
     """Raise UserError unless a file can be written there; its folder is made."""
@@ -45,5 +43,5 @@ def _refusals(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "make room" if error.errno in _NO_ROOM else "name another place"
+        remedy = "make room, or name another place"
         raise UserError(f"{path}: can't be written ({first_line(error)}); {remedy}") from error
