@@ -282,7 +282,10 @@ def test_a_run_from_a_checkpoint_has_a_start(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_page_that_cannot_be_written(run_dir: Path, several: bool) -> None:
+def test_a_page_that_cannot_be_written(
+    run_dir: Path, several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_vse.report.page.thumbnails", None)  # told before the images are read
     (run_dir / "file").touch()
     (run_dir / "folder").mkdir()
     for out in (run_dir / "file" / "page.html", run_dir / "folder"):
