@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ import torch
 from PIL import Image, ImageFont
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dist_vse import cli, train
 from dist_vse.config import load_config
 from dist_vse.errors import UserError
 from dist_vse.index import read_index
+from dist_vse.retrieval import top_k
 from dist_vse.search.embed import embed_split, open_model
 from dist_vse.search.picture import draw_sheet, wrap
 from dist_vse.search.run import Found, search
@@ -156,7 +159,10 @@ def test_slips_are_one_line(
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for module in ("run", "embed"):  # all is told before the long work
+        monkeypatch.setattr(f"dist_vse.search.{module}.embed_split", None)
     (tmp_path / "bare.txt").write_text("a photo\n")
     (tmp_path / "file").touch()
     places = {"RUN": trained, "IMAGES": classes, "BARE": tmp_path / "bare.txt"}
@@ -192,15 +198,26 @@ def test_searches_in_written_features_and_refuses_stale_ones(
         (r"another split \(val\)", trained, {**how, "split": "train"}),
     ]
     monkeypatch.setattr("dist_vse.search.run.embed_split", None)  # nothing is embedded again
+    asked_of: list[int] = []
+
+    def counted(queries: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        asked_of.append(len(queries))
+        return top_k(queries, *rest)
+
+    monkeypatch.setattr("dist_vse.search.run.top_k", counted)
     written = search(trained, **how, split="val", sheet=None, index_file=file)  # type: ignore[arg-type]
-    assert written == at_once
+    assert written == at_once and asked_of == [2]  # one search for both queries
     for message, model, asked in stale:
         with pytest.raises(UserError, match=f"stale, it is of {message}; write it with"):
             search(model, **asked, sheet=None, index_file=file)  # type: ignore[arg-type]
 
 
 def test_features_that_are_not_finite_are_one_line(
-    trained: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path,
+    classes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = str(changed(trained, tmp_path / "run", float("nan")))
     for command in (
@@ -212,6 +229,10 @@ def test_features_that_are_not_finite_are_one_line(
         error = capsys.readouterr().err
         assert "image features are not finite" in error and error.count("error:") == 1
     assert not list(tmp_path.glob("out*"))
+    monkeypatch.setattr("dist_vse.search.run.embed_split", None)  # a query is looked at before
+    picture = next(classes.glob("*/*.png"))
+    assert cli.main(["search", model, "--split", "val", "--image", str(picture)]) == 2
+    assert "1 of 1 rows" in capsys.readouterr().err
 
 
 def test_zero_shot_shares_ties_and_takes_the_usual_template(
