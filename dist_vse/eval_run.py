@@ -36,7 +36,7 @@ def eval_run(
 
     Writes `eval-SPLIT.json` into the run's folder (with the protocol or checkpoint in its name
     where they are not the usual ones), for the newest checkpoint `examples.json` too, and prints
-    a table.
+    a table. Raises UserError, on every rank, if the trained model has collapsed.
     """
     setup_logging()
     how: dict[str, Any] = {"protocol": protocol, "recalls": recalls, "bootstrap": bootstrap}
@@ -57,7 +57,7 @@ def eval_run(
         with distributed.same_verdict():
             checkpoint = load_trained(run_dir, model, asked)
         batches = build_eval_batches(config, index, tokenizer, split)
-        trained = evaluate(model, batches, here, **how)
+        trained = evaluate(model, batches, here, **how, allow_collapse=False)
         if distributed.is_main_process():
             results = {
                 "trained": trained.metrics,

@@ -22,6 +22,8 @@ TIE = 1e-12
 ROUNDOFF = 2.0**-24  # of float32
 IMAGES, TEXTS = 1024, 1024  # of a tile
 SUMMED = 256  # products that are added at a time: short sums round less
+LOWEST = torch.finfo(torch.float32).min
+SEARCHED = 2**20  # scores, or bars, that are searched at a time
 GATHERED = 1024  # pairs whose features are gathered at a time
 CROWDED = 1 / 64  # of a tile's scores: with more to decide, all of it is computed in float64
 
@@ -40,23 +42,22 @@ class _Bars:
     tied: Tensor  # (p,): right answers of the same score, itself included
     counts: Tensor  # (2, p): wrong answers better; better or tied
 
-    def wanted(self, start: int, stop: int, slot: int) -> tuple[Tensor, Tensor]:
-        """Return the rows in [start, stop) whose pair number `slot` still matters, and the pair.
+    def others(self, start: int, stop: int) -> Tensor:
+        """Return the rows in [start, stop) whose pairs after the best still matter.
 
-        The first decides the rank. Others matter to mAP@R only, until R answers stand before.
+        They matter to mAP@R only, until R answers stand before the second.
         """
         rows = torch.arange(start, stop, device=self.query.device)
-        pairs = self.first[rows] + slot
-        keep = pairs < self.first[rows + 1]
-        if slot:
-            limit = self.first[rows + 1] - self.first[rows]
-            at = pairs.clamp_max(len(self.query) - 1)
-            keep &= self.counts[0, at] + self.better[at] < limit
-        return rows[keep] - start, pairs[keep]
+        second, limit = self.first[rows] + 1, self.first[rows + 1] - self.first[rows]
+        at = second.clamp_max(len(self.query) - 1)
+        return rows[(limit > 1) & (self.counts[0, at] + self.better[at] < limit)] - start
 
-    def most(self, start: int, stop: int) -> int:
-        """Return the most right answers of a query in [start, stop)."""
-        return int(self.first[start : stop + 1].diff().max())
+    def after_best(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pairs of these rows after the best, (r, s), and which of them there are."""
+        limit = self.first[rows + 1] - self.first[rows]
+        slots = torch.arange(1, int(limit.max()), device=rows.device)
+        there = slots < limit[:, None]
+        return (self.first[rows][:, None] + slots).clamp_max(len(self.query) - 1), there
 
     def ranks(self) -> Ranks:
         """Read the ranks off the counts."""
@@ -112,7 +113,7 @@ def rank_all(
                 inside = slice(*torch.searchsorted(text_of, edges).tolist())
                 rows, columns = image_of[inside] - i, text_of[inside] - j
                 here = (rows >= 0) & (rows < len(images))
-                scores[rows[here], columns[here]] = -torch.inf  # right answers beat nobody
+                scores[rows[here], columns[here]] = LOWEST  # right answers beat nobody
                 exact = _Exact(images, texts)
                 _count(of_images, scores, i, exact.at, tie, doubt)
                 _count(of_texts, scores.T, j, exact.flipped, tie, doubt)
@@ -130,20 +131,57 @@ def _count(
     doubt: float,
 ) -> None:
     """Count what reaches the bars of the queries [start, start + len(scores))."""
-    for slot in range(bars.most(start, start + len(scores))):
-        rows, pairs = bars.wanted(start, start + len(scores), slot)
-        if len(pairs) == 0:
-            continue
-        some = scores if len(rows) == len(scores) else scores[rows]
-        bar = bars.bar[pairs]
-        above = some > (bar + doubt).float()[:, None]
-        open_ = (some >= (bar - doubt).float()[:, None]) ^ above
-        bars.counts[:, pairs] += above.sum(1)
-        query, item = open_.nonzero(as_tuple=True)
-        if len(query):
-            score = exact(rows[query], item)
-            reach = torch.stack([score > bar[query] + tie, score >= bar[query] - tie])
-            bars.counts.index_add_(1, pairs[query], reach.long())
+    best = bars.first[start : start + len(scores)]
+    bar = bars.bar[best]
+    above = scores > (bar + doubt).float()[:, None]
+    open_ = (scores >= (bar - doubt).float()[:, None]) ^ above
+    bars.counts[:, best] += above.sum(1)
+    row, item = open_.nonzero(as_tuple=True)
+    if len(row):
+        score = exact(row, item)
+        reach = torch.stack([score > bar[row] + tie, score >= bar[row] - tie])
+        bars.counts.index_add_(1, best[row], reach.long())
+    del above, open_  # before the next need their memory
+    others = bars.others(start, start + len(scores))
+    if len(others):
+        most = int((bars.first[start + others + 1] - bars.first[start + others]).max())
+        for rows in others.split(max(1, SEARCHED // max(most, scores.shape[1]))):
+            _count_others(bars, scores, start, rows, exact, tie, doubt)
+
+
+def _count_others(
+    bars: _Bars,
+    scores: Tensor,
+    start: int,
+    rows: Tensor,
+    exact: Callable[[Tensor, Tensor], Tensor],
+    tie: float,
+    doubt: float,
+) -> None:
+    """Count what reaches the bars after the best: a search of each score among a query's bars.
+
+    Equal captions make as many bars a query as there are captions, so there is no pass a bar.
+    """
+    pairs, there = bars.after_best(start + rows)
+    bar = bars.bar[pairs].masked_fill(~there, -torch.inf)  # (r, s), falling
+    score = scores[rows].double().contiguous()  # (r, b)
+    above, reached = _slots(bar, score, doubt)
+    row, item = (reached < above).nonzero(as_tuple=True)
+    if len(row):
+        score[row, item] = exact(rows[row], item)
+        above, reached = _slots(bar, score, tie)
+    for counts, slot in zip(bars.counts, (above, reached), strict=True):
+        width = bar.shape[1] + 1  # the last: of no bar
+        line = torch.arange(len(rows), device=rows.device)[:, None] * width + slot
+        found = line.flatten().bincount(minlength=len(rows) * width).view(-1, width)
+        counts[pairs[there]] += found[:, :-1].cumsum(1)[there]
+
+
+def _slots(bar: Tensor, score: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Return the first slot whose bar (r, s) each score (r, b) is above, and reaches."""
+    falling = -score  # for searches among rising numbers
+    above = torch.searchsorted(-(bar + margin), falling, right=True)
+    return above, torch.searchsorted(-(bar - margin), falling)
 
 
 class _Exact:
@@ -183,16 +221,20 @@ def _bars(query: Tensor, score: Tensor, num_queries: int, tie: float) -> _Bars:
     query, bar = query[order], score[order]
     counts = query.bincount(minlength=num_queries)
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    slot = torch.arange(len(query), device=query.device) - first[query]
-    better, last = slot.clone(), slot + 1  # of the slots that tie with it
-    for step in range(1, int(counts.max())):
-        near = (query[step:] == query[:-step]) & ((bar[step:] - bar[:-step]).abs() <= tie)
-        if not near.any():
-            break  # sorted: what is further apart does not tie either
-        better[step:] -= near.long()
-        last[:-step] += near.long()
+    start = _first_tied(bar, first[query], tie)
+    stop = start.bincount(minlength=len(query)).cumsum(0)  # ties are mutual
     zeros = torch.zeros(2, len(query), dtype=torch.int64, device=query.device)
-    return _Bars(query, bar, first, better, last - better, zeros)
+    return _Bars(query, bar, first, start - first[query], stop - start, zeros)
+
+
+def _first_tied(bar: Tensor, low: Tensor, tie: float) -> Tensor:
+    """Return the first pair from `low` on that ties with each pair; the bars fall up to it."""
+    high = torch.arange(len(bar), device=bar.device)
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        inside = bar[middle] - bar <= tie
+        low, high = torch.where(inside, low, middle + 1), torch.where(inside, middle, high)
+    return low
 
 
 def _longest(features: Tensor) -> float:
