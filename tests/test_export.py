@@ -198,16 +198,18 @@ def test_features_of_a_list_alone(runs: Path, tmp_path: Path) -> None:
 
 def test_an_opened_image_is_turned_as_its_file_is(runs: Path, tmp_path: Path) -> None:
     loaded = dist_vse.load(export_run(runs / "gru", tmp_path / "out", onnx=False))
-    pixels = torch.randint(0, 256, (60, 40, 3), generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(0, 256, (6, 4, 3), generator=torch.Generator().manual_seed(0))
     picture, exif = Image.fromarray(pixels.byte().numpy()).resize((400, 600)), Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    picture.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    path = tmp_path / "turned.jpg"
+    picture.save(path, quality=95, exif=exif)
     upright = picture.rotate(-90, expand=True)
-    by_file, by_image, want = loaded.encode_images(
-        [tmp_path / "turned.jpg", Image.open(tmp_path / "turned.jpg"), upright]
+    by_file, by_image, want, lying = loaded.encode_images(
+        [path, Image.open(path), upright, picture]
     )
-    torch.testing.assert_close(by_image, by_file, atol=1e-4, rtol=0)
-    assert by_image @ want > by_image @ loaded.encode_images([picture])[0]
+    assert (by_image - by_file).abs().max() < 2e-3  # the crop is taken before or after the turn
+    assert (by_image - want).abs().max() < 2e-3
+    assert (by_image - lying).abs().max() > 2e-2
 
 
 def test_a_diverged_run_is_no_model(
