@@ -273,23 +273,23 @@ def test_examples_give_the_ranks_of_the_evaluation_ties_included(tmp_path: Path)
 def test_examples_are_of_the_protocols_galleries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two folds of two images; of six captions an image the last is left out."""
-    monkeypatch.setitem(PROTOCOLS, "coco-1k", (4, 2))
-    images, rows = torch.eye(4), torch.arange(4).repeat_interleave(6)
-    texts = nn.functional.normalize(images[rows] + 0.5 * images[(rows + 2) % 4])
+    """Two folds of three images; of six captions an image the last is left out."""
+    monkeypatch.setitem(PROTOCOLS, "coco-1k", (6, 2))
+    images, rows = torch.eye(6), torch.arange(6).repeat_interleave(6)
+    texts = nn.functional.normalize(images[rows] + 0.5 * images[(rows + 3) % 6])
     texts[0] = images[1]  # the caption of another image in its fold
-    names = [f"k{i}" for i in range(4)], [f"text {j}" for j in range(24)]
-    equal = torch.zeros(24, dtype=torch.int64)  # by content all captions would be right
-    split = Embedded(*names, images, texts, rows, torch.arange(4), equal)
+    names = [f"k{i}" for i in range(6)], [f"text {j}" for j in range(36)]
+    equal = torch.zeros(36, dtype=torch.int64)  # by content all captions would be right
+    split = Embedded(*names, images, texts, rows, torch.arange(6), equal)
     got = score(split, CPU, protocol="coco-1k")
-    for seed in range(5):
+    for seed in range(3):
         save_examples(got, tmp_path / "examples.json", split="test", k=9, seed=seed)
         content = json.loads((tmp_path / "examples.json").read_text())
         for query in content["text_to_image"] + content["text_to_image_worst"]:
             text = int(query["caption"].removeprefix("text "))
             assert text % 6 != 5
-            assert query["rank"] == got.text_ranks[text] == (2 if text == 0 else 1)
-            fold = ["k0", "k1"] if text < 12 else ["k2", "k3"]
+            assert query["rank"] == got.text_ranks[text] == (2.5 if text == 0 else 1)
+            fold = ["k0", "k1", "k2"] if text < 18 else ["k3", "k4", "k5"]
             assert sorted(answer["key"] for answer in query["answers"]) == fold
             assert [a["key"] == query["key"] for a in query["answers"]] == [
                 a["right"] for a in query["answers"]
@@ -298,7 +298,7 @@ def test_examples_are_of_the_protocols_galleries(
             image = int(query["key"].removeprefix("k"))
             asked = {int(a["caption"].removeprefix("text ")): a["right"] for a in query["answers"]}
             assert len(asked) == 9 and all((t // 6 == image) == asked[t] for t in asked)
-            assert all(t // 12 == image // 2 and t % 6 != 5 for t in asked)
+            assert all(t // 18 == image // 3 and t % 6 != 5 for t in asked)
 
 
 def test_examples_depend_on_the_seed_alone(tmp_path: Path, ranked: Evaluation) -> None:

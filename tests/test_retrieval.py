@@ -202,7 +202,7 @@ def test_the_chance_of_a_hit_in_long_ties() -> None:
             assert got == pytest.approx(want, abs=1e-11), (b, w, r, k)
 
 
-@pytest.mark.parametrize("spread", [1.0, 1e-4, 1e-8])
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4, 1e-8])
 def test_decisions_are_those_of_float64(spread: float) -> None:
     """Scores much closer than float32 can tell apart, and hardly any tie."""
     images = torch.nn.functional.normalize(unit(1, 64, 0) + spread * unit(90, 64, 1)).double()
@@ -217,6 +217,15 @@ def test_decisions_are_those_of_float64(spread: float) -> None:
     wrong = scores.clone()
     wrong[rows, torch.arange(180)] = -9
     assert i2t.better.equal((wrong > best[:, None] + 1e-12).sum(1))
+    if spread == 1e-2:  # many right answers, most in doubt and hardly any a tie
+        many = torch.rand(90, 180, generator=torch.Generator().manual_seed(5)) < 0.3
+        pairs = (many | (torch.arange(180) % 90 == torch.arange(90)[:, None])).nonzero().T
+        for ranks, want in zip(
+            rank_all(images, texts, pairs, tile=(32, 64)),
+            by_sorting(images, texts, pairs),
+            strict=True,
+        ):
+            assert ranks.precision.tolist() == pytest.approx(want, abs=1e-12)
 
 
 def same(got: Ranks, want: Ranks) -> bool:
