@@ -22,8 +22,7 @@ TIE = 1e-12
 ROUNDOFF = 2.0**-24  # of float32
 IMAGES, TEXTS = 1024, 1024  # of a tile
 SUMMED = 256  # products that are added at a time: short sums round less
-LOWEST = torch.finfo(torch.float32).min
-SEARCHED = 2**20  # scores, or bars, that are searched at a time
+SEARCHED = 2**18  # scores that are looked through at a time for bars after the best
 GATHERED = 1024  # pairs whose features are gathered at a time
 CROWDED = 1 / 64  # of a tile's scores: with more to decide, all of it is computed in float64
 
@@ -51,13 +50,6 @@ class _Bars:
         second, limit = self.first[rows] + 1, self.first[rows + 1] - self.first[rows]
         at = second.clamp_max(len(self.query) - 1)
         return rows[(limit > 1) & (self.counts[0, at] + self.better[at] < limit)] - start
-
-    def after_best(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pairs of these rows after the best, (r, s), and which of them there are."""
-        limit = self.first[rows + 1] - self.first[rows]
-        slots = torch.arange(1, int(limit.max()), device=rows.device)
-        there = slots < limit[:, None]
-        return (self.first[rows][:, None] + slots).clamp_max(len(self.query) - 1), there
 
     def ranks(self) -> Ranks:
         """Read the ranks off the counts."""
@@ -113,7 +105,7 @@ def rank_all(
                 inside = slice(*torch.searchsorted(text_of, edges).tolist())
                 rows, columns = image_of[inside] - i, text_of[inside] - j
                 here = (rows >= 0) & (rows < len(images))
-                scores[rows[here], columns[here]] = LOWEST  # right answers beat nobody
+                scores[rows[here], columns[here]] = -torch.inf  # right answers beat nobody
                 exact = _Exact(images, texts)
                 _count(of_images, scores, i, exact.at, tie, doubt)
                 _count(of_texts, scores.T, j, exact.flipped, tie, doubt)
@@ -142,11 +134,8 @@ def _count(
         reach = torch.stack([score > bar[row] + tie, score >= bar[row] - tie])
         bars.counts.index_add_(1, best[row], reach.long())
     del above, open_  # before the next need their memory
-    others = bars.others(start, start + len(scores))
-    if len(others):
-        most = int((bars.first[start + others + 1] - bars.first[start + others]).max())
-        for rows in others.split(max(1, SEARCHED // max(most, scores.shape[1]))):
-            _count_others(bars, scores, start, rows, exact, tie, doubt)
+    for rows in bars.others(start, start + len(scores)).split(SEARCHED // scores.shape[1] + 1):
+        _count_others(bars, scores, start, rows, exact, tie, doubt)
 
 
 def _count_others(
@@ -158,30 +147,44 @@ def _count_others(
     tie: float,
     doubt: float,
 ) -> None:
-    """Count what reaches the bars after the best: a search of each score among a query's bars.
+    """Count what reaches the bars after the best of some rows: a search for each score.
 
     Equal captions make as many bars a query as there are captions, so there is no pass a bar.
     """
-    pairs, there = bars.after_best(start + rows)
-    bar = bars.bar[pairs].masked_fill(~there, -torch.inf)  # (r, s), falling
-    score = scores[rows].double().contiguous()  # (r, b)
-    above, reached = _slots(bar, score, doubt)
-    row, item = (reached < above).nonzero(as_tuple=True)
-    if len(row):
-        score[row, item] = exact(rows[row], item)
-        above, reached = _slots(bar, score, tie)
-    for counts, slot in zip(bars.counts, (above, reached), strict=True):
-        width = bar.shape[1] + 1  # the last: of no bar
-        line = torch.arange(len(rows), device=rows.device)[:, None] * width + slot
-        found = line.flatten().bincount(minlength=len(rows) * width).view(-1, width)
-        counts[pairs[there]] += found[:, :-1].cumsum(1)[there]
+    first, stop = bars.first[start + rows] + 1, bars.first[start + rows + 1]
+    some = scores[rows]
+    row, item = (some >= (bars.bar[stop - 1] - doubt).float()[:, None]).nonzero(as_tuple=True)
+    if len(row) == 0:
+        return
+    score, base, end = some[row, item].double(), int(first[0]), int(stop[-1])
+    first, stop = first[row], stop[row]
+    above, reached = _places(bars.bar, first, stop, score, doubt)
+    at = (reached < above).nonzero().flatten()
+    if len(at):
+        score = exact(rows[row[at]], item[at])
+        above[at], reached[at] = _places(bars.bar, first[at], stop[at], score, tie)
+    for counts, place in zip(bars.counts, (above, reached), strict=True):
+        steps = (place - base).bincount(minlength=end - base + 1)
+        steps -= (stop - base).bincount(minlength=end - base + 1)
+        counts[base:end] += steps[:-1].cumsum(0)  # each score counts from its place to its stop
 
 
-def _slots(bar: Tensor, score: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Return the first slot whose bar (r, s) each score (r, b) is above, and reaches."""
-    falling = -score  # for searches among rising numbers
-    above = torch.searchsorted(-(bar + margin), falling, right=True)
-    return above, torch.searchsorted(-(bar - margin), falling)
+def _places(
+    bar: Tensor, first: Tensor, stop: Tensor, score: Tensor, margin: float
+) -> tuple[Tensor, Tensor]:
+    """Return the first pairs in [first, stop) whose bars each score is above, and reaches."""
+    last = len(bar) - 1
+    above = _first_where(lambda at: score > bar[at.clamp_max(last)] + margin, first, stop)
+    return above, _first_where(lambda at: score >= bar[at.clamp_max(last)] - margin, first, above)
+
+
+def _first_where(holds: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """Return the first places in [low, high) where it holds, as it then does up to high."""
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        found = holds(middle) | (low >= high)
+        low, high = torch.where(found, low, middle + 1), torch.where(found, middle, high)
+    return low
 
 
 class _Exact:
@@ -221,20 +224,11 @@ def _bars(query: Tensor, score: Tensor, num_queries: int, tie: float) -> _Bars:
     query, bar = query[order], score[order]
     counts = query.bincount(minlength=num_queries)
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    start = _first_tied(bar, first[query], tie)
+    own = torch.arange(len(query), device=query.device)
+    start = _first_where(lambda at: bar[at] - bar <= tie, first[query], own)
     stop = start.bincount(minlength=len(query)).cumsum(0)  # ties are mutual
     zeros = torch.zeros(2, len(query), dtype=torch.int64, device=query.device)
     return _Bars(query, bar, first, start - first[query], stop - start, zeros)
-
-
-def _first_tied(bar: Tensor, low: Tensor, tie: float) -> Tensor:
-    """Return the first pair from `low` on that ties with each pair; the bars fall up to it."""
-    high = torch.arange(len(bar), device=bar.device)
-    while bool((low < high).any()):
-        middle = (low + high) // 2
-        inside = bar[middle] - bar <= tie
-        low, high = torch.where(inside, low, middle + 1), torch.where(inside, middle, high)
-    return low
 
 
 def _longest(features: Tensor) -> float:
