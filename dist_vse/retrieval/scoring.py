@@ -47,14 +47,17 @@ class _Bars:
         They matter to mAP@R only, until R answers stand before the second.
         """
         rows = torch.arange(start, stop, device=self.query.device)
-        second, limit = self.first[rows] + 1, self.first[rows + 1] - self.first[rows]
-        at = second.clamp_max(len(self.query) - 1)
-        return rows[(limit > 1) & (self.counts[0, at] + self.better[at] < limit)] - start
+        best, limit = self.first[rows], self.first[rows + 1] - self.first[rows]
+        second = (best + 1).clamp_max(len(self.query) - 1)
+        # What beats the best beats the second too, and may be counted for the best alone so far.
+        wrong = torch.maximum(self.counts[0, best], self.counts[0, second])
+        return rows[(limit > 1) & (wrong + self.better[second] < limit)] - start
 
     def ranks(self) -> Ranks:
         """Read the ranks off the counts."""
         best = self.first[:-1]
         wrong, reaching = self.counts
+        wrong = torch.maximum(wrong, wrong[best[self.query]])  # where the others were left out
         precision = precision_at_r(
             self.query.cpu(),
             wrong.cpu(),
