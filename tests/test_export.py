@@ -135,8 +135,7 @@ def clip(folder: Path) -> Embedder:
     ("kind", "towers"),
     [
         ("transformer", ["image", "text"]),
-        ("gru", ["text"]),  # the image towers of these three are alike
-        ("pretrained", ["text"]),
+        ("pretrained", ["text"]),  # its image tower is the transformer's
         ("clip", ["image", "text"]),
     ],
 )
@@ -167,6 +166,13 @@ def test_onnx_computes_the_same(runs: Path, kind: str, towers: list[str], tmp_pa
         torch.testing.assert_close(
             torch.from_numpy(theirs), encode(raw).detach(), atol=1e-5, rtol=0
         )
+
+
+def test_a_gru_is_refused_since_its_graph_would_be_of_one_shape(runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    loaded = dist_vse.load(export_run(runs / "gru", tmp_path / "out", onnx=False))
+    with pytest.raises(UserError, match=r"the text tower cannot be written as ONNX .* one shape"):
+        write_tower(loaded, "text", tmp_path)
 
 
 class Branching(nn.Module):

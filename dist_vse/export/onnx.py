@@ -53,7 +53,7 @@ def write_tower(embedder: Embedder, name: str, folder: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
+            program = torch.onnx.export(
                 _Features(tower).eval(),
                 (raw,),
                 str(folder / f"{name}.onnx"),
@@ -70,3 +70,10 @@ def write_tower(embedder: Embedder, name: str, folder: Path) -> None:
             f"the {name} tower cannot be written as ONNX ({first_line(error)}); export without "
             "--onnx"
         ) from error
+    shape = program.model.graph.inputs[0].shape if program else None
+    assert shape is not None
+    if any(isinstance(shape[axis], int) for axis in shapes):  # a GRU's, unrolled by the exporter
+        raise UserError(
+            f"the {name} tower cannot be written as ONNX (its graph would hold for one shape of "
+            "input alone, as a GRU's does); export without --onnx"
+        )
