@@ -1,8 +1,11 @@
 """The one exception for what a user can mend."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
@@ -20,8 +23,9 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write there (a full disk) into a UserError."""
+    """Turn the system's refusal to write there (a full disk, no right to) into a UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: can't be written ({first_line(error)}); make room") from error
+        remedy = "make room" if error.errno in FULL else "give a place that can be written"
+        raise UserError(f"{path}: can't be written ({first_line(error)}); {remedy}") from error

@@ -40,7 +40,8 @@ def eval_run(
 
     Writes `eval-SPLIT.json` into the run's folder and prints a table. The protocol, the data's
     fingerprint and the checkpoint stand in the file's name where they are not the run's usual
-    ones; where they are, the report's examples are written too.
+    ones; where they are, the report's examples are written too. Raises UserError, on every rank,
+    if the trained model has collapsed.
     """
     setup_logging()
     how: dict[str, Any] = {"protocol": protocol, "recalls": recalls, "bootstrap": bootstrap}
@@ -55,7 +56,7 @@ def eval_run(
         with distributed.same_verdict():
             checkpoint = load_trained(task.run_dir, model, task.asked)
         batches = build_eval_batches(task.config, task.index, tokenizer, split)
-        trained = evaluate(model, batches, here, **how)
+        trained = evaluate(model, batches, here, **how, allow_collapse=False)
         results = {
             "trained": trained.metrics,
             "untrained": untrained.metrics,

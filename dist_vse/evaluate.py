@@ -18,6 +18,7 @@ from dist_vse.log import logger
 from dist_vse.retrieval import (
     RECALLS,
     Ranks,
+    Task,
     chance,
     check_features,
     intervals,
@@ -60,6 +61,7 @@ class Evaluation:
     intervals: dict[str, list[float]]  # [low, high] of each metric; empty without bootstrap
     image_ranks: Tensor  # float64 (n,): expected rank of each image's best text
     text_ranks: Tensor  # float64 (m,); NaN for a text that the protocol leaves out
+    tasks: list[Task]  # the galleries in which these ranks are
 
 
 def evaluate(
@@ -70,10 +72,18 @@ def evaluate(
     protocol: str = "plain",
     recalls: Sequence[int] = RECALLS,
     bootstrap: int = 0,
+    allow_collapse: bool = True,
 ) -> Evaluation:
     """Embed this rank's batches and score retrieval over the whole split; see `embed`, `score`."""
     split = embed(model, batches, device)
-    return score(split, device, protocol=protocol, recalls=recalls, bootstrap=bootstrap)
+    return score(
+        split,
+        device,
+        protocol=protocol,
+        recalls=recalls,
+        bootstrap=bootstrap,
+        allow_collapse=allow_collapse,
+    )
 
 
 def embed(model: Encoders, batches: Iterable[EvalBatch], device: torch.device) -> Embedded:
@@ -129,12 +139,20 @@ def score(
     protocol: str = "plain",
     recalls: Sequence[int] = RECALLS,
     bootstrap: int = 0,
+    allow_collapse: bool = True,
 ) -> Evaluation:
     """Score retrieval over a split, each rank its share of the tiles; every rank must call.
 
     `bootstrap` is the number of resamples, 0 for no intervals. Raises UserError, on every rank,
-    for features that are not finite and for a split that is not the protocol's.
+    for features that are not finite and for a split that is not the protocol's; for collapsed
+    features too unless they are allowed, as in a training that may recover: then it is a warning.
     """
+    with distributed.same_verdict():
+        if distributed.is_main_process():
+            for warning in check_features(split.image_features, split.text_features):
+                if not allow_collapse:
+                    raise UserError(warning)
+                logger.warning(warning)
     tasks = tasks_of(protocol, split.image_of_text, split.image_ids, split.text_ids)
     share = (distributed.rank(), distributed.world_size())
     found: list[tuple[Ranks, Ranks]] = []
@@ -151,8 +169,6 @@ def score(
     # The rest on one rank, for ranks may share the cores.
     results: tuple[dict[str, float], dict[str, float], dict[str, list[float]]] = ({}, {}, {})
     if distributed.is_main_process():
-        for warning in check_features(split.image_features, split.text_features):
-            logger.warning(warning)
         metrics = _mean([summary(*ranks, recalls) for ranks in found])
         metrics |= {"num_images": len(image_ranks), "num_texts": len(split.captions)}
         random = _mean(
@@ -162,7 +178,7 @@ def score(
         bands = intervals(drawn, recalls=recalls, resamples=bootstrap) if bootstrap else {}
         results = (metrics, random, bands)
     metrics, random, bands = distributed.broadcast_object(results)
-    return Evaluation(split, metrics, random, bands, image_ranks, text_ranks)
+    return Evaluation(split, metrics, random, bands, image_ranks, text_ranks, tasks)
 
 
 def _mean(values: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vse.evaluate import Embedded, Evaluation
-from dist_vse.retrieval import content_pairs, top_k
+from dist_vse.evaluate import Evaluation
+from dist_vse.retrieval import Task, top_k
 
 Query = dict[str, Any]
 
@@ -28,25 +28,26 @@ def save_examples(
 
     Each direction has `num_queries` queries (or all images, if they are fewer), of different
     images, drawn with the seed; and `num_extremes` of those that are found first (drawn as well)
-    and of those found last. The file also holds the metrics and what chance would give. What is
-    right is decided by content, as in the protocol `plain`.
+    and of those found last. The file also holds the metrics and what chance would give. Ranks,
+    galleries and what is right are those of the evaluation, so a rank that ties leave open is
+    their mean and may be broken.
     """
     found, generator = evaluation.split, torch.Generator().manual_seed(seed)
-    pairs = content_pairs(found.image_of_text, found.image_ids, found.text_ids)
     images = torch.randperm(len(found.keys), generator=generator)
+    ranked = ~evaluation.text_ranks.isnan()  # a protocol may leave some out
     texts = [
         int(own[image % len(own)])  # any of its captions
         for image in images[:num_queries].tolist()
-        for own in [(found.image_of_text == image).nonzero().flatten()]
+        for own in [(ranked & (found.image_of_text == image)).nonzero().flatten()]
     ]
     content = {
         "split": split,
         "seed": seed,
         "metrics": evaluation.metrics,
         "chance": evaluation.chance,
-        "text_to_image": [_text_query(found, pairs, text, k) for text in texts],
+        "text_to_image": [_text_query(evaluation, text, k) for text in texts],
         "image_to_text": [  # others than for the texts, where there are enough images
-            _image_query(found, pairs, image, k) for image in images[-num_queries:].tolist()
+            _image_query(evaluation, image, k) for image in images[-num_queries:].tolist()
         ],
     }
     for name, ranks, query in (
@@ -54,8 +55,8 @@ def save_examples(
         ("image_to_text", evaluation.image_ranks, _image_query),
     ):
         best, worst = _extremes(ranks, num_extremes, generator)
-        content[f"{name}_best"] = [query(found, pairs, row, k) for row in best]
-        content[f"{name}_worst"] = [query(found, pairs, row, k) for row in worst]
+        content[f"{name}_best"] = [query(evaluation, row, k) for row in best]
+        content[f"{name}_worst"] = [query(evaluation, row, k) for row in worst]
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -70,30 +71,51 @@ def _extremes(ranks: Tensor, count: int, generator: torch.Generator) -> tuple[li
     return best.tolist(), worst.tolist()
 
 
-def _text_query(found: Embedded, pairs: Tensor, text: int, k: int) -> Query:
+def _text_query(evaluation: Evaluation, text: int, k: int) -> Query:
     """Ask for a caption's image."""
-    right = torch.zeros(len(found.keys), dtype=torch.bool)
-    right[pairs[0, pairs[1] == text]] = True
-    rank, best = _answers(found.text_features[text], found.image_features, right, k)
-    answers = [{"key": found.keys[row], **answer} for row, answer in best]
-    key = found.keys[int(found.image_of_text[text])]
-    return {"caption": found.captions[text], "key": key, "rank": rank, "answers": answers}
+    found = evaluation.split
+    task = _task_of(evaluation, int(found.image_of_text[text]))
+    own = task.texts[task.pairs[1]] == text
+    gallery = found.image_features[task.images]
+    answers = _answers(found.text_features[text], gallery, task.pairs[0, own], k)
+    return {
+        "caption": found.captions[text],
+        "key": found.keys[int(found.image_of_text[text])],
+        "rank": _rank(evaluation.text_ranks[text]),
+        "answers": [{"key": found.keys[task.images][row], **answer} for row, answer in answers],
+    }
 
 
-def _image_query(found: Embedded, pairs: Tensor, image: int, k: int) -> Query:
+def _image_query(evaluation: Evaluation, image: int, k: int) -> Query:
     """Ask for an image's captions."""
-    right = torch.zeros(len(found.captions), dtype=torch.bool)
-    right[pairs[1, pairs[0] == image]] = True
-    rank, best = _answers(found.image_features[image], found.text_features, right, k)
-    answers = [{"caption": found.captions[row], **answer} for row, answer in best]
-    return {"key": found.keys[image], "rank": rank, "answers": answers}
+    found, task = evaluation.split, _task_of(evaluation, image)
+    own = task.pairs[0] == image - task.images.start
+    gallery = found.text_features[task.texts]
+    answers = _answers(found.image_features[image], gallery, task.pairs[1, own], k)
+    return {
+        "key": found.keys[image],
+        "rank": _rank(evaluation.image_ranks[image]),
+        "answers": [
+            {"caption": found.captions[int(task.texts[row])], **answer} for row, answer in answers
+        ],
+    }
+
+
+def _task_of(evaluation: Evaluation, image: int) -> Task:
+    """Return the gallery that an image stands in."""
+    return next(task for task in evaluation.tasks if image < task.images.stop)
+
+
+def _rank(expected: Tensor) -> int | float:
+    rank = round(float(expected), 2)
+    return int(rank) if rank.is_integer() else rank
 
 
 def _answers(
     query: Tensor, gallery: Tensor, right: Tensor, k: int
-) -> tuple[int, list[tuple[int, dict[str, float | bool]]]]:
-    """Order the gallery for a query (d,): the first right answer's rank, and the first k rows."""
-    (scores,), (rows,) = top_k(query[None], gallery, len(gallery))
-    rank = int(right[rows].nonzero()[0]) + 1
-    best = zip(rows[:k].tolist(), scores[:k].tolist(), strict=True)
-    return rank, [(row, {"score": round(s, 4), "right": bool(right[row])}) for row, s in best]
+) -> list[tuple[int, dict[str, float | bool]]]:
+    """Return the first k rows for a query (d,), and of each whether it is among the right ones."""
+    (scores,), (rows,) = top_k(query[None], gallery, k)
+    among = torch.isin(rows, right).tolist()
+    best = zip(rows.tolist(), scores.tolist(), among, strict=True)
+    return [(row, {"score": round(score, 4), "right": is_right}) for row, score, is_right in best]

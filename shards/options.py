@@ -81,7 +81,12 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         default="500",
         help="samples a shard, or bytes of images such as 200MB [%(default)s]",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle [%(default)s]")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the shuffle; splits named val, test, dev or eval are not shuffled [%(default)s]",
+    )
     parser.add_argument(
         "--max-side", metavar="PX", type=int, help="shrink images whose longer side exceeds this"
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FORMAT = 3  # of the bytes that a shard holds; a new number makes every shard again
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_EVALUATION = re.compile(r"(^|[_-])(val|valid|validation|dev|eval|test)($|[_0-9-])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Options:
 
     shard_size: int = 500  # samples
     shard_bytes: int = 0  # bytes of the images as the source has them; 0: cut by samples
-    seed: int = 0
+    seed: int = 0  # of the shuffle of the splits that are for training
     recode: "Recode | None" = None  # else the images' bytes stay as they are
     decode: bool = False  # decode every image to check it
 
@@ -52,10 +53,11 @@ class Task:
 
 
 def plan_shards(records: Sequence[Record], options: Options) -> list[Task]:
-    """Give every record a safe key, shuffle each split, and cut it into shards.
+    """Give every record a safe key, shuffle the splits for training, and cut each into shards.
 
-    The order is that of a hash of seed and key: the same wherever the source's order differs
-    (folders), and of two samples it never changes when others come or go.
+    The shuffled order is that of a hash of seed and key: the same wherever the source's order
+    differs (folders), and of two samples it never changes when others come or go. Splits for
+    evaluation keep the source's order: COCO 1K is defined on consecutive images of its file.
 
     Raises UserError for a split whose name is unfit for a file.
     """
@@ -67,10 +69,16 @@ def plan_shards(records: Sequence[Record], options: Options) -> list[Task]:
         splits[record.split].append(record if record.key == key else replace(record, key=key))
     tasks = []
     for split, members in sorted(splits.items()):
-        members.sort(key=lambda record: _shuffle_key(options.seed, record.key))
+        if not is_evaluation(split):
+            members.sort(key=lambda record: _shuffle_key(options.seed, record.key))
         for number, part in enumerate(_cut(members, options)):
             tasks.append(Task(f"{split}-{number:05d}.tar", split, tuple(part), options))
     return tasks
+
+
+def is_evaluation(split: str) -> bool:
+    """Say whether the name is one for evaluation: val, test2017, karpathy_test; not restval."""
+    return _EVALUATION.search(split) is not None
 
 
 def check_split(split: str, key: str) -> None:

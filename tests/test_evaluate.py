@@ -2,21 +2,22 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_vse import distributed
+from dist_vse import cli, distributed
 from dist_vse.errors import UserError
-from dist_vse.evaluate import Embedded, Evaluation, evaluate, score
+from dist_vse.evaluate import Embedded, Evaluation, embed, evaluate, score
 from dist_vse.examples import save_examples
 from dist_vse.index import read_index
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
-from dist_vse.retrieval import chance, own_pairs, retrieval_metrics
+from dist_vse.retrieval import PROTOCOLS, chance, own_pairs, retrieval_metrics, tasks_of
 from dist_vse.stream import EvalBatch, captions, eval_batches
-from tests.datasets import write_dataset
+from tests.datasets import draw, write_dataset
 from tests.distributed import run_distributed
 
 CPU = torch.device("cpu")
@@ -120,6 +121,56 @@ def test_warns_of_collapse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert got.metrics["t2i_r1"] == pytest.approx(100 / 6)
 
 
+def score_collapsed() -> str:
+    images = nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+    names = [f"k{i}" for i in range(6)], [f"text {i}" for i in range(6)]
+    split = Embedded(*names, images, images[:1].repeat(6, 1), *[torch.arange(6)] * 3)
+    assert score(split, CPU).metrics["t2i_r1"] == pytest.approx(100 / 6)  # allowed
+    with pytest.raises(UserError) as caught:
+        score(split, CPU, allow_collapse=False)
+    return str(caught.value)
+
+
+def test_collapse_can_be_an_error_on_every_rank_alike() -> None:
+    first, second = run_distributed(score_collapsed, 2)
+    assert first == second
+    assert "the text features have collapsed" in first and "\n" not in first
+
+
+def test_coco_1k_takes_consecutive_images_of_karpathys_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the shards that we make of it; with 20 images where COCO has 5,000."""
+    monkeypatch.setitem(PROTOCOLS, "coco-1k", (20, 5))
+    draw(0).save(tmp_path / "image.png")
+    images = []
+    for number in range(60):
+        name = f"{number * 7919 % 61:02}.png"  # in no order of names
+        os.link(tmp_path / "image.png", tmp_path / name)
+        sentences = [{"raw": f"a red square {number} {caption}"} for caption in range(5)]
+        split = ("train", "restval", "test")[number % 3]
+        images.append({"filename": name, "split": split, "sentences": sentences})
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    source = ["karpathy", str(tmp_path / "dataset_coco.json"), str(tmp_path / "out")]
+    assert cli.main(["shard", *source, "--shard-size", "7", "--seed", "3"]) == 0
+
+    index = read_index(tmp_path / "out")
+    tokenizer = WordTokenizer(build_vocabulary(captions(index, "train"), 1), 16)
+    batches = eval_batches(
+        index, tokenizer, split="test", batch_size=4, size=32, rank=0, world_size=1
+    )
+    found = embed(TinyEncoders(), batches, CPU)
+    folds = tasks_of("coco-1k", found.image_of_text, found.image_ids, found.text_ids)
+    of_file = [image["filename"].removesuffix(".png") for image in images[2::3]]
+    assert [found.keys[fold.images] for fold in folds] == [
+        of_file[start : start + 4] for start in range(0, 20, 4)
+    ]
+    for fold in folds:
+        texts = {found.captions[row] for row in fold.texts.tolist()}
+        own = images[2::3][fold.images]
+        assert texts == {sentence["raw"] for image in own for sentence in image["sentences"]}
+
+
 def test_nothing_to_evaluate() -> None:
     none: list[EvalBatch] = []
     with pytest.raises(UserError, match="nothing to evaluate"):
@@ -205,6 +256,49 @@ def test_examples_of_the_best_and_the_worst(tmp_path: Path, ranked: Evaluation) 
     assert ranks == {"text 6": 3, "text 7": 3}
     assert [query["rank"] for query in content["text_to_image_best"]] == [1, 1]
     assert [query["key"] for query in content["image_to_text_worst"]] == ["k3"]
+
+
+def test_examples_give_the_ranks_of_the_evaluation_ties_included(tmp_path: Path) -> None:
+    images = torch.eye(4)
+    images[1] = images[0]  # the captions of both images tie
+    got = score_of(images, images.clone(), torch.arange(4))
+    save_examples(got, tmp_path / "examples.json", split="val", num_queries=4)
+    content = json.loads((tmp_path / "examples.json").read_text())
+    for way in ("text_to_image", "image_to_text"):
+        ranks = {query["key"]: query["rank"] for query in content[way]}
+        assert ranks == {"k0": 1.5, "k1": 1.5, "k2": 1, "k3": 1}
+        assert {query["key"] for query in content[f"{way}_worst"]} == {"k0", "k1"}
+
+
+def test_examples_are_of_the_protocols_galleries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two folds of three images; of six captions an image the last is left out."""
+    monkeypatch.setitem(PROTOCOLS, "coco-1k", (6, 2))
+    images, rows = torch.eye(6), torch.arange(6).repeat_interleave(6)
+    texts = nn.functional.normalize(images[rows] + 0.5 * images[(rows + 3) % 6])
+    texts[0] = images[1]  # the caption of another image in its fold
+    names = [f"k{i}" for i in range(6)], [f"text {j}" for j in range(36)]
+    equal = torch.zeros(36, dtype=torch.int64)  # by content all captions would be right
+    split = Embedded(*names, images, texts, rows, torch.arange(6), equal)
+    got = score(split, CPU, protocol="coco-1k")
+    for seed in range(3):
+        save_examples(got, tmp_path / "examples.json", split="test", k=9, seed=seed)
+        content = json.loads((tmp_path / "examples.json").read_text())
+        for query in content["text_to_image"] + content["text_to_image_worst"]:
+            text = int(query["caption"].removeprefix("text "))
+            assert text % 6 != 5
+            assert query["rank"] == got.text_ranks[text] == (2.5 if text == 0 else 1)
+            fold = ["k0", "k1", "k2"] if text < 18 else ["k3", "k4", "k5"]
+            assert sorted(answer["key"] for answer in query["answers"]) == fold
+            assert [a["key"] == query["key"] for a in query["answers"]] == [
+                a["right"] for a in query["answers"]
+            ]
+        for query in content["image_to_text"]:
+            image = int(query["key"].removeprefix("k"))
+            asked = {int(a["caption"].removeprefix("text ")): a["right"] for a in query["answers"]}
+            assert len(asked) == 9 and all((t // 6 == image) == asked[t] for t in asked)
+            assert all(t // 18 == image // 3 and t % 6 != 5 for t in asked)
 
 
 def test_examples_depend_on_the_seed_alone(tmp_path: Path, ranked: Evaluation) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import dist_vse
 from dist_vse import cli, train
@@ -17,12 +18,16 @@ from dist_vse.builders import build_eval_batches
 from dist_vse.config import load_config
 from dist_vse.errors import UserError
 from dist_vse.evaluate import embed
+from dist_vse.export.load import Embedder
+from dist_vse.export.onnx import write_tower
 from dist_vse.export.write import export_run
 from dist_vse.index import read_index
-from dist_vse.run_dir import load_trained, run_model, run_tokenizer
+from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.run_dir import load_trained, run_model, run_tokenizer, with_start
 from dist_vse.stream.reader import ShardReader
 from tests.datasets import write_dataset
 from tests.distributed import run_distributed
+from tests.tiny_clip import write_hf
 from tests.tiny_models import write_tiny_bert
 
 CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.yaml"
@@ -117,19 +122,129 @@ def test_transformers_reads_the_text_part(runs: Path) -> None:
     torch.testing.assert_close(states.mean(1), trunk(words["input_ids"]), atol=1e-5, rtol=0)
 
 
-def test_onnx_computes_the_same(runs: Path) -> None:
+def clip(folder: Path) -> Embedder:
+    """A random CLIP of transformers."""
+    start = str(write_hf(folder / "clip", "clip"))
+    config = with_start(load_config(None, [f"model.pretrained={start}"]))
+    tokenizer = run_tokenizer(config, folder, build=False)
+    model = run_model(config, tokenizer)
+    return Embedder(model, tokenizer, shape=config.model, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "towers"),
+    [
+        ("transformer", ["image", "text"]),
+        ("pretrained", ["text"]),  # its image tower is the transformer's
+        ("clip", ["image", "text"]),
+    ],
+)
+def test_onnx_computes_the_same(runs: Path, kind: str, towers: list[str], tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    out = export_run(runs / "pretrained", runs / "onnx", onnx=True)
-    loaded = dist_vse.load(str(out))
-    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    folder = tmp_path / "out"
+    if kind == "transformer":
+        loaded = dist_vse.load(export_run(runs / kind, folder, onnx=True))
+    else:
+        folder.mkdir()
+        plain = tmp_path / "plain"
+        loaded = (
+            clip(tmp_path)
+            if kind == "clip"
+            else dist_vse.load(export_run(runs / kind, plain, onnx=False))
+        )
+        for tower in towers:
+            write_tower(loaded, tower, folder)
+    size = loaded.square.size
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
     tokens = loaded.tokenizer(["a red square on blue", "a circle", "green"])
-    for name, raw, ours in (
-        ("image", {"images": images.numpy()}, loaded.model.encode_images(images)),
-        ("text", {"tokens": tokens.numpy()}, loaded.model.encode_texts(tokens)),
-    ):
-        session = onnxruntime.InferenceSession(out / f"{name}.onnx")
-        (theirs,) = session.run(["features"], raw)
-        torch.testing.assert_close(torch.from_numpy(theirs), ours.detach(), atol=1e-5, rtol=0)
+    for name in towers:
+        raw = images if name == "image" else tokens
+        encode = loaded.model.encode_images if name == "image" else loaded.model.encode_texts
+        session = onnxruntime.InferenceSession(folder / f"{name}.onnx")
+        given = {"images" if name == "image" else "tokens": raw.numpy()}
+        (theirs,) = session.run(["features"], given)
+        torch.testing.assert_close(
+            torch.from_numpy(theirs), encode(raw).detach(), atol=1e-5, rtol=0
+        )
+
+
+def test_a_gru_is_refused_since_its_graph_would_be_of_one_shape(runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    loaded = dist_vse.load(export_run(runs / "gru", tmp_path / "out", onnx=False))
+    with pytest.raises(UserError, match=r"the text tower cannot be written as ONNX .* one shape"):
+        write_tower(loaded, "text", tmp_path)
+
+
+class Branching(nn.Module):
+    """A tower that no graph can express."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float() if images.sum() > 0 else images.double()
+
+
+def test_what_no_onnx_graph_expresses_is_one_line(runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    loaded = dist_vse.load(export_run(runs / "gru", tmp_path / "out", onnx=False))
+    loaded.model.image = Branching()  # type: ignore[assignment]
+    with pytest.raises(UserError, match="the image tower cannot be written as ONNX") as caught:
+        write_tower(loaded, "image", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_features_of_a_list_alone(runs: Path, tmp_path: Path) -> None:
+    loaded = dist_vse.load(export_run(runs / "gru", tmp_path / "out", onnx=False))
+    picture = Image.new("RGB", (40, 40))
+    for given in ("photo.jpg", Path("photo.jpg"), b"bytes", picture):
+        with pytest.raises(UserError, match=r"encode_images takes a list, not .*; give \[...\]"):
+            loaded.encode_images(given)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="encode_texts takes a list, not str"):
+        loaded.encode_texts("apple")
+    assert loaded.encode_texts(("apple", "pear")).shape == (2, loaded.dim)
+
+
+def test_an_opened_image_is_turned_as_its_file_is(runs: Path, tmp_path: Path) -> None:
+    loaded = dist_vse.load(export_run(runs / "gru", tmp_path / "out", onnx=False))
+    pixels = torch.randint(0, 256, (6, 4, 3), generator=torch.Generator().manual_seed(0))
+    picture, exif = Image.fromarray(pixels.byte().numpy()).resize((400, 600)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = tmp_path / "turned.jpg"
+    picture.save(path, quality=95, exif=exif)
+    upright = picture.rotate(-90, expand=True)
+    by_file, by_image, want, lying = loaded.encode_images(
+        [path, Image.open(path), upright, picture]
+    )
+    assert (by_image - by_file).abs().max() < 2e-3  # the crop is taken before or after the turn
+    assert (by_image - want).abs().max() < 2e-3
+    assert (by_image - lying).abs().max() > 2e-2
+
+
+def test_a_diverged_run_is_no_model(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_diverged(run_dir: Path, model: DualEncoder, asked: Path | None) -> Path:
+        path = load_trained(run_dir, model, asked)
+        model.image.head[0].weight.data[0, 0] = float("nan")  # type: ignore[index]
+        return path
+
+    monkeypatch.setattr("dist_vse.export.write.load_trained", load_diverged)
+    message = r"gru at step-0*2: 1 weights are not finite, such as image\.head\.0\.weight"
+    with pytest.raises(UserError, match=message):
+        export_run(runs / "gru", tmp_path / "out", onnx=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_can_be_written(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"out: can't be written .*; give a place"):
+        export_run(runs / "gru", tmp_path / "file" / "out", onnx=False)
+
+
+def test_the_description_says_where_the_model_came_from(exported: tuple[Path, Path]) -> None:
+    run_dir, out = exported
+    source = json.loads((out / "dist_vse.json").read_text())["source"]
+    place = load_config(run_dir / "config.yaml").data.index
+    assert source["run"] == run_dir.name and source["checkpoint"].endswith("2")
+    assert source["data"] == {place: read_index(place).fingerprint()}
 
 
 def test_what_is_no_export_or_damaged(runs: Path, tmp_path: Path) -> None:

@@ -139,7 +139,70 @@ def test_mean_average_precision_with_many_right_answers(tile: tuple[int, int]) -
         assert 0.2 < ranks.precision.mean() < 0.98
 
 
-@pytest.mark.parametrize("spread", [1.0, 1e-4, 1e-8])
+@pytest.mark.parametrize("same_features", [True, False])
+def test_many_equal_captions_against_the_whole_matrix(same_features: bool) -> None:
+    """Three quarters of the captions are equal, so queries have 90 right answers; some ties."""
+    generator = torch.Generator().manual_seed(0)
+    images, rows = unit(120, 6, 0), torch.arange(120)
+    images[40:60] = images[20:40]
+    texts = torch.nn.functional.normalize(images + 0.6 * unit(120, 6, 1))
+    equal = torch.rand(120, generator=generator) < 0.75
+    texts[equal] = texts[equal][0] if same_features else texts[equal]
+    texts[100:110] = texts[90:100]
+    pairs = content_pairs(rows, rows, torch.where(equal, -1, rows))
+    assert pairs.shape[1] > 80**2
+    right = torch.zeros(120, 120, dtype=torch.bool)
+    right[pairs[0], pairs[1]] = True
+    scores = images.double() @ texts.double().T
+    for ranks, matrix, answers in zip(
+        rank_all(images, texts, pairs, tile=(50, 30)),
+        (scores, scores.T),
+        (right, right.T),
+        strict=True,
+    ):
+        for query in range(120):
+            own, wrong = matrix[query][answers[query]], matrix[query][~answers[query]]
+            best = own.max()
+            assert ranks.better[query] == (wrong > best + 1e-12).sum()
+            assert ranks.tied[query] == ((wrong - best).abs() <= 1e-12).sum()
+            assert ranks.right[query] == ((own - best).abs() <= 1e-12).sum()
+            want = mean_precision(own.tolist(), wrong.tolist())
+            assert ranks.precision[query] == pytest.approx(want, abs=1e-12)
+
+
+def mean_precision(own: list[float], wrong: list[float]) -> float:
+    """Expected mAP@R of one query, place by place of every tie."""
+    groups: list[list[bool]] = []
+    last = math.inf
+    for score, right in sorted([(-s, True) for s in own] + [(-s, False) for s in wrong]):
+        if not groups or score - last > 1e-12:
+            groups.append([])
+        groups[-1].append(right)
+        last = score
+    total, before, found = 0.0, 0, 0
+    for group in groups:
+        size, right = len(group), sum(group)
+        for t in range(1, size + 1):
+            if before + t <= len(own):
+                upto = found + 1 + ((t - 1) * (right - 1) / (size - 1) if size > 1 else 0)
+                total += right / size * upto / (before + t)
+        before, found = before + size, found + right
+    return total / len(own)
+
+
+def test_the_chance_of_a_hit_in_long_ties() -> None:
+    sizes = (0, 1, 3, 16, 17, 40, 300)
+    cases = [(b, w, r) for b in (0, 2, 25) for w in sizes for r in sizes if r]
+    better, wrong, right = torch.tensor(cases).T
+    ranks = Ranks(better, wrong, right, torch.zeros(len(cases)))
+    for k in (1, 5, 10, 20, 50, 333):
+        for (b, w, r), got in zip(cases, ranks.hits(k).tolist(), strict=True):
+            places = min(max(k - b, 0), w + r)
+            want = 1 - math.comb(w + r - places, r) / math.comb(w + r, r)
+            assert got == pytest.approx(want, abs=1e-11), (b, w, r, k)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4, 1e-8])
 def test_decisions_are_those_of_float64(spread: float) -> None:
     """Scores much closer than float32 can tell apart, and hardly any tie."""
     images = torch.nn.functional.normalize(unit(1, 64, 0) + spread * unit(90, 64, 1)).double()
@@ -154,6 +217,15 @@ def test_decisions_are_those_of_float64(spread: float) -> None:
     wrong = scores.clone()
     wrong[rows, torch.arange(180)] = -9
     assert i2t.better.equal((wrong > best[:, None] + 1e-12).sum(1))
+    if spread == 1e-2:  # many right answers, most in doubt and hardly any a tie
+        many = torch.rand(90, 180, generator=torch.Generator().manual_seed(5)) < 0.3
+        pairs = (many | (torch.arange(180) % 90 == torch.arange(90)[:, None])).nonzero().T
+        for ranks, want in zip(
+            rank_all(images, texts, pairs, tile=(32, 64)),
+            by_sorting(images, texts, pairs),
+            strict=True,
+        ):
+            assert ranks.precision.tolist() == pytest.approx(want, abs=1e-12)
 
 
 def same(got: Ranks, want: Ranks) -> bool:
@@ -307,7 +379,7 @@ def test_right_by_content() -> None:
 
 def test_too_many_pairs_by_content() -> None:
     rows = torch.arange(9000)
-    with pytest.raises(UserError, match="these captions are classes"):
+    with pytest.raises(UserError, match=r"captions are classes; .*data\.eval_split"):
         content_pairs(rows, rows, torch.zeros(9000, dtype=torch.int64))
 
 

@@ -45,7 +45,7 @@ def test_keys_are_safe_unique_and_repeatable(names: list[str]) -> None:
         assert len(key) <= MAX_CHARS + 4
 
 
-def test_the_plan_shuffles_each_split_and_cuts_it() -> None:
+def test_the_plan_shuffles_training_splits_and_cuts_each() -> None:
     records = _records(25) + [replace(r, key="v" + r.key) for r in _records(3, "val")]
     tasks = plan_shards(records, Options(shard_size=10))
     assert [(t.name, len(t.records)) for t in tasks] == [
@@ -57,6 +57,20 @@ def test_the_plan_shuffles_each_split_and_cuts_it() -> None:
     keys = [r.key for t in tasks for r in t.records if t.split == "train"]
     assert sorted(keys) == sorted(r.key for r in records[:25])
     assert keys != [r.key for r in records[:25]]
+
+
+@pytest.mark.parametrize(
+    ("split", "kept"),
+    [
+        *(("val", True), ("test2017", True), ("karpathy_test", True), ("dev", True)),
+        *(("train", False), ("restval", False), ("contest", False), ("all", False)),
+    ],
+)
+def test_splits_for_evaluation_keep_the_order_of_the_source(split: str, kept: bool) -> None:
+    for seed in (0, 1):
+        tasks = plan_shards(_records(40, split), Options(shard_size=7, seed=seed))
+        keys = [record.key for task in tasks for record in task.records]
+        assert (keys == [f"k{i}" for i in range(40)]) == kept
 
 
 def test_shards_are_cut_by_the_bytes_of_their_images(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_dir", metavar="RUN", type=Path, help="a trained run, or a folder of its checkpoints"
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
-    parser.add_argument("--onnx", action="store_true", help="add image.onnx and text.onnx")
+    parser.add_argument(
+        "--onnx", action="store_true", help="add image.onnx and text.onnx (extra onnx)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,8 +48,9 @@ class Embedder:
     ) -> Tensor:
         """Return unit features, float32 (n, d) on the CPU, of files, their bytes or PIL images.
 
-        Raises UserError for an image that cannot be read.
+        Raises UserError for an image that cannot be read, and for one that is not in a list.
         """
+        _check_list(images, "images")
         found = [torch.empty(0, self.dim)]
         for start in range(0, len(images), batch_size):
             pixels = [self._pixels(image) for image in images[start : start + batch_size]]
@@ -57,7 +59,8 @@ class Embedder:
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """Return unit features, float32 (n, d) on the CPU."""
+        """Return unit features, float32 (n, d) on the CPU. Raises UserError without a list."""
+        _check_list(texts, "texts")
         found = [torch.empty(0, self.dim)]
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenizer(texts[start : start + batch_size])
@@ -120,9 +123,18 @@ def build(folder: Path) -> DualEncoder:
     return model.eval()
 
 
+def _check_list(given: object, name: str) -> None:
+    """Raise UserError for what is no list; a string would be taken as a list of characters."""
+    if isinstance(given, str | bytes) or not hasattr(given, "__len__"):
+        raise UserError(
+            f"encode_{name} takes a list, not {type(given).__name__}; give [...], also for one"
+        )
+
+
 def _read(image: "str | Path | Image") -> bytes:
     if isinstance(image, str | Path):
         return Path(image).read_bytes()
+    image = ImageOps.exif_transpose(image)  # PNG would lose the orientation
     buffer = io.BytesIO()  # without loss, so that it is treated as its file would be
     keep = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
     (image if keep else image.convert("RGB")).save(buffer, "PNG")

@@ -1,16 +1,20 @@
 """`dist-vse export`: a run's model as a folder that other programs can read."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dist_vse.config import ModelConfig, TrainConfig
-from dist_vse.errors import UserError
+from dist_vse.environment import read_environment
+from dist_vse.errors import UserError, first_line, writing
 from dist_vse.export.folder import HEADS, IMAGE, MODEL, TEXT, Description, write_description
 from dist_vse.export.load import build, load
 from dist_vse.models.dual_encoder import DualEncoder
@@ -55,7 +59,8 @@ def export_run(location: Path, out: Path, *, onnx: bool) -> Path:
     """Write the model of a run, or of one of its checkpoints, into the folder `out`.
 
     The folder appears by one rename, after what it holds was loaded again and found equal to the
-    bit. Raises UserError if `out` exists or the run has no checkpoint.
+    bit. Raises UserError if `out` exists or cannot be written, and if the run has no checkpoint or
+    has diverged.
     """
     if out.exists():
         raise UserError(f"{out}: already exists; give another folder, or remove it")
@@ -65,24 +70,49 @@ def export_run(location: Path, out: Path, *, onnx: bool) -> Path:
     model = run_model(config, tokenizer)
     checkpoint = load_trained(run_dir, model, asked)
     model.eval()
+    _check_finite(model, f"{run_dir} at {checkpoint.name}")
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    source: dict[str, str | int] = {
+    source = {
         "run": run_dir.resolve().name,
         "checkpoint": checkpoint.name,
         "loss": config.loss.name,
         "global_batch_size": config.global_batch_size,
+        "data": (read_environment(run_dir) or {}).get("data", {}),  # fingerprint by place
     }
-    write_folder(temporary, model, tokenizer, config, source)
+    with _writing(out):
+        write_folder(temporary, model, tokenizer, config, source)
     again = build(temporary)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), f"{name} changed by saving"
     if onnx:
         from dist_vse.export.onnx import write_onnx
 
-        write_onnx(load(temporary), temporary)
-    os.rename(temporary, out)
+        with _writing(out):
+            write_onnx(load(temporary), temporary)
+    with _writing(out):
+        os.rename(temporary, out)
     return out
+
+
+def _check_finite(model: DualEncoder, name: str) -> None:
+    """Raise UserError for weights that are not finite."""
+    bad = [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"{name}: {len(bad)} weights are not finite, such as {bad[0]}; the run diverged: "
+            "export an earlier checkpoint"
+        )
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a refusal to write into a UserError, that of safetensors as well."""
+    try:
+        with writing(path):
+            yield
+    except SafetensorError as error:
+        raise UserError(f"{path}: can't be written ({first_line(error)}); make room") from error
 
 
 def write_folder(
@@ -90,7 +120,7 @@ def write_folder(
     model: DualEncoder,
     tokenizer: Tokenizer,
     config: TrainConfig,
-    source: dict[str, str | int],
+    source: dict[str, Any],
 ) -> None:
     """Write all files of an export."""
     shape = config.model

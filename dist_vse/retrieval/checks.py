@@ -10,7 +10,7 @@ COLLAPSED = 1e-5
 
 
 def check_features(image_features: Tensor, text_features: Tensor) -> list[str]:
-    """Return a warning for each side whose unit features have collapsed to one direction."""
+    """Return a line for each side whose unit features have collapsed to one direction."""
     warnings = []
     for name, features in (("image", image_features), ("text", text_features)):
         variance = 1 - float(features.mean(0, dtype=torch.float64).square().sum())

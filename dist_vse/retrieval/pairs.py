@@ -31,8 +31,9 @@ def content_pairs(image_of_text: Tensor, image_ids: Tensor, text_ids: Tensor) ->
     total = int(sizes.sum())
     if total > MOST_PAIRS:
         raise UserError(
-            f"{total:,} pairs are right by equal captions or images, more than {MOST_PAIRS:,}; "
-            "these captions are classes: use `dist-vse zeroshot`"
+            f"{total:,} pairs are right by equal captions or images, more than {MOST_PAIRS:,}: "
+            "such captions are classes; evaluate a smaller split or one of others (in training "
+            "data.eval_split), and a trained model with `dist-vse zeroshot`"
         )
     which = torch.repeat_interleave(torch.arange(len(keys), device=keys.device), sizes)
     place = torch.arange(total, device=keys.device) - (sizes.cumsum(0) - sizes)[which]

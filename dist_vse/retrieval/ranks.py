@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+FACTORS = 16  # of the longest product that is multiplied out
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,7 @@ class Ranks:
 
     def hits(self, k: int) -> Tensor:
         """Return each query's chance to have a right answer among the first k, float64 (q,)."""
-        places = k - self.better  # left for the tie
-        missed = torch.ones_like(places, dtype=torch.float64)
-        for i in range(int(self.right.max())):  # all right ones come after the places
-            total = (self.tied + self.right - i).double()
-            after = (total - places.clamp_min(0)).clamp_min(0) / total.clamp_min(1)
-            missed = torch.where(i < self.right, missed * after, missed)
-        return 1 - missed
+        return 1 - _all_missed(k - self.better, self.tied, self.right)
 
     def expected(self) -> Tensor:
         """Return each query's expected rank, float64 (q,)."""
@@ -63,6 +60,29 @@ class Ranks:
         return low
 
 
+def _all_missed(places: Tensor, wrong: Tensor, right: Tensor) -> Tensor:
+    """Return the chance that no right answer comes among the first places of a tie, float64.
+
+    The wrong ones fill the places, or the right ones stand after them: a product of as many
+    factors as the smaller number. A long one is taken by logarithms of factorials, to about 1e-11.
+    """
+    few, many = torch.minimum(places, right), torch.maximum(places, right)
+    total = wrong + right
+    missed = (few <= 0).double()  # certain without places, impossible with more than the wrong ones
+    short = ((few > 0) & (places <= wrong) & (few <= FACTORS)).nonzero().flatten()
+    factor = torch.arange(int(few[short].max()) if len(short) else 0, device=few.device)
+    after = (total - many)[short][:, None] - factor
+    factors = after.double() / (total[short][:, None] - factor)
+    missed[short] = torch.where(factor < few[short][:, None], factors, 1.0).prod(1)
+    long = ((places <= wrong) & (few > FACTORS)).nonzero().flatten()
+    logs = [
+        (number[long] + 1).double().lgamma()
+        for number in (total - places, wrong, wrong - places, total)
+    ]
+    missed[long] = (logs[0] + logs[1] - logs[2] - logs[3]).exp()
+    return missed
+
+
 def mean(values: Tensor) -> float:
     """Return the mean, the same to the bit for any number of threads (numpy adds with one)."""
     return float(values.double().cpu().numpy().mean())
@@ -86,11 +106,13 @@ def precision_at_r(
     query, limit, before = query[alive], limit[alive], before[alive]
     right, tied = right[alive].double(), right_tied[alive]
     group = tied + wrong_tied[alive]
-    gain = torch.zeros(len(alive), dtype=torch.float64, device=query.device)
     slope = (tied - 1).double() / (group - 1).clamp_min(1)
-    for t in range(1, int(torch.minimum(group, limit - before).max()) + 1 if len(alive) else 1):
-        inside = (t <= group) & (before + t <= limit)
-        gain += torch.where(inside, (right + 1 + (t - 1) * slope) / (before + t), 0.0)
+    last = torch.minimum(group, limit - before)  # t of the last place
+    # t - 1 = (before + t) - (before + 1), so that what is left over t is a harmonic sum.
+    harmonic = torch.from_numpy((1 / np.arange(1, int(counts.max()) + 1)).cumsum())
+    rest = harmonic[before + last - 1] - harmonic[before]
+    gain = (right + 1) / (before + 1) + slope * (last - 1)
+    gain += (right + 1 - slope * (before + 1)) * rest
     total = torch.zeros(len(counts), dtype=torch.float64, device=query.device)
     # Sorted by query, and added one by one on the CPU: the same bits for any number of threads.
     total.index_add_(0, query, gain / group)

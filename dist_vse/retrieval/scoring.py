@@ -22,6 +22,7 @@ TIE = 1e-12
 ROUNDOFF = 2.0**-24  # of float32
 IMAGES, TEXTS = 1024, 1024  # of a tile
 SUMMED = 256  # products that are added at a time: short sums round less
+SEARCHED = 2**18  # scores that are looked through at a time for bars after the best
 GATHERED = 1024  # pairs whose features are gathered at a time
 CROWDED = 1 / 64  # of a tile's scores: with more to decide, all of it is computed in float64
 
@@ -40,28 +41,23 @@ class _Bars:
     tied: Tensor  # (p,): right answers of the same score, itself included
     counts: Tensor  # (2, p): wrong answers better; better or tied
 
-    def wanted(self, start: int, stop: int, slot: int) -> tuple[Tensor, Tensor]:
-        """Return the rows in [start, stop) whose pair number `slot` still matters, and the pair.
+    def others(self, start: int, stop: int) -> Tensor:
+        """Return the rows in [start, stop) whose pairs after the best still matter.
 
-        The first decides the rank. Others matter to mAP@R only, until R answers stand before.
+        They matter to mAP@R only, until R answers stand before the second.
         """
         rows = torch.arange(start, stop, device=self.query.device)
-        pairs = self.first[rows] + slot
-        keep = pairs < self.first[rows + 1]
-        if slot:
-            limit = self.first[rows + 1] - self.first[rows]
-            at = pairs.clamp_max(len(self.query) - 1)
-            keep &= self.counts[0, at] + self.better[at] < limit
-        return rows[keep] - start, pairs[keep]
-
-    def most(self, start: int, stop: int) -> int:
-        """Return the most right answers of a query in [start, stop)."""
-        return int(self.first[start : stop + 1].diff().max())
+        best, limit = self.first[rows], self.first[rows + 1] - self.first[rows]
+        second = (best + 1).clamp_max(len(self.query) - 1)
+        # What beats the best beats the second too, and may be counted for the best alone so far.
+        wrong = torch.maximum(self.counts[0, best], self.counts[0, second])
+        return rows[(limit > 1) & (wrong + self.better[second] < limit)] - start
 
     def ranks(self) -> Ranks:
         """Read the ranks off the counts."""
         best = self.first[:-1]
         wrong, reaching = self.counts
+        wrong = torch.maximum(wrong, wrong[best[self.query]])  # where the others were left out
         precision = precision_at_r(
             self.query.cpu(),
             wrong.cpu(),
@@ -130,20 +126,68 @@ def _count(
     doubt: float,
 ) -> None:
     """Count what reaches the bars of the queries [start, start + len(scores))."""
-    for slot in range(bars.most(start, start + len(scores))):
-        rows, pairs = bars.wanted(start, start + len(scores), slot)
-        if len(pairs) == 0:
-            continue
-        some = scores if len(rows) == len(scores) else scores[rows]
-        bar = bars.bar[pairs]
-        above = some > (bar + doubt).float()[:, None]
-        open_ = (some >= (bar - doubt).float()[:, None]) ^ above
-        bars.counts[:, pairs] += above.sum(1)
-        query, item = open_.nonzero(as_tuple=True)
-        if len(query):
-            score = exact(rows[query], item)
-            reach = torch.stack([score > bar[query] + tie, score >= bar[query] - tie])
-            bars.counts.index_add_(1, pairs[query], reach.long())
+    best = bars.first[start : start + len(scores)]
+    bar = bars.bar[best]
+    above = scores > (bar + doubt).float()[:, None]
+    open_ = (scores >= (bar - doubt).float()[:, None]) ^ above
+    bars.counts[:, best] += above.sum(1)
+    row, item = open_.nonzero(as_tuple=True)
+    if len(row):
+        score = exact(row, item)
+        reach = torch.stack([score > bar[row] + tie, score >= bar[row] - tie])
+        bars.counts.index_add_(1, best[row], reach.long())
+    del above, open_  # before the next need their memory
+    for rows in bars.others(start, start + len(scores)).split(SEARCHED // scores.shape[1] + 1):
+        _count_others(bars, scores, start, rows, exact, tie, doubt)
+
+
+def _count_others(
+    bars: _Bars,
+    scores: Tensor,
+    start: int,
+    rows: Tensor,
+    exact: Callable[[Tensor, Tensor], Tensor],
+    tie: float,
+    doubt: float,
+) -> None:
+    """Count what reaches the bars after the best of some rows: a search for each score.
+
+    Equal captions make as many bars a query as there are captions, so there is no pass a bar.
+    """
+    first, stop = bars.first[start + rows] + 1, bars.first[start + rows + 1]
+    some = scores[rows]
+    row, item = (some >= (bars.bar[stop - 1] - doubt).float()[:, None]).nonzero(as_tuple=True)
+    if len(row) == 0:
+        return
+    score, base, end = some[row, item].double(), int(first[0]), int(stop[-1])
+    first, stop = first[row], stop[row]
+    above, reached = _places(bars.bar, first, stop, score, doubt)
+    at = (reached < above).nonzero().flatten()
+    if len(at):
+        score = exact(rows[row[at]], item[at])
+        above[at], reached[at] = _places(bars.bar, first[at], stop[at], score, tie)
+    for counts, place in zip(bars.counts, (above, reached), strict=True):
+        steps = (place - base).bincount(minlength=end - base + 1)
+        steps -= (stop - base).bincount(minlength=end - base + 1)
+        counts[base:end] += steps[:-1].cumsum(0)  # each score counts from its place to its stop
+
+
+def _places(
+    bar: Tensor, first: Tensor, stop: Tensor, score: Tensor, margin: float
+) -> tuple[Tensor, Tensor]:
+    """Return the first pairs in [first, stop) whose bars each score is above, and reaches."""
+    last = len(bar) - 1
+    above = _first_where(lambda at: score > bar[at.clamp_max(last)] + margin, first, stop)
+    return above, _first_where(lambda at: score >= bar[at.clamp_max(last)] - margin, first, above)
+
+
+def _first_where(holds: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """Return the first places in [low, high) where it holds, as it then does up to high."""
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        found = holds(middle) | (low >= high)
+        low, high = torch.where(found, low, middle + 1), torch.where(found, middle, high)
+    return low
 
 
 class _Exact:
@@ -183,16 +227,11 @@ def _bars(query: Tensor, score: Tensor, num_queries: int, tie: float) -> _Bars:
     query, bar = query[order], score[order]
     counts = query.bincount(minlength=num_queries)
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    slot = torch.arange(len(query), device=query.device) - first[query]
-    better, last = slot.clone(), slot + 1  # of the slots that tie with it
-    for step in range(1, int(counts.max())):
-        near = (query[step:] == query[:-step]) & ((bar[step:] - bar[:-step]).abs() <= tie)
-        if not near.any():
-            break  # sorted: what is further apart does not tie either
-        better[step:] -= near.long()
-        last[:-step] += near.long()
+    own = torch.arange(len(query), device=query.device)
+    start = _first_where(lambda at: bar[at] - bar <= tie, first[query], own)
+    stop = start.bincount(minlength=len(query)).cumsum(0)  # ties are mutual
     zeros = torch.zeros(2, len(query), dtype=torch.int64, device=query.device)
-    return _Bars(query, bar, first, better, last - better, zeros)
+    return _Bars(query, bar, first, start - first[query], stop - start, zeros)
 
 
 def _longest(features: Tensor) -> float:
