@@ -1,16 +1,19 @@
 """Remote shards: copied once, checked, tried again, and named when they cannot be had."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from dist_vse.errors import UserError
 from dist_vse.index import Shard, is_remote
+from dist_vse.stream.download import CHUNK_BYTES
 from dist_vse.stream.fetch import Cache, cache_from_environment, fetch, open_copy
 from tests.datasets import write_dataset
 from tests.flaky_server import STALL_S, Server, serve
@@ -87,6 +90,68 @@ def test_a_stalled_command_is_ended_with_all_that_it_started(shard: Shard, tmp_p
         assert time.monotonic() < deadline
 
 
+@pytest.mark.parametrize("scheme", ["pipe", "file", "memory"])
+def test_a_source_without_end_is_left(shard: Shard, tmp_path: Path, scheme: str) -> None:
+    source = tmp_path / "far" / "train-00000.tar"
+    if scheme == "memory":
+        with fsspec.open("memory://longer.tar", "wb") as file:
+            file.write(source.read_bytes() + b"x")
+    zeros = {
+        "pipe": "pipe:cat /dev/zero",
+        "file": "file:///dev/zero",
+        "memory": "memory://longer.tar",
+    }
+    far = replace(shard, path=zeros[scheme])
+    with pytest.raises(UserError, match=rf"goes on after {shard.num_bytes} bytes, its size in"):
+        fetch(far, cache(tmp_path / "cache", 0.0))
+    (part,) = (tmp_path / "cache").glob("*.part")
+    assert part.stat().st_size <= shard.num_bytes + CHUNK_BYTES
+
+
+def test_webdatasets_and_fsspecs_schemes_are_read(shard: Shard, tmp_path: Path) -> None:
+    content = (tmp_path / "far" / "train-00000.tar").read_bytes()
+    with fsspec.open("memory://bucket/a.tar", "wb") as file:
+        file.write(content)
+    far = replace(shard, path="memory://bucket/a.tar")
+    assert fetch(far, cache(tmp_path / "cache")).read_bytes() == content
+
+
+def test_a_library_that_hangs_is_left(
+    shard: Shard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    hangs = os.open(fifo, os.O_RDWR)  # a writer that never writes
+    with pytest.raises(UserError, match=r"timed out: no byte in 0\.5 s"):
+        fetch(replace(shard, path=fifo.as_uri()), cache(tmp_path / "cache"))
+    os.close(hangs)  # the reader that was left finds the end
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("abcd://c/x.tar", "abcd"),  # no such scheme
+        ("http://host:port/x.tar", "port"),
+        ("http://[host/x.tar", "Invalid IPv6 URL"),
+        ("http:///x.tar", "no host"),
+        ("pipe:echo \0", "null byte"),
+    ],
+)
+def test_an_address_that_makes_no_sense_is_named(
+    shard: Shard, tmp_path: Path, url: str, reason: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^{re.escape(url)}: cannot be fetched .*{reason}"):
+        fetch(replace(shard, path=url), cache(tmp_path / "cache"))
+
+
+def test_a_url_may_hold_any_letter(shard: Shard, server: Server, tmp_path: Path) -> None:
+    source = tmp_path / "far" / "train-00000.tar"
+    for name in ("ü b.tar", "%C3%BC%20b.tar"):  # quoted already: not once more
+        (tmp_path / "far" / "ü b.tar").write_bytes(source.read_bytes())
+        path = fetch(replace(shard, path=server.url(name)), cache(tmp_path / name))
+        assert path.read_bytes() == source.read_bytes()
+
+
 def _runs(pid: int) -> bool:
     """Tell whether a process lives; one that only waits to be reaped does not."""
     try:
@@ -95,7 +160,9 @@ def _runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("fault", ["stall", "truncate", "reset", "503", "corrupt", "trickle"])
+@pytest.mark.parametrize(
+    "fault", ["stall", "truncate", "reset", "503", "corrupt", "trickle", "slow headers"]
+)
 def test_a_server_that_fails_once_does_no_harm(
     shard: Shard, server: Server, tmp_path: Path, fault: str
 ) -> None:
@@ -116,6 +183,7 @@ def test_a_server_that_fails_once_does_no_harm(
         ("503", "answers 503"),
         ("corrupt", "SHA-256"),
         ("trickle", r"only \d+ bytes in 0\.5 s"),
+        ("slow headers", "timed out"),
     ],
 )
 def test_a_server_that_goes_on_failing_is_told_soon(

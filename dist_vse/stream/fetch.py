@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
-from urllib.parse import urlparse
 
 from dist_vse.errors import UserError
 from dist_vse.index import Shard
@@ -124,7 +123,7 @@ def _failure(shard: Shard, cache: Cache, error: OSError) -> str:
 
 def _copy_name(shard: Shard) -> str:
     """Name a copy by its content, and for people by the end of its path."""
-    name = re.sub(r"[^\w.-]", "_", urlparse(shard.path).path.rsplit("/", 1)[-1])
+    name = re.sub(r"[^\w.-]", "_", re.split("[?#]", shard.path)[0].rsplit("/", 1)[-1])
     return f"{shard.sha256[:16]}-{name[-80:]}"
 
 
@@ -162,7 +161,7 @@ def _copy_once(shard: Shard, path: Path, part: Path, stall_s: float) -> None:
     with open(part, "ab+") as file:
         if file.tell() >= shard.num_bytes:
             file.truncate(0)
-        append_url(shard.path, file, stall_s)
+        append_url(shard.path, file, shard.num_bytes, stall_s)
         num_bytes = file.seek(0, os.SEEK_END)
         if num_bytes < shard.num_bytes:
             raise OSError(f"it ends after {num_bytes} of {shard.num_bytes} bytes")
