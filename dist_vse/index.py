@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "index.json"
 FORMAT = 1
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What shards may hold, by Pillow's names: nothing that runs code, as EPS does."""
 OFFSET_COLUMNS = ("image_offset", "image_bytes", "meta_offset", "meta_bytes", "image_id")
 
 
