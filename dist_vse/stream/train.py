@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from dist_vse.errors import UserError
 from dist_vse.stream.decode import Transform
 from dist_vse.stream.lanes import Lanes, TrainSet
-from dist_vse.stream.order import Order, Source
+from dist_vse.stream.order import ORDER_FORMAT, Order, Source
 from dist_vse.stream.samples import Batch, Tokenizer, join_parts
 from dist_vse.stream.slots import Slots
 from dist_vse.stream.workers import run_workers
@@ -34,6 +34,7 @@ def train_batches(
     world_size: int,
     num_workers: int,
     state: NDArray[np.int64] | None = None,
+    state_format: int = ORDER_FORMAT,
     read_images: bool = True,
     squash: bool = False,
     resampling: str = "bicubic",
@@ -45,8 +46,8 @@ def train_batches(
     number of workers. An epoch holds each good sample once (or `weight` times, on average, where
     several sets are mixed); batches cross its end, lane by lane.
     `crop` is "random" or "center" (`squash`: not cropped), to `size` pixels. `state` (L, 2) is
-    all ranks' `Batch.state` in rank order, of any W: the stream goes on there. Without
-    `read_images` the batches' images have no pixels.
+    all ranks' `Batch.state` in rank order, of any W: the stream goes on there, if it was written
+    in this `state_format`. Without `read_images` the batches' images have no pixels.
 
     Raises UserError: at once for too few samples or a state that does not fit; later for a
     missing shard or a lane without a single good sample.
@@ -56,7 +57,13 @@ def train_batches(
     order = Order(tuple(map(_source, sets)), seed, lanes, shuffle_window)
     where = "; ".join(map(str, sets))
     _check_samples(where, order.per_epoch, lanes, global_batch_size)
-    state = np.zeros((lanes, 2), np.int64) if state is None else state
+    if state is None:
+        state = np.zeros((lanes, 2), np.int64)
+    elif state_format != ORDER_FORMAT and len(sets) > 1:
+        raise UserError(
+            f"{where}: this version mixes data sets in another order than the one that wrote the "
+            "checkpoint; end the run with that version, or begin anew in another output_dir"
+        )
     _check_state(where, order, state)
     rank_lanes = lanes // world_size
     rows = global_batch_size // world_size
