@@ -327,6 +327,13 @@ def test_a_missing_shard_is_named(tmp_path: Path, num_workers: int) -> None:
         next(stream)
 
 
+def test_too_little_shared_memory_is_told_with_the_first_batch(index: Index) -> None:
+    """Not before: there the ranks do not wait for each other, and one alone may lack it."""
+    (stream,) = start(index, num_workers=1, size=1_000_000)
+    with pytest.raises(UserError, match=r"^no [\d,]+ bytes of shared memory for batches"):
+        next(stream)
+
+
 def test_a_short_shard_is_named(tmp_path: Path) -> None:
     index = write_dataset(tmp_path, {"train": [9]}, size=16)
     path = tmp_path / "train-00000.tar"

@@ -1,6 +1,7 @@
 """Endless training batches: the same global order for any number of ranks and workers."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import repeat
 
 import numpy as np
@@ -50,29 +51,19 @@ def train_batches(
     in this `state_format`. Without `read_images` the batches' images have no pixels.
 
     Raises UserError: at once for too few samples or a state that does not fit; later for a
-    missing shard or a lane without a single good sample.
+    missing shard, a lane without a single good sample, or too little shared memory.
     """
     assert global_batch_size % lanes == 0, (global_batch_size, lanes)
     assert lanes % (world_size * max(1, num_workers)) == 0, (lanes, world_size, num_workers)
     order = Order(tuple(map(_source, sets)), seed, lanes, shuffle_window)
     where = "; ".join(map(str, sets))
     _check_samples(where, order.per_epoch, lanes, global_batch_size)
-    if state is None:
-        state = np.zeros((lanes, 2), np.int64)
-    elif state_format != ORDER_FORMAT and len(sets) > 1:
-        raise UserError(
-            f"{where}: this version mixes data sets in another order than the one that wrote the "
-            "checkpoint; end the run with that version, or begin anew in another output_dir"
-        )
-    _check_state(where, order, state)
+    state = np.zeros((lanes, 2), np.int64) if state is None else state
+    _check_state(where, order, state, state_format)
     rank_lanes = lanes // world_size
     rows = global_batch_size // world_size
     # One batch is made while another waits; more where batches are small.
     prefetch = max(2, -(-SAMPLES_AHEAD * max(1, num_workers) // rows))
-    slots = None
-    if num_workers and read_images:
-        # Beside those under way, one is handed out and one is still held.
-        slots = Slots(prefetch + 2, rows, size)
     plan = Lanes(
         sets=sets,
         order=order,
@@ -90,10 +81,9 @@ def train_batches(
             resampling=resampling,
         ),
         tokenizer=tokenizer,
-        slots=slots.images if slots else None,
         read_images=read_images,
     )
-    return _batches(plan, slots, num_workers, prefetch)
+    return _batches(plan, rows, num_workers, prefetch)
 
 
 def _source(a_set: TrainSet) -> Source:
@@ -101,7 +91,13 @@ def _source(a_set: TrainSet) -> Source:
     return Source(sizes, a_set.per_epoch)
 
 
-def _batches(plan: Lanes, slots: Slots | None, num_workers: int, prefetch: int) -> Iterator[Batch]:
+def _batches(plan: Lanes, rows: int, num_workers: int, prefetch: int) -> Iterator[Batch]:
+    slots = None
+    if num_workers and plan.read_images:
+        # Beside those under way, one is handed out and one is still held. They are made with the
+        # first batch, at which the ranks wait for each other: it may be one that finds no room.
+        slots = Slots(prefetch + 2, rows, plan.transform.size)
+        plan = replace(plan, slots=slots.images)
     tasks = slots.tasks(num_workers) if slots else repeat(None)
     items = run_workers(plan, num_workers=num_workers, prefetch=prefetch, tasks=tasks)
     workers = max(1, num_workers)
@@ -121,8 +117,13 @@ def _check_samples(where: str, num_samples: int, lanes: int, global_batch_size: 
             )
 
 
-def _check_state(where: str, order: Order, state: NDArray[np.int64]) -> None:
-    """Check that the positions are those of this data set and these lanes."""
+def _check_state(where: str, order: Order, state: NDArray[np.int64], state_format: int) -> None:
+    """Check that the positions are those of this data set, these lanes and this order."""
+    if state_format != ORDER_FORMAT and len(order.sources) > 1:
+        raise UserError(
+            f"{where}: this version mixes data sets in another order than the one that wrote the "
+            "checkpoint; end the run with that version, or begin anew in another output_dir"
+        )
     if state.shape != (order.lanes, 2):
         raise UserError(
             f"the checkpoint's stream has {len(state)} lanes, but data.lanes is {order.lanes}; "
