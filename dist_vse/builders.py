@@ -94,6 +94,7 @@ def build_train_batches(
         color_jitter=data.color_jitter,
         tokenizer=tokenizer,
         state=np.array(progress.lanes, dtype=np.int64) if progress.lanes else None,
+        state_format=progress.order,
         read_images=data.features is None,
     )
 

@@ -27,6 +27,7 @@ from dist_vse.engine.zero import ZeroEngine
 from dist_vse.errors import UserError, first_line
 from dist_vse.log import logger
 from dist_vse.random_state import RandomState, random_state, restore
+from dist_vse.stream.order import ORDER_FORMAT
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
@@ -41,6 +42,7 @@ class Progress:
     step: int
     samples_seen: int
     lanes: list[list[int]]  # (L, 2): epoch and position of every lane of the stream
+    order: int = ORDER_FORMAT  # of the stream, in which these are positions
 
 
 Tensors = dict[str, Tensor]
@@ -133,7 +135,8 @@ def load_latest(folder: Path, engine: ZeroEngine) -> Progress | None:
         restore(RandomState(own[_RANDOM_CPU], own.get(_RANDOM_CUDA)))
     else:  # nobody's place is taken exactly: draw anew, not again what was drawn at the start
         torch.manual_seed(torch.initial_seed() + 7919 * manifest["step"])
-    return Progress(manifest["step"], manifest["samples_seen"], manifest["lanes"])
+    order = manifest.get("order", 1)
+    return Progress(manifest["step"], manifest["samples_seen"], manifest["lanes"], order)
 
 
 def latest(folder: Path) -> Path | None:

@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import struct
 import sys
 from array import array
@@ -22,7 +23,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import urlparse
 
 import xxhash
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "index.json"
 FORMAT = 1
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What shards may hold, by Pillow's names: nothing that runs code, as EPS does."""
 OFFSET_COLUMNS = ("image_offset", "image_bytes", "meta_offset", "meta_bytes", "image_id")
 
 
@@ -147,7 +149,7 @@ def write_offsets(file: BinaryIO, rows: Iterable[tuple[int, ...]]) -> None:
 
 def is_remote(path: str) -> bool:
     """Tell whether a shard's path is a URL or a `pipe:` command."""
-    return urlparse(path).scheme != ""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path) is not None
 
 
 def image_id(identity: str | bytes | memoryview) -> int:

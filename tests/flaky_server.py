@@ -1,4 +1,4 @@
-"""An HTTP server on this machine that stalls, truncates, resets and answers 503 as it is told."""
+"""An HTTP server on this machine that stalls, trickles, resets and answers 503 as it is told."""
 
 import socket
 import struct
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 STALL_S = 0.5  # what the tests take for a stall
 
@@ -38,7 +39,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        path = self.server.folder / self.path.lstrip("/")
+        path = self.server.folder / unquote(self.path).lstrip("/")
         self.server.requests[path.name] += 1
         if not path.is_file():
             return self.send_error(404)
@@ -53,6 +54,10 @@ class Handler(BaseHTTPRequestHandler):
             self.server.ranges.append(self.headers["Range"])
             begin = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
         self.send_response(206 if begin else 200)
+        if fault == "slow headers":
+            self.flush_headers()
+            while not self.server.released.wait(STALL_S / 10):
+                self.wfile.write(b"x")
         self.send_header("Content-Length", str(len(data) - begin))
         self.end_headers()
         if fault == "":

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, onto any number of ranks and any stage, one life at a time."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ from dist_vse.engine.zero import ZeroEngine
 from dist_vse.errors import UserError
 from dist_vse.grad_cache import train_step
 from dist_vse.saver import Saver
+from dist_vse.stream.order import ORDER_FORMAT
 from tests.distributed import run_distributed
 from tests.tiny import tiny_batch, tiny_model
 
@@ -113,6 +115,21 @@ def _load_everywhere(folders: list[Path], name: str) -> dict[tuple[int, int], tu
             _step(engine, 2)
             results[number, stage] = (same, _parameters(engine))
     return results
+
+
+def _forget_order(folder: Path) -> Progress | None:
+    """Load a checkpoint of a version that had one order only."""
+    _write_source(folder, 0, "sgd")
+    path = checkpoint.latest(folder)
+    assert path is not None
+    manifest = checkpoint.read_manifest(path)
+    assert manifest.pop("order") == ORDER_FORMAT
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    return checkpoint.load_latest(folder, _engine(0, "sgd"))
+
+
+def test_a_checkpoint_keeps_the_format_of_its_order(tmp_path: Path) -> None:
+    assert run_distributed(_forget_order, 1, tmp_path) == [Progress(2, 2 * B, [[0, 0]], order=1)]
 
 
 @pytest.mark.timeout(300)

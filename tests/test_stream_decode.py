@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional
 
+from dist_vse.index import IMAGE_FORMATS
 from dist_vse.stream.decode import (
     BadSampleError,
     Transform,
@@ -22,6 +23,7 @@ from dist_vse.stream.decode import (
     jitter_colors,
     random_box,
 )
+from shards.check import EXTENSIONS
 from tests.datasets import draw, encode
 
 RED = (220, 40, 40)
@@ -251,6 +253,7 @@ def bomb_jpeg(width: int, height: int) -> bytes:
 BROKEN = {
     "empty": (b"", "no bytes"),
     "text": (b"not an image", "not an image file"),
+    "code": (encode(flat("RGB", RED), "EPS"), r"not an image file \(JPEG, PNG, "),
     "cut": (encode(draw(1, size=64), "JPEG")[:900], "truncated"),
     "cut png": (encode(draw(1, size=64))[:120], "OSError|SyntaxError|truncated"),
     "bomb": (bomb(30_000, 30_000), "DecompressionBombError"),
@@ -276,3 +279,7 @@ def test_a_whole_jpeg_of_too_many_pixels_is_bad(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
     with pytest.raises(BadSampleError, match="DecompressionBomb"):
         decode_image(data, Transform(8, scaled=scaled))
+
+
+def test_shards_hold_what_the_stream_reads() -> None:
+    assert set(IMAGE_FORMATS) == set(EXTENSIONS) - {"MPO"}

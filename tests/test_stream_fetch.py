@@ -1,16 +1,21 @@
 """Remote shards: copied once, checked, tried again, and named when they cannot be had."""
 
 import os
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 
 from dist_vse.errors import UserError
 from dist_vse.index import Shard, is_remote
+from dist_vse.stream import fetch as fetch_module
+from dist_vse.stream.download import CHUNK_BYTES
 from dist_vse.stream.fetch import Cache, cache_from_environment, fetch, open_copy
 from tests.datasets import write_dataset
 from tests.flaky_server import STALL_S, Server, serve
@@ -55,7 +60,8 @@ def test_a_wrong_copy_never_appears(shard: Shard, tmp_path: Path) -> None:
     wrong = replace(shard, sha256="0" * 64)
     with pytest.raises(UserError, match=r"train-00000\.tar: cannot be fetched .*SHA-256"):
         fetch(wrong, cache(tmp_path / "cache", 0.0))
-    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+    (part,) = [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    assert part.suffix == ".part" and part.stat().st_size == 0
 
 
 @pytest.mark.parametrize("path", ["file:///nowhere/a.tar", "pipe:exit 3; cat /nowhere/a.tar"])
@@ -87,6 +93,68 @@ def test_a_stalled_command_is_ended_with_all_that_it_started(shard: Shard, tmp_p
         assert time.monotonic() < deadline
 
 
+@pytest.mark.parametrize("scheme", ["pipe", "file", "memory"])
+def test_a_source_without_end_is_left(shard: Shard, tmp_path: Path, scheme: str) -> None:
+    source = tmp_path / "far" / "train-00000.tar"
+    if scheme == "memory":
+        with fsspec.open("memory://longer.tar", "wb") as file:
+            file.write(source.read_bytes() + b"x")
+    zeros = {
+        "pipe": "pipe:cat /dev/zero",
+        "file": "file:///dev/zero",
+        "memory": "memory://longer.tar",
+    }
+    far = replace(shard, path=zeros[scheme])
+    with pytest.raises(UserError, match=rf"goes on after {shard.num_bytes} bytes, its size in"):
+        fetch(far, cache(tmp_path / "cache", 0.0))
+    (part,) = (tmp_path / "cache").glob("*.part")
+    assert part.stat().st_size <= shard.num_bytes + CHUNK_BYTES
+
+
+def test_webdatasets_and_fsspecs_schemes_are_read(shard: Shard, tmp_path: Path) -> None:
+    content = (tmp_path / "far" / "train-00000.tar").read_bytes()
+    with fsspec.open("memory://bucket/a.tar", "wb") as file:
+        file.write(content)
+    far = replace(shard, path="memory://bucket/a.tar")
+    assert fetch(far, cache(tmp_path / "cache")).read_bytes() == content
+
+
+def test_a_library_that_hangs_is_left(
+    shard: Shard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    hangs = os.open(fifo, os.O_RDWR)  # a writer that never writes
+    with pytest.raises(UserError, match=r"timed out: no byte in 0\.5 s"):
+        fetch(replace(shard, path=fifo.as_uri()), cache(tmp_path / "cache"))
+    os.close(hangs)  # the reader that was left finds the end
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("abcd://c/x.tar", "abcd"),  # no such scheme
+        ("http://host:port/x.tar", "port"),
+        ("http://[host/x.tar", "Invalid IPv6 URL"),
+        ("http:///x.tar", "no host"),
+        ("pipe:echo \0", "null byte"),
+    ],
+)
+def test_an_address_that_makes_no_sense_is_named(
+    shard: Shard, tmp_path: Path, url: str, reason: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^{re.escape(url)}: cannot be fetched .*{reason}"):
+        fetch(replace(shard, path=url), cache(tmp_path / "cache"))
+
+
+def test_a_url_may_hold_any_letter(shard: Shard, server: Server, tmp_path: Path) -> None:
+    source = tmp_path / "far" / "train-00000.tar"
+    for name in ("ü b.tar", "%C3%BC%20b.tar"):  # quoted already: not once more
+        (tmp_path / "far" / "ü b.tar").write_bytes(source.read_bytes())
+        path = fetch(replace(shard, path=server.url(name)), cache(tmp_path / name))
+        assert path.read_bytes() == source.read_bytes()
+
+
 def _runs(pid: int) -> bool:
     """Tell whether a process lives; one that only waits to be reaped does not."""
     try:
@@ -95,7 +163,9 @@ def _runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("fault", ["stall", "truncate", "reset", "503", "corrupt", "trickle"])
+@pytest.mark.parametrize(
+    "fault", ["stall", "truncate", "reset", "503", "corrupt", "trickle", "slow headers"]
+)
 def test_a_server_that_fails_once_does_no_harm(
     shard: Shard, server: Server, tmp_path: Path, fault: str
 ) -> None:
@@ -116,6 +186,7 @@ def test_a_server_that_fails_once_does_no_harm(
         ("503", "answers 503"),
         ("corrupt", "SHA-256"),
         ("trickle", r"only \d+ bytes in 0\.5 s"),
+        ("slow headers", "timed out"),
     ],
 )
 def test_a_server_that_goes_on_failing_is_told_soon(
@@ -165,19 +236,70 @@ def test_the_cache_keeps_to_its_limit(tmp_path: Path) -> None:
         replace(s, path=(tmp_path / "far" / s.path).as_uri()) for s in index.split("train").shards
     ]
     room = cache(tmp_path / "cache", limit=3.5 * max(s.num_bytes for s in shards))
-    left_over = tmp_path / "cache" / "old.part"
+    left_over = tmp_path / "cache" / f"{'0' * 16}-old.tar.9999999.part"  # by a killed process
+    somebodys = tmp_path / "cache" / "notes.tar"
     left_over.parent.mkdir()
-    left_over.write_bytes(bytes(1000))
-    os.utime(left_over, (0, 0))
+    for path in (left_over, somebodys):
+        path.write_bytes(bytes(1000))
+        os.utime(path, (0, 0))
     for n in (0, 1, 2):
         path, file = open_copy(shards[n], room)
         os.close(file)
         os.utime(path, (100 + n, 100 + n))
     for n in (0, 3):  # 0 is used again, so that 1 is the one used longest ago
         os.close(open_copy(shards[n], room)[1])
-    kept = {path.name.partition("-")[2] for path in (tmp_path / "cache").glob("*.tar")}
+    kept = {path.name.partition("-")[2] for path in (tmp_path / "cache").glob("*-*.tar")}
     assert kept == {"train-00000.tar", "train-00002.tar", "train-00003.tar"}
     assert not left_over.exists()
+    assert somebodys.exists()
+
+
+def test_a_shard_larger_than_the_cache_is_told(shard: Shard, tmp_path: Path) -> None:
+    message = rf"has {shard.num_bytes:,} bytes, more than .* may hold .*; raise DIST_VSE_CACHE_GIB"
+    with pytest.raises(UserError, match=message):
+        fetch(shard, cache(tmp_path / "cache", limit=shard.num_bytes - 1))
+    fetch(shard, cache(tmp_path / "cache", limit=shard.num_bytes))
+
+
+def test_copies_that_are_being_made_hold_their_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard waits while another is copied, where there is no room for both."""
+    index = write_dataset(tmp_path / "far", {"train": [4] * 2})
+    first, second = (
+        replace(s, path=f"pipe:cat {tmp_path}/far/{s.path}") for s in index.split("train").shards
+    )
+    go, folder = tmp_path / "go", tmp_path / "cache"
+    first = replace(first, path=f"pipe:until test -e {go}; do sleep 0.01; done; {first.path[5:]}")
+    second = replace(second, path=f"pipe:test -e {go} && {second.path[5:]}")
+    room = cache(folder, limit=1.5 * max(first.num_bytes, second.num_bytes))
+    waits = threading.Event()
+    monkeypatch.setattr(fetch_module, "WAIT_S", 0.01)
+    monkeypatch.setattr(fetch_module, "_reserve", _telling(fetch_module._reserve, waits))
+    threads = [threading.Thread(target=fetch, args=(first, replace(room, stall_s=20)))]
+    threads[0].start()
+    deadline = time.monotonic() + 20
+    while not list(folder.glob("*.part")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    threads.append(threading.Thread(target=fetch, args=(second, room)))
+    threads[1].start()
+    assert waits.wait(20)
+    go.touch()
+    for thread in threads:
+        thread.join(20)
+    (kept,) = folder.glob("*.tar")  # the first one made room
+    assert kept.name.startswith(second.sha256[:16])
+
+
+def _telling(reserve: Callable[..., bool], refused: threading.Event) -> Callable[..., bool]:
+    def wrapped(*arguments: Any) -> bool:
+        has_room = reserve(*arguments)
+        if not has_room:
+            refused.set()
+        return has_room
+
+    return wrapped
 
 
 def test_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import random
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,11 +23,23 @@ from tests.test_stream_train import rows_of
 
 SHARDS = [11, 17, 8, 14, 23]
 BATCH, LANES, STEPS, KILLS = 16, 4, 40, 30
+LONGEST = 8  # steps until a kill
 SPAWN = multiprocessing.get_context("forkserver")
 
 
-def _rank(folder: Path, log: Path, rank: int, world_size: int, start: int, running: Any) -> None:
-    """Read the stream from the state after `start` steps; write each step's rows and state."""
+@dataclass(frozen=True)
+class Life:
+    """Some ranks that read the stream on after `start` steps, up to and with step `stop`."""
+
+    world_size: int
+    start: int
+    stop: int = STEPS
+    with_worker: int = -1  # the rank that has a worker: to start one takes longer than all steps
+
+
+def _read(folder: Path, log: Path, rank: int, life: Life, tell: Callable[[int], None]) -> None:
+    """Write each step's rows and state."""
+    start, world_size = life.start, life.world_size
     state = _state(log, start) if start else None
     batches = train_batches(
         [TrainSet(read_index(folder), "train"), TrainSet(read_index(folder), "other", 0.5)],
@@ -41,16 +55,16 @@ def _rank(folder: Path, log: Path, rank: int, world_size: int, start: int, runni
         tokenizer=WordTokenizer(["a", "red", "square", "on"], 8),
         rank=rank,
         world_size=world_size,
-        num_workers=0,
+        num_workers=int(rank == life.with_worker),
         state=state,
     )
-    for step in range(start + 1, STEPS + 1):
+    for step in range(start + 1, life.stop + 1):
         batch = next(batches)
         content = {"rows": rows_of(batch), "state": batch.state.tolist()}
         temporary = log / f"{step}-{world_size}-{rank}.tmp"
         temporary.write_text(json.dumps(content))
         os.replace(temporary, temporary.with_suffix(".json"))
-        running.send(step)
+        tell(step)
 
 
 def _whole_steps(log: Path) -> dict[int, list[dict[str, Any]]]:
@@ -68,14 +82,12 @@ def _state(log: Path, step: int) -> Any:
     return np.concatenate([rank["state"] for rank in _whole_steps(log)[step]])
 
 
-def _start(
-    folder: Path, log: Path, world_size: int, start: int
-) -> tuple[list[BaseProcess], list[Connection]]:
+def _start(folder: Path, log: Path, life: Life) -> tuple[list[BaseProcess], list[Connection]]:
     processes: list[BaseProcess] = []
     pipes = []
-    for rank in range(world_size):
+    for rank in range(life.world_size):
         receive, send = SPAWN.Pipe(duplex=False)
-        process = SPAWN.Process(target=_rank, args=(folder, log, rank, world_size, start, send))
+        process = SPAWN.Process(target=_read, args=(folder, log, rank, life, send.send))
         process.start()
         send.close()
         processes.append(process)
@@ -90,40 +102,49 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     )
 
 
-def _whole_run(index: Index, log: Path) -> dict[int, list[str]]:
-    log.mkdir()
-    (process,), (pipe,) = _start(index.root, log, 1, 0)
-    while not pipe.closed:  # a full pipe would stop it
-        try:
-            pipe.recv()
-        except EOFError:
-            break
-    process.join()
-    return {step: ranks[0]["rows"] for step, ranks in _whole_steps(log).items()}
+def _go_on(index: Index, log: Path, life: Life) -> None:
+    """Read on to the life's end, with all ranks in this process."""
+    for rank in range(life.world_size):
+        _read(index.root, log, rank, life, lambda step: None)
 
 
 def test_thirty_kills_leave_the_stream_as_it_was(index: Index, tmp_path: Path) -> None:
-    """A run of two ranks, killed at a random moment; then 1, 2 or 4 ranks go on, and so forth."""
-    expected = _whole_run(index, tmp_path / "whole")
+    """Two ranks, killed at a random moment; then 1, 2 or 4 go on, then two again, and so forth.
+
+    Every other time one of the ranks that are killed has a worker.
+    """
+    (tmp_path / "whole").mkdir()
+    _go_on(index, tmp_path / "whole", Life(1, 0))
+    expected = {s: ranks[0]["rows"] for s, ranks in _whole_steps(tmp_path / "whole").items()}
     assert len(expected) == STEPS
     rng = random.Random(0)
-    world_sizes, kills, runs = set(), 0, 0
+    resumed, kills, runs = set(), 0, 0
     while kills < KILLS:
         log = tmp_path / f"run{runs}"
         log.mkdir()
-        runs, done, world_size = runs + 1, 0, 2
-        while done < STEPS:
-            processes, pipes = _start(index.root, log, world_size, done)
-            world_sizes.add(world_size)
-            lives_for = rng.randint(1, STEPS // 2) if kills < KILLS else STEPS
-            if _kill_after(processes, pipes, lives_for, rng):
-                kills += 1
-            whole = _whole_steps(log)
-            for step, ranks in whole.items():  # of all lives so far
-                assert [row for rank in ranks for row in rank["rows"]] == expected[step]
-            done, world_size = max(whole, default=0), rng.choice((1, 2, 4))
-        assert sorted(_whole_steps(log)) == list(range(1, STEPS + 1))
-    assert world_sizes == {1, 2, 4}
+        runs, done = runs + 1, 0
+        while done < STEPS - 1:
+            life = Life(2, done, with_worker=(-1, 0, -1, 1)[kills % 4])
+            kills += _kill_after(
+                *_start(index.root, log, life), rng.randint(1, min(LONGEST, STEPS - 1 - done)), rng
+            )
+            done = _check(log, expected)
+            life = Life(rng.choice((1, 2, 4)), done, min(STEPS, done + rng.randint(1, 3)))
+            _go_on(index, log, life)
+            resumed.add(life.world_size)
+            done = _check(log, expected)
+            assert done == life.stop
+    assert resumed == {1, 2, 4}
+
+
+def _check(log: Path, expected: dict[int, list[str]]) -> int:
+    """Return the last whole step, once all whole steps are as in the run that nobody touched."""
+    whole = _whole_steps(log)
+    for step, ranks in whole.items():  # of all lives so far
+        assert [row for rank in ranks for row in rank["rows"]] == expected[step]
+    done = max(whole, default=0)
+    assert sorted(whole) == list(range(1, done + 1))
+    return done
 
 
 def _kill_after(

@@ -51,6 +51,39 @@ def test_lanes_stay_in_step_to_one_sample(sizes: list[int], lanes: int, epochs: 
     assert (lengths.sum(axis=1) == sum(sizes)).all()
 
 
+def test_a_mixtures_longer_lanes_take_turns() -> None:
+    ten, three = Source((10,), 10), Source((3,), 3)
+    mixtures = [
+        ((ten, ten, ten), [5, 5, 5, 5, 5, 5]),
+        ((three, three), [1, 1, 1, 1, 1, 1]),
+        ((ten, three), [3, 2, 2, 2, 2, 2]),
+    ]
+    for sources, lengths in mixtures:
+        whole = Order(sources, 0, 6, 4).epoch(0)
+        assert [whole.lane_length(n) for n in range(6)] == lengths
+
+
+MIXTURES = st.lists(st.tuples(SIZES, st.integers(1, 30)), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MIXTURES, st.integers(1, 9), st.integers(1, 6))
+def test_lanes_of_a_mixture_stay_in_step_too(
+    mixture: list[tuple[list[int], int]], lanes: int, epochs: int
+) -> None:
+    """So no lane is empty, and no more batches than needed cross an epoch's end."""
+    sources = tuple(Source(tuple(sizes), taken) for sizes, taken in mixture)
+    total = sum(source.per_epoch for source in sources)
+    order = Order(sources, 0, min(lanes, total), 7)
+    lengths = np.array(
+        [[order.epoch(e).lane_length(n) for n in range(order.lanes)] for e in range(epochs)]
+    )
+    assert (lengths.sum(axis=1) == total).all()
+    assert lengths.min() >= 1
+    assert np.ptp(lengths, axis=1).max() <= 1
+    assert np.ptp(lengths.cumsum(axis=0), axis=1).max() <= 1
+
+
 def test_positions_are_random_access() -> None:
     order = plain((30, 11, 54), 3, 4, 8)
     straight = lane(order, 1, 2)
@@ -94,6 +127,16 @@ def test_the_order_never_changes() -> None:
     order = plain((3, 5, 4), 7, 2, 4)
     assert lane(order, 0, 0) == [(0, 0), (1, 4), (1, 3), (1, 2), (0, 2), (0, 1)]
     assert lane(order, 5, 1) == [(1, 4), (0, 0), (1, 3), (0, 1), (2, 0), (0, 2)]
+    odd = plain((3, 5, 4), 7, 5, 4)
+    assert [lane(odd, 3, number) for number in range(5)] == [
+        [(0, 0), (0, 1)],
+        [(2, 0), (0, 2), (2, 1)],
+        [(2, 2), (1, 0), (2, 3)],
+        [(1, 1), (1, 2)],
+        [(1, 3), (1, 4)],
+    ]
+    mixed = Order((Source((3, 2), 5), Source((4,), 4)), 7, 3, 4)
+    assert places(mixed, 2, 1) == [(0, 2, 1, 1), (1, 2, 0, 3), (0, 2, 0, 0)]
 
 
 def test_a_mixture_reads_each_data_set_by_its_weight() -> None:

@@ -1,6 +1,10 @@
 """Data sets whose shards lie elsewhere: read by several ranks, or lost for all of them."""
 
+import argparse
+import io
+import json
 import os
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,9 +18,10 @@ from dist_vse import distributed
 from dist_vse.errors import UserError
 from dist_vse.index import Index, Split, read_index, write_index
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
-from dist_vse.stream import TrainSet, captions, train_batches
+from dist_vse.stream import TrainSet, captions, eval_batches, train_batches
 from dist_vse.stream import fetch as fetch_module
-from tests.datasets import write_dataset
+from shards import cli
+from tests.datasets import draw, encode, write_dataset
 from tests.distributed import run_distributed
 from tests.flaky_server import STALL_S, Server, serve
 
@@ -98,7 +103,7 @@ def test_ranks_read_a_remote_data_set_once(
     assert set(server.requests.values()) == {2}  # the two ranks share the copies
 
 
-@pytest.mark.parametrize("fault", ["stall", "truncate", "reset", "503"])
+@pytest.mark.parametrize("fault", ["stall", "truncate", "reset", "503", "slow headers"])
 def test_a_lost_shard_ends_every_rank_alike(
     remote_index: Callable[[Callable[[str], str]], Index],
     server: Server,
@@ -146,6 +151,75 @@ def test_the_next_blocks_shards_are_copied_ahead(
     while len(list((tmp_path / "cache").glob("*.tar"))) < 3:  # of 4; blocks touch two or three
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_evaluation_copies_the_next_shard_ahead(
+    remote_index: Callable[[Callable[[str], str]], Index],
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DIST_VSE_CACHE", str(tmp_path / "cache"))
+    batches = eval_batches(
+        remote_index(server.url),
+        WordTokenizer(["a"], 8),
+        split="train",
+        batch_size=5,
+        size=8,
+        rank=0,
+        world_size=1,
+    )
+    next(batches)  # within the first shard
+    deadline = time.monotonic() + 20
+    while len(list((tmp_path / "cache").glob("*.tar"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert sorted(server.requests) == ["train-00000.tar", "train-00001.tar"]
+    assert sum(len(batch.keys) for batch in batches) == 36 - 5
+
+
+def _write_img2dataset(folder: Path) -> list[Path]:
+    """Write two tars as img2dataset names and fills them."""
+    folder.mkdir()
+    paths = [folder / f"{shard:05d}.tar" for shard in range(2)]
+    for shard, path in enumerate(paths):
+        with tarfile.open(path, "w") as tar:
+            for number in range(shard * 10000, shard * 10000 + 12):
+                key, caption = f"{number:09d}", f"picture number {number}"
+                meta = {
+                    "key": key,
+                    "caption": caption,
+                    "url": "http://x/1.jpg",
+                    "status": "success",
+                }
+                parts = {
+                    "jpg": encode(draw(number), "JPEG"),
+                    "json": json.dumps(meta).encode(),
+                    "txt": caption.encode(),
+                }
+                for extension, data in parts.items():
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return paths
+
+
+@pytest.mark.parametrize("prefix", ["", "pipe:cat "])
+def test_img2datasets_tars_train_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    for name in ("DIST_VSE_CACHE", "DIST_VSE_STALL_S", "no_proxy"):  # `_stream` sets them
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(fetch_module, "RETRY_DELAYS_S", ())
+    tars = _write_img2dataset(tmp_path / "far")
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    out = tmp_path / "near"
+    sources = [f"{prefix}{path}" for path in tars]
+    assert cli.run(parser.parse_args(["index", *sources, "--out", str(out), "--workers=1"])) == 0
+    rows = _stream(out, 0, 4)  # two epochs
+    assert Counter(map(tuple, rows)) == Counter((turn, n) for turn in (0, 1) for n in range(24))
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == (2 if prefix else 0)
 
 
 @pytest.mark.parametrize("scheme", ["file", "pipe"])

@@ -188,6 +188,10 @@ def test_a_mixture_is_read_by_weight(tmp_path: Path) -> None:
     assert [digest(step) for step in ranks] == [digest(step) for step in steps]
     resumed = take(start(first, world_size=4, state=state(ranks[4]), **options), 3)
     assert [digest(step) for step in resumed] == [digest(step) for step in steps[5:]]
+    with pytest.raises(UserError, match=r"a, split 'train'; .*in another order .*output_dir"):
+        start(first, state=state(ranks[4]), state_format=1, **options)
+    alone = options | {"sets": sets[:1], "global_batch_size": 32}
+    start(first, state=np.zeros((4, 2), np.int64), state_format=1, **alone)  # as it ever was
 
 
 def test_captions_take_turns(tmp_path: Path) -> None:
@@ -295,6 +299,16 @@ def test_too_few_samples(tmp_path: Path) -> None:
     assert len(set(next(stream).origin[:, 1].tolist())) == 10
 
 
+def test_small_sets_of_a_mixture_fill_all_lanes(tmp_path: Path) -> None:
+    """Each alone has fewer samples than there are lanes."""
+    sets = [
+        TrainSet(write_dataset(tmp_path / name, {"train": 3}, size=16), "train") for name in "ab"
+    ]
+    (stream,) = start(sets[0].index, sets=sets, lanes=6, global_batch_size=6)
+    for _ in range(3):
+        assert sorted(next(stream).origin[:, 1].tolist()) == list(range(6))
+
+
 def test_a_state_that_does_not_fit(index: Index) -> None:
     with pytest.raises(UserError, match=r"4 lanes, but data\.lanes is 12.*data\.lanes=4"):
         start(index, state=np.zeros((4, 2), np.int64))
@@ -310,6 +324,13 @@ def test_a_missing_shard_is_named(tmp_path: Path, num_workers: int) -> None:
     (stream,) = start(index, lanes=2, global_batch_size=18, num_workers=num_workers)
     (tmp_path / "train-00001.tar").unlink()
     with pytest.raises(UserError, match=r"^\S*train-00001\.tar: the shard is missing; copy it"):
+        next(stream)
+
+
+def test_too_little_shared_memory_is_told_with_the_first_batch(index: Index) -> None:
+    """Not before: there the ranks do not wait for each other, and one alone may lack it."""
+    (stream,) = start(index, num_workers=1, size=1_000_000)
+    with pytest.raises(UserError, match=r"^no [\d,]+ bytes of shared memory for batches"):
         next(stream)
 
 

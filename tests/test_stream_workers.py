@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_vse.errors import UserError
 from dist_vse.stream.workers import run_workers
@@ -50,6 +52,22 @@ def test_a_dead_worker_is_told_in_one_line() -> None:
         worker.kill()
         for _ in range(100):
             next(items)
+
+
+def large(worker: int, num_workers: int) -> Generator[torch.Tensor, None, None]:
+    """Yield what a process may not put into shared memory."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as a full /dev/shm
+    yield torch.zeros(10)
+    yield torch.zeros(100_000)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_without_shared_memory_is_told() -> None:
+    items = run_workers(large, num_workers=1, prefetch=1)
+    assert len(next(items)) == 10
+    message = r"^a data worker has no room for a batch \(.*\); if memory or /dev/shm ran out, lower"
+    with pytest.raises(UserError, match=message):
+        next(items)
 
 
 ABANDON = """

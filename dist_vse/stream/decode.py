@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from dist_vse.index import IMAGE_FORMATS
 from dist_vse.jpeg import Pixels, decode_at, plain_size, scale_for
 
 CROP_TRIES = 10
@@ -68,7 +69,8 @@ def decode_image(
     except MemoryError:
         raise  # ours, not the file's
     except UnidentifiedImageError as error:  # its own message holds an address in memory
-        raise BadSampleError("not an image file" if data else "no bytes") from error
+        known = f"not an image file ({', '.join(IMAGE_FORMATS)})"
+        raise BadSampleError(known if data else "no bytes") from error
     except Exception as error:  # a broken file can raise anything from within a codec
         raise BadSampleError(f"{type(error).__name__}: {error}") from error
     pixels: Pixels = out.transpose(2, 0, 1)
@@ -103,7 +105,7 @@ def _transform(
 def _open(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
 
 
 def _decode_any(

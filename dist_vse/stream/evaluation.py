@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_vse.errors import UserError
 from dist_vse.index import Index
 from dist_vse.stream.decode import BadSampleError, Transform, decode_image
+from dist_vse.stream.prefetch import Prefetcher
 from dist_vse.stream.reader import ShardReader
 from dist_vse.stream.samples import Tokenizer
 from dist_vse.stream.workers import run_workers
@@ -107,9 +108,15 @@ class _Share:
 
     def __call__(self, worker: int, num_workers: int) -> Generator[EvalBatch, None, None]:
         reader = ShardReader(self.index, self.split, max_open=2)
+        prefetcher = Prefetcher([reader])
         step = self.batch_size * num_workers
+        present, last = -1, reader.place(self.stop - 1)[0]
         try:
             for start in range(self.start + worker * self.batch_size, self.stop, step):
+                shard, _ = reader.place(start)
+                if prefetcher.active and present < shard < last:
+                    prefetcher.want(0, shard + 1)
+                present = shard
                 yield self._batch(reader, range(start, min(start + self.batch_size, self.stop)))
         finally:
             reader.close()

@@ -6,11 +6,10 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
-from urllib.parse import urlparse
 
 from dist_vse.errors import UserError
 from dist_vse.index import Shard
@@ -19,7 +18,8 @@ from dist_vse.stream.download import CHUNK_BYTES, GoneError, append_url
 RETRY_DELAYS_S = (1.0, 4.0, 16.0)
 STALL_S = 30.0
 LIMIT_GIB = 100.0
-LEFT_OVER_S = 3600.0  # a part that did not grow for so long is nobody's
+WAIT_S = 0.1  # between two looks for room
+OURS = "[0-9a-f]" * 16 + "-*"  # names of copies, their parts and locks
 OPEN_TRIES = 3  # another process may trim a copy before it is opened
 
 
@@ -82,9 +82,10 @@ def fetch(shard: Shard, cache: Cache) -> Path:
     The file appears by one rename, after its SHA-256 agrees with the index. One process of a
     machine copies while the others wait, and if it fails, they fail alike. A failed copy is tried
     again after each delay, where possible from the byte at which it broke off. The shards that
-    were fetched or opened longest ago make room.
+    were fetched or opened longest ago make room; where even that is too little, it waits for the
+    copies that others are making.
 
-    Raises UserError naming the shard if no copy succeeds.
+    Raises UserError naming the shard if no copy succeeds, or if the cache can never hold it.
     """
     path = cache.folder / _copy_name(shard)
     if _touch(path):
@@ -105,9 +106,17 @@ def _copy_as_one(shard: Shard, path: Path, cache: Cache, lock: IO[str], asked: f
     failure = lock.read()
     if failure and os.fstat(lock.fileno()).st_mtime >= asked:
         raise UserError(failure)  # it happened while we waited: no second wait for the same
+    if shard.num_bytes > cache.limit_bytes:
+        raise UserError(
+            f"{shard.path}: has {shard.num_bytes:,} bytes, more than {cache.folder} may hold "
+            f"({cache.limit_bytes:,.0f}); raise DIST_VSE_CACHE_GIB"
+        )
+    # Ours alone, by the lock. Its name tells the others how long it will be.
+    part = path.with_name(f"{path.name}.{shard.num_bytes}.part")
     try:
-        _make_room(cache, shard.num_bytes)
-        _copy(shard, path, cache)
+        while not _reserve(part, shard.num_bytes, cache):
+            time.sleep(WAIT_S)
+        _copy(shard, path, part, cache)
     except OSError as error:
         lock.seek(0)
         lock.truncate()
@@ -124,7 +133,7 @@ def _failure(shard: Shard, cache: Cache, error: OSError) -> str:
 
 def _copy_name(shard: Shard) -> str:
     """Name a copy by its content, and for people by the end of its path."""
-    name = re.sub(r"[^\w.-]", "_", urlparse(shard.path).path.rsplit("/", 1)[-1])
+    name = re.sub(r"[^\w.-]", "_", re.split("[?#]", shard.path)[0].rsplit("/", 1)[-1])
     return f"{shard.sha256[:16]}-{name[-80:]}"
 
 
@@ -145,24 +154,26 @@ def _locked(path: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def _copy(shard: Shard, path: Path, cache: Cache) -> None:
-    part = path.with_name(path.name + ".part")  # ours alone, by the lock
+def _copy(shard: Shard, path: Path, part: Path, cache: Cache) -> None:
     for delay in (*cache.delays_s, None):
         try:
-            return _copy_once(shard, path, part, cache.stall_s)
+            _copy_once(shard, part, cache.stall_s)
+            break
         except GoneError:
             raise
         except OSError:
             if delay is None:
                 raise
             time.sleep(delay)
+    with _trimming(cache):  # who counts sees it as a part or as a copy
+        os.replace(part, path)
 
 
-def _copy_once(shard: Shard, path: Path, part: Path, stall_s: float) -> None:
+def _copy_once(shard: Shard, part: Path, stall_s: float) -> None:
     with open(part, "ab+") as file:
         if file.tell() >= shard.num_bytes:
             file.truncate(0)
-        append_url(shard.path, file, stall_s)
+        append_url(shard.path, file, shard.num_bytes, stall_s)
         num_bytes = file.seek(0, os.SEEK_END)
         if num_bytes < shard.num_bytes:
             raise OSError(f"it ends after {num_bytes} of {shard.num_bytes} bytes")
@@ -171,25 +182,44 @@ def _copy_once(shard: Shard, path: Path, part: Path, stall_s: float) -> None:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     if digest.hexdigest() != shard.sha256:
-        part.unlink()
+        os.truncate(part, 0)
         raise OSError(f"SHA-256 {digest.hexdigest()[:16]}, but the index has {shard.sha256[:16]}")
-    os.replace(part, path)
 
 
-def _make_room(cache: Cache, num_bytes: int) -> None:
-    """Remove the copies used longest ago until `num_bytes` more fit into the cache.
+def _reserve(part: Path, num_bytes: int, cache: Cache) -> bool:
+    """Begin a part if it fits, once the copies used longest ago are removed; tell whether it does.
 
     A process that has a removed copy open reads on; its bytes are freed when it is closed.
     """
-    with _locked(cache.folder / "trim.lock"):
-        files = []
-        for path in cache.folder.iterdir():
-            with suppress(FileNotFoundError):  # a part that became a copy just now
-                files += [(path, path.stat())] if path.suffix != ".lock" else []
-        held = sum(stat.st_size for _, stat in files)
-        for path, stat in sorted(files, key=lambda file: file[1].st_mtime):
-            if held + num_bytes <= cache.limit_bytes:
-                return
-            if path.suffix != ".part" or time.time() - stat.st_mtime > LEFT_OVER_S:
-                path.unlink(missing_ok=True)
-                held -= stat.st_size
+    with _trimming(cache):
+        room, idle = cache.limit_bytes - num_bytes, []
+        for path in cache.folder.glob(OURS):
+            if path.suffix == ".part" and path != part and _is_locked(path):
+                room -= int(path.suffixes[-2][1:])
+            elif path.suffix != ".lock" and path != part:
+                stat = path.stat()
+                room -= stat.st_size
+                idle.append((stat.st_mtime, stat.st_size, path))
+        for _, size, path in sorted(idle):
+            if room < 0:
+                path.unlink()
+                room += size
+        if room < 0:
+            part.unlink(missing_ok=True)  # else two left-overs would wait for each other
+        else:
+            part.touch()
+        return room >= 0
+
+
+def _trimming(cache: Cache) -> AbstractContextManager[IO[str]]:
+    return _locked(cache.folder / "trim.lock")
+
+
+def _is_locked(part: Path) -> bool:
+    """Tell whether somebody is writing a part; else it is a left-over."""
+    with open(part.with_suffix("").with_suffix(".lock"), "a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

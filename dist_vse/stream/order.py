@@ -2,9 +2,10 @@
 
 Each data set is an endless row of turns. A turn holds every sample once: its shards are permuted
 and laid end to end on a ring. An epoch takes the next `per_epoch` samples of each data set, cuts
-them into lanes of equal length (to one sample), and interleaves the data sets evenly within each
-lane, which is shuffled within blocks of `shuffle_window` samples. So a lane reads few shards, one
-after the other, needs memory for one block only, and can start at any position at once.
+them into lanes, and interleaves the data sets evenly within each lane, which is shuffled within
+blocks of `shuffle_window` samples. The lanes are of equal length, to one sample: those that get
+one more of a data set begin where those of the data set before ended. So a lane reads few shards,
+one after the other, needs memory for one block only, and can start at any position at once.
 """
 
 from bisect import bisect_right
@@ -14,6 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+ORDER_FORMAT = 2
+"""Kept by checkpoints. In 1, all sets of a mixture gave their longer shares to the same lanes."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,12 @@ class EpochOrder:
         assert order.per_epoch >= order.lanes >= 1, order
         self._order, self._epoch = order, epoch
         self._seed = order.seed % 2**64
-        self._cuts = [  # for each source (lanes + 1,), in its endless row
-            epoch * source.per_epoch + _cuts(source.per_epoch, order.lanes, epoch)
-            for source in order.sources
-        ]
+        self._cuts = []  # for each source (lanes + 1,), in its endless row
+        taken = epoch * order.per_epoch
+        for source in order.sources:
+            cuts = _cuts(source.per_epoch, order.lanes, taken)
+            self._cuts.append(epoch * source.per_epoch + cuts)
+            taken += source.per_epoch
         self._rings: dict[tuple[int, int], _Ring] = {}  # of (source, turn)
         self._blocks: dict[int, _Block] = {}  # lane -> its current block
 
@@ -169,10 +175,13 @@ def shares(counts: Sequence[int], position: int) -> list[int]:
     return result
 
 
-def _cuts(total: int, lanes: int, epoch: int) -> NDArray[np.int64]:
-    """Cut `total` samples into lanes; the longer ones take turns, so that lanes stay in step."""
+def _cuts(total: int, lanes: int, taken: int) -> NDArray[np.int64]:
+    """Cut `total` samples into lanes; the longer ones take turns, so that lanes stay in step.
+
+    `taken` samples were cut before, of any data set: as if dealt to the lanes one by one.
+    """
     length, longer = divmod(total, lanes)
-    lengths = length + ((np.arange(lanes) - epoch * longer) % lanes < longer)
+    lengths = length + ((np.arange(lanes) - taken) % lanes < longer)
     return np.concatenate([[0], np.cumsum(lengths)])
 
 

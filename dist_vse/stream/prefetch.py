@@ -1,4 +1,4 @@
-"""Copies the remote shards of the lanes' next blocks while the present ones are read."""
+"""Copies the remote shards that are read next while the present ones are read."""
 
 import queue
 import threading
@@ -24,13 +24,17 @@ class Prefetcher:
         if self._at.get(lane) == (epoch, block):
             return
         self._at[lane] = epoch, block
+        order = epochs(epoch)
+        following = order.block_shards(lane, block + 1) or epochs(epoch + 1).block_shards(lane, 0)
+        for source, shard in order.block_shards(lane, block) + following:
+            self.want(source, shard)
+
+    def want(self, source: int, shard: int) -> None:
+        """Copy a shard when its turn has come."""
         if self._wanted is None:
             self._wanted = queue.SimpleQueue()
             threading.Thread(target=self._copy, args=(self._wanted,), daemon=True).start()
-        order = epochs(epoch)
-        following = order.block_shards(lane, block + 1) or epochs(epoch + 1).block_shards(lane, 0)
-        for wanted in order.block_shards(lane, block) + following:
-            self._wanted.put(wanted)
+        self._wanted.put((source, shard))
 
     def _copy(self, wanted: "queue.SimpleQueue[tuple[int, int]]") -> None:
         while True:

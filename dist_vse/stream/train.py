@@ -1,6 +1,7 @@
 """Endless training batches: the same global order for any number of ranks and workers."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import repeat
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from dist_vse.errors import UserError
 from dist_vse.stream.decode import Transform
 from dist_vse.stream.lanes import Lanes, TrainSet
-from dist_vse.stream.order import Order, Source
+from dist_vse.stream.order import ORDER_FORMAT, Order, Source
 from dist_vse.stream.samples import Batch, Tokenizer, join_parts
 from dist_vse.stream.slots import Slots
 from dist_vse.stream.workers import run_workers
@@ -34,6 +35,7 @@ def train_batches(
     world_size: int,
     num_workers: int,
     state: NDArray[np.int64] | None = None,
+    state_format: int = ORDER_FORMAT,
     read_images: bool = True,
     squash: bool = False,
     resampling: str = "bicubic",
@@ -45,11 +47,11 @@ def train_batches(
     number of workers. An epoch holds each good sample once (or `weight` times, on average, where
     several sets are mixed); batches cross its end, lane by lane.
     `crop` is "random" or "center" (`squash`: not cropped), to `size` pixels. `state` (L, 2) is
-    all ranks' `Batch.state` in rank order, of any W: the stream goes on there. Without
-    `read_images` the batches' images have no pixels.
+    all ranks' `Batch.state` in rank order, of any W: the stream goes on there, if it was written
+    in this `state_format`. Without `read_images` the batches' images have no pixels.
 
     Raises UserError: at once for too few samples or a state that does not fit; later for a
-    missing shard or a lane without a single good sample.
+    missing shard, a lane without a single good sample, or too little shared memory.
     """
     assert global_batch_size % lanes == 0, (global_batch_size, lanes)
     assert lanes % (world_size * max(1, num_workers)) == 0, (lanes, world_size, num_workers)
@@ -57,15 +59,11 @@ def train_batches(
     where = "; ".join(map(str, sets))
     _check_samples(where, order.per_epoch, lanes, global_batch_size)
     state = np.zeros((lanes, 2), np.int64) if state is None else state
-    _check_state(where, order, state)
+    _check_state(where, order, state, state_format)
     rank_lanes = lanes // world_size
     rows = global_batch_size // world_size
     # One batch is made while another waits; more where batches are small.
     prefetch = max(2, -(-SAMPLES_AHEAD * max(1, num_workers) // rows))
-    slots = None
-    if num_workers and read_images:
-        # Beside those under way, one is handed out and one is still held.
-        slots = Slots(prefetch + 2, rows, size)
     plan = Lanes(
         sets=sets,
         order=order,
@@ -83,10 +81,9 @@ def train_batches(
             resampling=resampling,
         ),
         tokenizer=tokenizer,
-        slots=slots.images if slots else None,
         read_images=read_images,
     )
-    return _batches(plan, slots, num_workers, prefetch)
+    return _batches(plan, rows, num_workers, prefetch)
 
 
 def _source(a_set: TrainSet) -> Source:
@@ -94,7 +91,13 @@ def _source(a_set: TrainSet) -> Source:
     return Source(sizes, a_set.per_epoch)
 
 
-def _batches(plan: Lanes, slots: Slots | None, num_workers: int, prefetch: int) -> Iterator[Batch]:
+def _batches(plan: Lanes, rows: int, num_workers: int, prefetch: int) -> Iterator[Batch]:
+    slots = None
+    if num_workers and plan.read_images:
+        # Beside those under way, one is handed out and one is still held. They are made with the
+        # first batch, at which the ranks wait for each other: it may be one that finds no room.
+        slots = Slots(prefetch + 2, rows, plan.transform.size)
+        plan = replace(plan, slots=slots.images)
     tasks = slots.tasks(num_workers) if slots else repeat(None)
     items = run_workers(plan, num_workers=num_workers, prefetch=prefetch, tasks=tasks)
     workers = max(1, num_workers)
@@ -114,8 +117,13 @@ def _check_samples(where: str, num_samples: int, lanes: int, global_batch_size: 
             )
 
 
-def _check_state(where: str, order: Order, state: NDArray[np.int64]) -> None:
-    """Check that the positions are those of this data set and these lanes."""
+def _check_state(where: str, order: Order, state: NDArray[np.int64], state_format: int) -> None:
+    """Check that the positions are those of this data set, these lanes and this order."""
+    if state_format != ORDER_FORMAT and len(order.sources) > 1:
+        raise UserError(
+            f"{where}: this version mixes data sets in another order than the one that wrote the "
+            "checkpoint; end the run with that version, or begin anew in another output_dir"
+        )
     if state.shape != (order.lanes, 2):
         raise UserError(
             f"the checkpoint's stream has {len(state)} lanes, but data.lanes is {order.lanes}; "

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -18,12 +19,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from dist_vse.errors import UserError
+from dist_vse.errors import UserError, first_line
 
 T = TypeVar("T")
 Items = Callable[[int, int], Generator[T, Any, None]]
@@ -39,7 +41,8 @@ def run_workers(
     Ends with the first that a worker has not got. `items` must be picklable. Each worker runs ahead
     by `prefetch` items. A task is sent for each item, in the same order, when its turn to be made
     has come; the first of each worker must be None. With 0 workers the items are made here, without
-    tasks. Raises the UserError of a worker as it is, and one for a worker that died.
+    tasks. Raises the UserError of a worker as it is, and one for workers that cannot start, die or
+    have no shared memory for an item.
     """
     if num_workers == 0:
         yield from items(0, 1)
@@ -59,7 +62,8 @@ def run_workers(
         with _without_our_main():
             iterator = iter(loader)
         ended.close()  # ours; the workers have their own
-        for item in iterator:
+        for pickled in iterator:
+            item = pickle.loads(pickled)
             if isinstance(item, _End):
                 return
             if isinstance(item, _Failure):
@@ -68,13 +72,19 @@ def run_workers(
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
-        raise UserError(
-            f"a data worker died ({str(error).splitlines()[0]}); if memory or /dev/shm ran out, "
-            "lower data.num_workers (0 needs no shared memory)"
-        ) from error
+        raise _failed("a data worker died", error) from error
+    except OSError as error:
+        raise _failed("data workers failed", error) from error
     finally:
         end.close()
         atexit.unregister(end.close)
+
+
+def _failed(what: str, error: Exception) -> UserError:
+    return UserError(
+        f"{what} ({first_line(error)}); if memory or /dev/shm ran out, lower data.num_workers "
+        "(0 needs no shared memory)"
+    )
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,16 @@ class _Items(Dataset[Any]):
         self._items, self._ended = items, ended
         self._generator: Generator[Any, Any, None] | None = None
 
-    def __getitem__(self, task: object) -> Any:
+    def __getitem__(self, task: object) -> bytes:
+        # Pickled here: what the queue's own thread cannot pickle is lost, and waited for for ever.
+        item = self._next(task)
+        try:
+            return bytes(ForkingPickler.dumps(item))
+        except RuntimeError as error:  # no shared memory for a tensor
+            failure = _failed("a data worker has no room for a batch", error)
+            return bytes(ForkingPickler.dumps(_Failure(str(failure))))
+
+    def _next(self, task: object) -> Any:
         if self._generator is None:
             self._generator = self._begin()
         try:
