@@ -136,7 +136,7 @@ def _shards(checkup: Checkup) -> str:
         rows = index.offsets(shard)
         _look_into(index, shard, rows[-1].tolist() if len(rows) else None)
     words = f"{num_local} shards are as their index says"
-    return f"{words}; {num_remote} remote ones were not looked into" if num_remote else words
+    return f"{words}; {num_remote} at URLs were not looked into" if num_remote else words
 
 
 def _look_into(index: Index, shard: Shard, last: list[int] | None) -> None:
@@ -213,10 +213,7 @@ def _ranks(checkup: Checkup) -> str:
     from launch.follow import has_ended, report
     from launch.submit import plan_submission, prepare, start
 
-    minutes = min(_PROBE_MIN, checkup.cluster.time_min)
-    cluster = replace(
-        checkup.cluster, time_min=minutes, signal_before_end_s=1, requeue=False, failures=0
-    )
+    cluster = _for_minutes(checkup.cluster)
     parent = _writable(checkup.config)
     with tempfile.TemporaryDirectory(
         prefix=".doctor-", dir=parent, ignore_cleanup_errors=True
@@ -243,6 +240,12 @@ def _ranks(checkup: Checkup) -> str:
             raise UserError(f"the ranks of {plan.scheduler} can't work together (see above)")
     number, precision = cluster.world_size, checkup.config.engine.precision
     return f"{number} met in {time.monotonic() - began:.0f} s, have {precision} and the memory"
+
+
+def _for_minutes(cluster: ClusterConfig) -> ClusterConfig:
+    """Return the cluster for the ranks' job: for a short time, and once."""
+    minutes = min(_PROBE_MIN, cluster.time_min)
+    return replace(cluster, time_min=minutes, signal_before_end_s=1, requeue=False, failures=0)
 
 
 def _end(job: Any, scheduler: str, run_dir: Path) -> None:

@@ -171,7 +171,7 @@ def test_status_and_runs_say_why_a_job_failed_even_a_forgotten_one(
         told = control.status(run_dir).splitlines()
         assert told[0].startswith(f"job 7 (slurm): {word}")
         assert f"failed: {cause}" in told
-        head, row, last = table([run_dir]).splitlines()
+        _, row, last = table([run_dir]).splitlines()
         assert row.split() == ["run", word.lower(), "0/0"] and last == f"run: {cause}"
     (tmp_path / "logs" / "7_1_result.pkl").unlink()
     (tmp_path / "logs" / "7_0_result.pkl").unlink()
