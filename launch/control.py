@@ -109,9 +109,15 @@ def check_free(run_dir: Path) -> None:
 def status(run_dir: Path) -> str:
     """Say in a few lines where a submitted run stands."""
     job = read_note(run_dir)
-    lines = [f"job {job.job_id} ({job.scheduler}): {job_state(job)}"]
-    last = last_metrics(run_dir, "train")
-    total = total_steps(run_dir)
+    state, last, total = job_state(job), last_metrics(run_dir, "train"), total_steps(run_dir)
+    failures = causes(run_dir)
+    if state in ("ENDED", "FORGOTTEN"):  # nobody keeps the exit code
+        whole = last is not None and last["step"] == total
+        state += " after its last step" if whole else " before its last step"
+        state += "" if whole or failures else "; its log says why"
+    if _is_elsewhere(job):
+        state += f" here; ask on {job.host}"
+    lines = [f"job {job.job_id} ({job.scheduler}): {state}"]
     if last:
         lines.append(f"step {last['step']}/{total}, loss {last['loss']:.4f}")
     else:
@@ -119,7 +125,7 @@ def status(run_dir: Path) -> str:
     names = [path.name for path in sorted((run_dir / CHECKPOINTS).glob("step-*"))]
     finished = [name for name in names if "." not in name]
     lines.append(f"last checkpoint: {finished[-1] if finished else 'none'}")
-    lines += [f"failed: {cause}" for cause in causes(run_dir)]
+    lines += [f"failed: {cause}" for cause in failures]
     lines.append(f"log: {rank_log(job.logs, 0)}")
     return "\n".join(lines)
 
