@@ -86,6 +86,8 @@ def test_the_ranks_job_is_short_and_taken_back(
     started, start = [], submit.start
     monkeypatch.setattr(submit, "start", lambda *args: started.append(start(*args)) or started[-1])
     monkeypatch.setattr(module, "_CHECKS", {"ranks": module._ranks})
+    quick = probe.Probe(bf16=False, needed_gib=0.0, shard=None, folder=str(tmp_path))
+    monkeypatch.setattr(module, "_probe", lambda *_: quick)
     code, lines = examine(patience_s=0)
     assert code == 2 and "is still RUNNING after 0 s; give --timeout" in lines["ranks"]
     assert started[0]._process.wait(timeout=20) == -signal.SIGKILL

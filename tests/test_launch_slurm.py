@@ -179,7 +179,7 @@ def test_status_and_runs_say_why_a_job_failed_even_a_forgotten_one(
 
 
 def test_a_local_job_of_another_machine(tmp_path: Path) -> None:
-    run_dir = _noted_run(tmp_path, scheduler="local", job_id=str(os.getpid()), host="elsewhere")
+    run_dir = _noted_run(tmp_path, scheduler="local", job_id="999999999", host="elsewhere")
     assert "(local): UNKNOWN here; ask on elsewhere\n" in control.status(run_dir)
     with pytest.raises(UserError, match="processes of elsewhere; cancel it there"):
         control.cancel(run_dir)
