@@ -15,7 +15,7 @@ from dist_vse import distributed
 from dist_vse.checkpoint import Progress
 from dist_vse.chunking import Chunking, Pairs, choose_chunking
 from dist_vse.config import TrainConfig
-from dist_vse.contrast import global_loss
+from dist_vse.contrast import Ahead, global_loss
 from dist_vse.engine.foreign import conflicts
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.zero import ZeroEngine, most_graphs, zero_config
@@ -122,9 +122,16 @@ def _square(config: TrainConfig) -> dict[str, Any]:
 
 
 def build_loss(
-    config: TrainConfig, batch: Batch, samples_seen: int, statistics: dict[str, Tensor]
+    config: TrainConfig,
+    batch: Batch,
+    samples_seen: int,
+    statistics: dict[str, Tensor],
+    ahead: Ahead | None = None,
 ) -> LossFn:
-    """Return the loss of one step; calling it fills `statistics` with detached numbers."""
+    """Return the loss of one step; calling it fills `statistics` with detached numbers.
+
+    `ahead` has been told the text features before.
+    """
     loss = config.loss
     here = distributed.device()
     image_ids, text_ids = batch.image_ids.to(here), batch.text_ids.to(here)
@@ -154,6 +161,7 @@ def build_loss(
             transport=loss.transport,
             memory_gib=loss.memory_gib,
             bf16_products=loss.bf16_products,
+            ahead=ahead,
         )
         statistics.update(output.stats)
         return output.loss

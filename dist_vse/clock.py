@@ -45,14 +45,14 @@ def current() -> str:
 
 
 @contextmanager
-def collective() -> Iterator[None]:
-    """Count the block, a collective, for itself, by the part in which it stands.
+def collective(part: str | None = None) -> Iterator[None]:
+    """Count the block, a collective, for itself: as `part`, or by the part in which it stands.
 
     Also a decorator. What ranks say to each other between the parts (all that is no step) stays
     where it is.
     """
     around = _part
-    begin(_COLLECTIVES.get(around, around))
+    begin(part or _COLLECTIVES.get(around, around))
     try:
         yield
     finally:

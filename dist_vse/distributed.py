@@ -165,6 +165,25 @@ def row_counts(count: int, on: torch.device) -> list[int]:
     return counts
 
 
+class Gathering:
+    """Equally many rows of all ranks, under way to all ranks while this rank works on.
+
+    Every rank starts its collectives in the same order.
+    """
+
+    @collective("gather")
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows.contiguous()  # must live until the end
+        self._gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+        self._work = _all_gather_single(self._gathered, self._rows, async_op=True)
+
+    @collective()
+    def wait(self) -> Tensor:
+        """Wait for the rows of all ranks and return them, (W, b, ...)."""
+        self._work.wait()
+        return self._gathered.unflatten(0, (world_size(), -1))
+
+
 class Exchange:
     """A message to one rank and another from one rank, under way while this rank works on.
 

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2101.06983. Here the learned temperature and bias are cach
 the features, so that no parameter is touched outside the engine; and the last chunks may keep
 their graphs from the first pass, so that only the others are encoded twice.
 
-Shape letters: b rows on this rank, d embedding size, c chunks.
+Shape letters: b rows on this rank, d embedding size, k chunks, c = b / k rows of one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,19 +29,25 @@ LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class _Encoded(NamedTuple):
     """A chunk after the first pass: its outputs, with their graph or with what repeats them."""
 
-    outputs: tuple[Tensor, ...]  # (b/c, d), (b/c, d), then (1,) each
+    outputs: tuple[Tensor, ...]  # (c, d), (c, d), then (1,) each
     state: RandomState
     has_graph: bool
 
 
 def train_step(
-    engine: Engine, loss_fn: LossFn, chunks: Sequence[Chunk], *, keep_graphs: int = 1
+    engine: Engine,
+    loss_fn: LossFn,
+    chunks: Sequence[Chunk],
+    *,
+    keep_graphs: int = 1,
+    announce: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Step as if the global batch had been one forward and one backward.
 
     `keep_graphs` chunks keep their activations from the first pass to the second. One of them
     costs no memory at the peak, since the second pass holds one chunk's graph anyway; with one
-    chunk it makes the step an ordinary one.
+    chunk it makes the step an ordinary one. `announce` is told each chunk's text features (c, d)
+    before the next chunk is encoded.
 
     Returns the global loss, the mean over the ranks. Raises UserError on every rank, before
     anything is updated, if it is not finite.
@@ -53,13 +59,17 @@ def train_step(
     clock.begin("encode")
     first_kept = len(chunks) - graphs
     inputs = enumerate(uploaded(chunks, device()))
-    encoded = [_encode(engine, chunk, keep_graph=i >= first_kept) for i, chunk in inputs]
+    encoded: list[_Encoded] = []
+    for i, chunk in inputs:
+        encoded.append(_encode(engine, chunk, keep_graph=i >= first_kept))
+        if announce is not None:
+            announce(encoded[i].outputs[1])
 
     # The cache. autograd.grad, not backward: it reaches no parameter and so fires no engine hook.
     clock.begin("loss")
     columns = zip(*(chunk.outputs for chunk in encoded), strict=True)
     leaves = [torch.cat([part.detach() for part in c]).requires_grad_() for c in columns]
-    image_features, text_features, log_scale, bias = leaves  # (b, d), (b, d), (c,), (c,)
+    image_features, text_features, log_scale, bias = leaves  # (b, d), (b, d), (k,), (k,)
     loss = loss_fn(image_features, text_features, log_scale.mean(0, True), bias.mean(0, True))
     mean_loss = all_reduce_mean(loss.detach().clone())
     if not torch.isfinite(mean_loss):

@@ -10,6 +10,7 @@ METRICS_NAME = "metrics.jsonl"  # a line a log step and a line an evaluation
 SKIPPED_NAME = "skipped.jsonl"  # a line a bad sample that training left out
 EXAMPLES_NAME = "examples.json"  # queries with their best answers, for the report
 RESULT_NAME = "eval-{split}.json"  # what `dist-vse eval` measured
+SCALE_NAME = "scale.json"  # what `dist-vse submit --scale` measured
 CHECKPOINTS = "checkpoints"
 TRACE_NAME = "profile.json"  # what `profile=true` writes
 ENVIRONMENT_NAME = "environment.jsonl"  # versions, machine and data of each start

@@ -22,7 +22,7 @@ from dist_vse.builders import (
 )
 from dist_vse.checkpoint import Progress
 from dist_vse.config import TrainConfig, flat_config, load_config
-from dist_vse.contrast import collapsed
+from dist_vse.contrast import Ahead, collapsed
 from dist_vse.environment import record_environment
 from dist_vse.errors import UserError, writing
 from dist_vse.evaluate import evaluate
@@ -113,9 +113,10 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         rate = step_learning_rate(config, progress.samples_seen)
         engine.set_learning_rate(rate)
         statistics: dict[str, Tensor] = {}
-        loss_fn = build_loss(config, batch, progress.samples_seen, statistics)
+        ahead = Ahead(config.loss.transport)
+        loss_fn = build_loss(config, batch, progress.samples_seen, statistics, ahead)
         chunks = make_chunks(engine.module, batch, config, run.features)
-        loss = train_step(engine, loss_fn, chunks, keep_graphs=run.keep_graphs)
+        loss = train_step(engine, loss_fn, chunks, keep_graphs=run.keep_graphs, announce=ahead.send)
 
         progress = _advance(progress, batch, config.global_batch_size)
         ledger.add(progress.step, batch.skipped)

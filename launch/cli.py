@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one run for each combination, as one job array; see them with `dist-vse runs`",
     )
     parser.add_argument(
+        "--scale",
+        nargs="*",
+        metavar="key=value,value",
+        help="measure steps as `dist-vse bench scale` does, also with these settings varied, and "
+        "train nothing; writes RUN/scale.json",
+    )
+    parser.add_argument(
         "--parallel", type=int, metavar="N", help="a sweep's runs at a time (default: 4)"
     )
 
@@ -50,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         return _sweep(args)
     if args.parallel is not None:
         raise UserError("--parallel is for --sweep: a single run is one job")
-    plan = plan_submission(args.config, args.overrides, args.cluster)
+    plan = plan_submission(args.config, args.overrides, args.cluster, scale=args.scale)
     if args.dry_run:
         print(describe(plan))
         return 0
@@ -69,7 +76,7 @@ def _sweep(args: argparse.Namespace) -> int:
     parallel = 4 if args.parallel is None else args.parallel
     if parallel < 1:
         raise UserError(f"--parallel ({parallel}) must be at least 1")
-    plans = plan_sweep(args.config, args.overrides, args.sweep, args.cluster)
+    plans = plan_sweep(args.config, args.overrides, args.sweep, args.cluster, scale=args.scale)
     if args.dry_run:
         print(describe(plans[0], runs=len(plans), parallel=parallel))
         print(f"\n{len(plans)} runs, {parallel} at a time:")

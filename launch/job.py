@@ -85,6 +85,24 @@ class Train:
         return code
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Measure steps of the resolved config, as `dist-vse bench scale` does, and train nothing."""
+
+    config_path: str
+    vary: tuple[str, ...]
+    """Settings to measure besides: `key=value,value`."""
+    out: str
+    """The file to write the numbers to."""
+
+    def __call__(self) -> int:
+        """Measure on all ranks of the job; return the exit code."""
+        from dist_vse.cli import main
+
+        varied = ["--vary", *self.vary] if self.vary else []
+        return main(["bench", "scale", self.config_path, *varied, "--out", self.out])
+
+
 def _end_with(environment: Any, code: int) -> None:
     """Store rank 0's result as submitit does, and end with it as the process's exit code."""
     from submitit.core.utils import JobPaths, cloudpickle_dump, temporary_save_path

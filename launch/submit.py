@@ -15,11 +15,12 @@ from typing import Any
 
 from dist_vse.config import dump_config, load_config
 from dist_vse.errors import UserError
+from dist_vse.run_files import SCALE_NAME
 from launch import control, local, slurm
 from launch.cluster import ClusterConfig, load_cluster
 from launch.code import code_folder, pin
 from launch.environment import free_port, nested_slurm_names
-from launch.job import Job, Train
+from launch.job import Job, Scale, Train
 
 
 def python_command(scheduler: str, code: Path, python: str, container: str | None = None) -> str:
@@ -54,6 +55,8 @@ class Plan:
     """The variables that are the same on all ranks."""
     code: Path
     """Where the code of now is kept for the job."""
+    scale: tuple[str, ...] | None = None
+    """Settings to vary, where steps are measured and nothing is trained."""
 
     @property
     def python(self) -> str:
@@ -79,11 +82,13 @@ def plan_submission(
     cluster: str | Path | ClusterConfig | None = None,
     *,
     jobs: Path | None = None,
+    scale: Sequence[str] | None = None,
     inherited: Mapping[str, str] = os.environ,
 ) -> Plan:
     """Read and check the run's and the cluster's config; write and start nothing.
 
-    `jobs` is the folder for jobs that a sweep's runs share; else each run has its own. Raises
+    `jobs` is the folder for jobs that a sweep's runs share; else each run has its own. With `scale`
+    the job measures steps, also with the settings that it varies, and trains nothing. Raises
     UserError for all that can be known to fail: keys, values, a batch that the processes can't
     share.
     """
@@ -122,6 +127,7 @@ def plan_submission(
         config_text=dump_config(config),
         parameters=parameters,
         env=env,
+        scale=None if scale is None else tuple(scale),
     )
 
 
@@ -139,7 +145,7 @@ def submit(plan: Plan) -> Any:
 
 
 def prepare(plan: Plan) -> Job:
-    """Save the resolved config, and return the job that will train by it.
+    """Save the resolved config, and return the job that will train by it, or measure it.
 
     Raises UserError if a job of this run is still under way: the two would take turns.
     """
@@ -149,7 +155,11 @@ def prepare(plan: Plan) -> Job:
     temporary.write_text(plan.config_text, encoding="utf-8")
     os.replace(temporary, plan.config_path)
     port = free_port() if plan.scheduler == "local" else None
-    return Job(Train(str(plan.config_path)), plan.env, os.getcwd(), port)
+    config = str(plan.config_path)
+    work: Train | Scale = Train(config)
+    if plan.scale is not None:
+        work = Scale(config, plan.scale, str(plan.folder.parent / SCALE_NAME))
+    return Job(work, plan.env, os.getcwd(), port)
 
 
 def start(plan: Plan, job: Job) -> Any:

@@ -46,6 +46,8 @@ def plan_sweep(
     overrides: Sequence[str],
     sweep: Sequence[str],
     cluster_path: str | Path | None,
+    *,
+    scale: Sequence[str] | None = None,
 ) -> list[Plan]:
     """Plan every run of a sweep, each in a folder of its own inside the config's output_dir.
 
@@ -57,7 +59,7 @@ def plan_sweep(
         name = _folder_name(run)
         more = [*overrides, *run, f"output_dir={base / name}"]
         jobs = (base / "submit").absolute()
-        plans.append(plan_submission(config_path, more, cluster_path, jobs=jobs))
+        plans.append(plan_submission(config_path, more, cluster_path, jobs=jobs, scale=scale))
     return plans
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.bench.traffic import bytes_sent
-from dist_vse.contrast import global_loss
+from dist_vse.contrast import Ahead, global_loss
 from dist_vse.losses import dense_loss
 from tests.contrast_cases import NAMES, Case, error, gradients
 from tests.distributed import run_distributed
@@ -100,6 +100,34 @@ def test_among_copies_the_first_of_the_global_batch_is_the_hardest() -> None:
     for world_size, transport in ((2, "ring"), (3, "ring"), (4, "gather")):
         for grads in run_distributed(_copies, world_size, transport):
             torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)
+
+
+def _sent_before(transport: str, dtype: torch.dtype) -> bool:
+    case = Case("convse", 12, width=64)
+    _take_part(case, EVEN[distributed.world_size()])
+    leaves, found = case.leaves(dtype), []
+    for ahead in (None, Ahead(transport)):
+        if ahead is not None:
+            for piece in leaves[1].split([1, len(leaves[1]) - 1]):
+                ahead.send(piece)
+                distributed.barrier()  # other collectives may come between
+        options: dict[str, Any] = {"transport": transport, "tile": 5, "ahead": ahead}
+        loss = global_loss(case.name, *leaves, **case.options, **options).loss
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        found.append([loss.detach(), *grads])
+    assert ahead is not None and ahead.take() is None  # nothing is left for the next step
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("transport", "dtype"),
+    [("gather", torch.float32), ("gather", torch.bfloat16), ("ring", torch.float32)],
+)
+def test_what_was_sent_before_gives_the_same_to_the_bit(
+    world_size: int, transport: str, dtype: torch.dtype
+) -> None:
+    assert all(run_distributed(_sent_before, world_size, transport, dtype))
 
 
 def _one_bad_rank(name: str, transport: str) -> float:

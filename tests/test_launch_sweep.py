@@ -1,5 +1,6 @@
 """Sweeps and the commands that look at submitted runs, with real local jobs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,8 +73,19 @@ def test_a_local_sweep_and_its_table(tmp_path: Path, one_process: Path) -> None:
     sums = [float(row.split()[-1]) for row in rows]
     assert sums == sorted(sums, reverse=True)
     said = control.status(tmp_path / "sweep" / "loss.name=convse")
-    assert "(local): ENDED" in said and "step 2/2, loss " in said
+    assert "(local): ENDED after its last step\n" in said and "step 2/2, loss " in said
     assert "last checkpoint: step-000002" in said
+
+
+@pytest.mark.timeout(240)
+def test_a_job_that_measures_steps_and_trains_nothing(tmp_path: Path, one_process: Path) -> None:
+    run = [f"output_dir={tmp_path}/run", "global_batch_size=16", "chunk_size=8"]
+    vary = ["chunk_size=16"]
+    assert submit(plan_submission(CONFIG, run, one_process, scale=vary)).result() == 0
+    report = json.loads((tmp_path / "run" / "scale.json").read_text())
+    rows = [(row["world_size"], row["chunk_size"]) for row in report["rows"]]
+    assert rows == [(1, 8), (1, 16)]
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.timeout(240)
@@ -96,6 +108,7 @@ def test_cancel_saves_and_the_code_is_pinned(
     control.cancel(run_dir)
     assert job.result() == 130
     assert "has ended already" in control.cancel(run_dir)
+    assert "ENDED before its last step" in control.status(run_dir)
     control.show_log(run_dir, rank=0, follow=True)
     assert "stopped at step" in capsys.readouterr().out
     with pytest.raises(UserError, match="was not started by dist-vse submit"):

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.contrast import global_loss
+from dist_vse.contrast import Ahead, global_loss
 from dist_vse.engine import Engine, zero
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
@@ -99,9 +99,9 @@ def _reference(loss_name: str, clip_norm: float = 0.0) -> tuple[Tensor, Tensor]:
     return before, _parameters(model)
 
 
-def _loss(name: str) -> LossFn:
+def _loss(name: str, ahead: Ahead) -> LossFn:
     return lambda images, texts, log_scale, bias: (
-        global_loss(name, images, texts, log_scale, bias, margin=0.2).loss
+        global_loss(name, images, texts, log_scale, bias, margin=0.2, ahead=ahead).loss
     )
 
 
@@ -119,7 +119,9 @@ def _error(
     before, expected = _reference(loss_name, clip_norm)
     for step in range(STEPS):
         chunks = _rank_chunks(engine.module, step, num_chunks)
-        train_step(engine, _loss(loss_name), chunks, keep_graphs=kept)
+        ahead = Ahead("gather")
+        loss_fn = _loss(loss_name, ahead)
+        train_step(engine, loss_fn, chunks, keep_graphs=kept, announce=ahead.send)
     if isinstance(engine, ZeroEngine):
         with engine.whole_parameters():
             found = _parameters(engine.module)

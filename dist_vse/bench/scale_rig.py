@@ -21,6 +21,7 @@ from dist_vse.builders import (
 from dist_vse.checkpoint import Progress
 from dist_vse.chunking import agree
 from dist_vse.config import TrainConfig
+from dist_vse.contrast import Ahead
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.flops import Flops, count_flops
 from dist_vse.grad_cache import train_step
@@ -45,9 +46,11 @@ class Rig:
         clock.begin("data")
         batch = next(self.batches)
         clock.begin("encode")
-        loss_fn = build_loss(self.config, batch, 0, {})
+        ahead = Ahead(self.config.loss.transport)
+        loss_fn = build_loss(self.config, batch, 0, {}, ahead)
         chunks = make_chunks(self.engine.module, batch, self.config)
-        train_step(self.engine, loss_fn, chunks, keep_graphs=self.keep_graphs)
+        kept = self.keep_graphs
+        train_step(self.engine, loss_fn, chunks, keep_graphs=kept, announce=ahead.send)
 
     def known_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's inputs, features and gradients."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dist_vse import distributed
+from dist_vse.contrast.ahead import Ahead
 from dist_vse.contrast.hardest import Hardest
 from dist_vse.contrast.layout import Layout, Twins
 from dist_vse.contrast.pairwise import Hinges, Sigmoid
@@ -59,12 +60,14 @@ def global_loss(
     memory_gib: float = 0.25,
     bf16_products: bool = False,
     tile: int | None = None,
+    ahead: Ahead | None = None,
 ) -> LossOutput:
     """Return the loss called `name` of the global batch, of which each rank passes its own rows.
 
     Features (b, d) of unit length in any floating type, log_scale = log(1/t) and bias (1,),
     64-bit ids (b,); b may differ between ranks and be 0, all else must be alike on all ranks.
     `hardness` goes from 0 (mean of all violations) to 1 (the hardest) for convse++ and vse++.
+    `ahead` holds the text features if they were sent a chunk at a time before.
     What the losses are: `dist_vse.losses`, docs/losses.md. Raises UserError for arguments that
     do not fit together, before anything is sent: only on the ranks that have them.
     """
@@ -85,7 +88,7 @@ def global_loss(
             name, margin, hardness, twins == "positive", transport, memory_gib, bf16_products, tile
         )
         with torch.no_grad():
-            sweep = _build_sweep(setting, *inputs, ids)
+            sweep = _build_sweep(setting, *inputs, ids, ahead)
             local_total = sweep.forward(keep=keep)
             total, stats = summarize(
                 local_total,
@@ -146,7 +149,12 @@ class _Total(torch.autograd.Function):
 
 
 def _build_sweep(
-    setting: _Setting, rows: Tensor, columns: Tensor, bias: Tensor, ids: Sequence[Tensor]
+    setting: _Setting,
+    rows: Tensor,
+    columns: Tensor,
+    bias: Tensor,
+    ids: Sequence[Tensor],
+    ahead: Ahead | None,
 ) -> Sweep:
     rows, columns = rows.detach(), columns.detach()
     own = OwnPairs.of(rows, columns)
@@ -163,7 +171,7 @@ def _build_sweep(
     carrier: Transport = (
         Ring(columns, layout)
         if setting.transport == "ring" and len(layout.counts) > 1
-        else Gather(columns, layout)
+        else Gather(columns, layout, ahead.take() if ahead is not None else None)
     )
     positives.include_twins(carrier)
     tile = setting.tile or default_tile(rows.device)

@@ -36,11 +36,15 @@ class Transport(Protocol):
 
 
 class Gather:
-    """One all-gather of the captions, one reduce-scatter of their gradients: memory O(N d)."""
+    """One all-gather of the captions, one reduce-scatter of their gradients: memory O(N d).
 
-    def __init__(self, features: Tensor, layout: Layout) -> None:
+    `gathered` are the captions of all ranks (N, d), where they have come already.
+    """
+
+    def __init__(self, features: Tensor, layout: Layout, gathered: Tensor | None = None) -> None:
         self.layout = layout
-        self.block = Block(slice(0, layout.total), layout.gather(features))
+        captions = layout.gather(features) if gathered is None else gathered.to(features.dtype)
+        self.block = Block(slice(0, layout.total), captions)
 
     def blocks(self) -> Iterator[Block]:
         yield self.block

@@ -9,6 +9,7 @@ from torch import Tensor
 from dist_vse import distributed
 from dist_vse.builders import build_loss, make_chunks, wrap_model
 from dist_vse.config import TrainConfig
+from dist_vse.contrast import Ahead
 from dist_vse.grad_cache import train_step
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.stream import Batch
@@ -89,9 +90,11 @@ def _take_step(
     count = config.global_batch_size // distributed.world_size()
     start = count * distributed.rank()
     share = part_of(batch, slice(start, start + count))
-    loss_fn = build_loss(config, share, samples_seen(config), {})
+    ahead = Ahead(config.loss.transport)
+    loss_fn = build_loss(config, share, samples_seen(config), {}, ahead)
     chunks = make_chunks(engine.module, share, config)
-    loss = train_step(engine, loss_fn, chunks, keep_graphs=kept_graphs(config))
+    kept = kept_graphs(config)
+    loss = train_step(engine, loss_fn, chunks, keep_graphs=kept, announce=ahead.send)
     with engine.whole_parameters():
         return loss, _copy(engine.module)
 

@@ -24,8 +24,8 @@ class RecordedTrain:
         real, folder = train.build_train_batches, Path(self.folder)
         build_loss = train.build_loss
 
-        def poisoned(config: Any, batch: Any, samples_seen: int, statistics: Any) -> Any:
-            loss_fn = build_loss(config, batch, samples_seen, statistics)
+        def poisoned(config: Any, batch: Any, samples_seen: int, *others: Any) -> Any:
+            loss_fn = build_loss(config, batch, samples_seen, *others)
             step = samples_seen // config.global_batch_size + 1
             if distributed.rank() == 1 and (folder / f"poison-{step}").exists():
                 return lambda *features: loss_fn(*features) * float("inf")
