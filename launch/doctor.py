@@ -3,27 +3,24 @@
 import contextlib
 import functools
 import json
-import os
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dist_vse.config import TrainConfig, load_config
 from dist_vse.errors import UserError, first_line
 from dist_vse.index import Index, Shard, is_remote, read_index
 from launch.cluster import ClusterConfig, load_cluster
 from launch.probe import GIB, Probe
+from launch.rehearsal import for_minutes, rehearse
+from launch.submit import plan_submission
 
 if TYPE_CHECKING:
     from dist_vse.models.tokenizer import Tokenizer
-
-_PROBE_MIN = 10
-"""Time limit of the ranks' job: a short one starts soon."""
 
 
 @dataclass(frozen=True)
@@ -209,57 +206,18 @@ def _disk(checkup: Checkup) -> str:
 
 
 def _ranks(checkup: Checkup) -> str:
-    from launch import control
-    from launch.follow import has_ended, report
-    from launch.submit import plan_submission, prepare, start
-
-    cluster = _for_minutes(checkup.cluster)
-    parent = _writable(checkup.config)
+    cluster, parent = checkup.cluster, _writable(checkup.config)
     with tempfile.TemporaryDirectory(
         prefix=".doctor-", dir=parent, ignore_cleanup_errors=True
     ) as folder:
-        overrides = [*checkup.overrides, f"output_dir={folder}/run"]
-        plan = plan_submission(checkup.config_path, overrides, cluster)
-        run_dir = plan.folder.parent
-        job = replace(prepare(plan), work=_probe(checkup, run_dir))
-        began = time.monotonic()
-        started = start(plan, job)
-        try:
-            for _ in _until(began + checkup.patience_s):
-                if has_ended(started):
-                    break
-            else:
-                state = control.job_state(control.read_note(run_dir))
-                raise UserError(
-                    f"the ranks' job is still {state} after {checkup.patience_s:.0f} s; give "
-                    "--timeout"
-                )
-        finally:  # Ctrl-C too
-            _end(started, plan.scheduler, run_dir)
-        if report(started):
-            raise UserError(f"the ranks of {plan.scheduler} can't work together (see above)")
-    number, precision = cluster.world_size, checkup.config.engine.precision
-    return f"{number} met in {time.monotonic() - began:.0f} s, have {precision} and the memory"
+        overrides = [*checkup.overrides, f"output_dir={folder}"]
+        plan = plan_submission(checkup.config_path, overrides, for_minutes(cluster))
+        took_s = rehearse(plan, _probe(checkup, folder), checkup.patience_s)
+    precision = checkup.config.engine.precision
+    return f"{cluster.world_size} met in {took_s:.0f} s, have {precision} and the memory"
 
 
-def _for_minutes(cluster: ClusterConfig) -> ClusterConfig:
-    """Return the cluster for the ranks' job: for a short time, and once."""
-    minutes = min(_PROBE_MIN, cluster.time_min)
-    return replace(cluster, time_min=minutes, signal_before_end_s=1, requeue=False, failures=0)
-
-
-def _end(job: Any, scheduler: str, run_dir: Path) -> None:
-    """End the ranks' job where it has not ended by itself: nothing is to be saved."""
-    from launch import control
-    from launch.follow import has_ended
-
-    if scheduler == "slurm":
-        control.cancel(run_dir)
-    elif not has_ended(job):
-        os.kill(int(job.job_id), signal.SIGKILL)
-
-
-def _probe(checkup: Checkup, folder: Path) -> Probe:
+def _probe(checkup: Checkup, folder: str) -> Probe:
     """Return what the ranks try; a check before this one has told what can't be known."""
     needed_gib, shard = 0.0, None
     with contextlib.suppress(UserError):
@@ -268,13 +226,7 @@ def _probe(checkup: Checkup, folder: Path) -> Probe:
         paths = (index.root / s.path for index, s in checkup.shards() if not is_remote(s.path))
         shard = next(map(str, paths), None)
     bf16 = checkup.config.engine.precision == "bf16"
-    return Probe(bf16=bf16, needed_gib=needed_gib, shard=shard, folder=str(folder))
-
-
-def _until(end: float) -> Iterator[None]:
-    while time.monotonic() < end:
-        yield
-        time.sleep(0.2)
+    return Probe(bf16=bf16, needed_gib=needed_gib, shard=shard, folder=folder)
 
 
 def _writable(config: TrainConfig) -> Path:

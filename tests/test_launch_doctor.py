@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_vse.errors import UserError
-from launch import probe
+from launch import probe, rehearsal
 from launch.cluster import ClusterConfig
 from launch.doctor import doctor
 from tests.datasets import write_dataset
@@ -76,19 +76,20 @@ def test_the_ranks_job_is_short_and_taken_back(
     examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from launch import doctor as module
-    from launch import submit
 
     cluster = ClusterConfig(time_min=1440, signal_before_end_s=600, failures=2)
-    short = module._for_minutes(cluster)
+    short = rehearsal.for_minutes(cluster)
     assert (short.time_min, short.requeue, short.failures) == (10, False, 0)
-    assert module._for_minutes(ClusterConfig(time_min=7, signal_before_end_s=9)).time_min == 7
+    assert rehearsal.for_minutes(ClusterConfig(time_min=7, signal_before_end_s=9)).time_min == 7
 
-    started, start = [], submit.start
-    monkeypatch.setattr(submit, "start", lambda *args: started.append(start(*args)) or started[-1])
+    started, start = [], rehearsal.start
+    monkeypatch.setattr(
+        rehearsal, "start", lambda *args: started.append(start(*args)) or started[-1]
+    )
     monkeypatch.setattr(module, "_CHECKS", {"ranks": module._ranks})
     quick = probe.Probe(bf16=False, needed_gib=0.0, shard=None, folder=str(tmp_path))
     monkeypatch.setattr(module, "_probe", lambda *_: quick)
-    code, lines = examine(patience_s=0)
+    code, lines = examine(patience_s=0.3)
     assert code == 2 and "is still RUNNING after 0 s; give --timeout" in lines["ranks"]
     assert started[0]._process.wait(timeout=20) == -signal.SIGKILL
 
