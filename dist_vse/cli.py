@@ -120,7 +120,9 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run_dirs", metavar="RUN", type=Path, nargs="+", help="a run's folder; several are compared"
     )
-    parser.add_argument("--data", metavar="DIR", type=Path, help="where its shards are now")
+    parser.add_argument(
+        "--data", metavar="DIR", type=Path, help="where its shards are now (of one run)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -129,9 +131,12 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
+    first = args.run_dirs[0]
+    if len(args.run_dirs) > 1 and args.data is not None:
+        raise UserError("--data is for the images of one run's report; leave it out for several")
+
     from dist_vse.report import write_comparison, write_report
 
-    first = args.run_dirs[0]
     if len(args.run_dirs) > 1:
         path = write_comparison(args.run_dirs, args.out or first.parent / "compare.html")
     else:

@@ -175,13 +175,14 @@ class Gathering:
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows.contiguous()  # must live until the end
         self._gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-        self._work = _all_gather_single(self._gathered, self._rows, async_op=True)
+        self._work: Any = _all_gather_single(self._gathered, self._rows, async_op=True)
 
     @collective()
     def wait(self) -> Tensor:
         """Wait for the rows of all ranks and return them, (W, b, ...)."""
         self._work.wait()
-        return self._gathered.unflatten(0, (world_size(), -1))
+        gathered: Tensor = self._gathered.unflatten(0, (world_size(), -1))
+        return gathered
 
 
 class Exchange:

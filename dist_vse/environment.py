@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dist_vse import __version__, distributed
+from dist_vse.index import INDEX_NAME
 from dist_vse.run_files import ENVIRONMENT_NAME
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "transformers", "numpy")
@@ -50,6 +51,15 @@ def read_environment(run_dir: Path) -> dict[str, Any] | None:
     lines = path.read_text(encoding="utf-8").splitlines()
     found: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
     return found
+
+
+def trained_on(environment: dict[str, Any] | None, location: str) -> str:
+    """Return the fingerprint that the data set at `location` had; empty where none was noted."""
+    if environment is None:
+        return ""
+    path = Path(location)
+    root = path.parent if path.name == INDEX_NAME else path
+    return str(environment["data"].get(str(root), ""))
 
 
 def _versions() -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ from rich.table import Table
 
 from dist_vse import distributed
 from dist_vse.builders import build_eval_batches
+from dist_vse.config import TrainConfig
+from dist_vse.environment import read_environment, trained_on
+from dist_vse.errors import writing
 from dist_vse.evaluate import Evaluation, evaluate
 from dist_vse.examples import save_examples
-from dist_vse.index import read_index
+from dist_vse.index import Index, read_index
 from dist_vse.log import setup_logging
+from dist_vse.outputs import check_output, replaced
 from dist_vse.retrieval import RECALLS, check_protocol
 from dist_vse.run_dir import find_run, load_trained, open_run, run_model, run_tokenizer
 from dist_vse.run_files import EXAMPLES_NAME, RESULT_NAME
@@ -34,58 +38,82 @@ def eval_run(
 ) -> int:
     """Evaluate a run's newest checkpoint, or the one given; every rank of a launcher may call.
 
-    Writes `eval-SPLIT.json` into the run's folder (with the protocol or checkpoint in its name
-    where they are not the usual ones), for the newest checkpoint `examples.json` too, and prints
-    a table.
+    Writes `eval-SPLIT.json` into the run's folder and prints a table. The protocol, the data's
+    fingerprint and the checkpoint stand in the file's name where they are not the run's usual
+    ones; where they are, the report's examples are written too.
     """
     setup_logging()
     how: dict[str, Any] = {"protocol": protocol, "recalls": recalls, "bootstrap": bootstrap}
     with distributed.process_group():
         here = distributed.device()
         with distributed.same_verdict():
-            run_dir, asked = find_run(location)
-            config = open_run(run_dir)
-            if data is not None:
-                elsewhere = dataclasses.replace(config.data, index=data)
-                config = dataclasses.replace(config, data=elsewhere)
-            index = read_index(config.data.index)
-            check_protocol(protocol, index.split(split).num_samples)
-            tokenizer = run_tokenizer(config, run_dir, build=False)
-            model = run_model(config, tokenizer).to(here)
-        batches = build_eval_batches(config, index, tokenizer, split)
+            task = _open(location, split=split, data=data, protocol=protocol)
+            tokenizer = run_tokenizer(task.config, task.run_dir, build=False)
+            model = run_model(task.config, tokenizer).to(here)
+        batches = build_eval_batches(task.config, task.index, tokenizer, split)
         untrained = evaluate(model, batches, here, **{**how, "bootstrap": 0})
         with distributed.same_verdict():
-            checkpoint = load_trained(run_dir, model, asked)
-        batches = build_eval_batches(config, index, tokenizer, split)
+            checkpoint = load_trained(task.run_dir, model, task.asked)
+        batches = build_eval_batches(task.config, task.index, tokenizer, split)
         trained = evaluate(model, batches, here, **how)
+        results = {
+            "trained": trained.metrics,
+            "untrained": untrained.metrics,
+            "chance": trained.chance,
+        }
+        where = {"checkpoint": checkpoint.name, "split": split, "protocol": protocol}
+        with distributed.same_verdict():
+            if distributed.is_main_process():
+                _save(task, {**where, "data": task.index.fingerprint(), **results}, trained)
         if distributed.is_main_process():
-            results = {
-                "trained": trained.metrics,
-                "untrained": untrained.metrics,
-                "chance": trained.chance,
-            }
-            extra = [name for name in (protocol,) if name != "plain"]
-            extra += [checkpoint.name] if asked is not None else []
-            content = {
-                "checkpoint": checkpoint.name,
-                "split": split,
-                "protocol": protocol,
-                "data": index.fingerprint(),
-                **results,
-                "intervals": trained.intervals,
-            }
-            _write(run_dir / RESULT_NAME.format(split="-".join([split, *extra])), content)
-            if asked is None:
-                save_examples(trained, run_dir / EXAMPLES_NAME, split=split)
-            title = f"{run_dir} at {checkpoint.name}, {split}, {protocol}"
-            _print(results, title, trained, recalls)
+            title = f"{task.run_dir} at {checkpoint.name}, {split}, {protocol}"
+            title += f", data {task.index.fingerprint()[:8]}" if task.elsewhere else ""
+            columns = ["trained", task.config.before_name, "chance"]
+            _print(dict(zip(columns, results.values(), strict=True)), title, trained, recalls)
     return 0
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+@dataclass(frozen=True)
+class _Task:
+    """What is to be evaluated, on what."""
+
+    run_dir: Path
+    asked: Path | None  # a checkpoint that is not simply the newest
+    config: TrainConfig  # with the data set to evaluate on
+    index: Index
+    elsewhere: bool  # whether that is another data set than the run's own
+    path: Path  # of the results
+    usual: bool  # plain, newest checkpoint, own data
+
+
+def _open(location: Path, *, split: str, data: str | None, protocol: str) -> _Task:
+    """Open the run and the data. Raises UserError for what is missing or can't be written."""
+    run_dir, asked = find_run(location)
+    config = open_run(run_dir)
+    own = trained_on(read_environment(run_dir), config.data.index)
+    if data is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, index=data))
+    index = read_index(config.data.index)
+    check_protocol(protocol, index.split(split).num_samples)
+    found = index.fingerprint()
+    elsewhere = found != own if own else data is not None  # older runs did not note theirs
+    names = [protocol] if protocol != "plain" else []
+    names += [found[:8]] if elsewhere else []
+    names += [asked.name] if asked is not None else []
+    path = run_dir / RESULT_NAME.format(split="-".join([split, *names]))
+    if distributed.is_main_process():
+        check_output(path)
+    return _Task(run_dir, asked, config, index, elsewhere, path, usual=not names)
+
+
+def _save(task: _Task, content: dict[str, Any], trained: Evaluation) -> None:
+    with replaced(task.path) as temporary:
+        text = json.dumps({**content, "intervals": trained.intervals}, indent=1) + "\n"
+        temporary.write_text(text, encoding="utf-8")
+    if task.usual:
+        examples = task.run_dir / EXAMPLES_NAME
+        with writing(examples):
+            save_examples(trained, examples, split=content["split"])
 
 
 def _print(results: Results, title: str, evaluation: Evaluation, recalls: Sequence[int]) -> None:

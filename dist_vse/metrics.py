@@ -16,7 +16,7 @@ from dist_vse.clock import Clock
 from dist_vse.errors import writing
 from dist_vse.log import logger
 from dist_vse.run_files import METRICS_NAME, drop_lines_after
-from dist_vse.trackers import start_trackers
+from dist_vse.trackers import start_trackers, tell
 
 GIB = 2**30
 
@@ -52,25 +52,20 @@ class Recorder:
         """Append one line of metrics; `kind` is train or eval. Raises UserError if it can't."""
         if not distributed.is_main_process():
             return
-        with writing(self.path):
-            self._write(kind, step, values)
-
-    def _write(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
-        for tracker in self.trackers:
-            tracker.log(numbers, step=step)
+        with writing(self.path):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, step)
+        self.trackers = tell(self.trackers, lambda tracker: tracker.log(numbers, step=step))
 
     def close(self) -> None:
         """Flush what is not written yet; every rank calls this."""
         with distributed.same_verdict(), writing(self.path):
             if self.writer is not None:
                 self.writer.close()
-            for tracker in self.trackers:
-                tracker.finish()
+        self.trackers = tell(self.trackers, lambda tracker: tracker.finish())
 
 
 class Meter:

@@ -8,12 +8,13 @@ runs.
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dist_vse.errors import UserError, first_line
+from dist_vse.log import logger
 
 IDS_NAME = "trackers.json"  # in the run's folder: the trackers' own names of the run
 
@@ -54,6 +55,23 @@ def start_trackers(
         started.append(tracker)
     path.write_text(json.dumps(ids) + "\n", encoding="utf-8")
     return started
+
+
+def tell(trackers: Sequence[Any], call: Callable[[Any], object]) -> list[Any]:
+    """Call each tracker and return those that still work; one that fails is named and left out.
+
+    Training and its own record go on without it.
+    """
+    working = []
+    for tracker in trackers:
+        try:
+            call(tracker)
+        except Exception as error:  # each library has its own kinds
+            reason = first_line(error)
+            logger.warning("tracker %s failed (%s): going on without it", tracker.name, reason)
+        else:
+            working.append(tracker)
+    return working
 
 
 def _wandb(run_dir: Path, project: str, ids: dict[str, str]) -> Any:

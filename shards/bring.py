@@ -17,7 +17,9 @@ from shards.receipts import (
     Receipt,
     Skipped,
     append_receipt,
+    read_planned,
     read_receipts,
+    write_planned,
     write_receipts,
     write_skipped,
 )
@@ -40,6 +42,10 @@ class AnyTask(Protocol):
     @property
     def units(self) -> int:
         """How much of the progress it is."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that it makes, by their names in the folder."""
 
 
 T = TypeVar("T", bound=AnyTask)
@@ -80,7 +86,8 @@ def bring_to(
     stale = known.keys() - kept.keys() - {receipt.name for receipt in of_others}
     if missing or stale:
         _publish(folder, splits, [])  # an index never tells of shards that may not be there
-        _clean(folder, [known[name] for name in stale], splits)
+    orphans = _note_plan(folder, tasks)
+    _clean(folder, orphans.union(*(known[name].files for name in stale)), splits)
     write_receipts(folder, [*of_others, *kept.values()])
 
     done: list[Receipt] = []
@@ -104,7 +111,23 @@ def bring_to(
     write_receipts(folder, [*of_others, *done])
     write_skipped(folder, [entry for r in (*of_others, *done) for entry in r.skipped])
     _publish(folder, splits, done)
+    planned = read_planned(folder)
+    write_planned(folder, {split: planned[split] for split in planned if split not in splits})
     return done
+
+
+def _note_plan(folder: Path, tasks: Iterable[AnyTask]) -> set[str]:
+    """Note the tasks' files before any is made; return those of a cut run that no task makes."""
+    wanted: dict[str, set[str]] = {}
+    for task in tasks:
+        wanted.setdefault(task.split, set()).update(task.files)
+    planned, orphans = read_planned(folder), set[str]()
+    for split, files in wanted.items():
+        earlier = set(planned.get(split, ()))
+        orphans |= earlier - files
+        planned[split] = sorted(earlier | files)
+    write_planned(folder, planned)
+    return orphans
 
 
 def _kept(
@@ -135,18 +158,10 @@ def _is_whole(recorded: tuple[T, Receipt], maker: Maker[T], folder: Path) -> boo
     return maker.is_whole(task, folder, receipt)
 
 
-def _clean(folder: Path, stale: Iterable[Receipt], splits: Iterable[str]) -> None:
-    """Remove shards that are of no use any more, and what a killed run left half written.
-
-    A tar that is not ours is never touched, only its side files.
-    """
-    for receipt in stale:
-        shard = Shard(receipt.name, 0, 0, "", receipt.side)
-        (folder / shard.offsets_name).unlink(missing_ok=True)
-        if shard.meta_name:
-            (folder / shard.meta_name).unlink(missing_ok=True)
-        else:
-            (folder / receipt.name).unlink(missing_ok=True)
+def _clean(folder: Path, files: Iterable[str], splits: Iterable[str]) -> None:
+    """Remove our files that are of no use any more, and what a killed run left half written."""
+    for name in files:
+        (folder / name).unlink(missing_ok=True)
     for split in splits:
         for suffix in ("tar", "npy", "jsonl"):
             for leftover in folder.glob(f"{split}[-.]*.{suffix}.tmp"):

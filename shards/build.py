@@ -1,6 +1,6 @@
 """Build a data set of records: plan the shards, make those that are not there."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from shards.bring import Advance, Maker, bring_to
@@ -16,17 +16,19 @@ def build_dataset(
     folder: Path,
     options: Options,
     *,
+    only: Collection[str] | None = None,
     max_bad: Budget,
     workers: int,
     advance: Advance,
 ) -> list[Receipt]:
     """Bring `folder` to hold the records as shards; return their receipts, sorted by name.
 
-    Shards that are whole already are kept, so that an interrupted run goes on where it was.
+    Shards that are whole already are kept, so that an interrupted run goes on where it was. `only`
+    names the splits that are made; keys depend on the records of all.
 
     Raises UserError for more bad samples than `max_bad`, or a split without a good one.
     """
-    tasks = plan_shards(records, options)
+    tasks = [t for t in plan_shards(records, options) if only is None or t.split in only]
     maker = Maker(write_shard, is_whole)
     return bring_to(
         folder,

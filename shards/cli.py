@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_vse.errors import UserError
-from shards.budget import parse_budget
+from shards.budget import Budget, parse_budget
 from shards.options import (
     add_output_options,
     add_run_options,
@@ -21,6 +21,8 @@ from shards.options import (
 from shards.sources import SOURCES
 
 if TYPE_CHECKING:
+    from shards.plan import Options
+    from shards.receipts import Receipt
     from shards.record import Record
 
 
@@ -71,41 +73,77 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     """Shard a data set and print a table of it."""
-    from shards.build import build_dataset
-    from shards.commands import note_command
-    from shards.guard import check_output
-    from shards.show import print_summary, progress_bar
+    from shards.guard import check_local
+    from shards.remote import local_copies
+    from shards.show import print_summary
 
     at_least_1(args, "workers")
     options, max_bad = output_options(args), parse_budget(args.max_bad)
+    check_local(args.out)
     start = time.monotonic()
-    records = _read(args)
-    check_output(args.out, records)
-    with _write_errors(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
-        note_command(args.out, args, {record.split for record in records})
-        with progress_bar("sharding", len(records), "images") as advance:
-            receipts = build_dataset(
-                records, args.out, options, max_bad=max_bad, workers=args.workers, advance=advance
-            )
+    with local_copies(args.input if args.shard_command == "reshard" else "") as copies:
+        receipts = _write(args, _read(args, copies), options, max_bad)
     print_summary(receipts, args.out, seconds=time.monotonic() - start)
     return 0
 
 
-def _read(args: argparse.Namespace) -> "Sequence[Record]":
-    """Read all records of the source that the command names."""
-    from shards.record import in_languages
+def _write(
+    args: argparse.Namespace, records: "Sequence[Record]", options: "Options", max_bad: Budget
+) -> "list[Receipt]":
+    """Bring OUT to hold the records."""
+    from shards.build import build_dataset
+    from shards.commands import note_command
+    from shards.guard import check_output
+    from shards.show import progress_bar
+
+    splits = _wanted_splits(args, records)
+    check_output(args.out, records, splits)
+    with _write_errors(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        note_command(args.out, args, splits)
+        total = sum(record.split in splits for record in records)
+        with progress_bar("sharding", total, "images") as advance:
+            return build_dataset(
+                records,
+                args.out,
+                options,
+                only=splits,
+                max_bad=max_bad,
+                workers=args.workers,
+                advance=advance,
+            )
+
+
+def _read(args: argparse.Namespace, copies: dict[str, Path]) -> "Sequence[Record]":
+    """Read all records of the source that the command names; `copies` stand for a URL."""
+    from shards.record import all_in_languages
     from shards.remote import to_path
 
     _, read = SOURCES[args.shard_command]
-    records = list(read(to_path(args.input), **source_options(args)))
-    if getattr(args, "languages", None):
-        records = [in_languages(record, args.languages.split(",")) for record in records]
+    options = source_options(args)
+    if copies:
+        records = [r for url, path in copies.items() for r in read(path, name=url, **options)]
+    else:
+        records = list(read(to_path(args.input), **options))
+    if args.languages is not None:
+        records = all_in_languages(records, args.languages)
     if not records:
         raise UserError(
             f"{args.input}: no images found for the source {args.shard_command}; check the path"
         )
     return records
+
+
+def _wanted_splits(args: argparse.Namespace, records: "Sequence[Record]") -> set[str]:
+    """Return the splits to be made: all, but in a repair those that the command still owns."""
+    there = {record.split for record in records}
+    wanted = set(getattr(args, "only", there))
+    for split in sorted(wanted - there):
+        raise UserError(
+            f"{args.input}: has no samples of split {split!r} any more; bring them back, or shard "
+            "the split anew"
+        )
+    return wanted
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -145,11 +183,12 @@ def _verify(args: argparse.Namespace) -> int:
     with progress_bar("verifying", sum(len(split.shards) for split in splits), "shards") as advance:
         findings = verify_dataset(args.dir, workers=args.workers, advance=advance)
     print_findings(findings, args.dir)
-    damaged = {finding.shard.path for finding in findings if finding.damage}
+    damaged = {finding.shard for finding in findings if finding.damage}
     if damaged:
+        indexed = "; copy an indexed tar again first: only its side files can be written"
         raise UserError(
             f"{args.dir}: {len(damaged)} of its shards are damaged; write them again with "
-            f"`dist-vse shard repair {args.dir}`"
+            f"`dist-vse shard repair {args.dir}`{indexed * any(s.side for s in damaged)}"
         )
     unusable = sum(len(finding.unusable) for finding in findings)
     if unusable:
@@ -163,12 +202,16 @@ def _verify(args: argparse.Namespace) -> int:
 def _repair(args: argparse.Namespace) -> int:
     """Run again what made the data set: shards that are whole stay."""
     from shards.commands import read_commands
+    from shards.tars import check_tars
 
     at_least_1(args, "workers")
     for command in read_commands(args.dir):
         command.workers = args.workers
-        run_command = _index if command.shard_command == "index" else _build
-        run_command(command)
+        if command.shard_command == "index":
+            check_tars(args.dir, command.split, workers=args.workers)
+            _index(command)
+        else:
+            _build(command)
     return 0
 
 

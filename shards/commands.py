@@ -1,12 +1,13 @@
 """What a data set was made with: a line of JSON a run, so that it can be repaired.
 
-`commands.jsonl` lies beside the shards. A run's line replaces those of earlier runs whose splits it
-makes again.
+`commands.jsonl` lies beside the shards. A split is owned by the run that made it last: a run's line
+takes its splits out of the earlier lines, and a line without splits goes.
 """
 
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dist_vse.errors import UserError
 from dist_vse.index import is_remote
 
 COMMANDS_NAME = "commands.jsonl"
-_NOT_KEPT = ("command", "run", "shard_run", "out", "workers")  # no part of what is made
+_NOT_KEPT = ("command", "run", "shard_run", "out", "workers", "only")  # no part of what is made
 _PATHS = ("input", "images", "tars")
 
 
@@ -25,9 +26,12 @@ def note_command(folder: Path, args: argparse.Namespace, splits: Iterable[str]) 
     for name in _PATHS:
         if options.get(name) is not None:
             options[name] = _absolute(options[name])
-    line = {"splits": sorted(splits), "options": options}
-    others = [old for old in _read(folder) if not set(old["splits"]) <= set(splits)]
-    lines = sorted((*others, line), key=lambda entry: str(entry["splits"]))
+    lines = [{"splits": sorted(splits), "options": options}]
+    for old in _read(folder):
+        owned = sorted(set(old["splits"]) - set(splits))
+        if owned:
+            lines.append({"splits": owned, "options": old["options"]})
+    lines.sort(key=lambda line: str(line["splits"]))
     path = folder / COMMANDS_NAME
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -37,9 +41,20 @@ def note_command(folder: Path, args: argparse.Namespace, splits: Iterable[str]) 
 def read_commands(folder: Path) -> list[argparse.Namespace]:
     """Return what made the folder, in the order of the splits' names.
 
-    Raises UserError if it holds no such note.
+    Each has the splits that it still owns as `only`. Raises UserError if it holds no such note, or
+    one in which two commands own a split.
     """
-    commands = [argparse.Namespace(**line["options"], out=folder) for line in _read(folder)]
+    lines = _read(folder)
+    owners = Counter(split for line in lines for split in line["splits"])
+    for split, count in owners.items():
+        if count > 1:
+            raise UserError(
+                f"{folder / COMMANDS_NAME}: names {count} commands for split {split!r}; run again "
+                "the one that made it: it writes only what is broken"
+            )
+    commands = [
+        argparse.Namespace(**line["options"], out=folder, only=line["splits"]) for line in lines
+    ]
     if not commands:
         raise UserError(
             f"{folder / COMMANDS_NAME}: is missing; run the command that made the shards again: it "

@@ -1,34 +1,38 @@
 """Keep a run from writing over tars that it reads, or that are not its own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from dist_vse.errors import UserError
-from dist_vse.index import INDEX_NAME, is_remote
-from shards.receipts import RECEIPTS_NAME, read_receipts
+from dist_vse.index import INDEX_NAME, is_remote, read_index
+from shards.receipts import read_planned, read_receipts
 from shards.record import Member, Record
 
 
-def check_output(folder: Path, records: Iterable[Record]) -> None:
-    """Check that `folder` is a place where the records' shards may be written.
+def check_output(folder: Path, records: Iterable[Record], splits: Collection[str]) -> None:
+    """Check that `folder` is a place where the records' shards of `splits` may be written.
 
-    Raises UserError if it is a URL, holds tars that the records lie in, or tars of others that
-    the shards would replace.
+    Raises UserError if it holds tars that the records lie in, or tars of others that the shards
+    could replace.
     """
-    check_local(folder)
-    splits, tars = set[str](), set[Path]()
-    for record in records:
-        splits.add(record.split)
-        if isinstance(record.image, Member):
-            tars.add(Path(record.image.path))
+    tars = {Path(r.image.path) for r in records if isinstance(r.image, Member)}
     for tar in sorted(tars):
         if tar.resolve().parent == folder.resolve():
             raise UserError(f"{tar}: is read, and would be written over; give another OUT")
-    known, has_receipts = read_receipts(folder), (folder / RECEIPTS_NAME).is_file()
+    ours = _own_tars(folder)
     for split in sorted(splits):
         for tar in sorted(folder.glob(f"{split}-[0-9]*.tar")):
-            if not has_receipts or (tar.name in known and known[tar.name].side):
+            if tar.name not in ours:
                 raise UserError(f"{tar}: is not of `dist-vse shard`; move it, or give another OUT")
+
+
+def _own_tars(folder: Path) -> set[str]:
+    """Return the names of the tars that we made, or that a run that was cut may have made."""
+    content = read_index(folder).splits.values() if (folder / INDEX_NAME).is_file() else ()
+    listed = [shard for split in content for shard in split.shards]
+    ours = {shard.path for shard in listed if not shard.side}
+    ours |= {receipt.name for receipt in read_receipts(folder).values() if not receipt.side}
+    return ours.union(*read_planned(folder).values())
 
 
 def check_indexable(names: Sequence[str], folder: Path) -> None:
@@ -37,12 +41,13 @@ def check_indexable(names: Sequence[str], folder: Path) -> None:
     Raises UserError for one that was, or a folder that is a URL.
     """
     check_local(folder)
-    known = read_receipts(folder)
+    ours = _own_tars(folder)
     for name in names:
-        if name in known and not known[name].side:
+        if name in ours:
             raise UserError(
                 f"{folder / name}: was made by `dist-vse shard` and is in {folder / INDEX_NAME} "
-                "already; train with that, or give another folder by --out"
+                "already, or will be once that run ends; train with that, or give another folder "
+                "by --out"
             )
 
 

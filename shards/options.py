@@ -114,8 +114,11 @@ def output_options(args: argparse.Namespace) -> "Options":
         from shards.recode import Recode
 
         recode = Recode(args.max_side or 0, args.format or "", args.quality or 90)
-    elif args.quality is not None:
-        raise UserError("--quality changes nothing without --max-side or --format; add one")
+    if args.quality is not None and (recode is None or args.format == "png"):
+        raise UserError(
+            "--quality changes nothing with --format png, or without --max-side and --format; "
+            "leave it out, or add --max-side or --format jpeg or webp"
+        )
     samples, num_bytes = parse_shard_size(args.shard_size)
     return Options(samples, num_bytes, args.seed, recode, args.decode)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dist_vse.errors import UserError
 from shards.keys import safe_keys
+from shards.receipts import shard_files
 from shards.record import Image, Member, Record, local_path
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ class Task:
     def units(self) -> int:
         """Count the samples."""
         return len(self.records)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Name the tar and its offsets."""
+        return shard_files(self.name)
 
 
 def plan_shards(records: Sequence[Record], options: Options) -> list[Task]:
@@ -89,7 +95,7 @@ class Fingerprint:
     def add(self, image: Image, state: tuple[int, int], meta: bytes) -> None:
         """Count the next record in: its image, what `image_state` says of it, and its JSON."""
         if isinstance(image, Member):
-            place = f"{image.offset}+{image.num_bytes}"
+            place = f"{image.url}{image.offset}+{image.num_bytes}"
         else:
             place = "" if local_path(image) else str(image)
         self._digest.update(b"%b %d %d %b\n" % (place.encode(), *state, meta))

@@ -7,11 +7,12 @@ from typing import cast
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from dist_vse.jpeg import COLOURED, Pixels, decode_at, plain_size, scale_for
 from shards.check import EXTENSIONS, decoding
 
+ORIENTATION = ExifTags.Base.Orientation
 FORMATS = ("jpeg", "png", "webp")
 REDUCING_GAP = 3.0  # Pillow: from 3 on hardly to be told from a fair resampling
 SMOOTH_FROM = 1.5  # pixels that become one: from here on, averages are nearer to fair than cubics
@@ -32,7 +33,7 @@ def recode_image(data: bytes, how: Recode) -> tuple[bytes, str]:
     """Return the image as `how` wants it, and its extension.
 
     An image that is small enough and of the right format is returned as it is. Else it is turned
-    upright by its EXIF orientation, the first frame of an animation is taken, 16 bits a channel
+    upright as EXIF or XMP says, the first frame of an animation is taken, 16 bits a channel
     become 8, CMYK and palettes become RGB, JPEG lies on white where it was transparent, and all
     metadata (colour profile, EXIF) goes. JPEG is decoded no larger than is needed.
 
@@ -56,8 +57,7 @@ def recode_image(data: bytes, how: Recode) -> tuple[bytes, str]:
 
 
 def _shrunk(data: bytes, image: Image.Image, max_side: int) -> Image.Image:
-    """Shrink an image that is too large; its EXIF orientation stays to be minded."""
-    exif = image.info.get("exif")
+    """Shrink an image that is too large; its orientation stays to be minded."""
     pixels = None
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
         colours = "RGB" if image.mode == "RGB" else "GRAY"
@@ -69,8 +69,14 @@ def _shrunk(data: bytes, image: Image.Image, max_side: int) -> Image.Image:
         )
     else:
         result = Image.fromarray(pixels)
-    if exif is not None:
-        result.info["exif"] = exif
+    return _oriented(result, image)
+
+
+def _oriented(result: Image.Image, source: Image.Image) -> Image.Image:
+    """Note on `result` how `source` is to be turned, whether EXIF or only XMP says so."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = source.getexif().get(ORIENTATION, 1)
+    result.info["exif"] = exif.tobytes()
     return result
 
 
@@ -116,9 +122,7 @@ def _averageable(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):  # 16 bits a pixel, whichever way they are stored
         values = np.asarray(image).clip(0, 65535) // 257
-        result = Image.fromarray(values.astype(np.uint8))
-        result.info |= {key: image.info[key] for key in ("exif",) if key in image.info}
-        return result
+        return _oriented(Image.fromarray(values.astype(np.uint8)), image)
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     return image.convert("RGBA" if transparent else "RGB")
 

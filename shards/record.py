@@ -1,6 +1,6 @@
 """What every source yields: one image with its captions."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PosixPath
 from typing import Any
@@ -15,9 +15,10 @@ class Member:
     path: Path
     offset: int  # of its first byte in the file
     num_bytes: int
+    url: str = ""  # that `path` is a copy of
 
     def __str__(self) -> str:
-        return f"{self.path} at byte {self.offset}"
+        return f"{self.url or self.path} at byte {self.offset}"
 
 
 Image = str | Path | Member
@@ -48,6 +49,23 @@ class Record:
     """The language of each caption, or nothing where the source tells none."""
     fault: str = ""
     """Why the source knows it to be bad, if it does."""
+
+
+def all_in_languages(records: Sequence[Record], codes: str) -> list[Record]:
+    """Return the records with their captions in the languages of `codes` only, such as "en,de".
+
+    Raises UserError for a language that no caption is in, or captions that name none.
+    """
+    wanted = [code.strip() for code in codes.split(",")]
+    chosen = [in_languages(record, wanted) for record in records]
+    there = sorted({language for record in records for language in record.languages if language})
+    for code in wanted:
+        if records and code not in there:
+            raise UserError(
+                f"--languages {codes!r}: no caption is in {code!r}; name some of those that there "
+                f"are, with commas between: {','.join(there)}"
+            )
+    return chosen
 
 
 def in_languages(record: Record, wanted: Collection[str]) -> Record:

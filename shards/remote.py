@@ -1,12 +1,15 @@
 """Paths that may be URLs: of fsspec, or webdataset's `pipe:COMMAND`."""
 
+import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, cast
+
+from braceexpand import braceexpand
 
 from dist_vse.errors import UserError, first_line
 from dist_vse.index import is_remote
@@ -57,6 +60,24 @@ def local_copy(location: str, folder: Path) -> Iterator[Path]:
                 "again"
             ) from error
         yield Path(file.name)
+
+
+@contextmanager
+def local_copies(text: str) -> Iterator[dict[str, Path]]:
+    """Yield copies of the tars at a URL (`{000..099}` is expanded) by their URLs; none of a path.
+
+    They lie in the folder for temporary files, and are removed afterwards. Their time is always the
+    same, so that what is made of them has the same fingerprint. Raises UserError if one cannot be
+    read.
+    """
+    urls = braceexpand(text) if is_remote(text) and not text.startswith("pipe:") else [text]
+    with ExitStack() as stack:
+        copies = {}
+        for url in urls if is_remote(text) else ():
+            path = stack.enter_context(local_copy(url, Path(tempfile.gettempdir())))
+            os.utime(path, (0, 0))
+            copies[url] = path
+        yield copies
 
 
 def _download(url: str, file: IO[bytes]) -> None:

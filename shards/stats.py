@@ -19,6 +19,7 @@ from shards.read import Stored, local_tar, read_stored
 
 THUMB, TEXT_LINES, COLUMNS = 160, 3, 8  # of a contact sheet: pixels, lines, thumbs
 LINE_CHARS, LINE_PIXELS = 26, 15
+GREY = (160, 160, 160)
 
 
 @dataclass
@@ -109,18 +110,30 @@ def write_contact_sheet(folder: Path, path: Path, *, count: int = 48) -> int:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for number, (split, stored) in enumerate(tiles):
         left, top = number % COLUMNS * (THUMB + 8) + 4, number // COLUMNS * cell + 4
-        with decoding(stored.image) as image:
-            thumb = image.convert("RGBA")
-            thumb.thumbnail((THUMB, THUMB))
-            place = (left + (THUMB - thumb.width) // 2, top + (THUMB - thumb.height) // 2)
-            sheet.paste(thumb, place, thumb)
-        text = f"{split}: {stored.caption_list()[0]}"
+        thumb = _thumb(stored.image)
+        place = (left + (THUMB - thumb.width) // 2, top + (THUMB - thumb.height) // 2)
+        sheet.paste(thumb, place, thumb)
+        text = f"{split}: {next(iter(stored.caption_list()), '(no caption)')}"
         lines = textwrap.wrap(text, LINE_CHARS, max_lines=TEXT_LINES, placeholder=" ...")
         pen.multiline_text((left, top + THUMB + 2), "\n".join(lines), "black", font)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     path.write_bytes(buffer.getvalue())
     return len(tiles)
+
+
+def _thumb(data: bytes) -> Image.Image:
+    """Return a small picture (RGBA) of an image: grey, and marked so, of one that is unusable."""
+    try:
+        with decoding(data) as image:
+            thumb = image.convert("RGBA")
+            thumb.thumbnail((THUMB, THUMB))
+            return thumb
+    except BadSampleError:
+        tile = Image.new("RGBA", (THUMB, THUMB), GREY)
+        middle, font = (THUMB // 2, THUMB // 2), ImageFont.load_default(16)
+        ImageDraw.Draw(tile).text(middle, "unusable", "black", font, anchor="mm")
+        return tile
 
 
 def _spread(index: Index, count: int) -> Iterator[tuple[str, Stored]]:

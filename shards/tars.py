@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from glob import glob
 from pathlib import Path
 
@@ -19,13 +21,15 @@ from shards.check import BadSampleError, check_captions
 from shards.guard import check_indexable
 from shards.keys import safe_keys
 from shards.plan import check_split
-from shards.receipts import Receipt, Skipped
+from shards.pool import ordered_map
+from shards.receipts import Receipt, Skipped, read_receipts, shard_files, write_receipts
 from shards.remote import local_copy
 from shards.wds import Sample, read_samples
 from shards.write import digest_of, replace_file
 
 _STEM = re.compile(r"([^/\s|?&=]+)\.tar")
 FORMAT = 1  # of the side files; a new number makes all of them again
+CHANGED = "changed"  # in place of the fingerprint of a tar that is to be read anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,11 @@ class IndexTask:
     def units(self) -> int:
         """Count tars."""
         return 1
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Name the side files."""
+        return shard_files(self.name, self.side)
 
 
 def find_tars(given: Sequence[str], out: Path | None) -> tuple[list[str], Path]:
@@ -156,6 +165,37 @@ def is_indexed(task: IndexTask, folder: Path, receipt: Receipt) -> bool:
         and digest_of(offsets) == receipt.offsets_sha256
         and digest_of(meta) == receipt.meta_sha256
     )
+
+
+def check_tars(folder: Path, split: str, *, workers: int) -> None:
+    """Check that the indexed tars of a split hold the bytes that were indexed.
+
+    One that does not is noted as changed: `index_tars` reads it anew, whatever its size and time.
+
+    Raises UserError for one that does not, or that cannot be read.
+    """
+    receipts = read_receipts(folder)
+    indexed = [receipt for receipt in receipts.values() if receipt.side and receipt.split == split]
+    same = ordered_map(partial(_is_same, folder=folder), indexed, workers)
+    changed = [receipt.name for receipt, ok in zip(indexed, same, strict=True) if not ok]
+    if not changed:
+        return
+    for name in changed:
+        receipts[name] = replace(receipts[name], fingerprint=CHANGED)
+    write_receipts(folder, receipts.values())
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    raise UserError(
+        f"{changed[0]}{more}: the bytes are not those that were indexed; copy it again, or run "
+        "`dist-vse shard index` to accept the new bytes"
+    )
+
+
+def _is_same(receipt: Receipt, folder: Path) -> bool:
+    location = receipt.name if is_remote(receipt.name) else str(folder / receipt.name)
+    with local_copy(location, Path(tempfile.gettempdir())) as path:
+        if not path.is_file():
+            raise UserError(f"{path}: is missing; copy it there again")
+        return path.stat().st_size == receipt.num_bytes and digest_of(path) == receipt.sha256
 
 
 def _side_files(

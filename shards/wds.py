@@ -1,12 +1,14 @@
 """Tars in WebDataset's layout: which members make a sample, and what its captions are.
 
 A sample's members follow one another and share a key: the path up to the first dot of its file
-name (https://github.com/webdataset/webdataset). img2dataset writes `000000001.jpg`, `.txt` and
-`.json` with the caption in both; dist_vse's own shards name all `captions` in the JSON.
+name (https://github.com/webdataset/webdataset). An extension that comes again begins another
+sample, where WebDataset gives up. img2dataset writes `000000001.jpg`, `.txt` and `.json` with the
+caption in both; dist_vse's own shards name all `captions` in the JSON.
 """
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from typing import Any
 from dist_vse.errors import UserError, first_line
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_NOTE = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no samples
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ def read_samples(path: Path, name: str = "") -> Iterator[Sample]:
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if not member.isfile() or os.path.basename(member.name).startswith("__"):
-                    continue  # WebDataset's own notes are no samples
+                if not member.isfile() or _NOTE.match(member.name):
+                    continue
                 stem, extension = _split_name(member.name)
-                if stem != key and parts:
+                if parts and (stem != key or extension in parts):
                     yield _sample(file.fileno(), key, parts)
                     parts = {}
                 key, parts[extension] = stem, (member.offset_data, member.size)
@@ -66,7 +69,7 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _sample(file: int, key: str, parts: dict[str, tuple[int, int]]) -> Sample:
-    image = next((parts[e] for e in parts if e.rpartition(".")[2] in IMAGE_EXTENSIONS), None)
+    image = _image(parts)
     try:
         text, content = (_read(file, parts, e).decode() for e in ("txt", "json"))
         fields = json.loads(content) if content else {}
@@ -82,6 +85,12 @@ def _sample(file: int, key: str, parts: dict[str, tuple[int, int]]) -> Sample:
     if not isinstance(caption, str):  # img2dataset writes null where there was none
         caption = text
     return Sample(key, image, (caption.strip(),) if caption.strip() else (), fields)
+
+
+def _image(parts: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """Return where the image lies: `jpg` goes before `seg.png`, whichever comes first."""
+    images = [e for e in parts if e.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    return parts[min(images, key=lambda e: "." in e)] if images else None
 
 
 def _read(file: int, parts: dict[str, tuple[int, int]], extension: str) -> bytes:

@@ -13,6 +13,7 @@ LAYERS: list[set[str]] = [
     {"errors"},
     {
         "log",
+        "outputs",
         "index",
         "jpeg",
         "config",

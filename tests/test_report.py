@@ -13,6 +13,7 @@ from dist_vse.config import DataConfig, TrainConfig, dump_config
 from dist_vse.errors import UserError
 from dist_vse.evaluate import Embedded, Evaluation, score
 from dist_vse.examples import save_examples
+from dist_vse.index import read_index
 from dist_vse.report import write_comparison, write_report
 from tests.datasets import write_dataset
 
@@ -189,6 +190,111 @@ def test_shows_other_splits_that_were_evaluated(run_dir: Path) -> None:
     assert "Split “test”, step-40" in page.text
     assert "Split “val”, step 40" in page.text
     assert page.text.index("“test”, step-40") < page.text.index("“val”, step 40")
+
+
+def write_result(run_dir: Path, name: str, noise: float, **more: object) -> str:
+    """Write what `dist-vse eval` would; return its rsum as the page shows it."""
+    metrics = evaluation(noise).metrics
+    content = {"split": "test", "checkpoint": "step-000040", "trained": metrics, **more}
+    (run_dir / f"eval-{name}.json").write_text(json.dumps(content))
+    return f"{metrics['rsum']:.1f}"
+
+
+def write_environment(run_dir: Path, fingerprint: str) -> None:
+    line = {"step": 0, "versions": {}, "machine": {}}
+    data = {str(run_dir.parent / "data"): fingerprint}
+    (run_dir / "environment.jsonl").write_text(json.dumps({**line, "data": data}) + "\n")
+
+
+def test_the_plain_result_of_the_newest_checkpoint_comes_first(run_dir: Path) -> None:
+    write_environment(run_dir, "feedbeef01234567")
+    data = {"data": "feedbeef01234567"}
+    write_result(run_dir, "test-0badcafe", 0.01, data="0badcafe01234567")
+    write_result(run_dir, "test-coco-1k", 0.2, protocol="coco-1k", **data)
+    write_result(run_dir, "test-step-000001", 8, checkpoint="step-000001", **data)
+    write_result(run_dir, "val-step-000001", 7, checkpoint="step-000001", split="val", **data)
+    newest = write_result(run_dir, "test", 1, **data)
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert f"<dd>{newest}" in page.source
+    assert "of the split “test”, at step-000040" in page.text
+    titles = re.findall(r"<caption>(.*?)</caption>", page.source)
+    assert titles == [
+        "Split “test”, step-000040",
+        "Split “val”, step 40",
+        "Split “test”, step-000001",
+        "Split “val”, step-000001",
+        "Split “test”, coco-1k, step-000040",
+        "Split “test”, step-000040, data 0badcafe",
+    ]
+    write_result(run_dir, "val", 1, split="val", **data)  # measures again what training did
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert "Split “val”, step 40" not in page.text
+
+
+def test_a_comparison_matches_split_protocol_and_data(run_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    write_result(run_dir, "test-step-000001", 8, checkpoint="step-000001")
+    write_result(run_dir, "test-coco-1k", 3, protocol="coco-1k")
+    sums = [write_result(folder, "test", noise) for folder, noise in ((run_dir, 1), (other, 2))]
+
+    def tables() -> list[tuple[str, list[str], list[str]]]:
+        page = Page(write_comparison([run_dir, other], tmp_path / "compare.html"))
+        found = []
+        for title, body in re.findall(r"<caption>(.*?)</caption>(.*?)</table>", page.source):
+            rows = dict(re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', body))
+            cells = {label: re.findall(r"<td.*?>(.*?)</td>", row) for label, row in rows.items()}
+            rsums = cells["sum of the six recalls (rsum)"]
+            found.append((title, cells["checkpoint"], rsums))
+        return found
+
+    first, *rest = tables()
+    assert first == ("Split “test”, trained", ["step-000040"] * 2, sums)
+    assert [title for title, _, _ in rest] == [
+        "Split “val”, trained",
+        "Split “test”, coco-1k, trained",
+    ]
+    assert rest[1][1] == ["step-000040", ""]
+
+    write_result(run_dir, "test", 1, data="feedbeef01234567")
+    write_result(other, "test", 2, data="0badcafe01234567")
+    found = {title: rsums for title, _, rsums in tables()}
+    assert found["Split “test”, trained, data feedbeef"] == [sums[0], ""]
+    assert found["Split “test”, trained, data 0badcafe"] == ["", sums[1]]
+
+
+def test_the_fingerprint_is_that_of_the_training(run_dir: Path) -> None:
+    own = read_index(run_dir.parent / "data").fingerprint()
+    write_environment(run_dir, own)
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert f"Fingerprint in training {own}" in page.text and "Fingerprint now" not in page.text
+    write_environment(run_dir, "feedbeef01234567")
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert "Fingerprint in training feedbeef01234567" in page.text
+    assert f"Fingerprint now {own}: not what was trained on" in page.text
+
+
+def test_a_run_from_a_checkpoint_has_a_start(run_dir: Path) -> None:
+    text = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(text.replace("pretrained: null", "pretrained: clip"))
+    page = Page(write_report(run_dir, None, run_dir / "report.html"))
+    assert '<th scope="col">start</th>' in page.source and "untrained" not in page.text
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_page_that_cannot_be_written(
+    run_dir: Path, several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_vse.report.page.thumbnails", None)  # told before the images are read
+    (run_dir / "file").touch()
+    (run_dir / "folder").mkdir()
+    for out in (run_dir / "file" / "page.html", run_dir / "folder"):
+        with pytest.raises(UserError, match=r"can't be written \(.*; make room, or name another"):
+            if several:
+                write_comparison([run_dir, run_dir], out)
+            else:
+                write_report(run_dir, None, out)
+    assert not list(run_dir.glob("*.tmp"))
 
 
 def test_shows_intervals_where_they_were_drawn_and_nothing_where_a_figure_is_unknown(

@@ -1,28 +1,38 @@
 """Search, embeddings and zero-shot classification with a small trained run."""
 
+import base64
+import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dist_vse import cli, train
 from dist_vse.config import load_config
 from dist_vse.errors import UserError
 from dist_vse.index import read_index
+from dist_vse.retrieval import top_k
 from dist_vse.search.embed import embed_split, open_model
-from dist_vse.search.run import search
+from dist_vse.search.picture import draw_sheet, wrap
+from dist_vse.search.run import Found, search
 from dist_vse.search.zeroshot import class_features, zeroshot
 from dist_vse.stream.reader import ShardReader
 from tests.datasets import describe, draw, write_dataset
 from tests.distributed import run_distributed
 
 CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.yaml"
+
+QUERY = ["--split", "val", "--text", "a red square"]
 
 
 def learn(folder: Path) -> None:
@@ -78,6 +88,7 @@ def test_embeddings_in_three_formats(trained: Path, tmp_path: Path) -> None:
     with safe_open(tmp_path / "val.safetensors", "pt") as file:
         assert file.get_tensor("image_features").equal(want.image_features)
         assert json.loads(file.metadata()["keys"]) == want.keys
+        assert file.metadata()["data"] == names["data"] == index.fingerprint()
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = parquet.read_table(tmp_path / "val.parquet").to_pylist()
     assert len(rows) == 32 + 64
@@ -128,6 +139,14 @@ def test_zero_shot_is_the_nearest_mean_of_the_prompts(
         (["search", "RUN", "--split", "val", "--image", "none.png"], "none.png: cannot be read"),
         (["embed", "RUN", "out.csv"], "ends in .npy, .safetensors, .parquet"),
         (["embed", "nowhere", "out.npy"], "nowhere: no run here"),
+        (["embed", "RUN", "DIR/file/x.npy", "--split", "val"], "x.npy: can't be written ("),
+        (["search", "RUN", *QUERY, "--sheet", "DIR/file/x.png"], "x.png: can't be written ("),
+        (
+            ["search", "RUN", *QUERY, "--index", "none.safetensors"],
+            "none.safetensors: no such file",
+        ),
+        (["search", "RUN", *QUERY, "--index", "DIR/file"], "file: no file of `dist-vse embed`"),
+        (["zeroshot", "RUN", "--data", "IMAGES", "--top", "4"], "--top 4 of 4 classes is always"),
         (["zeroshot", "RUN", "--data", "nowhere"], "nowhere: no such folder"),
         (["zeroshot", "RUN", "--data", "IMAGES", "--templates", "BARE"], "has no {}"),
         (["zeroshot", "RUN", "--data", "IMAGES", "--classes", "BARE"], "line 1 is not FOLDER<TAB>"),
@@ -140,12 +159,120 @@ def test_slips_are_one_line(
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for module in ("run", "embed"):  # all is told before the long work
+        monkeypatch.setattr(f"dist_vse.search.{module}.embed_split", None)
     (tmp_path / "bare.txt").write_text("a photo\n")
+    (tmp_path / "file").touch()
     places = {"RUN": trained, "IMAGES": classes, "BARE": tmp_path / "bare.txt"}
-    assert cli.main([str(places.get(argument, argument)) for argument in arguments]) == 2
+    given = [a.replace("DIR", str(tmp_path)) for a in arguments]
+    assert cli.main([str(places.get(argument, argument)) for argument in given]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("error:") == 1
+
+
+def changed(trained: Path, folder: Path, value: float) -> Path:
+    """Return the checkpoint of a copy of the run, one of its weights set to `value`."""
+    shutil.copytree(trained, folder)
+    (checkpoint,) = (folder / "checkpoints").glob("step-*")
+    weights = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in sorted(weights) if name.startswith("image.head"))
+    weights[name].view(-1)[0] = value
+    save_file(weights, checkpoint / "model.safetensors")
+    return checkpoint
+
+
+def test_searches_in_written_features_and_refuses_stale_ones(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "val.safetensors"
+    assert cli.main(["embed", str(trained), str(file), "--split", "val"]) == 0
+    how = {"data": None, "texts": ["a red square", "circle"], "images": [], "top": 40}
+    at_once = search(trained, **how, split="val", sheet=None)  # type: ignore[arg-type]
+    other = tmp_path / "other"
+    write_dataset(other, {"val": [31]})
+    stale = [
+        ("another model", changed(trained, tmp_path / "run", 0.5), {**how, "split": "val"}),
+        ("another data set", trained, {**how, "split": "val", "data": str(other)}),
+        (r"another split \(val\)", trained, {**how, "split": "train"}),
+    ]
+    monkeypatch.setattr("dist_vse.search.run.embed_split", None)  # nothing is embedded again
+    asked_of: list[int] = []
+
+    def counted(queries: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        asked_of.append(len(queries))
+        return top_k(queries, *rest)
+
+    monkeypatch.setattr("dist_vse.search.run.top_k", counted)
+    written = search(trained, **how, split="val", sheet=None, index_file=file)  # type: ignore[arg-type]
+    assert written == at_once and asked_of == [2]  # one search for both queries
+    for message, model, asked in stale:
+        with pytest.raises(UserError, match=f"stale, it is of {message}; write it with"):
+            search(model, **asked, sheet=None, index_file=file)  # type: ignore[arg-type]
+
+
+def test_features_that_are_not_finite_are_one_line(
+    trained: Path,
+    classes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = str(changed(trained, tmp_path / "run", float("nan")))
+    for command in (
+        ["search", model, *QUERY],
+        ["embed", model, str(tmp_path / "out.npy"), "--split", "val"],
+        ["zeroshot", model, "--data", str(classes)],
+    ):
+        assert cli.main(command) == 2, command
+        error = capsys.readouterr().err
+        assert "image features are not finite" in error and error.count("error:") == 1
+    assert not list(tmp_path.glob("out*"))
+    monkeypatch.setattr("dist_vse.search.run.embed_split", None)  # a query is looked at before
+    picture = next(classes.glob("*/*.png"))
+    assert cli.main(["search", model, "--split", "val", "--image", str(picture)]) == 2
+    assert "1 of 1 rows" in capsys.readouterr().err
+
+
+def test_zero_shot_shares_ties_and_takes_the_usual_template(
+    trained: Path, classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = tmp_path / "names.tsv"
+    names.write_text("".join(f"{folder.name}\tthing\n" for folder in classes.iterdir()))
+    got = zeroshot(trained, data=classes, classes=names, templates=None, top=None)
+    assert list(got) == ["top1", "mean_per_class", "chance"]  # four classes: no top-5
+    assert got["top1"] == got["mean_per_class"] == pytest.approx(25)  # all classes look the same
+    assert "a photo of a {}." in " ".join(capsys.readouterr().out.split())
+    own = tmp_path / "own.txt"
+    own.write_text("a photo of a {}.\n")
+    how = {"data": classes, "classes": None, "top": [1, 3]}
+    by_default, by_hand = (zeroshot(trained, templates=t, **how) for t in (None, own))  # type: ignore[arg-type]
+    assert by_default == by_hand
+
+
+def test_a_picture_has_scores_and_wrapped_texts(caplog: pytest.LogCaptureFixture) -> None:
+    font = ImageFont.load_default(14)
+    text = "a rather long caption with " + "x" * 90
+    lines = wrap(text, font, 160)
+    assert len(lines) > 3 and all(font.getlength(line) <= 160 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    cut = wrap(text, font, 160, 2)
+    assert len(cut) == 2 and cut[1].endswith("…") and font.getlength(cut[1]) <= 160
+
+    buffer = io.BytesIO()
+    draw(0, size=160).save(buffer, "PNG")
+    pictures = {"a": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}
+    short, long = (
+        draw_sheet([Found(query, ["a"], [0.5], [caption])], pictures, "x.png")
+        for query, caption in (("cat", "short"), ("cat " * 60, "a caption that needs lines"))
+    )
+    assert long.width == short.width and long.height > short.height + 60
+    below = np.asarray(short)[-70:, :200]
+    assert (below < 128).any()  # a score and a caption stand under the picture
+    assert caplog.text == ""
+    draw_sheet([Found("猫 and 犬", ["a"], [0.5], ["猫"])], pictures, "x.png")
+    assert caplog.text.count("x.png: the font has no 犬猫 (2 in all); use .html") == 1
 
 
 def test_faiss_finds_the_same(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

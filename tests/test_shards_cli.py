@@ -81,7 +81,8 @@ def test_karpathy_from_end_to_end(tmp_path: Path) -> None:
         (["jsonl", "--images", "/nowhere"], "/nowhere: no such folder"),
         (["folder"], "pairs.jsonl: is a file; give its folder"),
         (["jsonl", "--shard-size", "1TB"], r"--shard-size \(1TB\) must be at least 1: samples"),
-        (["jsonl", "--quality", "80"], "--quality changes nothing without --max-side or --format"),
+        (["jsonl", "--quality", "80"], "--quality changes nothing .* add --max-side or"),
+        (["jsonl", "--quality", "80", "--format", "png"], "nothing with --format png"),
         (["jsonl", "--quality", "101", "--max-side", "9"], r"--quality \(101\) must be at most"),
         (["jsonl", "--max-side", "0"], r"--max-side \(0\) must be at least 1"),
     ],
@@ -147,6 +148,18 @@ def test_out_is_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="s3:/b/out: is a URL; give a local folder"):
             _shard(*arguments)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_languages_may_have_blanks_and_must_occur(tmp_path: Path) -> None:
+    line = {"image": "0.png", "captions": {"de": ["eins"], "en": ["one"], "fr": ["un"]}}
+    pairs = _pairs(tmp_path / "in", 1)
+    pairs.write_text(json.dumps(line) + "\n")
+    _shard("jsonl", pairs, tmp_path / "out", "--languages", " en, de", "--workers", "1")
+    assert read_index(tmp_path / "out").split("train").num_captions == 2
+    for codes in ("en,it", "it", "en,", ""):
+        with pytest.raises(UserError, match=r"no caption is in '(it)?'; .*: de,en,fr$"):
+            _shard("jsonl", pairs, tmp_path / "none", "--languages", codes)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half(

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 import tarfile
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,34 @@ def test_the_stream_reads_what_was_indexed(
     assert not list((tmp_path / "remote").glob("*.tmp"))
 
 
+def test_tars_at_urls_are_resharded_as_local_ones(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same bytes; a second run and a repair keep them, and no copy is left."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    _img2dataset(tmp_path / "far")
+    _tar(tmp_path / "far/00002.tar", {"bad.jpg": b"", "bad.txt": "no bytes"})
+    urls, near, far = f"{server}/far/{{00000..00002}}.tar", tmp_path / "near", tmp_path / "out"
+    options = ("--shard-size", "6", "--max-bad", "1", "--workers", "2")
+    _run("reshard", tmp_path / "far", near, *options)
+    _run("reshard", urls, far, *options)
+    for name in ("index.json", "train-00002.tar"):
+        assert (far / name).read_bytes() == (near / name).read_bytes()
+    (skipped,) = (far / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["path"] == f"{server}/far/00002.tar at byte 512"
+    before = {path: path.stat().st_mtime_ns for path in far.glob("*.tar")}
+    _run("reshard", urls, far, *options)
+    _run("repair", far, "--workers", "1")
+    assert {path: path.stat().st_mtime_ns for path in far.glob("*.tar")} == before
+    _run("reshard", f"pipe:cat {tmp_path}/far/00000.tar", tmp_path / "pipe", "--workers", "1")
+    assert read_index(tmp_path / "pipe").split("train").num_samples == 7
+    assert not list((tmp_path / "tmp").iterdir())
+    _run("index", f"{server}/far/00000.tar", "--out", tmp_path / "index", "--workers", "1")
+    with pytest.raises(UserError, match=r"00000\.tar: is remote, and the index in .* names it"):
+        _run("reshard", tmp_path / "index", tmp_path / "none")
+
+
 def test_a_second_run_reads_only_what_changed(tmp_path: Path) -> None:
     tars = _img2dataset(tmp_path / "in")
     out = tmp_path / "in"
@@ -179,7 +208,7 @@ def test_the_fate_of_odd_samples(tmp_path: Path) -> None:
             "7.json": b"{broken",
             "8.png": image,
             "8.txt": b"\xe9",
-            "__meta__.json": "{}",
+            "__meta__": "{}",
         },
     )
     with pytest.raises(UserError, match=r"sample '4' \(.*odd\.tar\): no image"):

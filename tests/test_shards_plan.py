@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dist_vse.errors import UserError
 from shards.keys import MAX_CHARS, safe_key, safe_keys
 from shards.plan import Options, fingerprint, plan_shards
-from shards.record import Record
+from shards.record import Member, Record
 
 
 def _records(count: int, split: str = "train") -> list[Record]:
@@ -101,3 +101,5 @@ def test_the_fingerprint_changes_with_captions_and_images(tmp_path: Path) -> Non
     image.write_bytes(b"longer")
     assert len({missing, present, digest(record), digest(replace(record, captions=("x",)))}) == 4
     assert digest(record) == digest(record)
+    copies = [Member(image, 0, 6, url) for url in ("http://a/1.tar", "http://b/1.tar")]
+    assert len({digest(replace(record, image=copy)) for copy in copies}) == 2

@@ -8,6 +8,7 @@ import pytest
 
 from dist_vse.errors import UserError
 from shards.record import Record
+from shards.sources.flickr import read_flickr
 from shards.sources.folder import read_folder
 from shards.sources.jsonl import read_jsonl
 from shards.sources.karpathy import read_karpathy
@@ -65,6 +66,20 @@ FLICKR = {
     ],
     "dataset": "flickr30k",
 }
+
+
+def test_only_the_forms_with_commas_unquote(tmp_path: Path) -> None:
+    said = '"Go" or "Stop"'
+    path = tmp_path / "captions"
+    for text, caption in (
+        (f"1.jpg#0\t{said}\n", said),
+        (f"image_name| comment_number| comment\n1.jpg| 0| {said}\n", said),
+        ('image,caption\n1.jpg,"""Go"" or ""Stop"""\n', said),
+        ('image_name,comment_number,comment\n1.jpg, 0,"Go, or stop"\n', "Go, or stop"),
+    ):
+        path.write_text(text)
+        (record,) = read_flickr(path)
+        assert record.captions == (caption,)
 
 
 def _json(path: Path, content: object) -> Path:
@@ -137,6 +152,19 @@ def test_folder_takes_its_sub_folders_as_splits(tmp_path: Path) -> None:
         ("train/b/2", "train", ()),
         ("val/1", "val", ()),
     ]
+
+
+def test_only_line_ends_part_captions(tmp_path: Path) -> None:
+    """Unicode knows more of them, which people paste into captions."""
+    odd = "one\u2028two\x85three\x0bfour"
+    _image(tmp_path / "in/a.png")
+    (tmp_path / "in/a.txt").write_bytes(f"{odd}\r\nnext\n".encode())
+    (record,) = read_folder(tmp_path / "in")
+    assert record.captions == (odd, "next")
+    tokens = tmp_path / "results.token"
+    tokens.write_bytes(f"1.jpg#0\t{odd}\r\n1.jpg#1\tnext\n".encode())
+    (record,) = read_flickr(tokens)
+    assert record.captions == (odd, "next")
 
 
 def test_folder_without_sub_folders_is_one_split(tmp_path: Path) -> None:

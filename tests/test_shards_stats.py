@@ -4,13 +4,15 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dist_vse.errors import UserError
-from shards.stats import COLUMNS, dataset_stats, shared_images
+from shards.stats import COLUMNS, GREY, THUMB, dataset_stats, shared_images
 from tests.datasets import Sample, draw, encode, make_sample, write_shards
 from tests.test_shards_cli import _shard
+from tests.test_shards_index import _tar
 
 
 def test_stats_count_and_find_what_is_shared(
@@ -45,3 +47,17 @@ def test_stats_count_and_find_what_is_shared(
     write_shards(tmp_path / "bad", {"train": [[Sample("b", b"GIF89a", ("a",))]]})
     with pytest.raises(UserError, match=r"row 0 is broken .*shard verify"):
         _shard("stats", tmp_path / "bad", "--workers", "1")
+
+
+def test_an_unusable_image_is_a_grey_tile(tmp_path: Path) -> None:
+    """Indexing decodes nothing, so that half a JPEG may be among the samples."""
+    photo = encode(draw(1, size=96), "JPEG")
+    members = {"1.jpg": photo, "1.txt": "whole", "2.jpg": photo[: len(photo) // 2], "2.txt": "half"}
+    _shard("index", _tar(tmp_path / "x.tar", members), "--workers", "1")
+    sheet = tmp_path / "sheet.png"
+    assert _shard("stats", tmp_path, "--workers", "1", "--contact-sheet", sheet) == 0
+    with Image.open(sheet) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    first, second = ((pixels[:, at : at + 168] == GREY).all(-1) for at in (0, 168))
+    assert first.sum() < 50  # edges of letters
+    assert 0.9 * THUMB**2 < second.sum() < THUMB**2  # the rest says "unusable"

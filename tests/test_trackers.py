@@ -1,14 +1,16 @@
 """Weights & Biases and MLflow, the real ones, without a network."""
 
 import json
+import logging.handlers
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dist_vse import trackers, train
+from dist_vse import log, trackers, train
 from dist_vse.config import load_config
 from dist_vse.errors import UserError
+from dist_vse.metrics import Recorder
 from tests.datasets import write_dataset
 from tests.distributed import run_distributed
 
@@ -65,3 +67,29 @@ def test_a_tracker_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         trackers.check_trackers(["wandb"])
     with pytest.raises(UserError, match="trackers='wand' is unknown; did you mean 'wandb'"):
         load_config(None, ["trackers=[wand]"])
+
+
+def lose_the_store(folder: Path) -> tuple[list[int], list[str]]:
+    """Log three steps, the tracker's store gone after the first; tell who was left, and the log."""
+    said = logging.handlers.BufferingHandler(100)
+    log.logger.addHandler(said)
+    recorder = Recorder(folder, 0, trackers=["mlflow"], project="tried", settings={})
+    working = []
+    for step in (1, 2, 3):
+        recorder.write("train", step, {"loss": 3.0 / step})
+        working.append(len(recorder.trackers))
+        if step == 1:
+            (folder / "mlruns").rename(folder / "away")
+            (folder / "mlruns").write_text("no folder")
+    recorder.close()
+    return working, [record.getMessage() for record in said.buffer]
+
+
+def test_a_tracker_that_fails_is_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
+    ((working, said),) = run_distributed(lose_the_store, 1, tmp_path)
+    assert working == [1, 0, 0]
+    (warning,) = said
+    assert warning.startswith("tracker mlflow failed (") and "going on without it" in warning
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]

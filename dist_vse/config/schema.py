@@ -130,6 +130,11 @@ class TrainConfig:
             )
 
     @property
+    def before_name(self) -> str:
+        """What the model is before its first step: `untrained`, or `start` of a checkpoint."""
+        return "untrained" if self.model.pretrained is None else "start"
+
+    @property
     def fixed_chunk_size(self) -> int:
         """Pairs a chunk. Raises UserError while `auto` was not tried yet."""
         if isinstance(self.chunk_size, str):

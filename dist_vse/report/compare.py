@@ -1,6 +1,5 @@
 """Several runs side by side: what differs between their settings, their results, their curves."""
 
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -8,19 +7,22 @@ from pathlib import Path
 from dist_vse.config import flat_config
 from dist_vse.errors import UserError
 from dist_vse.report.chart import Series
-from dist_vse.report.page import document
+from dist_vse.report.page import write_page
 from dist_vse.report.record import Record, Result, read_record
-from dist_vse.report.sections import RESULT_ROWS, cell, figure_of
+from dist_vse.report.results import RESULT_ROWS, cell, table_title
+from dist_vse.report.sections import figure_of
 
 COLOURS = 6
 """Runs that the page has colours for."""
+_Group = tuple[str | None, Sequence[tuple[str, Sequence[str]]]]  # its title and its rows
 _NOT_COMPARED = {"output_dir"}
 
 
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     """Write one page about several runs by one rename; return its path.
 
-    Raises UserError for more runs than there are colours, and as `read_record` does.
+    Raises UserError for more runs than there are colours, as `read_record` does, and where `out`
+    cannot be written.
     """
     if len(run_dirs) > COLOURS:
         raise UserError(f"{len(run_dirs)} runs are too many for one page; give at most {COLOURS}")
@@ -28,11 +30,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     names = _names(run_dirs)
     parts = [_header(names), _settings(records, names), _results(records, names)]
     parts.append(_charts(records, names))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(document("Runs side by side", "\n".join(parts)), encoding="utf-8")
-    os.replace(temporary, out)
-    return out
+    return write_page("Runs side by side", parts, out)
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
@@ -78,19 +76,30 @@ def _settings(records: Sequence[Record], names: Sequence[str]) -> str:
 
 
 def _results(records: Sequence[Record], names: Sequence[str]) -> str:
-    splits: dict[str, None] = {result.split: None for r in records for result in r.results}
-    parts = []
-    for split in splits:
-        found = [next((r for r in record.results if r.split == split), None) for record in records]
-        groups = [
-            (
-                group,
-                [(label, [_trained(r, field) for r in found]) for field, label in fields.items()],
-            )
-            for group, fields in RESULT_ROWS.items()
-        ]
-        parts.append(_table(names, groups, f"Split “{escape(split)}”, trained"))
-    return f"<h2>Retrieval</h2>{''.join(parts)}"
+    """Show the newest result of each run, a table a split, protocol and data set."""
+    kinds: dict[tuple[str, str, str], list[Result | None]] = {}
+    for number, record in enumerate(records):
+        for result in record.results:  # of a kind, the newest first
+            kind = (result.split, result.protocol, result.data)
+            found = kinds.setdefault(kind, [None] * len(records))
+            found[number] = found[number] or result
+    several = len({data for _, _, data in kinds}) > 1
+    note = (
+        '<p class="note">These were measured on several data sets; a table holds those of one.</p>'
+    )
+    tables = [_result_table(found, names, several) for found in kinds.values()]
+    return f"<h2>Retrieval</h2>{note if several else ''}{''.join(tables)}"
+
+
+def _result_table(found: Sequence[Result | None], names: Sequence[str], several: bool) -> str:
+    """Show a result of one kind for each run; `several` data sets are told apart in the title."""
+    one = next(result for result in found if result is not None)
+    data = [f"data {one.data[:8] or 'not recorded'}"] if several else []
+    groups: list[_Group] = [(None, [("checkpoint", [r.checkpoint if r else "" for r in found])])]
+    for group, fields in RESULT_ROWS.items():
+        rows = [(label, [_trained(r, field) for r in found]) for field, label in fields.items()]
+        groups.append((group, rows))
+    return _table(names, groups, table_title(one, "trained", *data))
 
 
 def _trained(result: Result | None, field: str) -> str:
@@ -101,7 +110,7 @@ def _trained(result: Result | None, field: str) -> str:
 
 def _table(
     names: Sequence[str],
-    groups: Sequence[tuple[str | None, Sequence[tuple[str, Sequence[str]]]]],
+    groups: Sequence[_Group],
     caption: str = "",
 ) -> str:
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)

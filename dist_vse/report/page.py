@@ -1,17 +1,19 @@
 """The page: its sections in order, in one file that needs no other."""
 
 import datetime
-import os
 import statistics
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from dist_vse import __version__
 from dist_vse.index import Index
+from dist_vse.outputs import check_output, replaced
 from dist_vse.report import sections
 from dist_vse.report.images import open_data, thumbnails
 from dist_vse.report.numbers import figure
 from dist_vse.report.record import Record, read_record
+from dist_vse.report.results import result_tables
 from dist_vse.report.style import STYLE
 
 
@@ -20,18 +22,16 @@ def write_report(run_dir: Path, index_dir: Path | None, out: Path) -> Path:
 
     Images come from the data set in `index_dir`, or the one that the run was trained on; where
     that one is gone, the page shows keys in their place and says so. Raises UserError if the
-    run has no metrics yet, a file of it cannot be read, or `index_dir` is another data set.
+    run has no metrics yet, a file of it cannot be read, `index_dir` is another data set, or `out`
+    cannot be written.
     """
     record = read_record(run_dir)
+    check_output(out)
     index = open_data(index_dir, record.config.data.index)
     images = None
     if index is not None and record.examples is not None:
         images = thumbnails(index, record.examples["split"], _keys(record))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(_page(record, index, images), encoding="utf-8")
-    os.replace(temporary, out)
-    return out
+    return write_page(record.name, _parts(record, index, images), out)
 
 
 def _keys(record: Record) -> set[str]:
@@ -46,15 +46,24 @@ def _keys(record: Record) -> set[str]:
     return found
 
 
-def _page(record: Record, index: Index | None, images: dict[str, str] | None) -> str:
-    parts = [
+def _parts(record: Record, index: Index | None, images: dict[str, str] | None) -> list[str]:
+    return [
         sections.header(record),
-        sections.result_tables(record),
+        result_tables(record),
         sections.charts(record),
         sections.examples(record, images),
         _details(record, index),
     ]
-    return document(record.name, "\n".join(parts))
+
+
+def write_page(title: str, parts: Sequence[str], out: Path) -> Path:
+    """Write a page of these parts to `out` by one rename; return its path.
+
+    Raises UserError where it cannot be written.
+    """
+    with replaced(out) as temporary:
+        temporary.write_text(document(title, "\n".join(parts)), encoding="utf-8")
+    return out
 
 
 def document(title: str, body: str) -> str:
@@ -80,15 +89,13 @@ def document(title: str, body: str) -> str:
 
 def _details(record: Record, index: Index | None) -> str:
     parts = [sections.facts("Run", _run_facts(record))]
-    if index is not None:
-        parts.append(sections.facts("Data", _data_facts(index)))
+    if data := _data_facts(record, index):
+        parts.append(sections.facts("Data", data))
     made = record.environment
     if made is not None:
         machine = {name.capitalize(): str(value) for name, value in made["machine"].items()}
         parts.append(sections.facts("Software of the run", made["versions"]))
         parts.append(sections.facts("Machine of the run", machine))
-        if index is None:
-            parts.append(sections.facts("Data", made["data"]))
     return (
         f'<h2>Details</h2><div class="facts">{"".join(parts)}</div>'
         f'<details class="card"><summary>Whole configuration</summary>'
@@ -119,9 +126,18 @@ def _run_facts(record: Record) -> dict[str, str]:
     }
 
 
-def _data_facts(index: Index) -> dict[str, str]:
-    splits = {
+def _data_facts(record: Record, index: Index | None) -> dict[str, str]:
+    """Return the fingerprints that training noted, and what is at hand now."""
+    facts = {"Fingerprint in training": record.data} if record.data else {}
+    if record.environment is not None:  # of other sets too: data.mix
+        noted = record.environment["data"].items()
+        facts |= {place: found for place, found in noted if found != record.data}
+    if index is None:
+        return facts
+    now = index.fingerprint()
+    if now != record.data:
+        facts["Fingerprint now"] = f"{now}: not what was trained on" if record.data else now
+    return facts | {
         name: f"{split.num_samples:,} images, {split.num_captions:,} captions"
         for name, split in sorted(index.splits.items())
     }
-    return {"Fingerprint": index.fingerprint(), **splits}

@@ -1,12 +1,13 @@
 """What a run's folder tells: its config, its metrics, its results and its examples."""
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_vse.config import TrainConfig, dump_config, load_config
-from dist_vse.environment import read_environment
+from dist_vse.environment import read_environment, trained_on
 from dist_vse.errors import UserError
 from dist_vse.run_files import CONFIG_NAME, EXAMPLES_NAME, METRICS_NAME
 
@@ -24,9 +25,17 @@ class Result:
     """Retrieval on one split: metrics under `trained`, and `untrained` and `chance` if known."""
 
     split: str
-    model: str  # which weights, such as "step 400"
+    protocol: str
+    data: str  # fingerprint of the data set; empty where it was not noted
+    checkpoint: str  # such as step-000400, or "step 400" where training measured it
     columns: dict[str, dict[str, float]]
     intervals: dict[str, list[float]]  # [low, high] of trained metrics, where they were drawn
+
+    @property
+    def step(self) -> int:
+        """The checkpoint's step, -1 for one of another name."""
+        digits = re.fullmatch(r"step[- ](\d+)", self.checkpoint)
+        return int(digits[1]) if digits else -1
 
 
 @dataclass(frozen=True)
@@ -37,9 +46,22 @@ class Record:
     config: TrainConfig
     train: list[Line]  # by step
     evals: list[Line]  # by step, of the run's own split
-    results: list[Result]  # at least one; the most telling first
+    results: list[Result]  # at least one; first the plain one of the newest weights
     examples: dict[str, Any] | None
     environment: dict[str, Any] | None  # of the run's last start
+
+    @property
+    def data(self) -> str:
+        """Fingerprint that the run's own data set had in training; empty where none was noted."""
+        return trained_on(self.environment, self.config.data.index)
+
+    def on_other_data(self, result: Result) -> bool:
+        """Tell whether the result is known to be on another data set than the run's own."""
+        return "" not in (self.data, result.data) and result.data != self.data
+
+    def column_name(self, column: str) -> str:
+        """Return what to call a result's column: `untrained` may be a checkpoint's start."""
+        return self.config.before_name if column == "untrained" else column
 
     @property
     def config_text(self) -> str:
@@ -63,22 +85,44 @@ def read_record(run_dir: Path) -> Record:
         raise UserError(f"{run_dir / METRICS_NAME}: has no evaluation on split {split!r}")
     path = run_dir / EXAMPLES_NAME
     examples = _read_json(path, *_EXAMPLES) if path.is_file() else None
-    tested = [
-        Result(
-            content["split"],
-            _model_name(content),
-            _columns(content),
-            content.get("intervals", {}),
-        )
-        for file in sorted(run_dir.glob("eval-*.json"))
-        for content in [_read_json(file, "split", "checkpoint", "trained")]
-    ]
-    watched = [] if split in {r.split for r in tested} else [_watched(evals, examples)]
+    made = read_environment(run_dir)
+    files = sorted(run_dir.glob("eval-*.json"), key=lambda file: (len(file.name), file.name))
+    found = [_tested(_read_json(file, "split", "checkpoint", "trained")) for file in files]
+    found.append(_watched(evals, examples, trained_on(made, config.data.index)))
     name = run_dir.resolve().name
-    return Record(name, config, train, evals, tested + watched, examples, read_environment(run_dir))
+    record = Record(name, config, train, evals, [], examples, made)
+    return replace(record, results=_in_order(found, record))
 
 
-def _watched(evals: list[Line], examples: dict[str, Any] | None) -> Result:
+def _in_order(results: list[Result], record: Record) -> list[Result]:
+    """Put the plain result of the newest weights on the run's own data first, then the others.
+
+    Of equally new ones, a split that training did not watch comes first. What training measured
+    itself (the last of `results`) is left out where `dist-vse eval` did so again, as late.
+    """
+
+    def key(result: Result) -> tuple[bool, bool, int, bool]:
+        watched = result.split == record.config.data.eval_split
+        return record.on_other_data(result), result.protocol != "plain", -result.step, watched
+
+    *tested, last = results
+    again = any(r.split == last.split and key(r) <= key(last) for r in tested)
+    return sorted(tested if again else results, key=key)
+
+
+def _tested(content: dict[str, Any]) -> Result:
+    """Return what `dist-vse eval` measured."""
+    return Result(
+        content["split"],
+        content.get("protocol", "plain"),
+        content.get("data", ""),
+        content["checkpoint"],
+        {name: content[name] for name in ("untrained", "trained", "chance") if name in content},
+        content.get("intervals", {}),
+    )
+
+
+def _watched(evals: list[Line], examples: dict[str, Any] | None, data: str) -> Result:
     """Return the result that training itself measured, from the first to the last evaluation."""
     first, last = evals[0], evals[-1]
     columns = {"untrained": first} if first["step"] == 0 else {}
@@ -86,16 +130,7 @@ def _watched(evals: list[Line], examples: dict[str, Any] | None) -> Result:
         columns["trained"] = last
     if examples is not None and examples["split"] == last["split"]:
         columns["chance"] = examples["chance"]
-    return Result(last["split"], f"step {last['step']:,}", columns, {})
-
-
-def _model_name(content: dict[str, Any]) -> str:
-    protocol = content.get("protocol", "plain")
-    return str(content["checkpoint"]) + (f", {protocol}" if protocol != "plain" else "")
-
-
-def _columns(content: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {name: content[name] for name in ("untrained", "trained", "chance") if name in content}
+    return Result(last["split"], "plain", data, f"step {last['step']}", columns, {})
 
 
 def _read_metrics(path: Path) -> list[tuple[int, Line]]:

@@ -1,33 +1,15 @@
 """The report's sections, each a function from the record to HTML."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from dist_vse.report.chart import Series, line_chart
 from dist_vse.report.numbers import ordinal
-from dist_vse.report.record import Line, Record, Result
+from dist_vse.report.record import Line, Record
+from dist_vse.report.results import cell
 
-RESULT_ROWS: dict[str, dict[str, str]] = {
-    "Image to text": {
-        "i2t_r1": "R@1, %",
-        "i2t_r5": "R@5, %",
-        "i2t_r10": "R@10, %",
-        "i2t_map": "mAP@R, %",
-        "i2t_medr": "median rank",
-        "i2t_meanr": "mean rank",
-    },
-    "Text to image": {
-        "t2i_r1": "R@1, %",
-        "t2i_r5": "R@5, %",
-        "t2i_r10": "R@10, %",
-        "t2i_map": "mAP@R, %",
-        "t2i_medr": "median rank",
-        "t2i_meanr": "mean rank",
-    },
-    "Both": {"rsum": "sum of the six recalls (rsum)"},
-}
 _LOSS_NAMES = {
     "convse": "ConVSE",
     "convse++": "ConVSE++",
@@ -94,7 +76,9 @@ def header(record: Record) -> str:
 
     def before(field: str) -> str:
         others = ((n, c) for n, c in result.columns.items() if c is not metrics)
-        return ", ".join(f"{name} {cell(field, column[field])}" for name, column in others)
+        return ", ".join(
+            f"{record.column_name(name)} {cell(field, column[field])}" for name, column in others
+        )
 
     figures = [
         ("rsum, at most 600", cell("rsum", metrics["rsum"]), before("rsum")),
@@ -113,55 +97,9 @@ def header(record: Record) -> str:
         f"{config.global_batch_size:,} pairs: at every step each image is compared with all "
         f"{config.global_batch_size:,} captions of its batch. Results are on "
         f"{metrics['num_images']:,} images and {metrics['num_texts']:,} captions of the split "
-        f"“{escape(result.split)}”.</p>"
+        f"“{escape(result.split)}”, at {escape(result.checkpoint)}.</p>"
         f'<dl class="figures">{cards}</dl>'
     )
-
-
-def result_tables(record: Record) -> str:
-    """Show the untrained model, the trained one and chance side by side, split by split."""
-    return (
-        "<h2>Retrieval</h2>"
-        '<p class="note">A query counts for R@K if a right answer is among its first K; the rank '
-        "of an image is that of its best-placed caption. Equal scores count as the mean over "
-        "their orders. mAP@R counts how many of a query's R right answers are among its first R, "
-        "the higher ones more. Chance is exact: what random ranks would give. In brackets: 95 % "
-        "bootstrap intervals, where <code>dist-vse eval --bootstrap</code> drew them.</p>"
-        + "".join(_result_table(result) for result in record.results)
-    )
-
-
-def _result_table(result: Result) -> str:
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in result.columns)
-    rows = []
-    for group, fields in RESULT_ROWS.items():
-        rows.append(f'<tr class="group"><th colspan="{len(result.columns) + 1}">{group}</th></tr>')
-        for field, label in fields.items():
-            cells = "".join(
-                f'<td class="{name}">{_value(result, name, field)}</td>' for name in result.columns
-            )
-            rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
-    return (
-        f'<div class="card scroll"><table><caption>Split “{escape(result.split)}”, '
-        f"{escape(result.model)}</caption><thead><tr><td></td>{heads}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _value(result: Result, column: str, field: str) -> str:
-    band = result.intervals.get(field) if column == "trained" else None
-    return cell(field, result.columns[column].get(field), band)
-
-
-def cell(field: str, value: float | None, band: Sequence[float] | None = None) -> str:
-    """Write a metric as people read it, with its interval; nothing where a run lacks it."""
-    if value is None:
-        return ""
-    if band is not None:
-        return f"{cell(field, value)} [{cell(field, band[0])}, {cell(field, band[1])}]"
-    if field.endswith("_medr"):
-        return f"{value:,.0f}"
-    return f"{value:,.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
 
 
 def charts(record: Record) -> str:

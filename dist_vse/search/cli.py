@@ -23,6 +23,13 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     _add_split(parser)
     parser.add_argument("--text", action="append", default=[], help="a query; may be repeated")
     parser.add_argument("--image", action="append", default=[], type=Path, metavar="FILE")
+    parser.add_argument(
+        "--index",
+        type=Path,
+        metavar="FILE",
+        help="the split's features, as dist-vse embed wrote them to FILE.safetensors "
+        "(default: compute them now)",
+    )
     parser.add_argument("--top", type=int, default=10, help="answers a query (default: 10)")
     parser.add_argument(
         "--faiss", action="store_true", help="search in float32 with faiss, for large collections"
@@ -46,6 +53,7 @@ def run_search(args: argparse.Namespace) -> int:
         top=args.top,
         sheet=args.sheet,
         faiss=args.faiss,
+        index_file=args.index,
     )
     return 0
 
@@ -62,17 +70,25 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
 def run_embed(args: argparse.Namespace) -> int:
     """Write a split's features; return 0. Every rank of a launcher may call this."""
     from dist_vse import distributed
+    from dist_vse.outputs import check_output
+    from dist_vse.retrieval.checks import check_finite
     from dist_vse.search.embed import check_suffix, embed_split, open_data, open_model
     from dist_vse.search.embed import write_embeddings as write
+    from dist_vse.search.gallery import origin
 
     with distributed.process_group():
         with distributed.same_verdict():
             check_suffix(args.out)
             index, model = open_data(args.model, args.data), open_model(args.model)
             index.split(args.split)
+            if distributed.is_main_process():
+                check_output(args.out)
         found = embed_split(model, index, args.split)
-        if distributed.is_main_process():
-            print(f"wrote {', '.join(map(str, write(found, args.out)))}")
+        check_finite(found.image_features, found.text_features)
+        with distributed.same_verdict():
+            if distributed.is_main_process():
+                files = write(found, args.out, origin(model.model, index, args.split))
+                print(f"wrote {', '.join(map(str, files))}")
     return 0
 
 
@@ -86,14 +102,23 @@ def add_zeroshot(parser: argparse.ArgumentParser) -> None:
         "--classes", metavar="FILE", type=Path, help="lines FOLDER<TAB>NAME (default: the folders)"
     )
     parser.add_argument(
-        "--templates", metavar="FILE", type=Path, help="lines such as: a photo of a {}"
+        "--templates",
+        metavar="FILE",
+        type=Path,
+        help="lines with a {} for the name (default, as CLIP's: a photo of a {}.)",
     )
-    parser.add_argument("--top", type=int, nargs="+", default=[1, 5], help="(default: 1 5)")
+    parser.add_argument(
+        "--top",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="fewer than there are classes (default: 1, and 5 where there are more classes)",
+    )
 
 
 def run_zeroshot(args: argparse.Namespace) -> int:
     """Classify; return 0."""
-    if min(args.top) < 1:
+    if args.top is not None and min(args.top) < 1:
         raise UserError("--top takes numbers from 1 on")
 
     from dist_vse.search.zeroshot import zeroshot

@@ -4,15 +4,19 @@ import json
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.errors import UserError
+from dist_vse.errors import UserError, first_line
 from dist_vse.evaluate import Embedded, embed
 from dist_vse.export.folder import DESCRIPTION
 from dist_vse.export.load import Embedder, load
 from dist_vse.index import Index, read_index
+from dist_vse.outputs import replaced
 from dist_vse.run_dir import find_run, load_trained, open_run, run_model, run_tokenizer
+from dist_vse.search.gallery import Origin
 from dist_vse.stream import eval_batches
 
 BATCH = 64
@@ -72,38 +76,48 @@ def check_suffix(path: Path) -> None:
             raise UserError(f"{path}: .parquet needs pyarrow; {hint}") from None
 
 
-def write_embeddings(found: Embedded, path: Path) -> list[Path]:
-    """Write features with the names of their rows; return the files.
+def write_embeddings(found: Embedded, path: Path, origin: Origin) -> list[Path]:
+    """Write features with the names of their rows and their origin; return the files.
 
-    `.safetensors`: `image_features` (n, d), `text_features` (m, d), `image_of_text` (m,), and keys
-    and captions as JSON in its metadata. `.npy`: NAME.images.npy and NAME.texts.npy with
-    NAME.json. `.parquet`: one table, a row an image or a caption: kind, key, caption, features.
+    `.safetensors`: `image_features` (n, d), `text_features` (m, d), `image_of_text` (m,), and
+    keys, captions and origin in its metadata. `.npy`: NAME.images.npy and NAME.texts.npy with
+    NAME.json. `.parquet`: one table, a row an image or a caption: kind, key, caption, features;
+    the origin in its schema's metadata. Raises UserError where a file cannot be written.
     """
     check_suffix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     names = {"keys": found.keys, "captions": found.captions}
     if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        tensors = {
-            "image_features": found.image_features,
-            "text_features": found.text_features,
-            "image_of_text": found.image_of_text,
-        }
-        save_file(tensors, path, {name: json.dumps(rows) for name, rows in names.items()})
+        told = {name: json.dumps(rows) for name, rows in names.items()}
+        with replaced(path) as temporary:
+            _write_safetensors(found, temporary, {**told, **origin})
         return [path]
     if path.suffix == ".parquet":
-        _write_parquet(found, path)
+        with replaced(path) as temporary:
+            _write_parquet(found, temporary, origin)
         return [path]
     images, texts, rows = (path.with_suffix(end) for end in (".images.npy", ".texts.npy", ".json"))
-    np.save(images, found.image_features.numpy())
-    np.save(texts, found.text_features.numpy())
-    content = {**names, "image_of_text": found.image_of_text.tolist()}
-    rows.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file, features in ((images, found.image_features), (texts, found.text_features)):
+        with replaced(file) as temporary, temporary.open("wb") as opened:
+            np.save(opened, features.numpy())
+    content = {**origin, **names, "image_of_text": found.image_of_text.tolist()}
+    with replaced(rows) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
     return [images, texts, rows]
 
 
-def _write_parquet(found: Embedded, path: Path) -> None:
+def _write_safetensors(found: Embedded, path: Path, told: dict[str, str]) -> None:
+    tensors = {
+        "image_features": found.image_features,
+        "text_features": found.text_features,
+        "image_of_text": found.image_of_text,
+    }
+    try:
+        save_file(tensors, path, told)
+    except SafetensorError as error:  # it wraps the system's error
+        raise OSError(first_line(error)) from error
+
+
+def _write_parquet(found: Embedded, path: Path, origin: Origin) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -124,4 +138,5 @@ def _write_parquet(found: Embedded, path: Path) -> None:
             ("text", keys, found.captions, found.text_features),
         )
     ]
-    parquet.write_table(pyarrow.concat_tables(parts), path)
+    table = pyarrow.concat_tables(parts)
+    parquet.write_table(table.replace_schema_metadata(origin), path)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -11,10 +12,13 @@ from dist_vse import distributed
 from dist_vse.errors import UserError
 from dist_vse.index import Index
 from dist_vse.log import setup_logging
+from dist_vse.outputs import check_output
 from dist_vse.report.images import thumbnails
 from dist_vse.retrieval import top_k
+from dist_vse.retrieval.checks import check_finite
 from dist_vse.search.embed import embed_split, open_data, open_model
 from dist_vse.search.faiss_index import check_faiss, faiss_top_k
+from dist_vse.search.gallery import gallery_of, origin, read_gallery
 from dist_vse.search.sheet import write_sheet
 
 
@@ -38,11 +42,14 @@ def search(
     top: int,
     sheet: Path | None,
     faiss: bool = False,
+    index_file: Path | None = None,
 ) -> list[Found]:
     """Search a split, print a table a query, and write the sheet if one is asked for.
 
-    The search is exact, in float64; with `faiss` in float32.
-    Raises UserError where nothing is asked or a file cannot be read.
+    The search is exact, in float64; with `faiss` in float32. The images' features are read from
+    `index_file`, which `dist-vse embed` wrote, or else computed now.
+    Raises UserError where nothing is asked, a file cannot be read or written, or features are not
+    finite.
     """
     setup_logging()
     if not texts and not images:
@@ -56,18 +63,31 @@ def search(
                 check_faiss()
             index, model = open_data(location, data), open_model(location)
             index.split(split)
-            queries = [model.encode_texts([text])[0] for text in texts]
-            queries += [model.encode_images([image])[0] for image in images]
-        gallery = embed_split(model, index, split)
-        first = {row: i for i, row in reversed([*enumerate(gallery.image_of_text.tolist())])}
-        found = []
-        for name, query in zip([*texts, *map(str, images)], queries, strict=True):
-            (scores,), (rows,) = find(query[None], gallery.image_features, top)
-            keys = [gallery.keys[row] for row in rows.tolist()]
-            captions = [gallery.captions[first[row]] for row in rows.tolist()]
-            found.append(Found(name, keys, scores.tolist(), captions))
-        if distributed.is_main_process():
-            _show(found, index, split, images, sheet)
+            if sheet is not None and distributed.is_main_process():
+                check_output(sheet)
+            by_text, by_image = model.encode_texts(texts), model.encode_images(images)
+            check_finite(by_image, by_text)
+            gallery = (
+                read_gallery(index_file, origin(model.model, index, split)) if index_file else None
+            )
+        if gallery is None:
+            gallery = gallery_of(embed_split(model, index, split))
+        check_finite(gallery.features, by_text)
+        scores, rows = find(torch.cat([by_text, by_image]), gallery.features, top)
+        found = [
+            Found(
+                name,
+                [gallery.keys[row] for row in best],
+                similar,
+                [gallery.captions[row] for row in best],
+            )
+            for name, similar, best in zip(
+                [*texts, *map(str, images)], scores.tolist(), rows.tolist(), strict=True
+            )
+        ]
+        with distributed.same_verdict():
+            if distributed.is_main_process():
+                _show(found, index, split, images, sheet)
     return found
 
 

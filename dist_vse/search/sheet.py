@@ -1,22 +1,16 @@
 """What was found, as one page of HTML or one PNG."""
 
-import base64
-import io
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
-
+from dist_vse.outputs import replaced
 from dist_vse.report.style import STYLE
+from dist_vse.search.picture import draw_sheet
 
 if TYPE_CHECKING:
     from dist_vse.search.run import Found
-
-CELL, GAP, TITLE = 160, 12, 30  # pixels of a PNG sheet
-COLUMNS = 10
 
 
 def write_sheet(
@@ -24,15 +18,14 @@ def write_sheet(
 ) -> None:
     """Write the answers to all queries; `pictures` are data URIs by key.
 
-    Queries in `from_images` are paths of images. By one rename.
+    Queries in `from_images` are paths of images. By one rename; raises UserError where the file
+    cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    if path.suffix == ".png":
-        _png(found, pictures).save(temporary, "PNG")
-    else:
-        temporary.write_text(_html(found, pictures, from_images), encoding="utf-8")
-    os.replace(temporary, path)
+    with replaced(path) as temporary:
+        if path.suffix == ".png":
+            draw_sheet(found, pictures, path.name).save(temporary, "PNG")
+        else:
+            temporary.write_text(_html(found, pictures, from_images), encoding="utf-8")
 
 
 def _html(found: "Sequence[Found]", pictures: dict[str, str], from_images: set[str]) -> str:
@@ -67,22 +60,3 @@ def _html(found: "Sequence[Found]", pictures: dict[str, str], from_images: set[s
 </body>
 </html>
 """
-
-
-def _png(found: "Sequence[Found]", pictures: dict[str, str]) -> Image.Image:
-    columns = min(COLUMNS, max(len(answers.keys) for answers in found))
-    rows = [-(-len(answers.keys) // columns) for answers in found]
-    height = sum(TITLE + count * (CELL + GAP) for count in rows) + GAP
-    sheet = Image.new("RGB", (GAP + columns * (CELL + GAP), height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    top = GAP
-    for answers, count in zip(found, rows, strict=True):
-        pen.text((GAP, top), answers.query, "black", font)
-        for place, key in enumerate(answers.keys):
-            data = base64.b64decode(pictures[key].split(",", 1)[1])
-            with Image.open(io.BytesIO(data)) as image:
-                cell = image.convert("RGB").resize((CELL, CELL))
-            row, column = divmod(place, columns)
-            sheet.paste(cell, (GAP + column * (CELL + GAP), top + TITLE + row * (CELL + GAP)))
-        top += TITLE + count * (CELL + GAP)
-    return sheet

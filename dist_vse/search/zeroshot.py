@@ -2,6 +2,7 @@
 
 As CLIP does (https://arxiv.org/abs/2103.00020): every class's name stands in each template, the
 unit features of these texts are averaged, and an image is of the class whose mean fits best.
+Shapes: n images, d embedding.
 """
 
 from pathlib import Path
@@ -15,49 +16,79 @@ from torch.nn.functional import normalize
 from dist_vse.errors import UserError
 from dist_vse.export.load import Embedder
 from dist_vse.log import setup_logging
-from dist_vse.retrieval import top_k
+from dist_vse.retrieval.checks import check_finite
+from dist_vse.retrieval.scoring import TIE
 from dist_vse.search.embed import open_model
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-CHUNK = 256
+TEMPLATE = "a photo of a {}."
+"""What CLIP's users expect where they give no templates."""
 
 
 def zeroshot(
-    location: Path, *, data: Path, classes: Path | None, templates: Path | None, top: list[int]
+    location: Path,
+    *,
+    data: Path,
+    classes: Path | None,
+    templates: Path | None,
+    top: list[int] | None,
 ) -> dict[str, float]:
     """Classify a folder of one folder a class; print and return the accuracies.
 
     `classes` names the classes in words, a line `FOLDER<TAB>NAME` each; without it the folders'
-    names are the words. `templates` is a file of lines with a `{}`; without it the name alone.
-    Raises UserError for a folder without images, a class without a name and a broken image.
+    names are the words. `templates` is a file of lines with a `{}`; without it `TEMPLATE` alone.
+    `top` are the Ks of top-K accuracy, fewer than there are classes; without it 1, and 5 where
+    there are more classes. Ties count as the mean over their orders.
+    Raises UserError for a folder without images, a class without a name, a broken image, and
+    features that are not finite.
     """
     setup_logging()
     found = _read_folder(data)
+    ks = _check_top(top, len(found), data)
     names = _read_names(classes, list(found))
     lines = _read_templates(templates)
     model = open_model(location)
     weights = class_features(model, list(names.values()), lines)  # (classes, d)
-    right = {k: 0 for k in top}
-    per_class: list[float] = []
-    for number, (name, files) in enumerate(found.items()):
-        assert name in names
-        hits = 0
-        for start in range(0, len(files), CHUNK):
-            features = model.encode_images(files[start : start + CHUNK])
-            _, rows = top_k(features, weights, max(top))
-            for k in top:
-                right[k] += int((rows[:, :k] == number).any(1).sum())
-            hits += int((rows[:, 0] == number).sum())
-        per_class.append(hits / len(files))
-    total = sum(map(len, found.values()))
-    result = {f"top{k}": 100 * right[k] / total for k in top}
+    reached: dict[int, list[float]] = {k: [] for k in {1, *ks}}  # sums over a class's images
+    for number, files in enumerate(found.values()):
+        features = model.encode_images(files)
+        check_finite(features, weights)
+        for k, values in reached.items():
+            values.append(_reached(features, weights, right=number, k=k))
+    sizes = [len(files) for files in found.values()]
+    result = {f"top{k}": 100 * sum(reached[k]) / sum(sizes) for k in ks}
+    per_class = [hits / size for hits, size in zip(reached[1], sizes, strict=True)]
     result["mean_per_class"] = 100 * sum(per_class) / len(per_class)
     result["chance"] = 100 / len(found)
-    table = Table("", "%", title=f"{total:,} images, {len(found):,} classes")
+    how = f"template “{lines[0]}”" if len(lines) == 1 else f"{len(lines)} templates"
+    table = Table("", "%", title=f"{sum(sizes):,} images, {len(found):,} classes, {how}")
     for key, value in result.items():
         table.add_row(key.replace("top", "top-").replace("_", " "), f"{value:.1f}")
     Console().print(table)
     return result
+
+
+def _reached(features: Tensor, weights: Tensor, *, right: int, k: int) -> float:
+    """Return how many of a class's images (n, d) have it among their first k, ties shared."""
+    total = 0.0
+    for rows in features.double().split(1024):
+        over = rows @ weights.double().T  # (n, classes)
+        over -= over[:, right, None].clone()
+        better, tied = (over > TIE).sum(1), (over.abs() <= TIE).sum(1)  # itself is tied
+        total += float(((k - better) / tied).clamp(0, 1).sum())
+    return total
+
+
+def _check_top(top: list[int] | None, classes: int, data: Path) -> list[int]:
+    """Return the Ks. Raises UserError for one that every image reaches."""
+    if classes < 2:
+        raise UserError(f"{data}: holds one class, which every image is of; give two or more")
+    for k in top or []:
+        if k >= classes:
+            raise UserError(
+                f"--top {k} of {classes} classes is always 100 %: give at most {classes - 1}"
+            )
+    return top or [k for k in (1, 5) if k < classes]
 
 
 def class_features(model: Embedder, names: list[str], templates: list[str]) -> Tensor:
@@ -99,7 +130,7 @@ def _read_names(path: Path | None, folders: list[str]) -> dict[str, str]:
 
 def _read_templates(path: Path | None) -> list[str]:
     if path is None:
-        return ["{}"]
+        return [TEMPLATE]
     lines = _lines(path)
     bare = [line for line in lines if "{}" not in line]
     if bare or not lines:

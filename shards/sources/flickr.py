@@ -1,6 +1,7 @@
 """The caption files of Flickr30K and Flickr8K, as their authors and as Kaggle give them.
 
-One line a caption, in one of these forms; the first line tells which:
+One line a caption, in one of these forms; the first line tells which. Those with commas quote as
+CSV does; in the others a quotation mark is part of the caption.
 
     1000092795.jpg#0<TAB>Two young guys ...       results_20130124.token, Flickr8k.token.txt
     image_name| comment_number| comment           results.csv
@@ -14,13 +15,14 @@ from pathlib import Path
 
 from dist_vse.errors import UserError
 from shards.record import Record
-from shards.sources.paths import existing_file, existing_folder, image_in, read_text
+from shards.sources.paths import existing_file, existing_folder, image_in, read_lines
 
 _TOKEN = re.compile(r"(?P<image>[^\t]+)#(?P<number>\d+)\t(?P<caption>.*)")
 # One line of results.csv lacks the second bar: "2199200615.jpg| 4   A dog runs ..."
 _BARS = re.compile(r"(?P<image>[^|]+?)\s*\|\s*(?P<number>\d+)\s*(?:\||\s)\s*(?P<caption>.*)")
 _PAIR = re.compile(r"(?P<image>[^,]+),(?P<caption>.*)(?P<number>)")
 _TRIPLE = re.compile(r"(?P<image>[^,]+),\s*(?P<number>\d+),(?P<caption>.*)")
+_QUOTING = (_PAIR, _TRIPLE)
 _HEADERS = {  # without blanks
     "image_name|comment_number|comment": _BARS,
     "image,caption": _PAIR,
@@ -38,9 +40,9 @@ def read_flickr(
 
     Raises UserError, naming the line, for one that is of another form than the first.
     """
-    lines = read_text(existing_file(path)).splitlines()
+    lines = read_lines(existing_file(path))
     root = existing_folder(images) if images else path.parent
-    form, start = _form(lines[0] if lines else "")
+    form, start = _form(lines[0])
     captions: dict[str, list[tuple[int, str]]] = {}
     for number, line in enumerate(lines[start:], start + 1):
         if not line.strip():
@@ -51,7 +53,9 @@ def read_flickr(
                 f"{path}:{number}: {line[:60]!r} is no caption like those before it; mend the line"
             )
         of_image = captions.setdefault(found["image"].strip(), [])
-        of_image.append((int(found["number"] or len(of_image)), _unquoted(found["caption"])))
+        caption = found["caption"].strip()
+        caption = _unquoted(caption) if form in _QUOTING else caption
+        of_image.append((int(found["number"] or len(of_image)), caption))
     for image, numbered in captions.items():
         texts = tuple(text for _, text in sorted(numbered, key=lambda pair: pair[0]))
         yield Record(
@@ -66,7 +70,6 @@ def _form(first: str) -> tuple[re.Pattern[str], int]:
 
 
 def _unquoted(text: str) -> str:
-    text = text.strip()
     if len(text) >= 2 and text[0] == text[-1] == '"':
         return text[1:-1].replace('""', '"').strip()
     return text

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dist_vse.errors import UserError
 from shards.record import Record
-from shards.sources.paths import existing_folder, read_text
+from shards.sources.paths import existing_folder, read_lines
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 SPLITS = ("train", "val", "test")
@@ -48,7 +48,7 @@ def read_folder(path: Path, *, split: str | None = None) -> Iterator[Record]:
 def _images(root: Path, folder: Path, split: str) -> Iterator[Record]:
     for image in _image_paths(folder):
         text = image.with_suffix(".txt")
-        lines = read_text(text).splitlines() if text.is_file() else []
+        lines = read_lines(text) if text.is_file() else []
         captions = tuple(line.strip() for line in lines if line.strip())
         yield Record(image, captions, split, image.relative_to(root).with_suffix("").as_posix())
 

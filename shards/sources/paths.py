@@ -39,6 +39,14 @@ def read_text(path: Path) -> str:
         ) from error
 
 
+def read_lines(path: Path) -> list[str]:
+    """Read a UTF-8 file, as `read_text`, and part it at its line ends.
+
+    `str.splitlines` would also cut at U+2028, U+0085 and the like, which captions may hold.
+    """
+    return [line.removesuffix("\r") for line in read_text(path).split("\n")]
+
+
 def image_in(root: Path, name: str) -> str | Path:
     """Return the path of the image `name`, which starts from `root` unless it is absolute."""
     return os.path.join(root, name) if isinstance(root, PosixPath) else root / name
