@@ -82,13 +82,16 @@ def state(run_dir: Path) -> str:
 
 
 def causes(run_dir: Path) -> list[str]:
-    """Say, a line each, why a run's last job failed; nothing if it did not, or has not ended."""
+    """Say, a line each, why a run's last job ended early; nothing if it did not, or lives on."""
     try:
         job = read_note(run_dir)
         ended = _has_ended(job)
     except UserError:
         return []
-    return verdict(job.logs, job.num_ranks, job_state(job))[1] if ended else []
+    if not ended:
+        return []
+    code, lines = verdict(job.logs, job.num_ranks, job_state(job))
+    return ["saved and stopped; submit the run again to continue it"] if code == 130 else lines
 
 
 def check_free(run_dir: Path) -> None:
@@ -110,11 +113,11 @@ def status(run_dir: Path) -> str:
     """Say in a few lines where a submitted run stands."""
     job = read_note(run_dir)
     state, last, total = job_state(job), last_metrics(run_dir, "train"), total_steps(run_dir)
-    failures = causes(run_dir)
+    reasons = causes(run_dir)
     if state in ("ENDED", "FORGOTTEN"):  # nobody keeps the exit code
         whole = last is not None and last["step"] == total
         state += " after its last step" if whole else " before its last step"
-        state += "" if whole or failures else "; its log says why"
+        state += "" if whole or reasons else "; its log says why"
     if _is_elsewhere(job):
         state += f" here; ask on {job.host}"
     lines = [f"job {job.job_id} ({job.scheduler}): {state}"]
@@ -125,7 +128,7 @@ def status(run_dir: Path) -> str:
     names = [path.name for path in sorted((run_dir / CHECKPOINTS).glob("step-*"))]
     finished = [name for name in names if "." not in name]
     lines.append(f"last checkpoint: {finished[-1] if finished else 'none'}")
-    lines += [f"failed: {cause}" for cause in failures]
+    lines += [f"ended: {cause}" for cause in reasons]
     lines.append(f"log: {rank_log(job.logs, 0)}")
     return "\n".join(lines)
 

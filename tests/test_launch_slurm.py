@@ -163,16 +163,21 @@ def _noted_run(folder: Path, **values: object) -> Path:
 def test_status_and_runs_say_why_a_job_failed_even_a_forgotten_one(
     scontrol: Path, tmp_path: Path
 ) -> None:
+    from submitit.core.utils import cloudpickle_dump
+
     run_dir = _noted_run(tmp_path)
-    assert "failed:" not in control.status(run_dir)  # it runs: these are of a former life
+    assert "ended:" not in control.status(run_dir)  # it runs: these are of a former life
     cause = f"2 ranks: no room; make some (log: {tmp_path}/logs/7_0_log.err)"
     for state, word in (("JobState=FAILED Requeue=1", "FAILED"), ("", "FORGOTTEN")):
         (scontrol / "state").write_text(state)
         told = control.status(run_dir).splitlines()
         assert told[0].startswith(f"job 7 (slurm): {word}")
-        assert f"failed: {cause}" in told
+        assert f"ended: {cause}" in told
         _, row, last = table([run_dir]).splitlines()
         assert row.split() == ["run", word.lower(), "0/0"] and last == f"run: {cause}"
+    for rank in (0, 1):
+        cloudpickle_dump(("success", 130), tmp_path / "logs" / f"7_{rank}_result.pkl")
+    assert "ended: saved and stopped; submit the run again" in control.status(run_dir)
     (tmp_path / "logs" / "7_1_result.pkl").unlink()
     (tmp_path / "logs" / "7_0_result.pkl").unlink()
     assert "2 ranks: killed, or ended without a result (FORGOTTEN)" in control.status(run_dir)
