@@ -295,7 +295,7 @@ def same_verdict() -> Iterator[None]:
         return
     if not any_rank(failure is not None):
         return
-    messages = all_gather_object(None if failure is None else str(failure))
-    number, message = next((n, m) for n, m in enumerate(messages) if m is not None)
-    on = f" (on rank {number})" if messages.count(message) == 1 else ""
-    raise UserError(message + on)
+    failures = all_gather_object(failure)
+    number, first = next((n, f) for n, f in enumerate(failures) if f is not None)
+    on = f" (on rank {number})" if [str(f) for f in failures].count(str(first)) == 1 else ""
+    raise type(first)(f"{first}{on}")

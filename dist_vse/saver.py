@@ -36,7 +36,7 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._last = time.monotonic()
-        self._ending = f".life-{fence.life}{checkpoint.TEMPORARY}"
+        self._ending = f".life-{fence.life}-{fence.token}{checkpoint.TEMPORARY}"
         if distributed.is_main_process():
             # Of former lives only: another rank of this one may be writing already.
             for leftover in folder.glob(f"*{checkpoint.TEMPORARY}"):

@@ -4,8 +4,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_vse.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.submit import Plan
 
 _POLL_S = {"slurm": 5.0, "local": 0.5}
 
@@ -45,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Submit as asked and return the exit code. Raises UserError for what can't be submitted."""
-    from launch.describe import describe, find_conflicts
+    from launch.describe import describe
     from launch.follow import follow
     from launch.submit import plan_submission, submit
 
@@ -57,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(describe(plan))
         return 0
-    _warn(find_conflicts(plan, os.environ))
+    _warn(plan)
     job = submit(plan)
     print(f"job {job.job_id} ({plan.scheduler}), {plan.cluster.world_size} processes")
     print(f"log of rank 0: {job.task(0).paths.stderr}", flush=True)
@@ -65,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from launch.describe import describe, find_conflicts
+    from launch.describe import describe
     from launch.follow import follow
     from launch.sweep import plan_sweep, submit_sweep
 
@@ -78,7 +82,7 @@ def _sweep(args: argparse.Namespace) -> int:
         print(f"\n{len(plans)} runs, {parallel} at a time:")
         print("\n".join(f"  {plan.folder.parent}" for plan in plans))
         return 0
-    _warn(find_conflicts(plans[0], os.environ))
+    _warn(plans[0])
     jobs = []
     for plan, job in zip(plans, submit_sweep(plans, parallel=parallel), strict=True):
         print(f"job {job.job_id}: {plan.folder.parent}", flush=True)
@@ -88,9 +92,13 @@ def _sweep(args: argparse.Namespace) -> int:
     return max(follow(job, poll_s=poll_s) for job in jobs) if args.wait else 0
 
 
-def _warn(conflicts: list[str]) -> None:
-    for conflict in conflicts:
+def _warn(plan: "Plan") -> None:
+    from launch.describe import find_conflicts, ignored
+
+    for conflict in find_conflicts(plan, os.environ):
         print(f"in this shell: {conflict}", file=sys.stderr)
+    if vain := ignored(plan):
+        print(vain, file=sys.stderr)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

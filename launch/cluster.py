@@ -1,6 +1,7 @@
 """Where a run runs: machines, processes and their limits; what is learned is in a run's config."""
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +34,8 @@ class ClusterConfig:
     cpus_per_process: int = 1
     """Cores of a rank: one computes, the others decode (data.num_workers)."""
     mem_gib: int | None = None
-    """Memory of a node, GiB; 0 asks for all of it, none for the partition's default."""
+    """Memory of a node, GiB; 0 asks for all of it, none for the partition's default. This and the
+    other limits and wishes up to `exclusive` are Slurm's: local processes have none."""
     partition: str | None = None
     """The queue; none is the site's default."""
     account: str | None = None
@@ -43,7 +45,8 @@ class ClusterConfig:
     constraint: str | None = None
     """Features that the nodes must have, such as `a100`."""
     time_min: int = 60
-    """Time limit, minutes. A run that reaches it saves, is queued again, and goes on."""
+    """Time limit of a Slurm job, minutes. A run that reaches it saves, is queued again, and goes
+    on. Local processes have no limit: nothing would start them again."""
     exclusive: bool = False
     """Share the nodes with no other job."""
     setup: list[str] = field(default_factory=list)
@@ -56,7 +59,8 @@ class ClusterConfig:
     srun: list[str] = field(default_factory=list)
     """More options of srun, such as `--container-image=...`; for Slurm."""
     env: dict[str, str] = field(default_factory=dict)
-    """Environment variables of every process, such as NCCL's."""
+    """Environment variables of every process, such as NCCL's; set before it (or its container)
+    starts, after `setup`."""
     signal_before_end_s: int = 300
     """Seconds before the time limit at which a run is told to save."""
     requeue: bool = True
@@ -95,6 +99,8 @@ class ClusterConfig:
             f"signal_before_end_s ({self.signal_before_end_s}) must be above 0 and below {longest} "
             f"(time_min={self.time_min} less the scheduler's minute), or the job ends as it starts",
         )
+        odd = [name for name in self.env if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]
+        _check(not odd, f"env: {', '.join(odd)} can't be the name of a variable")
         taken = sorted(set(self.env) & set(IDENTITY))
         _check(not taken, f"env: {', '.join(taken)} differ between processes; remove them")
 

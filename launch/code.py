@@ -7,8 +7,9 @@ from pathlib import Path
 
 import dist_vse
 import launch
+import shards
 
-_PACKAGES = tuple(Path(package.__path__[0]) for package in (dist_vse, launch))
+_PACKAGES = tuple(Path(package.__path__[0]) for package in (dist_vse, launch, shards))
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 

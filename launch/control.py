@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 from dist_vse.errors import UserError
 from dist_vse.run_files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME
 from launch import slurm
+from launch.follow import log_pattern, rank_log, verdict
 
 _NOTE = "job.json"
 
@@ -25,37 +27,71 @@ class Submitted:
     scheduler: str
     logs: str
     """Path of a rank's log, with RANK for its number."""
+    num_ranks: int
+    host: str
+    """From where it was submitted; there a local job runs."""
 
 
 def note(folder: Path, job: Any, scheduler: str) -> None:
     """Note a job in its run's folder for submissions."""
-    logs = str(job.task(0).paths.stderr).replace("_0_log.err", "_RANK_log.err")
-    text = json.dumps(asdict(Submitted(job.job_id, scheduler, logs)))
+    host = socket.gethostname()
+    noted = Submitted(job.job_id, scheduler, log_pattern(job), job.num_tasks, host)
+    text = json.dumps(asdict(noted))
     temporary = folder / f"{_NOTE}.{os.getpid()}.tmp"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, folder / _NOTE)
 
 
 def read_note(run_dir: Path) -> Submitted:
-    """Return a run's last submission. Raises UserError if it never was submitted."""
+    """Return a run's last submission. Raises UserError if there is none, or it can't be read."""
     path = run_dir / "submit" / _NOTE
     if not path.is_file():
         what = "was not started by dist-vse submit" if run_dir.is_dir() else "no such folder"
         raise UserError(f"{run_dir}: {what}; give the output_dir of a submitted run")
-    return Submitted(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return Submitted(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: written by another version; remove it") from error
 
 
 def job_state(job: Submitted) -> str:
-    """Return the job's state in one word, such as RUNNING."""
+    """Return the job's state in one word, such as RUNNING; UNKNOWN if nobody here can tell."""
     if job.scheduler == "slurm":
         return slurm.job_state(job.job_id) or "FORGOTTEN"
+    if _is_elsewhere(job):
+        return "UNKNOWN"
     return "RUNNING" if _is_controller(int(job.job_id)) else "ENDED"
 
 
 def _has_ended(job: Submitted) -> bool:
     if job.scheduler == "slurm":
         return slurm.has_ended(job.job_id)
-    return not _is_controller(int(job.job_id))
+    return job_state(job) == "ENDED"
+
+
+def _is_elsewhere(job: Submitted) -> bool:
+    return job.scheduler == "local" and job.host != socket.gethostname()
+
+
+def state(run_dir: Path) -> str:
+    """Return in one word the state of a run's last job; nothing if it was never submitted."""
+    try:
+        return job_state(read_note(run_dir))
+    except UserError:
+        return ""
+
+
+def causes(run_dir: Path) -> list[str]:
+    """Say, a line each, why a run's last job ended early; nothing if it did not, or lives on."""
+    try:
+        job = read_note(run_dir)
+        ended = _has_ended(job)
+    except UserError:
+        return []
+    if not ended:
+        return []
+    code, lines = verdict(job.logs, job.num_ranks, job_state(job))
+    return ["saved and stopped; submit the run again to continue it"] if code == 130 else lines
 
 
 def check_free(run_dir: Path) -> None:
@@ -77,9 +113,13 @@ def status(run_dir: Path) -> str:
     """Say in a few lines where a submitted run stands."""
     job = read_note(run_dir)
     state, last, total = job_state(job), last_metrics(run_dir, "train"), total_steps(run_dir)
-    if state == "ENDED":  # without Slurm nobody keeps the exit code
+    reasons = causes(run_dir)
+    if state in ("ENDED", "FORGOTTEN"):  # nobody keeps the exit code
         whole = last is not None and last["step"] == total
-        state += " after its last step" if whole else " before its last step; its log says why"
+        state += " after its last step" if whole else " before its last step"
+        state += "" if whole or reasons else "; its log says why"
+    if _is_elsewhere(job):
+        state += f" here; ask on {job.host}"
     lines = [f"job {job.job_id} ({job.scheduler}): {state}"]
     if last:
         lines.append(f"step {last['step']}/{total}, loss {last['loss']:.4f}")
@@ -88,18 +128,19 @@ def status(run_dir: Path) -> str:
     names = [path.name for path in sorted((run_dir / CHECKPOINTS).glob("step-*"))]
     finished = [name for name in names if "." not in name]
     lines.append(f"last checkpoint: {finished[-1] if finished else 'none'}")
-    lines.append(f"log: {job.logs.replace('RANK', '0')}")
+    lines += [f"ended: {cause}" for cause in reasons]
+    lines.append(f"log: {rank_log(job.logs, 0)}")
     return "\n".join(lines)
 
 
 def show_log(run_dir: Path, *, rank: int, follow: bool) -> None:
     """Print a rank's log; `follow` goes on until the job has ended."""
     job = read_note(run_dir)
-    path, offset = Path(job.logs.replace("RANK", str(rank))), 0
+    path, offset = rank_log(job.logs, rank), 0
     if not path.exists() and not follow:
         raise UserError(f"{path}: no log; the job is {job_state(job)}, or has no rank {rank}")
     while True:
-        ended = _has_ended(job)
+        ended = _has_ended(job) or _is_elsewhere(job)
         if path.exists():
             with path.open("rb") as file:
                 file.seek(offset)
@@ -115,6 +156,8 @@ def show_log(run_dir: Path, *, rank: int, follow: bool) -> None:
 def cancel(run_dir: Path) -> str:
     """Ask a run's job to save and end for good; say what was done."""
     job = read_note(run_dir)
+    if _is_elsewhere(job):
+        raise UserError(f"job {job.job_id} is processes of {job.host}; cancel it there")
     if _has_ended(job):
         return f"job {job.job_id} has ended already ({job_state(job)})"
     if job.scheduler == "slurm":

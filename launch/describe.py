@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 
-from launch import slurm
+from launch import local, slurm
 from launch.environment import IDENTITY, conflicts, launcher_of, nested_slurm_names
 from launch.submit import Plan
 
@@ -39,7 +39,15 @@ def describe(
         lines.append(f"  RANK={rank} LOCAL_RANK={local_rank} on node {node}")
     told = find_conflicts(plan, inherited)
     lines += ["", "conflicts in this shell's environment:"]
-    return "\n".join([*lines, *(f"  {line}" for line in told or ["none"])])
+    lines += [f"  {line}" for line in told or ["none"]]
+    vain = ignored(plan)
+    return "\n".join([*lines, "", vain] if vain else lines)
+
+
+def ignored(plan: Plan) -> str:
+    """Say what the cluster's file asks for in vain; nothing if there is no such thing."""
+    names = local.ignored(plan.cluster) if plan.scheduler == "local" else []
+    return f"not heeded by local processes: {', '.join(names)}" if names else ""
 
 
 def find_conflicts(plan: Plan, inherited: Mapping[str, str]) -> list[str]:

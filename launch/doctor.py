@@ -1,5 +1,6 @@
 """`dist-vse doctor`: try in seconds what would else fail after an hour in the queue."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING
 
 from dist_vse.config import TrainConfig, load_config
 from dist_vse.errors import UserError, first_line
+from dist_vse.index import Index, Shard, is_remote, read_index
 from launch.cluster import ClusterConfig, load_cluster
 from launch.probe import GIB, Probe
+from launch.rehearsal import for_minutes, rehearse
+from launch.submit import plan_submission
 
 if TYPE_CHECKING:
-    from dist_vse.index import Index, Shard
     from dist_vse.models.tokenizer import Tokenizer
 
 
@@ -31,6 +34,15 @@ class Checkup:
     cluster: ClusterConfig
     patience_s: float
     """Seconds that the ranks' job may take, with its time in the queue."""
+
+    def shards(self) -> Iterator[tuple[Index, Shard]]:
+        """Yield the shards to train on and to evaluate on, each with its index."""
+        from dist_vse.run_dir import open_train_sets
+
+        evaluated = read_index(self.config.data.index)
+        splits = [(s.index, s.split) for s in open_train_sets(self.config)]
+        for index, name in [*splits, (evaluated, self.config.data.eval_split)]:
+            yield from ((index, shard) for shard in index.split(name).shards)
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -50,14 +62,42 @@ class Checkup:
         return sum(n for n, _ in numbers), sum(n for n, trained in numbers if trained)
 
     @functools.cached_property
-    def rank_gib(self) -> float:
-        """Memory of a rank for weights, gradients and optimizer, without activations."""
+    def states_gib(self) -> float:
+        """Memory of a rank for weights, gradients and optimizer."""
         config, size = self.config, self.cluster.world_size
         whole, trained = self.sizes
-        states = {"adamw": 2, "adam": 2, "sgd": int(config.optim.momentum > 0)}[config.optim.name]
         share = [size if config.engine.zero_stage >= least else 1 for least in (3, 2, 1)]
-        numbers = whole / share[0] + trained / share[1] + trained * (1 + states) / share[2]
+        numbers = whole / share[0] + trained / share[1] + trained * (1 + self._moments) / share[2]
         return 4 * numbers / GIB
+
+    @functools.cached_property
+    def rank_gib(self) -> float:
+        """Memory of a rank at the fullest moment of a step, with its activations.
+
+        Those of a checkpoint's model (`model.pretrained`) are not known.
+        """
+        from dist_vse.plan.check import settings_of
+        from dist_vse.plan.count import count_work
+        from dist_vse.plan.memory import Place, fullest, moments
+
+        config, size = self.config, self.cluster.world_size
+        config.check_world_size(size)
+        if config.model.pretrained is not None:
+            return self.states_gib
+        settings = settings_of(config, global_batch=config.global_batch_size, world_size=size)
+        if isinstance(config.chunk_size, str):  # auto: the least that it may take
+            settings = settings.changed(chunk_size=1)
+        work = count_work(config, vocabulary=self.tokenizer.vocab_size)
+        peak = fullest(moments(work, settings, Place(on_cpu=not self.cluster.gpus_per_node)))
+        share = size if config.engine.zero_stage >= 1 else 1
+        unused = (2 - self._moments) * work.gradient_bytes / share  # the plan's optimizer is Adam
+        return max(self.states_gib, (peak.total - unused) / GIB)
+
+    @property
+    def _moments(self) -> int:
+        """How many numbers the optimizer keeps for each that it trains."""
+        optim = self.config.optim
+        return {"adamw": 2, "adam": 2, "sgd": int(optim.momentum > 0)}[optim.name]
 
 
 def doctor(
@@ -84,24 +124,19 @@ def _batch(checkup: Checkup) -> str:
 
 
 def _shards(checkup: Checkup) -> str:
-    from dist_vse.index import is_remote, read_index
-    from dist_vse.run_dir import open_train_sets
-
-    config = checkup.config
-    evaluated = read_index(config.data.index)
-    splits = [(s.index, s.split) for s in open_train_sets(config)]
-    splits.append((evaluated, config.data.eval_split))
-    num_shards = 0
-    for index, name in splits:
-        for shard in index.split(name).shards:
-            num_shards += 1
-            rows = index.offsets(shard)
-            if not is_remote(shard.path):
-                _look_into(index, shard, rows[-1].tolist() if len(rows) else None)
-    return f"{num_shards} shards are as their index says"
+    num_local = num_remote = 0
+    for index, shard in checkup.shards():
+        if is_remote(shard.path):
+            num_remote += 1
+            continue
+        num_local += 1
+        rows = index.offsets(shard)
+        _look_into(index, shard, rows[-1].tolist() if len(rows) else None)
+    words = f"{num_local} shards are as their index says"
+    return f"{words}; {num_remote} at URLs were not looked into" if num_remote else words
 
 
-def _look_into(index: "Index", shard: "Shard", last: list[int] | None) -> None:
+def _look_into(index: Index, shard: Shard, last: list[int] | None) -> None:
     """Check a shard's size, and that its last sample is where the index says."""
     path = index.root / shard.path
     if not path.is_file():
@@ -145,13 +180,16 @@ def _samples(checkup: Checkup) -> str:
 def _memory(checkup: Checkup) -> str:
     cluster = checkup.cluster
     needed = checkup.rank_gib * cluster.processes_per_node
-    words = f"{checkup.rank_gib:.2f} GiB a rank for weights, gradients and optimizer"
+    what = "weights, gradients and optimizer"
+    words = f"{checkup.rank_gib:.2f} GiB a rank in a step ({checkup.states_gib:.2f} for {what})"
+    if checkup.config.model.pretrained is not None:
+        words = f"{checkup.rank_gib:.2f} GiB a rank for {what}; a chunk's activations come on top"
     if not cluster.gpus_per_node and cluster.mem_gib and needed > cluster.mem_gib:
         raise UserError(
-            f"{words}: {needed:.1f} GiB a node, but mem_gib is {cluster.mem_gib}; ask for more, or "
-            "raise engine.zero_stage"
+            f"{words}: {needed:.1f} GiB a node, but mem_gib is {cluster.mem_gib}; ask for more, "
+            "lower chunk_size, or raise engine.zero_stage"
         )
-    return f"{words}; a chunk's activations come on top"
+    return words
 
 
 def _disk(checkup: Checkup) -> str:
@@ -168,47 +206,27 @@ def _disk(checkup: Checkup) -> str:
 
 
 def _ranks(checkup: Checkup) -> str:
-    from launch import control, slurm
-    from launch.follow import has_ended, report
-    from launch.submit import plan_submission, prepare, start
-
-    parent = _writable(checkup.config)
-    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=parent) as folder:
-        overrides = [*checkup.overrides, f"output_dir={folder}/run"]
-        plan = plan_submission(checkup.config_path, overrides, checkup.cluster_path)
-        job = prepare(plan)
-        bf16 = checkup.config.engine.precision == "bf16"
-        work = Probe(bf16=bf16, needed_gib=_known_gib(checkup))
-        began = time.monotonic()
-        started = start(plan, replace(job, work=work))
-        for _ in _until(began + checkup.patience_s):
-            if has_ended(started):
-                break
-        else:
-            control.cancel(plan.folder.parent)
-            state = control.job_state(control.read_note(plan.folder.parent))
-            raise UserError(
-                f"the ranks' job is still {state} after {checkup.patience_s:.0f} s; give --timeout"
-            )
-        if report(started):
-            raise UserError(f"the ranks of {plan.scheduler} can't work together (see above)")
-        assert plan.scheduler != "slurm" or slurm.job_state(started.job_id) == "COMPLETED"
-    number, precision = checkup.cluster.world_size, checkup.config.engine.precision
-    return f"{number} met in {time.monotonic() - began:.0f} s, have {precision} and the memory"
+    cluster, parent = checkup.cluster, _writable(checkup.config)
+    with tempfile.TemporaryDirectory(
+        prefix=".doctor-", dir=parent, ignore_cleanup_errors=True
+    ) as folder:
+        overrides = [*checkup.overrides, f"output_dir={folder}"]
+        plan = plan_submission(checkup.config_path, overrides, for_minutes(cluster))
+        took_s = rehearse(plan, _probe(checkup, folder), checkup.patience_s)
+    precision = checkup.config.engine.precision
+    return f"{cluster.world_size} met in {took_s:.0f} s, have {precision} and the memory"
 
 
-def _known_gib(checkup: Checkup) -> float:
-    """Return a rank's memory; 0 where a check before this one has told why it can't be known."""
-    try:
-        return checkup.rank_gib
-    except UserError:
-        return 0.0
-
-
-def _until(end: float) -> Iterator[None]:
-    while time.monotonic() < end:
-        yield
-        time.sleep(0.2)
+def _probe(checkup: Checkup, folder: str) -> Probe:
+    """Return what the ranks try; a check before this one has told what can't be known."""
+    needed_gib, shard = 0.0, None
+    with contextlib.suppress(UserError):
+        needed_gib = checkup.rank_gib
+    with contextlib.suppress(UserError):
+        paths = (index.root / s.path for index, s in checkup.shards() if not is_remote(s.path))
+        shard = next(map(str, paths), None)
+    bf16 = checkup.config.engine.precision == "bf16"
+    return Probe(bf16=bf16, needed_gib=needed_gib, shard=shard, folder=folder)
 
 
 def _writable(config: TrainConfig) -> Path:

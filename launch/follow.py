@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,24 +65,45 @@ def has_ended(job: Any) -> bool:
     return bool(job.done())
 
 
-def _state(job: Any) -> str:
-    """Return the job's state in words; submitit's own for Slurm would need its accounting."""
-    return str((slurm.job_state(job.job_id) if _is_slurm(job) else job.state) or "forgotten")
-
-
 def report(job: Any) -> int:
     """Print why an ended job failed, one line a cause; return its exit code."""
-    outcomes = _outcomes(job)
+    patience_s = _RESULTS_WAIT_S if _is_slurm(job) else 0
+    state = (slurm.job_state(job.job_id) or "forgotten") if _is_slurm(job) else job.state
+    code, causes = verdict(log_pattern(job), job.num_tasks, state, patience_s=patience_s)
+    for cause in causes:
+        print(f"error: job {job.job_id}, {cause}", file=sys.stderr)
+    return code
+
+
+def log_pattern(job: Any) -> str:
+    """Return the path of a rank's log, with RANK for its number."""
+    return str(job.task(0).paths.stderr).replace("_0_log.err", "_RANK_log.err")
+
+
+def rank_log(pattern: str, rank: int) -> Path:
+    """Return the path of a rank's log."""
+    path = Path(pattern)
+    return path.with_name(path.name.replace("RANK", str(rank)))
+
+
+def verdict(logs: str, num_ranks: int, state: str, *, patience_s: int = 0) -> tuple[int, list[str]]:
+    """Return an ended job's exit code, and why it failed, one line a cause.
+
+    `logs` is what `log_pattern` returned; `state` is told of ranks that left no result. A shared
+    file system may show results some seconds late: `patience_s`.
+    """
+    paths = [rank_log(logs, rank) for rank in range(num_ranks)]
+    outcomes = _outcomes(paths, state, patience_s)
     failed = sorted((o for o in outcomes if o.error), key=_likeliness)
     if not failed:
-        return max(outcome.code for outcome in outcomes)
+        return max(outcome.code for outcome in outcomes), []
     causes = [outcome for outcome in failed if _likeliness(outcome)[0] == 0] or failed
+    lines = []
     for error in dict.fromkeys(outcome.error for outcome in causes):
         same = [outcome for outcome in causes if outcome.error == error]
-        ranks = f"rank {same[0].rank}" if len(same) == 1 else f"{len(same)} ranks"
-        message = error.removeprefix(_USER_ERROR)
-        print(f"error: job {job.job_id}, {ranks}: {message} (log: {same[0].log})", file=sys.stderr)
-    return 2 if causes[0].error.startswith(_USER_ERROR) else 1
+        who = f"rank {same[0].rank}" if len(same) == 1 else f"{len(same)} ranks"
+        lines.append(f"{who}: {error.removeprefix(_USER_ERROR)} (log: {same[0].log})")
+    return (2 if causes[0].error.startswith(_USER_ERROR) else 1), lines
 
 
 def _likeliness(outcome: Outcome) -> tuple[int, float, int]:
@@ -128,11 +150,10 @@ def _interrupt(job: Any, times: int) -> bool:
     return True
 
 
-def _outcomes(job: Any) -> list[Outcome]:
-    """Read all ranks' results; a shared file system may show them some seconds late."""
-    patience_s = _RESULTS_WAIT_S if _is_slurm(job) else 0
+def _outcomes(logs: Sequence[Path], state: str, patience_s: int) -> list[Outcome]:
+    """Read all ranks' results."""
     while True:
-        outcomes = [_outcome(job.task(rank)) for rank in range(job.num_tasks)]
+        outcomes = [_outcome(rank, log, state) for rank, log in enumerate(logs)]
         failed = any(outcome.error and outcome.ended is not None for outcome in outcomes)
         if failed or patience_s <= 0 or all(o.ended is not None for o in outcomes):
             return outcomes
@@ -140,13 +161,13 @@ def _outcomes(job: Any) -> list[Outcome]:
         patience_s -= 1
 
 
-def _outcome(task: Any) -> Outcome:
-    """Read how a rank ended from the result that submitit wrote for it."""
+def _outcome(rank: int, log: Path, state: str) -> Outcome:
+    """Read how a rank ended from the result that submitit wrote for it beside its log."""
     from submitit.core.utils import pickle_load
 
-    rank, log, path = task.paths.task_id, task.paths.stderr, task.paths.result_pickle
+    path = log.with_name(log.name.replace("_log.err", "_result.pkl"))
     if not path.exists():
-        return Outcome(rank, log, error=f"killed, or ended without a result ({_state(task)})")
+        return Outcome(rank, log, error=f"killed, or ended without a result ({state})")
     ended = path.stat().st_mtime
     kind, result = pickle_load(path)
     if kind == "success":

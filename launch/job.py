@@ -1,6 +1,8 @@
 """What submitit runs in every process of a job: say who the process is, then do the work."""
 
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +11,13 @@ import submitit
 
 from dist_vse import interrupt
 from dist_vse.errors import UserError
+from dist_vse.fence import TakenOver
 from dist_vse.log import logger, setup_logging
 from launch import local, slurm
 from launch.environment import Place, conflicts, job_port
+
+_USER_ERROR = 2  # exit code
+_RESULTS_WAIT_S = 20
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,11 @@ class Job:
     """Where the ranks of a local job meet; Slurm's derive theirs from the job's id."""
 
     def __call__(self) -> Any:
-        """Do the work in the process that submitit started; return its result."""
+        """Do the work in the process that submitit started; return its result.
+
+        Under Slurm that is the exit code, and rank 0's process ends with it: a job that ended as a
+        success would start what depends on it (`--dependency=afterok`).
+        """
         os.chdir(self.folder)  # Python was started in the folder of the pinned code
         environment = submitit.JobEnvironment()
         if environment.cluster == "local":
@@ -35,13 +45,19 @@ class Job:
         environment.paths.result_pickle.unlink(missing_ok=True)  # an earlier life's
         enter(_place(environment, self.port), self.env)
         try:
-            return self.work()
+            result = self.work()
         except Exception as error:
-            if environment.cluster == "slurm" and isinstance(error, UserError):
-                slurm.mark_final(environment.paths.folder.parent)
             if environment.cluster == "local":
                 local.end_controller_at_exit()  # srun does this with --kill-on-bad-exit
+                raise
+            if isinstance(error, TakenOver):  # the job lives elsewhere: its results, its marks
+                sys.exit(f"error: {error}")
+            if isinstance(error, UserError):
+                slurm.mark_final(environment.paths.folder.parent)
             raise
+        if environment.cluster == "slurm" and environment.global_rank == 0 and result != 0:
+            _end_with(environment, result)
+        return result
 
 
 @dataclass(frozen=True)
@@ -85,6 +101,22 @@ class Scale:
 
         varied = ["--vary", *self.vary] if self.vary else []
         return main(["bench", "scale", self.config_path, *varied, "--out", self.out])
+
+
+def _end_with(environment: Any, code: int) -> None:
+    """Store rank 0's result as submitit does, and end with it as the process's exit code."""
+    from submitit.core.utils import JobPaths, cloudpickle_dump, temporary_save_path
+
+    if code == _USER_ERROR:
+        slurm.mark_final(environment.paths.folder.parent)
+    own = environment.paths
+    others = [JobPaths(own.folder, own.job_id, rank) for rank in range(1, environment.num_tasks)]
+    end = time.monotonic() + _RESULTS_WAIT_S  # srun ends the other ranks with this one
+    while not all(other.result_pickle.exists() for other in others) and time.monotonic() < end:
+        time.sleep(0.1)
+    with temporary_save_path(own.result_pickle) as path:
+        cloudpickle_dump(("success", code), path)
+    sys.exit(code)
 
 
 def enter(place: Place, env: Mapping[str, str]) -> None:

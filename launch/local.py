@@ -12,6 +12,21 @@ from dist_vse.errors import UserError
 from launch.cluster import ClusterConfig
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_NO_LIMIT_MIN = 60 * 24 * 365 * 10
+"""submitit wants a time limit; nothing would queue a local job again after it."""
+
+SLURMS_OWN = (
+    "mem_gib",
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+    "time_min",
+    "exclusive",
+    "signal_before_end_s",
+    "requeue",
+)
+"""Settings that say nothing to a machine without a scheduler."""
 
 
 def parameters(cluster: ClusterConfig) -> dict[str, Any]:
@@ -44,9 +59,15 @@ def parameters(cluster: ClusterConfig) -> dict[str, Any]:
     return {
         "tasks_per_node": cluster.processes_per_node,
         "gpus_per_node": cluster.gpus_per_node,
-        "timeout_min": cluster.time_min,
-        "signal_delay_s": cluster.signal_before_end_s,
+        "timeout_min": _NO_LIMIT_MIN,
     }
+
+
+def ignored(cluster: ClusterConfig) -> list[str]:
+    """List the settings, as the cluster's file gives them, that local processes don't heed."""
+    default = ClusterConfig()
+    given = {name: getattr(cluster, name) for name in SLURMS_OWN}
+    return [f"{name}={v}" for name, v in given.items() if v != getattr(default, name)]
 
 
 def environment(cluster: ClusterConfig, inherited: Mapping[str, str]) -> dict[str, str]:

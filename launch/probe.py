@@ -2,7 +2,9 @@
 
 import os
 import socket
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_vse.errors import UserError, first_line
@@ -15,11 +17,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Probe:
-    """A job's work: add a number up over the ranks, in the precision of the run."""
+    """A job's work: try the files, the memory and the precision, and add a number up."""
 
     bf16: bool
     needed_gib: float
-    """Memory of a rank for weights, gradients and optimizer."""
+    """Memory of a rank."""
+    shard: str | None
+    """A file of the data, to be read from."""
+    folder: str
+    """The run's, to be written to."""
 
     def __call__(self) -> int:
         """Return 0. Raises UserError if the ranks don't find the right sum, or lack something."""
@@ -30,6 +36,7 @@ class Probe:
         with distributed.process_group():
             here = distributed.device()
             with distributed.same_verdict():
+                _check_files(self.shard, Path(self.folder))
                 _check_precision(here, bf16=self.bf16)
                 _check_memory(here, self.needed_gib)
             size = distributed.world_size()
@@ -39,6 +46,20 @@ class Probe:
                 if total != size:
                     raise UserError(f"the sum over {size} ranks is {total}")
         return 0
+
+
+def _check_files(shard: str | None, folder: Path) -> None:
+    """Read from the data and write into the run's folder: a node may not see either."""
+    host = socket.gethostname()
+    try:
+        if shard is not None:
+            with open(shard, "rb") as file:
+                file.read(512)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        words = f"{error.strerror}; the data and output_dir must be visible on every node"
+        raise UserError(f"{error.filename or folder}: {host} can't use it ({words})") from error
 
 
 def _check_precision(here: "torch.device", *, bf16: bool) -> None:
@@ -66,8 +87,8 @@ def _check_memory(here: "torch.device", needed_gib: float) -> None:
         free = psutil.virtual_memory().available / int(os.environ["LOCAL_WORLD_SIZE"]) / GIB
     if needed_gib > free:
         raise UserError(
-            f"a rank needs {needed_gib:.2f} GiB for weights, gradients and optimizer, and "
-            f"{_name(here)} has {free:.2f} free for it; raise engine.zero_stage, or take more nodes"
+            f"a rank needs {needed_gib:.2f} GiB in a step, and {_name(here)} has {free:.2f} free "
+            "for it; lower chunk_size, raise engine.zero_stage, or take more nodes"
         )
 
 

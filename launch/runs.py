@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_vse.config import load_config
+from dist_vse.config import flat_config, load_config
 from dist_vse.errors import UserError
 from dist_vse.run_files import CONFIG_NAME
 from launch import control
@@ -28,24 +28,26 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def table(runs: Sequence[Path]) -> str:
-    """Return one line a run, the best sum of recalls first."""
-    configs = [_flat_config(run) for run in runs]
-    keys = _differing(configs)
-    rows = [
-        (_row(run, [config.get(k, "") for k in keys]))
-        for run, config in zip(runs, configs, strict=True)
-    ]
+    """Return one line a run, the best sum of recalls first; then why runs failed, a line each."""
+    configs, unread = {}, {}
+    for run in runs:
+        try:
+            configs[run] = _flat_config(run)
+        except UserError as error:
+            unread[run] = str(error)
+    keys = _differing(list(configs.values()))
+    rows = [_row(run, [config.get(k, "") for k in keys]) for run, config in configs.items()]
     rows.sort(key=lambda row: -float(row[-1]) if row[-1] else float("inf"))
+    rows += [[run.name, *[""] * len(keys), "unreadable", *[""] * 5] for run in unread]
     head = ["run", *keys, "state", "step", *_NUMBERS]
-    return "\n".join(_aligned([head, *rows]))
+    causes = [f"{run.name}: {cause}" for run in configs for cause in control.causes(run)]
+    causes += [f"{run.name}: {reason}" for run, reason in unread.items()]
+    return "\n".join([*_aligned([head, *rows]), *causes])
 
 
 def _row(run: Path, settings: list[str]) -> list[str]:
     train, evaluation = (control.last_metrics(run, kind) for kind in ("train", "eval"))
-    try:
-        state = control.job_state(control.read_note(run)).lower()
-    except UserError:
-        state = ""
+    state = control.state(run).lower()
     step = f"{train['step'] if train else 0}/{control.total_steps(run)}"
     numbers: dict[str, Any] = {**(evaluation or {}), "loss": train["loss"] if train else None}
     shown = {"loss": "{:.4g}"}
@@ -57,25 +59,14 @@ def _row(run: Path, settings: list[str]) -> list[str]:
 
 
 def _flat_config(run: Path) -> dict[str, str]:
-    from omegaconf import OmegaConf
-
     path = run / CONFIG_NAME
     if not path.is_file():  # waits in the queue
-        submitted = sorted((run / "submit").glob("config-*.yaml"))
-        if not submitted:
+        submitted = (run / "submit").glob("config-*.yaml")
+        newest = max(submitted, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
             return {}
-        path = submitted[-1]
-    flat: dict[str, str] = {}
-
-    def visit(node: object, prefix: str) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                visit(value, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            flat[prefix] = str(node)
-
-    visit(OmegaConf.to_container(OmegaConf.structured(load_config(path))), "")
-    return flat
+        path = newest
+    return {key: str(value) for key, value in flat_config(load_config(path)).items()}
 
 
 def _differing(configs: Sequence[dict[str, str]]) -> list[str]:

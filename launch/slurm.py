@@ -18,6 +18,9 @@ from launch.cluster import ClusterConfig
 MAX_LIVES = 10_000
 """submitit's own bound on time-outs; ours is the run's last step."""
 _KILL_WAIT_S = 600  # Slurm ends a requeued job well within this
+_PATIENCE_S = 600
+"""How long Slurm is asked again: its controller may just be restarted, or busy."""
+_POLL_S = 5
 
 ENDED_STATES = (
     "BOOT_FAIL",
@@ -56,12 +59,16 @@ SBATCH_VARIABLES = {
 _ALWAYS_SET = ("array", "open_mode", "requeue", "signal")
 
 
-def parameters(cluster: ClusterConfig, name: str, folder: Path) -> dict[str, Any]:
+def parameters(
+    cluster: ClusterConfig, name: str, folder: Path, env: Mapping[str, str]
+) -> dict[str, Any]:
     """Return the parameters of submitit's SlurmExecutor, in Slurm's own words.
 
-    `folder` holds the jobs' folders.
+    `folder` holds the jobs' folders. `env` is set before Python starts: what the loader, a
+    container or numpy reads would be too late in it.
     """
-    setup = [*cluster.setup, *_try_again(folder, cluster.failures)]
+    exports = [f"export {key}={shlex.quote(value)}" for key, value in sorted(env.items())]
+    setup = [*cluster.setup, *exports, *_try_again(folder, cluster.failures)]
     srun_cpus = f"--cpus-per-task={cluster.cpus_per_process}"  # since 22.05 not sbatch's
     wanted = {
         "job_name": name,
@@ -94,19 +101,23 @@ def overriding(inherited: Mapping[str, str], parameters: Mapping[str, Any]) -> l
 def _try_again(folder: Path, failures: int) -> list[str]:
     """Return shell lines that queue a failed job again, so often at most.
 
-    A job that was cancelled, or that the user must mend, is left alone.
+    A job that was cancelled, or that the user must mend, is left alone; so is a later life of this
+    job, if this one's node was lost and has come back.
     """
     if not failures:
         return []
     count = f"{shlex.quote(str(folder))}/failures-$SLURM_JOB_ID"
     final = f"{shlex.quote(str(folder))}/final-$SLURM_JOB_ID"
+    tries = _PATIENCE_S // _POLL_S
+    mine = "JobState=RUNNING .* Restarts=${SLURM_RESTART_COUNT:-0} "
     return [
+        f'patiently() {{ for _ in {{1..{tries}}}; do "$@" && return; sleep {_POLL_S}; done; }}',
         "try_again() {",
         "    [ $? -ne 0 ] || return",
         f"    [ ! -e {final} ] || return",
-        "    scontrol -o show job $SLURM_JOB_ID | grep -q JobState=RUNNING || return",
+        f'    patiently scontrol -o show job $SLURM_JOB_ID | grep -q "{mine}" || return',
         f"    echo failed >>{count}",
-        f"    [ $(wc -l <{count}) -gt {failures} ] || scontrol requeue $SLURM_JOB_ID",
+        f"    [ $(wc -l <{count}) -gt {failures} ] || patiently scontrol requeue $SLURM_JOB_ID",
         "}",
         "trap try_again EXIT",
     ]
@@ -165,20 +176,40 @@ def _read_job(job_id: str) -> dict[str, str]:
 def requeue(job_id: str) -> None:
     """Queue this job again after it has saved, unless Slurm is ending it for another reason.
 
-    Called in the job by rank 0. A job that was cancelled stays so, and one that Slurm itself has
-    put back (preempted, or by `scontrol requeue`) needs no second request.
+    Called in the job by rank 0; the job is over where it returns. A job that was cancelled stays
+    so, and one that Slurm itself has put back (preempted, or by `scontrol requeue`) needs no second
+    request. Asks again for some minutes where Slurm does not answer, or refuses.
     """
+    end = time.monotonic() + _PATIENCE_S
+    refusal = _ask_for_requeue(job_id)
+    while refusal and time.monotonic() < end:
+        logger.warning("Slurm did not queue the job again, will ask again: %s", refusal)
+        time.sleep(_POLL_S)
+        refusal = _ask_for_requeue(job_id)
+    if refusal:
+        logger.error(
+            "error: saved, but not queued again in %d s (%s); submit the run again to continue it",
+            _PATIENCE_S,
+            refusal,
+        )
+
+
+def _ask_for_requeue(job_id: str) -> str:
+    """Queue this job again and wait for its end, or log why it must not be; return a refusal."""
     job = _read_job(job_id)
-    if job.get("JobState") != "RUNNING":
-        logger.info("not queued again: the job is %s", job.get("JobState"))
-        return
+    state = job.get("JobState")
+    if state == "UNKNOWN":
+        return "its controller does not answer"
+    if state != "RUNNING":
+        logger.info("not queued again: the job is %s", state)
+        return ""
     if job["Requeue"] == "0":
         logger.info("saved; the cluster's file says requeue: false, so the job ends here")
-        return
+        return ""
     asked = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True)
     if asked.returncode != 0:
-        logger.warning("Slurm did not queue the job again: %s", asked.stderr.strip())
-        return
+        return " ".join(asked.stderr.split())
     logger.info("saved and queued again")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(_KILL_WAIT_S)  # leaving now would look like the end of the job
+    return ""

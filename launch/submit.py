@@ -79,7 +79,7 @@ class Plan:
 def plan_submission(
     config_path: str | Path,
     overrides: Sequence[str] = (),
-    cluster_path: str | Path | None = None,
+    cluster: str | Path | ClusterConfig | None = None,
     *,
     jobs: Path | None = None,
     scale: Sequence[str] | None = None,
@@ -93,7 +93,8 @@ def plan_submission(
     share.
     """
     config = load_config(config_path, overrides)
-    cluster = load_cluster(cluster_path)
+    if not isinstance(cluster, ClusterConfig):
+        cluster = load_cluster(cluster)
     config.check_world_size(cluster.world_size)
     scheduler = cluster.scheduler
     if scheduler == "auto":
@@ -111,9 +112,12 @@ def plan_submission(
     }
     if scheduler == "local":
         parameters = local.parameters(cluster)
-        env |= local.environment(cluster, inherited)
+        env |= local.environment(cluster, inherited) | cluster.env
     else:
-        parameters = slurm.parameters(cluster, output_dir.name, jobs)
+        env |= cluster.env
+        # Not PYTHONPATH: a module that `setup` loads may add to it.
+        early = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+        parameters = slurm.parameters(cluster, output_dir.name, jobs, early)
     return Plan(
         scheduler=scheduler,
         cluster=cluster,
@@ -122,7 +126,7 @@ def plan_submission(
         code=code,
         config_text=dump_config(config),
         parameters=parameters,
-        env=env | cluster.env,
+        env=env,
         scale=None if scale is None else tuple(scale),
     )
 
@@ -166,7 +170,7 @@ def start(plan: Plan, job: Job) -> Any:
     if plan.scheduler == "local":
         executor = submitit.LocalExecutor(plan.job_folder, python=plan.python)
         executor.update_parameters(**plan.parameters)
-        with _detached():
+        with _detached(), _environment(plan.env):
             started = executor.submit(job)
     else:
         started = _slurm_submit(_slurm_executor(plan, plan.parameters), [job])[0]
@@ -232,6 +236,18 @@ def _detached() -> Iterator[None]:
             os.close(own)
         os.close(nowhere)
         signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def _environment(env: Mapping[str, str]) -> Iterator[None]:
+    """Start processes with these variables: some are read before a rank could set them."""
+    own = dict(os.environ)
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(own)
 
 
 @contextlib.contextmanager

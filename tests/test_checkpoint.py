@@ -376,31 +376,15 @@ def test_a_life_that_is_taken_over_while_it_saves_publishes_nothing(tmp_path: Pa
     assert not list(tmp_path.glob("step-*"))
 
 
-def test_leftovers_of_former_lives_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    fence.claim(tmp_path)
-    former, own = (tmp_path / f"step-000007.life-{life}.tmp" for life in (1, 2))
-    for folder in (former, own):
-        folder.mkdir()
-        (folder / "rank-1.safetensors").write_bytes(b"written by a rank that was faster")
-    _saver(tmp_path)  # life 2
-    assert not former.exists()
-    assert (own / "rank-1.safetensors").is_file()
-
-
-def test_a_former_life_of_a_job_can_not_claim_its_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+def test_leftovers_of_other_lives_are_removed_and_nothing_else(tmp_path: Path) -> None:
     held = fence.claim(tmp_path)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    with pytest.raises(UserError, match="this life of it, a former one, ends"):
-        fence.claim(tmp_path)
-    held.check()
-    monkeypatch.setenv("SLURM_JOB_ID", "8")
-    fence.claim(tmp_path)
-    with pytest.raises(UserError, match="job 8"):
-        held.check()
+    own, other = (f"step-000007.life-1-{token}.tmp" for token in (held.token, "0" * 16))
+    for name in (own, other):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-1.safetensors").write_bytes(b"written by a faster rank")
+    Saver(tmp_path, held, keep_last=2, keep_best=0, minutes=0)
+    assert not (tmp_path / other).exists()
+    assert (tmp_path / own / "rank-1.safetensors").is_file()
 
 
 def _fill_the_disk(folder: Path) -> list[str]:

@@ -142,6 +142,17 @@ def test_local_ranks_and_the_gpus_that_are_visible(tmp_path: Path) -> None:
             _plan(cluster, tmp_path, {"CUDA_VISIBLE_DEVICES": visible})
 
 
+def test_local_processes_have_no_limit_and_say_what_they_do_not_heed(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("{scheduler: local, time_min: 10, partition: gpu, mem_gib: 0}")
+    plan = _plan(cluster, tmp_path)
+    assert plan.parameters["timeout_min"] > 60 * 24 * 365
+    told = "not heeded by local processes: mem_gib=0, partition=gpu, time_min=10"
+    assert describe(plan, inherited={}).splitlines()[-1] == told
+    assert "not heeded" not in describe(_plan(CLUSTERS["local"], tmp_path), inherited={})
+    assert "not heeded" not in describe(_plan(CLUSTERS["slurm_cpu"], tmp_path), inherited={})
+
+
 def test_the_ranks_ignore_early_signals_through_a_container(tmp_path: Path) -> None:
     """Run the printed command with a rank that is asked to stop before it listens."""
     plan = _plan(CLUSTERS["every_option"], tmp_path)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,8 +51,11 @@ def launch_job(local_plan: Plan) -> Iterator[Launch]:
     """Start a function on every rank; a job that still runs at the end of the test is ended."""
     jobs = []
 
-    def launch(work: Callable[[], Any], num_ranks: int = 2) -> Any:
-        plan = replace(local_plan, parameters=local_plan.parameters | {"tasks_per_node": num_ranks})
+    def launch(
+        work: Callable[[], Any], num_ranks: int = 2, env: Mapping[str, str] | None = None
+    ) -> Any:
+        parameters = local_plan.parameters | {"tasks_per_node": num_ranks}
+        plan = replace(local_plan, parameters=parameters, env=local_plan.env | dict(env or {}))
         jobs.append(start(plan, Job(work, plan.env, os.getcwd(), free_port())))
         return jobs[-1]
 
@@ -73,6 +76,11 @@ def sum_of_ranks() -> tuple[float, dict[str, str | None]]:
         total = distributed.all_reduce_sum(torch.tensor([distributed.rank() + 1.0]))
     seen = (*IDENTITY, "DS_ACCELERATOR", "TORCHELASTIC_USE_AGENT_STORE")
     return total.item(), {name: os.environ.get(name) for name in seen}
+
+
+def environment_at_start() -> list[str]:
+    """Return the variables that this process was started with, not what it has set since."""
+    return Path("/proc/self/environ").read_text().split("\0")
 
 
 def fail_before_joining() -> int:
@@ -127,6 +135,17 @@ def test_ranks_of_a_local_job_form_one_group(
     log = job.task(0).stderr()
     assert "inherited RANK=3: set to 0" in log
     assert "inherited TORCHELASTIC_USE_AGENT_STORE=True: removed, left by torchrun" in log
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells it")
+def test_a_local_rank_starts_with_the_variables_of_the_clusters_file(
+    launch_job: Launch, local_plan: Plan
+) -> None:
+    (seen,) = launch_job(environment_at_start, num_ranks=1, env={"OMP_NUM_THREADS": "3"}).results()
+    assert {"OMP_NUM_THREADS=3", "DS_ACCELERATOR=cpu"} <= set(seen)
+    assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] != "3"
+    paths = local_plan.env["PYTHONPATH"].split(os.pathsep)
+    assert {path.name for path in Path(paths[0]).iterdir()} == {"dist_vse", "launch", "shards"}
 
 
 def test_a_failed_rank_ends_the_job_and_is_named(
@@ -204,6 +223,7 @@ def test_the_batch_script_is_the_one_that_submitit_sends(
         ("gpus_per_node: 4", r"processes_per_node \(1\) must equal gpus_per_node \(4\)"),
         ("time_min: 5", r"signal_before_end_s \(300\) must be above 0 and below 240"),
         ("env: {RANK: 0}", "env: RANK"),
+        ("env: {A-B: 0}", "env: A-B can't be the name of a variable"),
         ("{scheduler: local, nodes: 2}", r"nodes \(2\) must be 1 for local"),
         ("{scheduler: local, setup: [module load x]}", "run these lines in this shell"),
         ("{scheduler: local, container: docker run x}", "container .* is for Slurm only"),

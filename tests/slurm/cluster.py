@@ -1,10 +1,11 @@
 """What the tests do to the cluster: send jobs, wait, and break things."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ class Cluster:
         """End the node's slurmd, not what it has started."""
         for pid in self._slurmds(node):
             os.kill(pid, signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def controller_away(self) -> Iterator[None]:
+        """Have the cluster's controller answer nobody, as while it is restarted."""
+        pids = map(int, self("pids", "ctl").split())
+        (controller,) = [p for p in pids if _command_line(p).startswith("/usr/sbin/slurmctld")]
+        os.kill(controller, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(controller, signal.SIGCONT)
 
     def _slurmds(self, node: str) -> list[int]:
         pids = map(int, self("pids", node).split())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dist_vse import train
 from dist_vse.config import load_config
-from launch import follow
+from launch import control, follow
 from launch.job import Job, Train
 from launch.submit import Plan, plan_submission, start, submit
 from tests.distributed import run_distributed
@@ -105,7 +105,9 @@ def test_time_limit_requeue_preemption_and_node_loss_cost_nothing(
     job = _send(_plan(data, tmp_path, nodes=2), tmp_path, (4, 8, 12, 17))
     _wait_at(tmp_path, 4, 2)
     cluster("scancel", "--signal=USR2", job.job_id)  # what comes before the time limit
-    release(tmp_path, 4)
+    with cluster.controller_away():
+        release(tmp_path, 4)
+        wait_until(lambda: "will ask again" in _log(job, 0), "an answer that did not come")
     _wait_at(tmp_path, 8, 2)
     cluster("scontrol", "requeue", job.job_id)
     release(tmp_path, 8)
@@ -223,7 +225,8 @@ def test_a_job_that_may_not_be_queued_again_saves_and_ends(
     _wait_at(tmp_path, 5, 1)
     cluster("scancel", "--signal=USR2", job.job_id)
     release(tmp_path, 5)
-    assert cluster.wait_for_end(job.job_id) == "COMPLETED"
+    assert cluster.wait_for_end(job.job_id) == "FAILED"  # nothing may start after half a run
+    assert cluster.job(job.job_id, "ExitCode") == f"{train.INTERRUPTED}:0"
     assert follow.report(job) == train.INTERRUPTED
     assert "requeue: false, so the job ends here" in _log(job, 0)
     again = start(plan, job.submission().function)
@@ -236,7 +239,8 @@ def test_a_job_that_may_not_be_queued_again_saves_and_ends(
 def test_an_orphan_of_a_former_life_can_not_write(
     cluster: Cluster, data: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
-    job = _send(_plan(data, tmp_path, nodes=1), tmp_path, (8,))
+    plan = _plan(data, tmp_path, 1, ", failures: 1")
+    job = _send(plan, tmp_path, (8,))
     _wait_at(tmp_path, 8, 1)
     node = cluster.job(job.job_id, "NodeList")
     orphan = _rank_on(cluster, node)
@@ -248,6 +252,10 @@ def test_an_orphan_of_a_former_life_can_not_write(
     release(tmp_path, 8)
     wait_until(lambda: orphan not in cluster.ranks(node), "the orphan's end")
     assert cluster.wait_for_end(job.job_id) == "COMPLETED"
+    # Nor does its batch script queue the living job again, or forbid it to be tried again.
+    assert cluster.job(job.job_id, "Restarts") == "1"
+    assert not [*plan.jobs.glob("f*-*")], "failures-JOB or final-JOB"
+    assert follow.report(job) == 0
     assert "a later start of this run has taken it over" in _log(job, 0)
     _assert_exact(tmp_path, undisturbed[1])
 
@@ -265,6 +273,23 @@ def test_a_signal_before_the_imports_are_done_does_not_kill_the_job(
     variables = Path(f"/proc/{_rank_on(cluster, node)}/environ").read_bytes().split(b"\0")
     for _ in range(5):
         cluster("scancel", "--signal=USR2", job.job_id)
-    assert b"INSIDE=container" in variables
+    assert b"INSIDE=container" in variables and b"DS_ACCELERATOR=cpu" in variables
     assert cluster.job(job.job_id, "TimeLimit") == "00:10:00"
     assert cluster.wait_for_end(job.job_id) == "COMPLETED", _log(job, 0)
+    assert cluster.job(job.job_id, "Restarts") == "0"
+
+
+@pytest.mark.timeout(200)
+def test_a_cancelled_job_saves_and_can_be_continued(
+    cluster: Cluster, data: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    plan = _plan(data, tmp_path, nodes=1)
+    job = _send(plan, tmp_path, (5,))
+    _wait_at(tmp_path, 5, 1)
+    assert f"asked job {job.job_id}" in control.cancel(tmp_path / "run")
+    release(tmp_path, 5)
+    assert cluster.wait_for_end(job.job_id) == "CANCELLED"
+    assert "last checkpoint: step-000005" in control.status(tmp_path / "run")
+    again = start(plan, job.submission().function)
+    assert cluster.wait_for_end(again.job_id) == "COMPLETED", _log(again, 0)
+    _assert_exact(tmp_path, undisturbed[1])
