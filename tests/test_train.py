@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_vse import distributed, train
+from dist_vse import checkpoint, distributed, train
 from dist_vse.config import load_config
 from dist_vse.errors import UserError
 from tests.datasets import Sample, make_sample, write_dataset, write_shards
@@ -64,7 +64,7 @@ def _logged(run_dir: Path, name: str) -> list[float]:
 
 
 def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    newest = max((run_dir / "checkpoints").glob("step-*"))
+    newest = checkpoint.steps(run_dir / "checkpoints")[-1]
     return load_file(newest / "model.safetensors")
 
 
@@ -144,11 +144,18 @@ def test_a_cut_checkpoint_is_passed_over_for_the_one_before(shards: Path, tmp_pa
     overrides = _overrides(shards, tmp_path / "run", "checkpoint_every=2")
     assert run_distributed(_run, 1, overrides) == [0]
     weights = _weights(tmp_path / "run")
-    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert [path.name for path in checkpoints] == ["step-000004", "step-000006"]
-    _cut(checkpoints[-1] / "rank-0.safetensors")
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoint.steps(folder)] == ["step-000004", "step-000006"]
+    _cut(folder / "step-000006" / "rank-0.safetensors")
     assert run_distributed(_run, 1, overrides) == [0]
+    assert (folder / "step-000006.damaged").is_dir()
     assert _same(_weights(tmp_path / "run"), weights)
+    assert len(_losses(tmp_path / "run")) == 6
+    for path in checkpoint.steps(folder):
+        _cut(path / "rank-0.safetensors")
+    verdicts = run_distributed(_run, 2, overrides)
+    assert verdicts[0] == verdicts[1]
+    assert "none of the 2 checkpoints is whole" in verdicts[0]
     assert len(_losses(tmp_path / "run")) == 6
 
 
