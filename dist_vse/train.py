@@ -66,6 +66,7 @@ def run(config: TrainConfig) -> int:
     data = {str(index.root): index.fingerprint() for index in indexes}
     with distributed.same_verdict(), writing(run.run_dir):
         if distributed.is_main_process():
+            run.fence.check()
             record_environment(run.run_dir, progress.step, data)
     trace = run.run_dir / TRACE_NAME if config.profile else None
     with clock.listening(run.meter.clock), profiled(trace) as traced:
@@ -79,19 +80,19 @@ def run(config: TrainConfig) -> int:
 def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress:
     """Loop over the steps until the last one or any rank's wish to stop; each ends in `traced`."""
     config, engine, meter = run.config, run.engine, run.meter
-    recorder = Recorder(
-        run.run_dir,
-        progress.step,
-        trackers=config.trackers,
-        project=config.project,
-        settings=flat_config(config),
-    )
     saver = Saver(
         run.run_dir / CHECKPOINTS,
         run.fence,
         keep_last=config.keep_checkpoints,
         keep_best=config.keep_best,
         minutes=config.checkpoint_minutes,
+    )
+    recorder = Recorder(
+        run.run_dir,
+        progress.step,
+        trackers=config.trackers,
+        project=config.project,
+        settings=flat_config(config),
     )
     ledger = Ledger(
         run.run_dir / SKIPPED_NAME,
@@ -129,12 +130,13 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         save = last or stopped or overdue or _save_due(config, progress)
         log = last or progress.step % config.log_every == 0
         if save or log:
-            ledger.flush()
+            _flush(run, ledger)
         if log:
             statistics |= {"loss": loss, "lr": torch.tensor(rate)}
             _log(run, progress, statistics, recorder)
         score = None
-        if last or _due(progress.step, config.eval_every):
+        # Who was asked to stop saves first: the time that is left may be short.
+        if last or (_due(progress.step, config.eval_every) and not stopped):
             score = _evaluate(run, progress, recorder)
             meter.reset()
         if save:
@@ -172,6 +174,13 @@ def _save(run: Run, saver: Saver, progress: Progress, score: float | None) -> No
     saver.start(run.engine, replace(progress, lanes=lanes), score=score)
 
 
+def _flush(run: Run, ledger: Ledger) -> None:
+    with distributed.same_verdict():
+        if distributed.is_main_process():
+            run.fence.check()
+    ledger.flush()
+
+
 def _log(run: Run, progress: Progress, statistics: dict[str, Tensor], recorder: Recorder) -> None:
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen}
     values |= {name: number.item() for name, number in statistics.items()}
@@ -196,6 +205,8 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
     metrics = evaluation.metrics
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen, "split": split}
     with distributed.same_verdict():
+        if distributed.is_main_process():
+            run.fence.check()
         recorder.write("eval", progress.step, {**values, **metrics})
         if distributed.is_main_process():
             examples = run.run_dir / EXAMPLES_NAME

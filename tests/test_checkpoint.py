@@ -377,6 +377,33 @@ def test_an_older_life_can_not_save_any_more(tmp_path: Path) -> None:
     assert folders == ["step-000001", "step-000003"]
 
 
+def _lose_the_folder_to_a_later_life(folder: Path) -> tuple[str, bool]:
+    """Return what a life is told whose files a later one removes, and whether it can tell why."""
+    engine, saver, write_files = _engine(0), _saver(folder), checkpoint.write_files
+
+    def slow_write(temporary: Path, files: Any) -> Any:
+        temporary.mkdir()
+        _saver(folder)  # removes the leftovers of all other lives
+        (temporary / checkpoint.WEIGHTS).touch()
+
+    checkpoint.write_files = slow_write
+    saver.start(engine, Progress(1, 1, []), score=None)
+    try:
+        saver.finish()
+    except UserError as error:
+        return str(error), isinstance(error, fence.TakenOver)
+    finally:
+        checkpoint.write_files = write_files
+    return "", False
+
+
+def test_a_life_whose_files_a_later_one_removes_tells_that_it_was_taken_over(
+    tmp_path: Path,
+) -> None:
+    ((told, taken_over),) = run_distributed(_lose_the_folder_to_a_later_life, 1, tmp_path)
+    assert taken_over, told
+
+
 def _train_while_files_are_written(folder: Path) -> list[bool]:
     """Hold the writing up and train on; return what is to be true."""
     engine, saver, gate = _engine(1), _saver(folder, minutes=1), threading.Event()
