@@ -67,6 +67,7 @@ def process_group(timeout_s: float | None = None) -> Iterator[None]:
         place = {"store": store, "rank": 0, "world_size": 1}
     os.environ.setdefault("LOCAL_RANK", "0")
     if device().type == "cuda":
+        _check_gpus()
         torch.cuda.set_device(device())
     backend = "nccl" if device().type == "cuda" else "gloo"
     if timeout_s is None:
@@ -77,6 +78,18 @@ def process_group(timeout_s: float | None = None) -> Iterator[None]:
     finally:
         # Without it gloo's threads may abort the process after all work was done.
         dist.destroy_process_group()
+
+
+def _check_gpus() -> None:
+    """Raise UserError, on all ranks of a node, if it has fewer GPUs than processes."""
+    names = ("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0")
+    processes, local_rank = (int(os.environ.get(*name)) for name in names)
+    processes, seen = max(processes, local_rank + 1), torch.cuda.device_count()
+    if processes > seen:
+        raise UserError(
+            f"{processes} processes, but PyTorch sees {seen} GPU(s) on {socket.gethostname()}: "
+            "start one process a GPU, and let each see all of them (CUDA_VISIBLE_DEVICES)"
+        )
 
 
 def _check_alone() -> None:
