@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_vse import watchdog
 from dist_vse.clock import collective
 from dist_vse.errors import UserError
 
@@ -71,7 +72,7 @@ def process_group(timeout_s: float | None = None) -> Iterator[None]:
         torch.cuda.set_device(device())
     backend = "nccl" if device().type == "cuda" else "gloo"
     if timeout_s is None:
-        timeout_s = float(os.environ.get("DIST_VSE_HANG_S", "1800"))
+        timeout_s = watchdog.limit_s()
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s), **place)
     try:
         yield

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dist_vse import checkpoint, clock, distributed, interrupt
+from dist_vse import checkpoint, clock, distributed, interrupt, watchdog
 from dist_vse.builders import (
     build_eval_batches,
     build_loss,
@@ -69,7 +69,8 @@ def run(config: TrainConfig) -> int:
             run.fence.check()
             record_environment(run.run_dir, progress.step, data)
     trace = run.run_dir / TRACE_NAME if config.profile else None
-    with clock.listening(run.meter.clock), profiled(trace) as traced:
+    watching = watchdog.watching(watchdog.limit_s())
+    with watching, clock.listening(run.meter.clock), profiled(trace) as traced:
         progress = _train(run, progress, traced)
     if progress.step == config.total_steps:
         return 0
@@ -119,6 +120,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         loss = train_step(engine, loss_fn, chunks, keep_graphs=run.keep_graphs)
 
         progress = _advance(progress, batch, config.global_batch_size)
+        watchdog.progress()
         ledger.add(progress.step, batch.skipped)
         meter.add(config.global_batch_size)
         traced()
@@ -142,6 +144,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         if save:
             _save(run, saver, progress, score)
             meter.reset()
+    watchdog.progress()
     saver.finish()
     bar.close()
     recorder.close()
@@ -170,6 +173,7 @@ def _save_due(config: TrainConfig, progress: Progress) -> bool:
 def _save(run: Run, saver: Saver, progress: Progress, score: float | None) -> None:
     """Begin a checkpoint; the lanes of all ranks, in order, are the data's position."""
     average_statistics(run.engine.module)
+    watchdog.progress()
     lanes = [lane for lanes in distributed.all_gather_object(progress.lanes) for lane in lanes]
     saver.start(run.engine, replace(progress, lanes=lanes), score=score)
 
@@ -201,7 +205,8 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
     batches = build_eval_batches(run.config, run.index, run.tokenizer, split)
     average_statistics(run.engine.module)
     with run.engine.whole_parameters():
-        evaluation = evaluate(run.engine.module, batches, distributed.device())
+        evaluation = evaluate(run.engine.module, watchdog.each(batches), distributed.device())
+    watchdog.progress()
     metrics = evaluation.metrics
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen, "split": split}
     with distributed.same_verdict():

@@ -119,6 +119,6 @@ def test_a_node_with_fewer_gpus_than_processes_is_named(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     expected = _PastTheCheck if enough else UserError
-    processes = "" if enough else f"{local_world_size or 5} processes, but PyTorch sees 4 GPU"
+    processes = None if enough else f"{local_world_size or 5} processes, but PyTorch sees 4 GPU"
     with pytest.raises(expected, match=processes), distributed.process_group():
         pass

@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
         "clock",
         "schedule",
         "interrupt",
+        "watchdog",
         "random_state",
         "upload",
         "losses",
