@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
         "clock",
         "schedule",
         "interrupt",
+        "launched",
         "watchdog",
         "random_state",
         "upload",
