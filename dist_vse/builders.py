@@ -17,7 +17,7 @@ from dist_vse.chunking import Chunking, Pairs, choose_chunking
 from dist_vse.config import TrainConfig
 from dist_vse.contrast import Ahead, global_loss
 from dist_vse.engine.foreign import conflicts
-from dist_vse.engine.optimizer import build_optimizer
+from dist_vse.engine.optimizer import ADAM_EPS, build_optimizer
 from dist_vse.engine.zero import ZeroEngine, most_graphs, zero_config
 from dist_vse.feature_cache import Features, Key, open_features
 from dist_vse.flops import count_flops, peak_flops
@@ -241,19 +241,29 @@ def step_learning_rate(config: TrainConfig, samples_seen: int) -> float:
 
 def launcher_conflicts(config: TrainConfig, environment: Mapping[str, str]) -> list[str]:
     """Say where the launcher's own settings contradict the run's, a line each."""
+    rank_batch_size = config.global_batch_size // distributed.world_size()
     ours = zero_config(
         stage=config.engine.zero_stage,
-        rank_batch_size=config.global_batch_size // distributed.world_size(),
+        rank_batch_size=rank_batch_size,
         clip_norm=config.optim.clip_norm,
         precision=config.engine.precision,
         bucket=1,
     )
+    # To DeepSpeed our chunks would be micro batches that are accumulated.
+    chunk_size, chunks = config.chunk_size, config.chunk_size
+    if not isinstance(chunk_size, str):
+        chunk_size = min(chunk_size, rank_batch_size)
+        chunks = rank_batch_size // chunk_size
     optim = config.optim
+    adam = {"betas": [optim.beta1, optim.beta2], "eps": ADAM_EPS}
+    of_name = {"momentum": optim.momentum} if optim.name == "sgd" else adam
     elsewhere = {
         "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": chunk_size,
+        "gradient_accumulation_steps": chunks,
         "optimizer": {
             "type": optim.name,
-            "params": {"lr": optim.lr, "weight_decay": optim.weight_decay},
+            "params": {"lr": optim.lr, "weight_decay": optim.weight_decay, **of_name},
         },
         "scheduler": {"type": optim.schedule},
     }

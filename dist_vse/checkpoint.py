@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dist_vse import distributed
 from dist_vse.engine.zero import ZeroEngine
-from dist_vse.errors import UserError, first_line
+from dist_vse.errors import UserError, first_line, writing
 from dist_vse.log import logger
 from dist_vse.random_state import RandomState, random_state, restore
 from dist_vse.stream.order import ORDER_FORMAT
@@ -32,6 +32,7 @@ from dist_vse.stream.order import ORDER_FORMAT
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
+DAMAGED = ".damaged"
 _RANDOM_CPU, _RANDOM_CUDA = "random/cpu", "random/cuda"
 
 
@@ -92,10 +93,8 @@ def seal(temporary: Path, progress: Progress, receipts: Receipts, **more: Any) -
 
 def publish(temporary: Path, final: Path) -> None:
     """Turn a sealed folder into a checkpoint, in one rename. Raises OSError."""
-    if final.exists():  # one that was cut, and so passed over when this run began
-        broken = final.with_name(final.name + TEMPORARY)
-        os.rename(final, broken)
-        shutil.rmtree(broken)
+    if final.exists():  # a former life's, which appeared after this one had begun
+        _remove(final)
     os.rename(temporary, final)
     _flush(final.parent)
 
@@ -104,21 +103,42 @@ def prune(folder: Path, *, keep_last: int, keep_best: int) -> None:
     """Remove all checkpoints but the newest ones and those of the highest scores."""
     paths = steps(folder)
     kept = set(paths[-keep_last:])
-    scores = {path: read_manifest(path).get("score") for path in paths} if keep_best else {}
-    scored = [path for path in paths if scores.get(path) is not None]
-    kept |= set(sorted(scored, key=lambda path: scores[path] or 0.0)[-keep_best:])
+    if keep_best:
+        scores = {path: score for path in paths if (score := _score(path)) is not None}
+        kept |= set(sorted(scores, key=scores.__getitem__)[-keep_best:])
     for path in paths:
         if path not in kept:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _score(path: Path) -> float | None:
+    """Return a checkpoint's score; None if it has none, or no manifest that can be read."""
+    try:
+        score: float | None = read_manifest(path).get("score")
+    except (OSError, ValueError):
+        return None
+    return score
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a kill in the middle leaves none that is half there."""
+    removed = path.with_name(path.name + TEMPORARY)
+    os.rename(path, removed)
+    shutil.rmtree(removed, ignore_errors=True)  # the next start removes what a reader holds open
 
 
 def load_latest(folder: Path, engine: ZeroEngine) -> Progress | None:
     """Load the newest whole checkpoint into a fresh engine; return None if there is none.
 
     Every rank calls this, and all load the same one; it may come from another number of
-    processes and another ZeRO stage. Raises UserError if it doesn't fit the model.
+    processes and another ZeRO stage. Damaged ones that are newer are set aside. Raises UserError
+    if there are checkpoints and none is whole, or if it doesn't fit the model.
     """
-    path = distributed.broadcast_object(latest(folder) if distributed.is_main_process() else None)
+    path = None
+    with distributed.same_verdict(), writing(folder):
+        if distributed.is_main_process():
+            path = _set_damaged_aside(folder)
+    path = distributed.broadcast_object(path)
     if path is None:
         return None
     manifest = read_manifest(path)
@@ -137,6 +157,26 @@ def load_latest(folder: Path, engine: ZeroEngine) -> Progress | None:
         torch.manual_seed(torch.initial_seed() + 7919 * manifest["step"])
     order = manifest.get("order", 1)
     return Progress(manifest["step"], manifest["samples_seen"], manifest["lanes"], order)
+
+
+def _set_damaged_aside(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint, after it is the newest of all.
+
+    Damaged ones keep their files under another name: they would count among those to be kept.
+    """
+    path, paths = latest(folder), steps(folder)
+    if path is None and paths:
+        raise UserError(
+            f"{folder}: none of the {len(paths)} checkpoints is whole ({paths[-1].name}: "
+            f"{find_fault(paths[-1])}); remove them to train from the start, or give another "
+            "output_dir"
+        )
+    for damaged in paths[paths.index(path) + 1 :] if path else []:
+        aside = damaged.with_name(damaged.name + DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)  # of the same step, damaged before
+        os.rename(damaged, aside)
+        logger.warning("%s: renamed to %s", damaged, aside.name)
+    return path
 
 
 def latest(folder: Path) -> Path | None:

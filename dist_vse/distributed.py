@@ -7,7 +7,6 @@ this rank, B rows on all ranks, W ranks.
 import contextlib
 import datetime
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_vse import launched, watchdog
 from dist_vse.clock import collective
 from dist_vse.errors import UserError
 
@@ -53,50 +53,27 @@ def process_group(timeout_s: float | None = None) -> Iterator[None]:
     the environment's DIST_VSE_HANG_S, else half an hour. Raises UserError if the launcher's
     description is not complete, or promises a GPU that is not there.
     """
-    if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"DS_ACCELERATOR=cuda, but PyTorch sees no GPU on {socket.gethostname()}: check "
-            "nvidia-smi and CUDA_VISIBLE_DEVICES there, or set DS_ACCELERATOR=cpu"
-        )
+    launched.check_accelerator()
     place: dict[str, Any] = {}  # in the environment
     if "RANK" in os.environ:
-        _check_described()
+        launched.check_described()
     else:
-        _check_alone()
+        launched.check_alone()
         store = dist.HashStore()  # type: ignore[attr-defined]  # needs no port
         place = {"store": store, "rank": 0, "world_size": 1}
     os.environ.setdefault("LOCAL_RANK", "0")
     if device().type == "cuda":
+        launched.check_gpus()
         torch.cuda.set_device(device())
     backend = "nccl" if device().type == "cuda" else "gloo"
     if timeout_s is None:
-        timeout_s = float(os.environ.get("DIST_VSE_HANG_S", "1800"))
+        timeout_s = watchdog.limit_s()
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s), **place)
     try:
         yield
     finally:
         # Without it gloo's threads may abort the process after all work was done.
         dist.destroy_process_group()
-
-
-def _check_alone() -> None:
-    """Raise UserError if we are one of several processes that nobody has told of each other."""
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        several = os.environ.get(name, "1")
-        if several.isdecimal() and int(several) > 1:
-            raise UserError(
-                f"{name}={several}, but RANK is not set: each of these processes would train for "
-                "itself; use `dist-vse submit`, or see configs/clusters/accelerate.sbatch"
-            )
-
-
-def _check_described() -> None:
-    missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    if missing:
-        raise UserError(
-            f"RANK is set, but not {', '.join(missing)}: start with `accelerate launch` or "
-            "`torchrun`, or unset RANK to run one process"
-        )
 
 
 class _AllGather(torch.autograd.Function):

@@ -83,8 +83,8 @@ class Saver:
     def finish(self) -> None:
         """Wait until all ranks have written, and publish the checkpoint; every rank calls this.
 
-        Raises UserError alike on every rank if one can't write (a full disk), or if a later
-        start of the run has taken it over.
+        Raises UserError alike on every rank if one can't write (a full disk), TakenOver if a
+        later start of the run has taken it over.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -92,7 +92,7 @@ class Saver:
         receipts: Receipts = {}
         try:
             with distributed.same_verdict(), writing(self.folder):
-                receipts = pending.writing.result()
+                receipts = self._written(pending)
             parts = distributed.all_gather_object(receipts)
             with distributed.same_verdict(), writing(self.folder):
                 if distributed.is_main_process():
@@ -100,4 +100,12 @@ class Saver:
         except UserError:
             if distributed.is_main_process():
                 shutil.rmtree(pending.temporary, ignore_errors=True)
+            raise
+
+    def _written(self, pending: _Pending) -> Receipts:
+        """Wait for this rank's files. Raises OSError, and TakenOver if another start is why."""
+        try:
+            return pending.writing.result()
+        except OSError:
+            self.fence.check()  # another start removes the folder in which we write
             raise

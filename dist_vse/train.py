@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dist_vse import checkpoint, clock, distributed, interrupt
+from dist_vse import checkpoint, clock, distributed, interrupt, watchdog
 from dist_vse.builders import (
     build_eval_batches,
     build_loss,
@@ -66,9 +66,11 @@ def run(config: TrainConfig) -> int:
     data = {str(index.root): index.fingerprint() for index in indexes}
     with distributed.same_verdict(), writing(run.run_dir):
         if distributed.is_main_process():
+            run.fence.check()
             record_environment(run.run_dir, progress.step, data)
     trace = run.run_dir / TRACE_NAME if config.profile else None
-    with clock.listening(run.meter.clock), profiled(trace) as traced:
+    watching = watchdog.watching(watchdog.limit_s())
+    with watching, clock.listening(run.meter.clock), profiled(trace) as traced:
         progress = _train(run, progress, traced)
     if progress.step == config.total_steps:
         return 0
@@ -79,19 +81,19 @@ def run(config: TrainConfig) -> int:
 def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress:
     """Loop over the steps until the last one or any rank's wish to stop; each ends in `traced`."""
     config, engine, meter = run.config, run.engine, run.meter
-    recorder = Recorder(
-        run.run_dir,
-        progress.step,
-        trackers=config.trackers,
-        project=config.project,
-        settings=flat_config(config),
-    )
     saver = Saver(
         run.run_dir / CHECKPOINTS,
         run.fence,
         keep_last=config.keep_checkpoints,
         keep_best=config.keep_best,
         minutes=config.checkpoint_minutes,
+    )
+    recorder = Recorder(
+        run.run_dir,
+        progress.step,
+        trackers=config.trackers,
+        project=config.project,
+        settings=flat_config(config),
     )
     ledger = Ledger(
         run.run_dir / SKIPPED_NAME,
@@ -119,6 +121,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         loss = train_step(engine, loss_fn, chunks, keep_graphs=run.keep_graphs, announce=ahead.send)
 
         progress = _advance(progress, batch, config.global_batch_size)
+        watchdog.progress()
         ledger.add(progress.step, batch.skipped)
         meter.add(config.global_batch_size)
         traced()
@@ -130,17 +133,19 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         save = last or stopped or overdue or _save_due(config, progress)
         log = last or progress.step % config.log_every == 0
         if save or log:
-            ledger.flush()
+            _flush(run, ledger)
         if log:
             statistics |= {"loss": loss, "lr": torch.tensor(rate)}
             _log(run, progress, statistics, recorder)
         score = None
-        if last or _due(progress.step, config.eval_every):
+        # Who was asked to stop saves first: the time that is left may be short.
+        if last or (_due(progress.step, config.eval_every) and not stopped):
             score = _evaluate(run, progress, recorder)
             meter.reset()
         if save:
             _save(run, saver, progress, score)
             meter.reset()
+    watchdog.progress()
     saver.finish()
     bar.close()
     recorder.close()
@@ -169,8 +174,16 @@ def _save_due(config: TrainConfig, progress: Progress) -> bool:
 def _save(run: Run, saver: Saver, progress: Progress, score: float | None) -> None:
     """Begin a checkpoint; the lanes of all ranks, in order, are the data's position."""
     average_statistics(run.engine.module)
+    watchdog.progress()
     lanes = [lane for lanes in distributed.all_gather_object(progress.lanes) for lane in lanes]
     saver.start(run.engine, replace(progress, lanes=lanes), score=score)
+
+
+def _flush(run: Run, ledger: Ledger) -> None:
+    with distributed.same_verdict():
+        if distributed.is_main_process():
+            run.fence.check()
+    ledger.flush()
 
 
 def _log(run: Run, progress: Progress, statistics: dict[str, Tensor], recorder: Recorder) -> None:
@@ -193,10 +206,13 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
     batches = build_eval_batches(run.config, run.index, run.tokenizer, split)
     average_statistics(run.engine.module)
     with run.engine.whole_parameters():
-        evaluation = evaluate(run.engine.module, batches, distributed.device())
+        evaluation = evaluate(run.engine.module, watchdog.each(batches), distributed.device())
+    watchdog.progress()
     metrics = evaluation.metrics
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen, "split": split}
     with distributed.same_verdict():
+        if distributed.is_main_process():
+            run.fence.check()
         recorder.write("eval", progress.step, {**values, **metrics})
         if distributed.is_main_process():
             examples = run.run_dir / EXAMPLES_NAME

@@ -70,7 +70,8 @@ class ClusterConfig:
     """How often a job that failed (a rank killed, a hang) is queued again; a lost node, a time
     limit and a preemption don't count, and what the user must mend is never tried again."""
     hang_s: int = 1800
-    """Seconds that ranks wait for one that hangs before the job fails."""
+    """Seconds that ranks wait for one that hangs, or go without a step, before the job fails;
+    more than the longest step, and the longest save, take."""
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:

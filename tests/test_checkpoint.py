@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -188,6 +189,9 @@ class _TellingEngine:
     def whole_parameters(self) -> Any:
         return contextlib.nullcontext()
 
+    def load(self, weights: dict[str, Tensor], files: Sequence[Path]) -> None:
+        self.step = int(weights["bias"][0])
+
 
 def _save_for_ever(folder: Path) -> None:
     """Save without end, as training does."""
@@ -260,6 +264,80 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000001"
 
 
+def _save_steps(folder: Path, *steps: int, keep_best: int = 0) -> None:
+    """Save as one life of a run does, keeping two."""
+    engine, saver = _TellingEngine(), _saver(folder, keep_best=keep_best)
+    for step in steps:
+        engine.tell(step)
+        saver.start(engine, Progress(step, step, []), score=1.0 / step)  # type: ignore[arg-type]
+        saver.finish()
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def _load(folder: Path) -> Progress | None:
+    return checkpoint.load_latest(folder, _TellingEngine())  # type: ignore[arg-type]
+
+
+def test_damaged_checkpoints_do_not_count_among_the_kept(tmp_path: Path) -> None:
+    _save_steps(tmp_path, 1, 500)
+    whole = tmp_path / "whole"
+    (tmp_path / "step-000001").rename(whole)  # so that it outlives two later ones
+    _save_steps(tmp_path, 600)
+    whole.rename(tmp_path / "step-000001")
+    for step in (500, 600):
+        (tmp_path / f"step-000{step}" / "rank-0.safetensors").write_bytes(b"")
+    assert _load(tmp_path) == Progress(1, 1, [])
+    aside = ["step-000500.damaged", "step-000600.damaged"]
+    assert _names(tmp_path) == ["step-000001", *aside]
+    _save_steps(tmp_path, 100, 500)
+    assert _names(tmp_path) == ["step-000100", "step-000500", *aside]
+    assert _load(tmp_path) == Progress(500, 500, [])
+    (tmp_path / "step-000500" / "rank-0.safetensors").write_bytes(b"")  # a second time
+    assert _load(tmp_path) == Progress(100, 100, [])
+    assert _names(tmp_path) == ["step-000100", *aside]
+
+
+def test_checkpoints_of_which_none_is_whole_are_an_error_each_time(tmp_path: Path) -> None:
+    assert _load(tmp_path) is None
+    _save_steps(tmp_path, 1, 2)
+    (tmp_path / "step-000001" / checkpoint.MANIFEST).unlink()
+    (tmp_path / "step-000002" / "rank-0.safetensors").unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of the 2 .* \(step-000002: rank-0.* missing\)"):
+            _load(tmp_path)
+    assert _names(tmp_path) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("content", [None, '{"score": 1', "\xff"])
+def test_a_checkpoint_whose_manifest_is_unreadable_has_no_score(
+    tmp_path: Path, content: str | None
+) -> None:
+    _save_steps(tmp_path, 1, 2, 3, keep_best=2)
+    manifest = tmp_path / "step-000001" / checkpoint.MANIFEST
+    manifest.unlink() if content is None else manifest.write_text(content, encoding="latin-1")
+    _save_steps(tmp_path, 4, keep_best=2)
+    assert _names(tmp_path) == ["step-000002", "step-000003", "step-000004"]
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_killed(path: Path, **_: Any) -> None:
+        (path / checkpoint.WEIGHTS).unlink()
+        raise KeyboardInterrupt
+
+    _save_steps(tmp_path, 1, 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", be_killed)
+        _save_steps(tmp_path, 3)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-000002", "step-000003"]
+    _saver(tmp_path)  # the next life
+    assert _names(tmp_path) == ["step-000002", "step-000003"]
+
+
 def _save_scored(folder: Path) -> list[str]:
     saver, engine = _saver(folder, keep_last=1, keep_best=2), _engine(0)
     for step, score in enumerate([None, 5.0, 9.0, None, 7.0, 1.0, None]):
@@ -314,6 +392,33 @@ def test_an_older_life_can_not_save_any_more(tmp_path: Path) -> None:
     ((told, folders),) = run_distributed(_save_in_two_lives, 1, tmp_path)
     assert "a later start of this run has taken it over" in told
     assert folders == ["step-000001", "step-000003"]
+
+
+def _lose_the_folder_to_a_later_life(folder: Path) -> tuple[str, bool]:
+    """Return what a life is told whose files a later one removes, and whether it can tell why."""
+    engine, saver, write_files = _engine(0), _saver(folder), checkpoint.write_files
+
+    def slow_write(temporary: Path, files: Any) -> Any:
+        temporary.mkdir()
+        _saver(folder)  # removes the leftovers of all other lives
+        (temporary / checkpoint.WEIGHTS).touch()
+
+    checkpoint.write_files = slow_write
+    saver.start(engine, Progress(1, 1, []), score=None)
+    try:
+        saver.finish()
+    except UserError as error:
+        return str(error), isinstance(error, fence.TakenOver)
+    finally:
+        checkpoint.write_files = write_files
+    return "", False
+
+
+def test_a_life_whose_files_a_later_one_removes_tells_that_it_was_taken_over(
+    tmp_path: Path,
+) -> None:
+    ((told, taken_over),) = run_distributed(_lose_the_folder_to_a_later_life, 1, tmp_path)
+    assert taken_over, told
 
 
 def _train_while_files_are_written(folder: Path) -> list[bool]:

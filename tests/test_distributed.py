@@ -93,3 +93,32 @@ def test_processes_that_nobody_told_of_each_other_are_stopped(
         distributed.process_group(),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "local_world_size", "enough"),
+    [("0", "8", False), ("7", "8", False), ("4", None, False), ("3", "4", True), ("3", None, True)],
+)
+def test_a_node_with_fewer_gpus_than_processes_is_named(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str, local_world_size: str | None, enough: bool
+) -> None:
+    class _PastTheCheck(Exception):  # noqa: N818
+        pass
+
+    def set_device(_: torch.device) -> None:
+        raise _PastTheCheck
+
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    if local_world_size is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    expected = _PastTheCheck if enough else UserError
+    processes = None if enough else f"{local_world_size or 5} processes, but PyTorch sees 4 GPU"
+    with pytest.raises(expected, match=processes), distributed.process_group():
+        pass

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dist_vse import distributed
 from dist_vse.builders import launcher_conflicts
 from dist_vse.config import load_config
 from dist_vse.errors import UserError
@@ -74,6 +76,52 @@ def test_every_way_to_start_gives_the_same_weights(data: Path, tmp_path: Path) -
         assert (found, final) == (losses, weights), name
     told = "the launcher asks DeepSpeed for zero_optimization.stage=3, the run has 1"
     assert [told in said for *_, said in results.values()] == [False, False, True, False]
+
+
+def _conflicts(tmp_path: Path, theirs: object, *overrides: str) -> list[str]:
+    """Return what a DeepSpeed file contradicts of a debug run of two processes."""
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(theirs))
+    environment = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path),
+    }
+    return launcher_conflicts(load_config(ROOT / CONFIG, overrides), environment)
+
+
+def test_a_file_that_describes_the_run_contradicts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    adam = {"lr": 2e-3, "weight_decay": 0.01, "betas": [0.9, 0.999], "eps": 1e-8}
+    theirs: dict[str, Any] = {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW", "params": adam},
+        "fp16": {"enabled": "auto", "loss_scale": 0, "hysteresis": 2, "initial_scale_power": 16},
+        "flops_profiler": {"enabled": False, "profile_step": 1},
+        "zero_optimization": {"stage": 1, "allgather_partitions": True, "reduce_scatter": True},
+    }
+    assert _conflicts(tmp_path, theirs) == []
+    auto = _conflicts(tmp_path, theirs, "chunk_size=auto")
+    assert auto == []  # what fits is tried later
+    assert _conflicts(tmp_path, {**theirs, "gradient_accumulation_steps": 1}) == []
+    start = "the launcher asks DeepSpeed for "
+    assert _conflicts(tmp_path, theirs, "chunk_size=16") == [
+        f"{start}gradient_accumulation_steps=2, the run has 1; set chunk_size in its config",
+        f"{start}train_micro_batch_size_per_gpu=8, the run has 16; set chunk_size in its config",
+    ]
+    other = {"params": {**adam, "betas": [0.9, 0.98], "eps": 1e-6}}
+    assert _conflicts(
+        tmp_path, {"optimizer": other, "fp16": {"enabled": True, "hysteresis": 2}}
+    ) == [
+        f"{start}fp16.enabled=true, the run has false; set engine.precision in its config",
+        f"{start}fp16.hysteresis=2, the run does without",
+        f"{start}optimizer.params.betas=[0.9, 0.98], the run has [0.9, 0.999]; set optim.beta1 and "
+        "optim.beta2 in its config",
+        f"{start}optimizer.params.eps=1e-06, the run has 1e-08",
+    ]
 
 
 def test_a_launchers_contradictions_are_told(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ LAYERS: list[set[str]] = [
         "clock",
         "schedule",
         "interrupt",
+        "launched",
+        "watchdog",
         "random_state",
         "upload",
         "losses",

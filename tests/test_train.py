@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_vse import distributed, train
+from dist_vse import checkpoint, distributed, fence, train
 from dist_vse.config import load_config
 from dist_vse.errors import UserError
 from tests.datasets import Sample, make_sample, write_dataset, write_shards
@@ -59,12 +59,15 @@ def _losses(run_dir: Path) -> list[float]:
 
 
 def _logged(run_dir: Path, name: str) -> list[float]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if line["kind"] == "train"]
+    return [line[name] for line in _lines(run_dir) if line["kind"] == "train"]
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    newest = max((run_dir / "checkpoints").glob("step-*"))
+    newest = checkpoint.steps(run_dir / "checkpoints")[-1]
     return load_file(newest / "model.safetensors")
 
 
@@ -94,12 +97,15 @@ def test_the_loss_curve_does_not_depend_on_the_world_size(
 def test_an_interrupted_run_continues_to_the_bit(shards: Path, tmp_path: Path, stage: int) -> None:
     # Dropout, Adam and a learned temperature: all of their state must come back.
     more = ("model.text.dropout=0.2", "loss.learn_temperature=true", f"engine.zero_stage={stage}")
+    more = (*more, "eval_every=1")
     whole = _overrides(shards, tmp_path / "whole", *more)
     assert run_distributed(_run, 2, whole) == [0, 0]
     parts = _overrides(shards, tmp_path / "parts", *more)
     assert run_distributed(_run, 2, parts, 2) == [train.INTERRUPTED] * 2
     stopped_after = len(_losses(tmp_path / "parts"))
     assert 2 <= stopped_after < 6
+    evaluated = [line["step"] for line in _lines(tmp_path / "parts") if line["kind"] == "eval"]
+    assert evaluated == [*range(stopped_after)]  # the last step was saved at once
     assert run_distributed(_run, 2, parts) == [0, 0]
     assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
     assert _same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
@@ -144,11 +150,18 @@ def test_a_cut_checkpoint_is_passed_over_for_the_one_before(shards: Path, tmp_pa
     overrides = _overrides(shards, tmp_path / "run", "checkpoint_every=2")
     assert run_distributed(_run, 1, overrides) == [0]
     weights = _weights(tmp_path / "run")
-    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert [path.name for path in checkpoints] == ["step-000004", "step-000006"]
-    _cut(checkpoints[-1] / "rank-0.safetensors")
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoint.steps(folder)] == ["step-000004", "step-000006"]
+    _cut(folder / "step-000006" / "rank-0.safetensors")
     assert run_distributed(_run, 1, overrides) == [0]
+    assert (folder / "step-000006.damaged").is_dir()
     assert _same(_weights(tmp_path / "run"), weights)
+    assert len(_losses(tmp_path / "run")) == 6
+    for path in checkpoint.steps(folder):
+        _cut(path / "rank-0.safetensors")
+    verdicts = run_distributed(_run, 2, overrides)
+    assert verdicts[0] == verdicts[1]
+    assert "none of the 2 checkpoints is whole" in verdicts[0]
     assert len(_losses(tmp_path / "run")) == 6
 
 
@@ -224,6 +237,49 @@ def test_a_mixture_with_bad_samples_trains_within_its_budget(tmp_path: Path) -> 
     assert verdicts[0] == verdicts[1]
     assert "bad samples so far, more than data.max_bad (0.02) of 134 allows (2)" in verdicts[0]
     assert str(ledger) in verdicts[0]
+
+
+def _be_taken_over(overrides: list[str], during: str) -> tuple[type, str]:
+    """Train, and let another start claim the run after the first call of a function of `train`."""
+    config, original = load_config(CONFIG, overrides), getattr(train, during)
+
+    def slow(*arguments: Any, **more: Any) -> Any:
+        result = original(*arguments, **more)
+        fence.claim(Path(config.output_dir))
+        return result
+
+    setattr(train, during, slow)
+    try:
+        train.run(config)
+    except UserError as error:
+        return type(error), str(error)
+    finally:
+        setattr(train, during, original)
+    return type(None), ""
+
+
+@pytest.mark.parametrize(
+    ("during", "written", "lines"),
+    [
+        ("set_up", [], []),
+        ("evaluate", ["environment.jsonl"], []),
+        ("train_step", ["environment.jsonl", "examples.json", "metrics.jsonl"], ["eval"]),
+    ],
+)
+def test_a_run_that_was_taken_over_writes_nothing_any_more(
+    tmp_path: Path, during: str, written: list[str], lines: list[str]
+) -> None:
+    bad = [Sample(f"bad{n}", b"nothing", ("a",)) for n in range(10)]
+    good = [make_sample(n) for n in range(40)]
+    mixed = [sample for n in range(10) for sample in (bad[n], *good[4 * n : 4 * n + 4])]
+    write_shards(tmp_path / "shards", {"train": [mixed], "val": [good[:8]]})
+    overrides = _overrides(tmp_path / "shards", tmp_path / "run", "data.max_bad=1")
+    ((kind, told),) = run_distributed(_be_taken_over, 1, overrides, during)
+    assert kind is fence.TakenOver, told
+    files = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert sorted(files - {"config.yaml", "vocabulary.json", "life.json"}) == written
+    found = _lines(tmp_path / "run") if "metrics.jsonl" in written else []
+    assert [line["kind"] for line in found] == lines
 
 
 def _command(*arguments: Any, **more: Any) -> subprocess.CompletedProcess[str]:

@@ -44,6 +44,8 @@ _INSTEAD = {
     "optimizer.type": "optim.name",
     "optimizer.params.lr": "optim.lr",
     "optimizer.params.weight_decay": "optim.weight_decay",
+    "optimizer.params.betas": "optim.beta1 and optim.beta2",
+    "optimizer.params.momentum": "optim.momentum",
     "scheduler.type": "optim.schedule",
 }
 _CHANGES_NO_NUMBER = (  # DeepSpeed's own log, and how it cuts its messages
@@ -54,14 +56,22 @@ _CHANGES_NO_NUMBER = (  # DeepSpeed's own log, and how it cuts its messages
     "zero_optimization.allgather_bucket_size",
     "zero_optimization.overlap_comm",
     "zero_optimization.contiguous_gradients",
+    "zero_optimization.allgather_partitions",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.round_robin_gradients",
+    "zero_optimization.sub_group_size",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
 )
 
 
 def conflicts(environment: Mapping[str, str], ours: Mapping[str, Any]) -> list[str]:
     """Say, a line each, what the launcher asks for and the run does otherwise.
 
-    `ours` is DeepSpeed's configuration as the run builds it. Raises UserError if the launcher's
-    file can't be read.
+    `ours` describes the run as a DeepSpeed configuration would; "auto" in it is not known yet.
+    Raises UserError if the launcher's file can't be read.
     """
     known = _flat(ours)
     known |= {"bf16.enabled": bool(ours.get("torch_autocast")), "fp16.enabled": False}
@@ -71,6 +81,8 @@ def conflicts(environment: Mapping[str, str], ours: Mapping[str, Any]) -> list[s
     asked = _asked(environment)
     if precision in ("bf16", "fp16"):
         asked[f"{precision}.enabled"] = True
+    if _number(asked.get("gradient_accumulation_steps")) == 1:
+        del asked["gradient_accumulation_steps"]  # in every file of `accelerate config`, no wish
     told = []
     for name, value in sorted(asked.items()):
         used = known.get(name)
@@ -115,7 +127,7 @@ def _same(value: Any, used: Any) -> bool:
     """Tell whether a value asks for nothing, or for what the run does anyway."""
     if value in (_AUTO, None, False, "none", "None", "false") and used in (None, False):
         return True
-    if value == _AUTO or str(value).lower() == str(used).lower():
+    if _AUTO in (value, used) or str(value).lower() == str(used).lower():
         return True
     return used is not None and _number(value) is not None and _number(value) == _number(used)
 
@@ -138,6 +150,8 @@ def _asked(environment: Mapping[str, str]) -> dict[str, Any]:
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, Mapping):
         return {prefix: node}
+    if node.get("enabled", True) in (False, _AUTO):  # what else it says is about nothing
+        node = {"enabled": node["enabled"]}
     parts = (_flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in node.items())
     return {name: value for part in parts for name, value in part.items()}
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+ADAM_EPS = 1e-8
+
 
 def build_optimizer(
     model: nn.Module,
@@ -28,7 +30,7 @@ def build_optimizer(
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum)
     adam = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-    return adam(groups, lr=lr, betas=betas)
+    return adam(groups, lr=lr, betas=betas, eps=ADAM_EPS)
 
 
 def _trainable(model: nn.Module, *, matrices: bool) -> Iterator[nn.Parameter]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
+from dist_vse.index import IMAGE_FORMATS
 from dist_vse.log import logger
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _block(answers: "Found", pictures: dict[str, str], columns: int, width: int)
 
 def _cell(uri: str) -> Image.Image:
     data = base64.b64decode(uri.split(",", 1)[1])
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         cell: Image.Image = image.convert("RGB").resize((CELL, CELL))
     return cell
 
