@@ -2,15 +2,28 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+NEEDED = ("slurmctld", "slurmd", "munged", "ip", "nsenter", "unshare")
+INSTALL = "apt-get install --no-install-recommends slurm-wlm munge iproute2"
 SCRIPT = str(Path(__file__).with_name("cluster.sh"))
 PATIENCE_S = 150
+
+
+def obstacle() -> str | None:
+    """Say why no cluster can be started here; None if one can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "NO SLURM TESTS: they need Linux and root, for network namespaces"
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    missing = [name for name in NEEDED if shutil.which(name, path=path) is None]
+    return f"NO SLURM TESTS: {', '.join(missing)} missing; {INSTALL}" if missing else None
 
 
 def wait_until(done: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
@@ -102,12 +115,14 @@ class Cluster:
             if not self._slurmds(node):
                 self("crash", node)
                 self("boot", node)
+        wait_until(lambda: self._resumed() == 3, "three idle nodes")
+
+    def _resumed(self) -> int:
+        """Take nodes that are down back into service; return how many are idle."""
         for node in ("n0", "n1", "n2"):
             if "DOWN" in self("sinfo", "-h", "-n", node, "-o", "%T").upper():
-                self("scontrol", "update", f"nodename={node}", "state=resume")
-        wait_until(lambda: self._idle() == 3, "three idle nodes")
-
-    def _idle(self) -> int:
+                with contextlib.suppress(AssertionError):  # it has come back by itself just now
+                    self("scontrol", "update", f"nodename={node}", "state=resume")
         return int(self("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() or 0)
 
 
