@@ -19,7 +19,7 @@ demo: .venv/demo.installed
 	$(BIN)/dist-vse report $(DEMO)/$(LOSS)
 
 test: .venv/dev.installed
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2
 
 lint: .venv/dev.installed
 	$(BIN)/ruff check .

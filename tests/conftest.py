@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from typing import Any
 
 import pytest
 
@@ -21,12 +22,16 @@ multiprocessing.set_forkserver_preload(
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup` the Slurm tests, which mostly wait, run beside all others."""
-    for item in items:
-        slurm = item.path.parent.name == "slurm"
-        item.add_marker(pytest.mark.xdist_group("slurm" if slurm else "others"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2` the Slurm tests, which mostly wait, run beside all others; both in order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class TwoStreams(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "slurm" if "/slurm/" in nodeid else "others"
+
+    return TwoStreams(config, log)
 
 
 @pytest.hookimpl(trylast=True)
