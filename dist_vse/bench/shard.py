@@ -55,8 +55,8 @@ def _compare(seconds: dict[str, list[float]], photographs: str) -> list[dict[str
         {
             "photographs": photographs,
             "against": title,
-            "seconds": [round(s, 2) for s in seconds[peer]],
-            "our_seconds": [round(s, 2) for s in seconds[ours]],
+            "seconds": [round(s, 4) for s in seconds[peer]],
+            "our_seconds": [round(s, 4) for s in seconds[ours]],
             "theirs_by_ours": round(median(seconds[peer]) / median(seconds[ours]), 2),
         }
         for title, (peer, ours) in _PAIRS.items()
