@@ -119,6 +119,7 @@ summary { cursor: pointer; padding: 14px 18px; font-weight: 600; border-radius: 
 summary:focus-visible { outline: 2px solid var(--s1); }
 pre { margin: 0; padding: 2px 18px 18px; overflow-x: auto; font: .8125rem/1.5 ui-monospace,
   SFMono-Regular, Menlo, Consolas, monospace; }
+code { white-space: nowrap; }
 footer { margin-top: 48px; color: var(--soft); font-size: .875rem; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 
