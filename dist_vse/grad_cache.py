@@ -58,9 +58,8 @@ def train_step(
     # Pass 1: embeddings only, with a graph where it is kept.
     clock.begin("encode")
     first_kept = len(chunks) - graphs
-    inputs = enumerate(uploaded(chunks, device()))
     encoded: list[_Encoded] = []
-    for i, chunk in inputs:
+    for i, chunk in enumerate(uploaded(chunks, device())):
         encoded.append(_encode(engine, chunk, keep_graph=i >= first_kept))
         if announce is not None:
             announce(encoded[i].outputs[1])

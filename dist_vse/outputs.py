@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_vse.errors import UserError, first_line
+from dist_vse.errors import writing
 
 
 def check_output(path: Path) -> None:
     """Raise UserError unless a file can be written there; its folder is made."""
-    with _refusals(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
@@ -27,7 +27,7 @@ def replaced(path: Path) -> Iterator[Path]:
     Its folder is made. Raises UserError if the system refuses, and leaves no part behind.
     """
     temporary = path.with_name(f"{path.name}.tmp")
-    with _refusals(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -36,12 +36,3 @@ def replaced(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-
-
-@contextlib.contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        remedy = "make room, or name another place"
-        raise UserError(f"{path}: can't be written ({first_line(error)}); {remedy}") from error

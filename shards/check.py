@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from dist_vse.index import IMAGE_FORMATS
+
 if TYPE_CHECKING:
     from PIL import Image  # not here: most images are never opened
 
-# The formats that are read, with the extension that a tar member gets: it follows the bytes,
-# not the file's name, since many a PNG is called .jpg. Nothing that runs code (EPS) is here.
+# The extension that a tar member gets, by Pillow's name of the format: it follows the bytes, not
+# the file's name, since many a PNG is called .jpg.
 EXTENSIONS = {
     "JPEG": "jpg",
     "MPO": "jpg",  # several JPEGs in one file, as some phones write
@@ -22,7 +24,6 @@ EXTENSIONS = {
     "BMP": "bmp",
     "TIFF": "tif",
 }
-_FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")  # Pillow opens MPO as JPEG
 MAX_PIXELS = 1024**3 // 4 // 3  # Pillow's own limit, from which on it suspects a bomb
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a frame's header
@@ -80,10 +81,10 @@ def decoding(data: bytes | memoryview) -> "Iterator[Image.Image]":
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 yield image
     except UnidentifiedImageError as error:
-        known = ", ".join(_FORMATS)
+        known = ", ".join(IMAGE_FORMATS)
         raise BadSampleError(f"the file is no image of a known format ({known})") from error
     except Exception as error:
         # Pillow raises nearly any kind for damaged bytes; whichever it is, it is reported.

@@ -289,7 +289,7 @@ def test_a_page_that_cannot_be_written(
     (run_dir / "file").touch()
     (run_dir / "folder").mkdir()
     for out in (run_dir / "file" / "page.html", run_dir / "folder"):
-        with pytest.raises(UserError, match=r"can't be written \(.*; make room, or name another"):
+        with pytest.raises(UserError, match=r"can't be written \(.*; give a place"):
             if several:
                 write_comparison([run_dir, run_dir], out)
             else:
