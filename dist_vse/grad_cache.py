@@ -64,20 +64,8 @@ def train_step(
         if announce is not None:
             announce(encoded[i].outputs[1])
 
-    # The cache. autograd.grad, not backward: it reaches no parameter and so fires no engine hook.
     clock.begin("loss")
-    columns = zip(*(chunk.outputs for chunk in encoded), strict=True)
-    leaves = [torch.cat([part.detach() for part in c]).requires_grad_() for c in columns]
-    image_features, text_features, log_scale, bias = leaves  # (b, d), (b, d), (k,), (k,)
-    loss = loss_fn(image_features, text_features, log_scale.mean(0, True), bias.mean(0, True))
-    mean_loss = all_reduce_mean(loss.detach().clone())
-    if not torch.isfinite(mean_loss):
-        raise UserError(
-            f"the loss is {mean_loss.item()}: nothing was updated; lower optim.lr, set "
-            "optim.clip_norm, or raise loss.temperature"
-        )
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    cache = list(zip(*(_split_like(grad, encoded, i) for i, grad in enumerate(grads)), strict=True))
+    mean_loss, cache = _gradients_of_outputs(loss_fn, encoded)
 
     # Pass 2: <output, cached gradient> has the gradient of the loss in the parameters. Kept
     # graphs go first, so that their memory is free for the others. BatchNorm's statistics have
@@ -95,6 +83,28 @@ def train_step(
     engine.step()
     clock.begin(clock.OTHER)
     return mean_loss
+
+
+def _gradients_of_outputs(
+    loss_fn: LossFn, encoded: Sequence[_Encoded]
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """Return the global loss and the cache: each chunk's gradients in its outputs.
+
+    autograd.grad, not backward: it reaches no parameter and so fires no engine hook.
+    """
+    columns = zip(*(chunk.outputs for chunk in encoded), strict=True)
+    leaves = [torch.cat([part.detach() for part in c]).requires_grad_() for c in columns]
+    image_features, text_features, log_scale, bias = leaves  # (b, d), (b, d), (k,), (k,)
+    loss = loss_fn(image_features, text_features, log_scale.mean(0, True), bias.mean(0, True))
+    mean_loss = all_reduce_mean(loss.detach().clone())
+    if not torch.isfinite(mean_loss):
+        raise UserError(
+            f"the loss is {mean_loss.item()}: nothing was updated; lower optim.lr, set "
+            "optim.clip_norm, or raise loss.temperature"
+        )
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    by_output = (_split_like(grad, encoded, i) for i, grad in enumerate(grads))
+    return mean_loss, list(zip(*by_output, strict=True))
 
 
 def _encode(engine: Engine, chunk: Chunk, *, keep_graph: bool) -> _Encoded:

@@ -112,10 +112,15 @@ def _our_program(setting: Setting, task: Task, cwd: Path) -> list[str]:
 
 
 def _peer_program(setting: Setting, task: Task) -> list[str]:
+    paths = tar_paths(setting.folder)
+    samples = read_index(setting.folder / "train").split("train").num_samples
+    # A worker of OpenCLIP's drops what fills no batch at the end of its shards: name them as often
+    # as its share of all makes a batch.
+    wanted = task.global_batch // task.chunks * max(1, setting.workers)
     options = {
         "model": MODEL,
         "force-image-size": setting.model.size,
-        "train-data": "::".join(tar_paths(setting.folder)),
+        "train-data": "::".join(paths * -(-wanted // samples)),
         "dataset-type": "webdataset",
         "train-num-samples": task.global_batch * task.steps,
         "epochs": 1,
