@@ -136,13 +136,13 @@ def random_box(width: int, height: int, min_area: float, rng: np.random.Generato
 
     As torchvision's RandomResizedCrop, in fractions of pixels; the middle square if no draw fits.
     """
-    draws: list[float] = rng.random(4 * CROP_TRIES).tolist()
-    for at in range(0, len(draws), 4):
-        area = width * height * (min_area + draws[at] * (1 - min_area))
-        aspect = math.exp((2 * draws[at + 1] - 1) * LOG_CROP_ASPECT)
+    for _ in range(CROP_TRIES):
+        draws: list[float] = rng.random(4).tolist()
+        area = width * height * (min_area + draws[0] * (1 - min_area))
+        aspect = math.exp((2 * draws[1] - 1) * LOG_CROP_ASPECT)
         if area * aspect <= width * width and area <= height * height * aspect:
             crop_width, crop_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
-            left, top = draws[at + 2] * (width - crop_width), draws[at + 3] * (height - crop_height)
+            left, top = draws[2] * (width - crop_width), draws[3] * (height - crop_height)
             # 0 and min: roots and sums may round to a hair more than the image has
             left, top = max(left, 0.0), max(top, 0.0)
             return left, top, min(left + crop_width, width), min(top + crop_height, height)
