@@ -44,6 +44,20 @@ def test_ragged_rows_keep_rank_order() -> None:
         assert torch.equal(gathered, expected)
 
 
+def _gather_while_working() -> bool:
+    rows = [torch.full((1 << 18, 4), float(distributed.rank() + 2 * i)) for i in range(4)]
+    under_way = [distributed.Gathering(x) for x in rows]  # 4 MiB each: not there at once
+    return all(
+        torch.equal(gathering.wait()[rank], torch.full_like(rows[i], rank + 2 * i))
+        for i, gathering in reversed(list(enumerate(under_way)))
+        for rank in range(distributed.world_size())
+    )
+
+
+def test_gatherings_under_way_are_whole_when_they_were_waited_for() -> None:
+    assert run_distributed(_gather_while_working, 2) == [True, True]
+
+
 def _one_rank_fails() -> str:
     try:
         with distributed.same_verdict():

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from dist_vse.stream.reader import ShardReader
 from dist_vse.stream.samples import Part, Skipped, Tokenizer
 
 MAX_OPEN_SHARDS = 256  # a process may have 1,024 files open, as a rule
+READ_TOGETHER = 32  # samples, then decoded together: either way of work stays in the caches
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,23 @@ class TrainSet:
         return f"{self.index.root}, split {self.split!r}"
 
 
-@dataclass(frozen=True)
-class _Sample:
+class _Sample(NamedTuple):
+    """What is known of a sample before its image is decoded."""
+
     caption: str
     image_id: int
     origin: tuple[int, int]  # turn, sample number
+    image: bytes  # the file's
+    epoch: int
+    place: Place
+
+
+class _Bad(NamedTuple):
+    """A sample that cannot be used."""
+
+    reason: str
+    epoch: int
+    place: Place
 
 
 class _Draws:
@@ -153,21 +166,19 @@ class _Lane:
         self._lane = plan.first + number
         self._epoch, self._position = plan.state[number].tolist()
         self._skipped: list[Skipped] = []
+        self._bad_in_a_row = 0
         self._draws = _Draws(plan.order.seed)
         sizes = [source.num_samples for source in plan.order.sources]
         self._first = np.cumsum([0, *sizes[:-1]]).tolist()  # number of each set's first sample
 
     def part(self, images: torch.Tensor) -> Part:
         """Read on, and return this lane's share of the next batch; `images` takes the pixels."""
-        size = self._plan.part_size
-        ids = np.empty((size, 2), np.int64)  # of image and caption
-        origin = np.empty((size, 2), np.int64)  # turn, sample number
-        captions = []
-        for row, out in enumerate(images.numpy()):
-            sample = self._next_good(out)
-            ids[row] = sample.image_id, image_id(sample.caption)
-            origin[row] = sample.origin
-            captions.append(sample.caption)
+        samples = self._good_samples(images.numpy())
+        ids = np.array(
+            [(sample.image_id, image_id(sample.caption)) for sample in samples], np.int64
+        )
+        origin = np.array([sample.origin for sample in samples], np.int64)  # turn, sample number
+        captions = [sample.caption for sample in samples]
         skipped, self._skipped = tuple(self._skipped), []
         return Part(
             images=images.permute(0, 3, 1, 2),
@@ -179,22 +190,59 @@ class _Lane:
             skipped=skipped,
         )
 
-    def _next_good(self, out: Pixels) -> _Sample:
-        """Load the next sample that can be used; its pixels go to `out`."""
-        length = self._epochs(self._epoch).lane_length(self._lane)
-        for _ in range(length):
-            epoch, place = self._advance()
+    def _good_samples(self, rooms: NDArray[np.uint8]) -> list[_Sample]:
+        """Return the next samples that can be used; their pixels go to `rooms`, one each."""
+        good: list[_Sample] = []
+        while len(good) < len(rooms):
+            together = min(READ_TOGETHER, len(rooms) - len(good))
+            for read in [self._read() for _ in range(together)]:
+                sample = self._decode(read, rooms[len(good)]) if isinstance(read, _Sample) else read
+                if isinstance(sample, _Sample):
+                    good.append(sample)
+                    self._bad_in_a_row = 0
+                else:
+                    self._skip(sample)
+        return good
+
+    def _read(self) -> _Sample | _Bad:
+        """Read the next sample: its captions, and the image as it lies there."""
+        epoch, place = self._advance()
+        reader, (source, turn, shard, row) = self._readers[place.source], place
+        try:
+            meta = reader.meta(shard, row)
+        except BadSampleError as error:
+            return _Bad(str(error), epoch, place)
+        image = reader.image(shard, row) if self._plan.read_images else b""
+        choice = (turn + image_id(meta.key)) % len(meta.captions)  # samples start differently
+        origin = turn, self._first[source] + reader.number(shard, row)
+        caption, number = meta.captions[choice], reader.image_id(shard, row)
+        return _Sample(caption, number, origin, image, epoch, place)
+
+    def _decode(self, sample: _Sample, out: Pixels) -> _Sample | _Bad:
+        """Decode the image into `out`."""
+        if self._plan.read_images:
+            rng = self._draws.of(*sample.origin)
             try:
-                return self._load(place, out)
+                decode_image(sample.image, self._plan.transform, rng, out=out)
             except BadSampleError as error:
-                reader = self._readers[place.source]
-                key, name = reader.key(place.shard, place.row), reader.shard_name(place.shard)
-                self._skipped.append(Skipped(key, name, str(error), epoch))
-        sets = "; ".join(str(a_set) for a_set in self._plan.sets)
-        raise UserError(
-            f"{sets}: {length} samples in a row cannot be used (the last: "
-            f"{self._skipped[-1]}); mend them and shard again"
-        )
+                return _Bad(str(error), sample.epoch, sample.place)
+        return sample._replace(image=b"")  # its memory is free for the next one
+
+    def _skip(self, bad: _Bad) -> None:
+        """Note a bad sample.
+
+        Raises UserError if a whole lane has no other.
+        """
+        (_, _, shard, row), reader = bad.place, self._readers[bad.place.source]
+        name = reader.shard_name(shard)
+        self._skipped.append(Skipped(reader.key(shard, row), name, bad.reason, bad.epoch))
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= self._epochs(bad.epoch).lane_length(self._lane):
+            sets = "; ".join(str(a_set) for a_set in self._plan.sets)
+            raise UserError(
+                f"{sets}: {self._bad_in_a_row} samples in a row cannot be used (the last: "
+                f"{self._skipped[-1]}); mend them and shard again"
+            )
 
     def _advance(self) -> tuple[int, Place]:
         """Return the epoch and place of this position, and step to the next one."""
@@ -206,13 +254,3 @@ class _Lane:
             self._prefetcher.enter(self._lane, self._epochs, self._epoch, block)
         self._position += 1
         return self._epoch, place
-
-    def _load(self, place: Place, out: Pixels) -> _Sample:
-        reader, (_, turn, shard, row) = self._readers[place.source], place
-        meta = reader.meta(shard, row)
-        number = self._first[place.source] + reader.number(shard, row)
-        if self._plan.read_images:
-            rng = self._draws.of(turn, number)
-            decode_image(reader.image(shard, row), self._plan.transform, rng, out=out)
-        choice = (turn + image_id(meta.key)) % len(meta.captions)  # samples start differently
-        return _Sample(meta.captions[choice], reader.image_id(shard, row), (turn, number))
