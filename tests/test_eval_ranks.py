@@ -6,29 +6,19 @@ from unittest import mock
 
 import pytest
 
-from dist_vse import cli, train
-from dist_vse.config import load_config
+from dist_vse import cli
 from dist_vse.errors import UserError
 from dist_vse.eval_run import eval_run
-from tests.datasets import write_dataset
 from tests.distributed import run_distributed
-
-CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.yaml"
-
-
-def learn(folder: Path) -> None:
-    more = ["total_steps=4", "optim.lr=2e-3", "chunk_size=4", "global_batch_size=16"]
-    places = [f"data.index={folder / 'shards'}", f"output_dir={folder / 'run'}"]
-    assert train.run(load_config(CONFIG, [*more, *places])) == 0
+from tests.runs import trained_run
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose split has 26 images of seven captions: seven batches, the last not full."""
-    folder = tmp_path_factory.mktemp("eval")
-    write_dataset(folder / "shards", {"train": 48, "val": [9, 17]}, captions=7)
-    run_distributed(learn, 1, folder)
-    return folder / "run"
+    splits: dict[str, int | list[int]] = {"train": 48, "val": [9, 17]}
+    more = ["total_steps=4", "optim.lr=2e-3", "chunk_size=4", "global_batch_size=16"]
+    return trained_run(tmp_path_factory.mktemp("eval"), splits, *more, captions=7)
 
 
 def evaluated(run_dir: Path) -> str | None:

@@ -6,30 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from dist_vse import cli, train
-from dist_vse.config import TrainConfig, load_config
+from dist_vse import cli
+from dist_vse.config import TrainConfig
 from dist_vse.config.sections import ModelConfig
 from dist_vse.errors import UserError
 from dist_vse.eval_run import eval_run
 from dist_vse.index import read_index
 from dist_vse.report import write_report
 from tests.datasets import write_dataset
-from tests.distributed import run_distributed
-
-CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.yaml"
-
-
-def learn(folder: Path) -> None:
-    overrides = ["total_steps=2", "log_every=1", f"data.index={folder / 'shards'}"]
-    assert train.run(load_config(CONFIG, [*overrides, f"output_dir={folder / 'run'}"])) == 0
+from tests.runs import trained_run
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    write_dataset(folder / "shards", {"train": [60, 50, 40], "val": [8]})
-    run_distributed(learn, 1, folder)
-    return folder / "run"
+    splits = {"train": [60, 50, 40], "val": [8]}
+    return trained_run(tmp_path_factory.mktemp("run"), splits, "total_steps=2", "log_every=1")
 
 
 def test_results_on_other_data_stay_apart(

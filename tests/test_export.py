@@ -23,14 +23,14 @@ from dist_vse.export.onnx import write_tower
 from dist_vse.export.write import export_run
 from dist_vse.index import read_index
 from dist_vse.models.dual_encoder import DualEncoder
-from dist_vse.run_dir import load_trained, run_model, run_tokenizer, with_start
+from dist_vse.run_dir import load_trained, run_model, run_tokenizer
 from dist_vse.stream.reader import ShardReader
 from tests.datasets import write_dataset
 from tests.distributed import run_distributed
-from tests.tiny_clip import write_hf
+from tests.runs import CONFIG
+from tests.tiny_clip import starting_from, write_hf
 from tests.tiny_models import write_tiny_bert
 
-CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.yaml"
 KINDS = ("transformer", "gru", "pretrained")
 
 
@@ -124,8 +124,7 @@ def test_transformers_reads_the_text_part(runs: Path) -> None:
 
 def clip(folder: Path) -> Embedder:
     """A random CLIP of transformers."""
-    start = str(write_hf(folder / "clip", "clip"))
-    config = with_start(load_config(None, [f"model.pretrained={start}"]))
+    config = starting_from(write_hf(folder / "clip", "clip"))
     tokenizer = run_tokenizer(config, folder, build=False)
     model = run_model(config, tokenizer)
     return Embedder(model, tokenizer, shape=config.model, device=torch.device("cpu"))

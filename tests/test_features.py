@@ -1,6 +1,5 @@
 """A frozen trunk's outputs on disk: training from them equals live training; no stale ones."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from dist_vse import train
 from dist_vse.config import load_config
 from dist_vse.errors import UserError
 from dist_vse.feature_cache import open_features, write_manifest, write_part
@@ -16,8 +14,7 @@ from dist_vse.features_run import make_features
 from dist_vse.index import read_index
 from tests.datasets import write_dataset
 from tests.distributed import run_distributed
-
-CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.yaml"
+from tests.runs import CONFIG, read_losses, run
 
 
 def _write_weights(path: Path, seed: int) -> None:
@@ -47,18 +44,6 @@ def _features(overrides: list[str]) -> int | str:
         return str(error)
 
 
-def _run(overrides: list[str]) -> int | str:
-    try:
-        return train.run(load_config(CONFIG, overrides))
-    except UserError as error:
-        return str(error)
-
-
-def _losses(run_dir: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
-
-
 def _blank_the_images(shards: Path) -> None:
     """Overwrite the training images, so that none can be decoded."""
     index = read_index(shards)
@@ -72,14 +57,14 @@ def _blank_the_images(shards: Path) -> None:
 def test_training_from_features_equals_live_training_and_reads_no_image(
     tmp_path: Path, overrides: list[str]
 ) -> None:
-    assert run_distributed(_run, 2, [*overrides, f"output_dir={tmp_path / 'live'}"]) == [0, 0]
+    assert run_distributed(run, 2, [*overrides, f"output_dir={tmp_path / 'live'}"]) == [0, 0]
     cached = [*overrides, f"data.features={tmp_path / 'features'}"]
     assert run_distributed(_features, 2, cached) == [0, 0]
     assert len(list((tmp_path / "features").glob("*.npy"))) == 2
     _blank_the_images(tmp_path / "shards")
     cached += ["data.num_workers=1", f"output_dir={tmp_path / 'cached'}"]
-    assert run_distributed(_run, 2, cached) == [0, 0]
-    live, from_disk = _losses(tmp_path / "live"), _losses(tmp_path / "cached")
+    assert run_distributed(run, 2, cached) == [0, 0]
+    live, from_disk = read_losses(tmp_path / "live"), read_losses(tmp_path / "cached")
     assert len(live) == 6 and live[-1] != live[0]
     assert from_disk == pytest.approx(live, abs=1e-5)
 
@@ -87,16 +72,16 @@ def test_training_from_features_equals_live_training_and_reads_no_image(
 def test_stale_features_are_refused_and_made_again(tmp_path: Path, overrides: list[str]) -> None:
     folder = tmp_path / "features"
     cached = [*overrides, f"data.features={folder}", f"output_dir={tmp_path / 'run'}"]
-    (verdict,) = run_distributed(_run, 1, cached)
+    (verdict,) = run_distributed(run, 1, cached)
     assert "no features here" in str(verdict) and "dist-vse features" in str(verdict)
     assert run_distributed(_features, 1, cached) == [0]
     first = (folder / "features-00000.npy").read_bytes()
     _write_weights(tmp_path / "trunk.safetensors", 1)
-    (verdict,) = run_distributed(_run, 1, cached)
+    (verdict,) = run_distributed(run, 1, cached)
     assert "stale features (weights: " in str(verdict)
     assert run_distributed(_features, 1, cached) == [0]
     assert (folder / "features-00000.npy").read_bytes() != first
-    assert run_distributed(_run, 1, cached) == [0]
+    assert run_distributed(run, 1, cached) == [0]
 
 
 def test_features_need_a_folder(overrides: list[str]) -> None:

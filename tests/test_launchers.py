@@ -1,9 +1,6 @@
 """Four ways to start, one result; and what a launcher's own settings contradict is told."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ from dist_vse.config import load_config
 from dist_vse.errors import UserError
 from launch.environment import free_port
 from tests.datasets import write_dataset
+from tests.runs import ROOT, command, read_losses
 
-ROOT = Path(__file__).parents[1]
 CONFIG = "configs/debug_cpu.yaml"
 
 
@@ -30,21 +27,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _launch(run_dir: Path, data: Path, *launcher: str) -> tuple[list[float], bytes, str]:
     """Train three steps in two processes; return losses, final weights and what was said."""
     settings = ["total_steps=3", "log_every=1", f"data.index={data}", f"output_dir={run_dir}"]
-    bin_dir = Path(sys.executable).parent
-    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*launcher, CONFIG, *settings],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
+    done = command(*launcher, CONFIG, *settings)
     assert done.returncode == 0, done.stderr
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    losses = [line["loss"] for line in lines if line["kind"] == "train"]
     weights = (run_dir / "checkpoints" / "step-000003" / "model.safetensors").read_bytes()
-    return losses, weights, done.stderr
+    return read_losses(run_dir), weights, done.stderr
 
 
 @pytest.mark.timeout(300)

@@ -17,8 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_vse import cli, train
-from dist_vse.config import load_config
+from dist_vse import cli
 from dist_vse.errors import UserError
 from dist_vse.index import read_index
 from dist_vse.retrieval import top_k
@@ -28,24 +27,15 @@ from dist_vse.search.run import Found, search
 from dist_vse.search.zeroshot import class_features, zeroshot
 from dist_vse.stream.reader import ShardReader
 from tests.datasets import describe, draw, write_dataset
-from tests.distributed import run_distributed
-
-CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.yaml"
+from tests.runs import trained_run
 
 QUERY = ["--split", "val", "--text", "a red square"]
 
 
-def learn(folder: Path) -> None:
-    steps = ["total_steps=60", "optim.lr=2e-3", f"data.index={folder / 'shards'}"]
-    assert train.run(load_config(CONFIG, [*steps, f"output_dir={folder / 'run'}"])) == 0
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    write_dataset(folder / "shards", {"train": [60, 50, 40], "val": [32]})
-    run_distributed(learn, 1, folder)
-    return folder / "run"
+    splits = {"train": [60, 50, 40], "val": [32]}
+    return trained_run(tmp_path_factory.mktemp("run"), splits, "total_steps=60", "optim.lr=2e-3")
 
 
 @pytest.mark.parametrize("suffix", [".html", ".png"])

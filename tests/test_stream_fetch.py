@@ -4,33 +4,25 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
 
 from dist_vse.errors import UserError
 from dist_vse.index import Shard, is_remote
-from dist_vse.stream import fetch as fetch_module
 from dist_vse.stream.download import CHUNK_BYTES
-from dist_vse.stream.fetch import Cache, cache_from_environment, fetch, open_copy
-from tests.datasets import write_dataset
+from dist_vse.stream.fetch import fetch
+from tests.far_shards import cache, far_shards
 from tests.flaky_server import STALL_S, Server, serve
+from tests.waiting import wait_until
 
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Shard:
-    """A shard that lies elsewhere, with a URL for its path."""
-    index = write_dataset(tmp_path / "far", {"train": 5})
-    entry = index.split("train").shards[0]
-    return replace(entry, path=(tmp_path / "far" / entry.path).as_uri())
-
-
-def cache(folder: Path, *delays_s: float, limit: float = 1e9) -> Cache:
-    return Cache(folder, limit, STALL_S, delays_s)
+    return far_shards(tmp_path / "far", [5])[0]
 
 
 @pytest.fixture
@@ -88,9 +80,7 @@ def test_a_stalled_command_is_ended_with_all_that_it_started(shard: Shard, tmp_p
     shell, sleeper = map(int, pids.read_text().split())
     assert shell != sleeper
     assert not _runs(shell)
-    deadline = time.monotonic() + 10  # a killed process is gone soon, not at once
-    while _runs(sleeper):
-        assert time.monotonic() < deadline
+    wait_until(lambda: not _runs(sleeper), "the end of a killed process", patience_s=10)
 
 
 @pytest.mark.parametrize("scheme", ["pipe", "file", "memory"])
@@ -228,83 +218,3 @@ def test_who_waited_for_a_failure_does_not_wait_again(
     assert server.requests["train-00000.tar"] == 2
     server.fault = ""
     assert fetch(far, cache(tmp_path / "cache")).is_file()  # a later one tries anew
-
-
-def test_the_cache_keeps_to_its_limit(tmp_path: Path) -> None:
-    index = write_dataset(tmp_path / "far", {"train": [4] * 6})
-    shards = [
-        replace(s, path=(tmp_path / "far" / s.path).as_uri()) for s in index.split("train").shards
-    ]
-    room = cache(tmp_path / "cache", limit=3.5 * max(s.num_bytes for s in shards))
-    left_over = tmp_path / "cache" / f"{'0' * 16}-old.tar.9999999.part"  # by a killed process
-    somebodys = tmp_path / "cache" / "notes.tar"
-    left_over.parent.mkdir()
-    for path in (left_over, somebodys):
-        path.write_bytes(bytes(1000))
-        os.utime(path, (0, 0))
-    for n in (0, 1, 2):
-        path, file = open_copy(shards[n], room)
-        os.close(file)
-        os.utime(path, (100 + n, 100 + n))
-    for n in (0, 3):  # 0 is used again, so that 1 is the one used longest ago
-        os.close(open_copy(shards[n], room)[1])
-    kept = {path.name.partition("-")[2] for path in (tmp_path / "cache").glob("*-*.tar")}
-    assert kept == {"train-00000.tar", "train-00002.tar", "train-00003.tar"}
-    assert not left_over.exists()
-    assert somebodys.exists()
-
-
-def test_a_shard_larger_than_the_cache_is_told(shard: Shard, tmp_path: Path) -> None:
-    message = rf"has {shard.num_bytes:,} bytes, more than .* may hold .*; raise DIST_VSE_CACHE_GIB"
-    with pytest.raises(UserError, match=message):
-        fetch(shard, cache(tmp_path / "cache", limit=shard.num_bytes - 1))
-    fetch(shard, cache(tmp_path / "cache", limit=shard.num_bytes))
-
-
-def test_copies_that_are_being_made_hold_their_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A shard waits while another is copied, where there is no room for both."""
-    index = write_dataset(tmp_path / "far", {"train": [4] * 2})
-    first, second = (
-        replace(s, path=f"pipe:cat {tmp_path}/far/{s.path}") for s in index.split("train").shards
-    )
-    go, folder = tmp_path / "go", tmp_path / "cache"
-    first = replace(first, path=f"pipe:until test -e {go}; do sleep 0.01; done; {first.path[5:]}")
-    second = replace(second, path=f"pipe:test -e {go} && {second.path[5:]}")
-    room = cache(folder, limit=1.5 * max(first.num_bytes, second.num_bytes))
-    waits = threading.Event()
-    monkeypatch.setattr(fetch_module, "WAIT_S", 0.01)
-    monkeypatch.setattr(fetch_module, "_reserve", _telling(fetch_module._reserve, waits))
-    threads = [threading.Thread(target=fetch, args=(first, replace(room, stall_s=20)))]
-    threads[0].start()
-    deadline = time.monotonic() + 20
-    while not list(folder.glob("*.part")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    threads.append(threading.Thread(target=fetch, args=(second, room)))
-    threads[1].start()
-    assert waits.wait(20)
-    go.touch()
-    for thread in threads:
-        thread.join(20)
-    (kept,) = folder.glob("*.tar")  # the first one made room
-    assert kept.name.startswith(second.sha256[:16])
-
-
-def _telling(reserve: Callable[..., bool], refused: threading.Event) -> Callable[..., bool]:
-    def wrapped(*arguments: Any) -> bool:
-        has_room = reserve(*arguments)
-        if not has_room:
-            refused.set()
-        return has_room
-
-    return wrapped
-
-
-def test_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIST_VSE_CACHE_GIB", "2.5")
-    assert cache_from_environment().limit_bytes == 2.5 * 2**30
-    monkeypatch.setenv("DIST_VSE_CACHE_GIB", "much")
-    with pytest.raises(UserError, match="DIST_VSE_CACHE_GIB='much': give a number above 0"):
-        cache_from_environment()

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 
 from dist_vse.index import Index, read_index
-from dist_vse.models.tokenizer import WordTokenizer
-from dist_vse.stream import TrainSet, train_batches
+from dist_vse.stream import TrainSet
 from tests.datasets import write_dataset
-from tests.test_stream_train import rows_of
+from tests.streams import open_rank, rows_of
 
 SHARDS = [11, 17, 8, 14, 23]
 BATCH, LANES, STEPS, KILLS = 16, 4, 40, 30
@@ -41,21 +40,14 @@ def _read(folder: Path, log: Path, rank: int, life: Life, tell: Callable[[int], 
     """Write each step's rows and state."""
     start, world_size = life.start, life.world_size
     state = _state(log, start) if start else None
-    batches = train_batches(
+    batches = open_rank(
         [TrainSet(read_index(folder), "train"), TrainSet(read_index(folder), "other", 0.5)],
-        seed=3,
-        global_batch_size=BATCH,
-        lanes=LANES,
-        shuffle_window=16,
-        size=8,
-        crop="random",
-        min_crop_area=0.5,
-        flip=True,
-        color_jitter=0.2,
-        tokenizer=WordTokenizer(["a", "red", "square", "on"], 8),
         rank=rank,
         world_size=world_size,
         num_workers=int(rank == life.with_worker),
+        global_batch_size=BATCH,
+        lanes=LANES,
+        shuffle_window=16,
         state=state,
     )
     for step in range(start + 1, life.stop + 1):

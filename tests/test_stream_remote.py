@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dist_vse import distributed
 from dist_vse.errors import UserError
 from dist_vse.index import Index, Split, read_index, write_index
-from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
-from dist_vse.stream import TrainSet, captions, eval_batches, train_batches
+from dist_vse.models.tokenizer import WordTokenizer
+from dist_vse.stream import TrainSet, captions, eval_batches
 from dist_vse.stream import fetch as fetch_module
 from shards import cli
 from tests.datasets import draw, encode, write_dataset
 from tests.distributed import run_distributed
 from tests.flaky_server import STALL_S, Server, serve
+from tests.streams import PLAIN, open_rank
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -61,21 +62,15 @@ def _stream(folder: Path, num_workers: int, steps: int) -> list[list[int]] | str
     }
     fetch_module.RETRY_DELAYS_S = (0.1,)
     index = read_index(folder)
-    batches = train_batches(
+    batches = open_rank(
         [TrainSet(index, "train")],
-        seed=0,
-        global_batch_size=12,
-        lanes=2,
-        shuffle_window=9,
-        size=8,
-        crop="center",
-        min_crop_area=1.0,
-        flip=False,
-        color_jitter=0.0,
-        tokenizer=WordTokenizer(["a"], 8),
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         num_workers=num_workers,
+        global_batch_size=12,
+        lanes=2,
+        shuffle_window=9,
+        **PLAIN,
     )
     rows = []
     try:
@@ -119,6 +114,10 @@ def test_a_lost_shard_ends_every_rank_alike(
     assert time.monotonic() - began < 20
 
 
+def wait_for_copies(cache: Path, count: int) -> None:
+    wait_until(lambda: len(list(cache.glob("*.tar"))) >= count, f"{count} copies", patience_s=20)
+
+
 def test_the_next_blocks_shards_are_copied_ahead(
     remote_index: Callable[[Callable[[str], str]], Index],
     server: Server,
@@ -127,30 +126,11 @@ def test_the_next_blocks_shards_are_copied_ahead(
 ) -> None:
     monkeypatch.setenv("DIST_VSE_CACHE", str(tmp_path / "cache"))
     index = remote_index(server.url)
-    batches = train_batches(
-        [TrainSet(index, "train")],
-        seed=0,
-        global_batch_size=1,
-        lanes=1,
-        shuffle_window=9,
-        size=8,
-        crop="center",
-        min_crop_area=1.0,
-        flip=False,
-        color_jitter=0.0,
-        tokenizer=WordTokenizer(build_vocabulary(captions(index, "train"), 1), 8),
-        rank=0,
-        world_size=1,
-        num_workers=0,
-        state=np.zeros((1, 2), np.int64),
+    batches = open_rank(
+        [TrainSet(index, "train")], global_batch_size=1, lanes=1, shuffle_window=9, **PLAIN
     )
-    for path in (tmp_path / "cache").iterdir():  # what the vocabulary read
-        path.unlink()
     next(batches)
-    deadline = time.monotonic() + 20
-    while len(list((tmp_path / "cache").glob("*.tar"))) < 3:  # of 4; blocks touch two or three
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_copies(tmp_path / "cache", 3)  # of 4; blocks touch two or three
 
 
 def test_evaluation_copies_the_next_shard_ahead(
@@ -170,10 +150,7 @@ def test_evaluation_copies_the_next_shard_ahead(
         world_size=1,
     )
     next(batches)  # within the first shard
-    deadline = time.monotonic() + 20
-    while len(list((tmp_path / "cache").glob("*.tar"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_copies(tmp_path / "cache", 2)
     assert sorted(server.requests) == ["train-00000.tar", "train-00001.tar"]
     assert sum(len(batch.keys) for batch in batches) == 36 - 5
 

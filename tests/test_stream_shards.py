@@ -1,7 +1,5 @@
 """Twenty shards of 300 to 700 samples: every sample once, one order for all readers."""
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -9,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dist_vse.bench.order import BATCH, LANES, count
 from dist_vse.index import Index
-from dist_vse.models.tokenizer import WordTokenizer
-from dist_vse.stream import TrainSet, train_batches
+from dist_vse.stream import TrainSet
 from tests.datasets import Sample, write_shards
+from tests.streams import open_rank
 
 SIZES = np.random.default_rng(0).integers(300, 701, 20).tolist()
 TOTAL = sum(SIZES)
-BATCH, LANES = 240, 24  # multiples of every number of ranks times workers
 
 
 @pytest.fixture(scope="module")
@@ -30,36 +28,19 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 def _count(index: Index, world_size: int, num_workers: int) -> tuple[int, int, str]:
     """Return the first epoch's unseen and repeated samples, and a hash of all global batches."""
     streams = [
-        train_batches(
+        open_rank(
             [TrainSet(index, "train")],
-            seed=0,
-            global_batch_size=BATCH,
-            lanes=LANES,
-            shuffle_window=256,
-            size=8,
-            crop="center",
-            min_crop_area=1.0,
-            flip=False,
-            color_jitter=0.0,
-            tokenizer=WordTokenizer(["number"], 4),
             rank=rank,
             world_size=world_size,
             num_workers=num_workers,
+            global_batch_size=BATCH,
+            lanes=LANES,
+            shuffle_window=256,
             read_images=False,
         )
         for rank in range(world_size)
     ]
-    seen: Counter[int] = Counter()
-    digests = [hashlib.sha256() for _ in range(3)]
-    for _ in range(TOTAL // BATCH + 2):
-        for stream in streams:
-            batch = next(stream)
-            seen.update(number for turn, number in batch.origin.tolist() if turn == 0)
-            of_rows = (batch.image_ids, batch.text_ids, batch.origin)
-            for rows, digest in zip(of_rows, digests, strict=True):
-                digest.update(rows.numpy().tobytes())
-    whole = "".join(digest.hexdigest() for digest in digests)
-    return TOTAL - len(seen), sum(seen.values()) - len(seen), whole
+    return count(streams, TOTAL)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from dist_vse.errors import UserError
 from dist_vse.metrics import Recorder
 from tests.datasets import write_dataset
 from tests.distributed import run_distributed
-
-CONFIG = Path(__file__).parent.parent / "configs" / "debug_cpu.yaml"
+from tests.runs import CONFIG, read_logged, read_losses
 
 
 def learn(folder: Path, names: str, lives: list[int]) -> None:
@@ -43,8 +42,7 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
     (run,) = client.search_runs([experiment.experiment_id])  # one, of both lives and both ranks
     assert run.info.run_id == json.loads((run_dir / "trackers.json").read_text())["mlflow"]
     assert run.info.status == "FINISHED"
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    want = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    want = [*zip(read_logged(run_dir, "step"), read_losses(run_dir), strict=True)]
     got = client.get_metric_history(run.info.run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in got] == want and len(want) == 3
     assert run.data.params["loss.name"] == "convse"

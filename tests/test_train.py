@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,8 @@ from dist_vse.config import load_config
 from dist_vse.errors import UserError
 from tests.datasets import Sample, make_sample, write_dataset, write_shards
 from tests.distributed import run_distributed
+from tests.runs import CONFIG, read_lines, read_logged, read_losses, run, settings
 
-ROOT = Path(__file__).parent.parent
-CONFIG = ROOT / "configs" / "debug_cpu.yaml"
 SGD = ("optim.name=sgd", "optim.lr=0.05")
 
 
@@ -32,38 +29,21 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _overrides(shards: Path, run_dir: Path, *more: str) -> list[str]:
-    steps = ("total_steps=6", "log_every=1")
-    return [f"data.index={shards}", f"output_dir={run_dir}", *steps, *more]
+    return settings(shards, run_dir, "total_steps=6", "log_every=1", *more)
 
 
 def _run(overrides: list[str], signal_after: int | None = None) -> int | str:
     """Train on this rank; the last rank gets a signal once `signal_after` steps are logged."""
-    config = load_config(CONFIG, overrides)
     if signal_after is not None and distributed.rank() == distributed.world_size() - 1:
-        metrics = Path(config.output_dir) / "metrics.jsonl"
+        metrics = Path(load_config(CONFIG, overrides).output_dir) / "metrics.jsonl"
         threading.Thread(target=_signal_after, args=(metrics, signal_after), daemon=True).start()
-    try:
-        return train.run(config)
-    except UserError as error:
-        return str(error)
+    return run(overrides)
 
 
 def _signal_after(metrics: Path, step: int) -> None:
     while not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
         pass
     os.kill(os.getpid(), signal.SIGUSR1)
-
-
-def _losses(run_dir: Path) -> list[float]:
-    return _logged(run_dir, "loss")
-
-
-def _logged(run_dir: Path, name: str) -> list[float]:
-    return [line[name] for line in _lines(run_dir) if line["kind"] == "train"]
-
-
-def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -85,8 +65,8 @@ def test_the_loss_curve_does_not_depend_on_the_world_size(
         stage_override = f"engine.zero_stage={stage}"
         overrides = _overrides(shards, run_dir, *SGD, f"loss.name={loss}", stage_override)
         assert run_distributed(_run, world_size, overrides) == [0] * world_size
-        curves.append(_losses(run_dir))
-        masked.append(_logged(run_dir, "masked_pairs"))
+        curves.append(read_losses(run_dir))
+        masked.append(read_logged(run_dir, "masked_pairs"))
     assert len(curves[0]) == 6
     assert masked[0] == masked[1] == masked[2]
     for curve in curves[1:]:
@@ -102,12 +82,12 @@ def test_an_interrupted_run_continues_to_the_bit(shards: Path, tmp_path: Path, s
     assert run_distributed(_run, 2, whole) == [0, 0]
     parts = _overrides(shards, tmp_path / "parts", *more)
     assert run_distributed(_run, 2, parts, 2) == [train.INTERRUPTED] * 2
-    stopped_after = len(_losses(tmp_path / "parts"))
+    stopped_after = len(read_losses(tmp_path / "parts"))
     assert 2 <= stopped_after < 6
-    evaluated = [line["step"] for line in _lines(tmp_path / "parts") if line["kind"] == "eval"]
+    evaluated = [line["step"] for line in read_lines(tmp_path / "parts") if line["kind"] == "eval"]
     assert evaluated == [*range(stopped_after)]  # the last step was saved at once
     assert run_distributed(_run, 2, parts) == [0, 0]
-    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    assert read_losses(tmp_path / "parts") == read_losses(tmp_path / "whole")
     assert _same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
 
 
@@ -122,13 +102,13 @@ def test_a_chunk_size_found_by_trying_is_written_down_and_changes_nothing(
     assert chunk_size in (4, 8)
     given = _overrides(shards, tmp_path / "given", *more, f"chunk_size={chunk_size}")
     assert run_distributed(_run, 2, given) == [0, 0]
-    assert _losses(tmp_path / "auto") == _losses(tmp_path / "given")
+    assert read_losses(tmp_path / "auto") == read_losses(tmp_path / "given")
     assert _same(_weights(tmp_path / "auto"), _weights(tmp_path / "given"))
     # A later life keeps to it, whatever fits then.
     later = _overrides(shards, tmp_path / "auto", *more, *auto, "total_steps=8")
     assert run_distributed(_run, 2, later) == [0, 0]
     assert load_config(tmp_path / "auto" / "config.yaml").chunk_size == chunk_size
-    assert len(_losses(tmp_path / "auto")) == 8
+    assert len(read_losses(tmp_path / "auto")) == 8
 
 
 def test_a_run_goes_on_with_other_processes_and_another_stage(shards: Path, tmp_path: Path) -> None:
@@ -139,7 +119,9 @@ def test_a_run_goes_on_with_other_processes_and_another_stage(shards: Path, tmp_
     for world_size, stage, steps in ((2, 3, 2), (4, 1, 4), (1, 2, 6)):
         overrides = [*parts, f"engine.zero_stage={stage}", f"total_steps={steps}"]
         assert run_distributed(_run, world_size, overrides) == [0] * world_size
-    assert _losses(tmp_path / "parts") == pytest.approx(_losses(tmp_path / "whole"), abs=1e-5)
+    assert read_losses(tmp_path / "parts") == pytest.approx(
+        read_losses(tmp_path / "whole"), abs=1e-5
+    )
 
 
 def _cut(path: Path) -> None:
@@ -156,13 +138,13 @@ def test_a_cut_checkpoint_is_passed_over_for_the_one_before(shards: Path, tmp_pa
     assert run_distributed(_run, 1, overrides) == [0]
     assert (folder / "step-000006.damaged").is_dir()
     assert _same(_weights(tmp_path / "run"), weights)
-    assert len(_losses(tmp_path / "run")) == 6
+    assert len(read_losses(tmp_path / "run")) == 6
     for path in checkpoint.steps(folder):
         _cut(path / "rank-0.safetensors")
     verdicts = run_distributed(_run, 2, overrides)
     assert verdicts[0] == verdicts[1]
     assert "none of the 2 checkpoints is whole" in verdicts[0]
-    assert len(_losses(tmp_path / "run")) == 6
+    assert len(read_losses(tmp_path / "run")) == 6
 
 
 def _kept(run_dir: Path) -> list[int]:
@@ -278,78 +260,5 @@ def test_a_run_that_was_taken_over_writes_nothing_any_more(
     assert kind is fence.TakenOver, told
     files = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
     assert sorted(files - {"config.yaml", "vocabulary.json", "life.json"}) == written
-    found = _lines(tmp_path / "run") if "metrics.jsonl" in written else []
+    found = read_lines(tmp_path / "run") if "metrics.jsonl" in written else []
     assert [line["kind"] for line in found] == lines
-
-
-def _command(*arguments: Any, **more: Any) -> subprocess.CompletedProcess[str]:
-    bin_dir = Path(sys.executable).parent
-    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        [str(a) for a in arguments],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        **more,
-    )
-
-
-def test_the_readmes_commands_train_evaluate_and_report(shards: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    launched = _command(
-        "accelerate",
-        "launch",
-        "--config_file",
-        "configs/accelerate/cpu_2proc.yaml",
-        "-m",
-        "dist_vse.train",
-        "configs/debug_cpu.yaml",
-        *_overrides(shards, run_dir, "optim.lr=2e-3", "total_steps=30"),
-    )
-    assert launched.returncode == 0, launched.stderr
-    losses = _losses(run_dir)
-    assert len(losses) == 30 and losses[-1] < losses[0] - 0.3
-    evaluated = _command("dist-vse", "eval", run_dir, "--split", "val")
-    assert evaluated.returncode == 0, evaluated.stderr
-    result = json.loads((run_dir / "eval-val.json").read_text())
-    assert result["chance"]["i2t_r1"] == pytest.approx(100 / 32)
-    assert result["trained"]["num_images"] == 32
-    assert result["intervals"] == {}
-    checkpoint = max((run_dir / "checkpoints").glob("step-*"))
-    again = ("--split", "val", "--recall", "2", "--bootstrap", "20")
-    evaluated = _command("dist-vse", "eval", checkpoint, *again)
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert "R@2, %" in evaluated.stdout and "95 % bootstrap" in evaluated.stdout
-    other = json.loads((run_dir / f"eval-val-{checkpoint.name}.json").read_text())
-    assert other["trained"]["i2t_r1"] == result["trained"]["i2t_r1"]
-    low, high = other["intervals"]["i2t_r2"]
-    assert low <= other["trained"]["i2t_r2"] <= high
-    wrong = _command("dist-vse", "eval", run_dir, "--split", "val", "--protocol", "flickr-1k")
-    assert wrong.returncode == 2
-    assert "defined on 1,000 images, this split has 32" in wrong.stderr.splitlines()[-1]
-    (made,) = (run_dir / "environment.jsonl").read_text().splitlines()
-    assert json.loads(made)["machine"]["processes"] == 2
-    assert json.loads(made)["versions"]["torch"] == torch.__version__.split("+")[0]
-    reported = _command("dist-vse", "report", run_dir)
-    assert reported.returncode == 0, reported.stderr
-    assert "<html" in (run_dir / "report.html").read_text()
-
-
-def test_a_launched_error_is_one_line(shards: Path, tmp_path: Path) -> None:
-    launched = _command(
-        "accelerate",
-        "launch",
-        "--config_file",
-        "configs/accelerate/cpu_2proc.yaml",
-        "-m",
-        "dist_vse.train",
-        "configs/debug_cpu.yaml",
-        *_overrides(shards, tmp_path / "run", "loss.name=convs"),
-    )
-    assert launched.returncode != 0
-    errors = [line for line in launched.stderr.splitlines() if line.startswith("error:")]
-    assert errors == [
-        "error: configs/debug_cpu.yaml: loss.name='convs' is unknown; did you mean 'convse'?"
-    ]

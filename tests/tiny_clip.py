@@ -18,9 +18,33 @@ from transformers import (
     SiglipModel,
 )
 
+from dist_vse.config import TrainConfig, load_config
+from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.run_dir import run_model, run_tokenizer, with_start
+
+KINDS = [(library, kind) for library in ("hf", "open_clip") for kind in ("clip", "siglip")]
 WORDS = ("<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "green", "square", "circle", "on")
 LENGTH = 12
 SIDE = 32
+
+
+def write_all(root: Path) -> Path:
+    """Save a checkpoint of each library and kind, `LIBRARY-KIND`; return the folder of all."""
+    for library, kind in KINDS:
+        write = {"hf": write_hf, "open_clip": write_open_clip}[library]
+        write(root / f"{library}-{kind}", kind)
+    return root
+
+
+def starting_from(folder: Path, *overrides: str) -> TrainConfig:
+    """Return the config of a run that starts from the checkpoint."""
+    return with_start(load_config(None, [f"model.pretrained={folder}", *overrides]))
+
+
+def build(folder: Path, *overrides: str) -> DualEncoder:
+    """Build our model with the checkpoint's weights."""
+    config = starting_from(folder, *overrides)
+    return run_model(config, run_tokenizer(config, folder, build=False)).eval()
 
 
 def write_hf(folder: Path, kind: str) -> Path:

@@ -13,7 +13,7 @@ import multiprocessing
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,12 @@ def run(args: argparse.Namespace) -> int:
 
 def count_ours(index: Index, world_size: int, workers: int) -> tuple[int, int, str]:
     """Return the samples of the first epoch missed and repeated, and a hash of all batches."""
-    total = index.split("train").num_samples
     streams = [_stream(index, rank, world_size, workers) for rank in range(world_size)]
+    return count(streams, index.split("train").num_samples)
+
+
+def count(streams: Sequence[Iterator[Batch]], total: int) -> tuple[int, int, str]:
+    """Return the same for the ranks' streams of an epoch of `total` samples, and close them."""
     seen: Counter[int] = Counter()
     digests = [hashlib.sha256() for _ in range(4)]  # of pixels, ids, ids and origins
     for _ in range(total // BATCH + 2):

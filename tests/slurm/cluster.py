@@ -6,15 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from tests.waiting import PATIENCE_S, wait_until
 
 NEEDED = ("slurmctld", "slurmd", "munged", "ip", "nsenter", "unshare")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge iproute2"
 SCRIPT = str(Path(__file__).with_name("cluster.sh"))
-PATIENCE_S = 150
 
 
 def obstacle() -> str | None:
@@ -24,17 +23,6 @@ def obstacle() -> str | None:
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = [name for name in NEEDED if shutil.which(name, path=path) is None]
     return f"NO SLURM TESTS: {', '.join(missing)} missing; {INSTALL}" if missing else None
-
-
-def wait_until(done: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
-    """Poll until `done()` is true; return what it returned. Fails after `patience_s`."""
-    end = time.monotonic() + patience_s
-    while time.monotonic() < end:
-        value = done()
-        if value:
-            return value
-        time.sleep(0.1)
-    raise AssertionError(f"waited {patience_s} s for {what}")
 
 
 def _run(*command: str) -> str:

@@ -17,7 +17,7 @@ from launch import control, follow
 from launch.job import Job, Train
 from launch.submit import Plan, plan_submission, start, submit
 from tests.distributed import run_distributed
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import Cluster
 from tests.slurm.recorded import (
     RecordedTrain,
     num_waiting,
@@ -26,6 +26,7 @@ from tests.slurm.recorded import (
     release,
     samples_trained_on,
 )
+from tests.waiting import wait_until
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug_cpu.yaml"
 STEPS = 20  # of 32 pairs: each of the 640 samples once

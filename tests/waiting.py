@@ -1,0 +1,18 @@
+"""Wait for what another process or thread does, with an end to the patience."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+PATIENCE_S = 150
+
+
+def wait_until(done: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
+    """Poll until `done()` is true; return what it returned. Fails after `patience_s`."""
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        value = done()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"waited {patience_s} s for {what}")
