@@ -20,6 +20,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 import simplejpeg
 import torch
 from rich.console import Console
@@ -38,6 +39,7 @@ SIZE = 224
 SHARDS = 4
 CONTEXT = 77  # tokens, as CLIP's
 PEER_BUFFER = 200  # samples; OpenCLIP's own 5,000 would take the whole measurement to fill
+IDLE_S = 0.2  # seconds in which idle workers use no processor
 BATCHES_AHEAD = 4  # a worker: more than either pipeline makes ahead
 Batches = Iterator[Any]
 
@@ -87,6 +89,7 @@ def _measure(
     rates: dict[str, list[float]] = {name: [] for name in rounds}
     for _ in range(args.repeats):
         for name, measure in rounds.items():
+            _wait_until_idle()
             rates[name].append(measure())
     ours.close()  # type: ignore[attr-defined]
     return {name: statistics.median(values) for name, values in rates.items()}
@@ -152,6 +155,22 @@ def _rate(batches: Batches, workers: int, args: argparse.Namespace) -> float:
         next(batches)
         count += args.batch_size
     return count / (time.perf_counter() - started)
+
+
+def _wait_until_idle() -> None:
+    """Wait while workers of the pipeline measured before still make batches ahead."""
+    workers = psutil.Process().children(recursive=True)
+
+    def busy() -> float:
+        return sum(sum(worker.cpu_times()[:2]) for worker in workers)
+
+    before = busy()
+    while True:
+        time.sleep(IDLE_S)
+        now = busy()
+        if now - before < IDLE_S / 10:
+            return
+        before = now
 
 
 def _bare_rate(images: list[bytes], processes: int, args: argparse.Namespace) -> float:

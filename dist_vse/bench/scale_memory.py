@@ -70,11 +70,11 @@ def weigh(build: Callable[[], T], step: Callable[[T], None]) -> tuple[T, Borders
 def memory_parts(borders: Borders, *, inputs: int, outputs: int, gradients: int) -> dict[str, int]:
     """Return bytes by what they are for; the first three and the larger of the next give the peak.
 
-    `inputs` are the bytes of a rank's batch, `outputs` those of its features, `gradients` those of
-    the trainable parameters. state: what stands between two steps (weights, optimizer, the engine's
-    buffers). features: with their gradients and copies. kept_graphs: activations that stay from
-    the first pass to the second. loss: at most, without the features. encoders: activations and
-    gradients, at most.
+    `inputs` are the bytes of a rank's batch, `outputs` those of its features before the loss,
+    `gradients` those of the trainable parameters. state: what stands between two steps (weights,
+    optimizer, the engine's buffers). features: with their gradients and copies. kept_graphs:
+    activations that stay from the first pass to the second. loss: at most, without the features.
+    encoders: activations and gradients, at most.
     """
     before, most = borders.before, borders.most
     start = before["encode"]

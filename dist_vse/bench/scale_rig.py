@@ -53,13 +53,16 @@ class Rig:
         train_step(self.engine, loss_fn, chunks, keep_graphs=kept, announce=ahead.send)
 
     def known_bytes(self) -> dict[str, int]:
-        """Return the bytes of this rank's inputs, features and gradients."""
-        rows = self.config.global_batch_size // distributed.world_size()
+        """Return the bytes of this rank's inputs, features (captions of all ranks too, which are
+        gathered ahead) and gradients."""
+        ranks = distributed.world_size()
+        rows = self.config.global_batch_size // ranks
+        gathered = rows * ranks if ranks > 1 and self.config.loss.transport == "gather" else 0
         pixels, tokens = 3 * self.config.model.image.size**2, self.config.model.text.max_tokens
         trainable = [p for p in self.engine.module.parameters() if p.requires_grad]
         return {
             "inputs": rows * (pixels + 8 * tokens),
-            "outputs": 2 * 4 * rows * self.config.model.embed_dim,
+            "outputs": 4 * (2 * rows + gathered) * self.config.model.embed_dim,
             "gradients": sum(_size(p) * p.itemsize for p in trainable),
         }
 

@@ -144,9 +144,14 @@ def loss_bytes(settings: Settings, width: int, place: Place) -> tuple[float, flo
 
 
 def cache_bytes(settings: Settings, width: int) -> float:
-    """Return the features and their cached gradients, which stand through the second pass."""
-    own = FP32 * settings.rank_batch * width
-    return 4 * own + VECTORS / 2 * (settings.rank_batch + settings.global_batch)
+    """Return the cached gradients of the features, which stand through the second pass."""
+    return 2.0 * FP32 * settings.rank_batch * width
+
+
+def ahead_bytes(settings: Settings, width: int) -> float:
+    """Return all ranks' captions, which are gathered while chunks are encoded."""
+    gathers = settings.world_size > 1 and not settings.ring
+    return float(FP32 * settings.global_batch * width) if gathers else 0.0
 
 
 def fullest(moments: Sequence[Memory]) -> Memory:
@@ -165,12 +170,12 @@ def moments(work: Work, settings: Settings, place: Place) -> list[Memory]:
     # Outputs of chunks without a graph wait for the second pass.
     waiting = 2.0 * FP32 * width * max(0, rows - settings.kept * settings.chunk)
     features, similarities = loss_bytes(settings, width, place)
-    cache = cache_bytes(settings, width)
+    cache, ahead = cache_bytes(settings, width), ahead_bytes(settings, width)
 
     again = max(grads["gathering"], acts["second_pass"])
     at = partial(Memory, inputs=inputs, state=state)
     return [
-        at("encode", 0.0, max(grads["gathering"], acts["encode"]), waiting, 0.0),
+        at("encode", 0.0, max(grads["gathering"], acts["encode"]), waiting + ahead, 0.0),
         at("loss", 0.0, acts["loss"], waiting + features, similarities),
         # Gradients come as the graph goes: whole at the end of the first backward.
         at("second_pass", 0.0, acts["first_backward"], waiting + cache, 0.0),
