@@ -53,8 +53,9 @@ def test_memory_is_told_apart_by_what_it_is_for() -> None:
     small, large = (weigh(LOAD, batch, 16) for batch in (32, 128))
     assert small["model_bytes"] == large["model_bytes"] > small["gradient_bytes"]
     assert large["input_bytes"] == 4 * small["input_bytes"]
-    # At least the features, their copies for the loss, and the gradients of these.
-    assert large["features_bytes"] - small["features_bytes"] >= 96 * 3 * 2 * LOAD.embedding * 4
+    # The features and their gradients; their copies for the loss are gone by then.
+    more = large["features_bytes"] - small["features_bytes"]
+    assert 2 <= more / (96 * 2 * LOAD.embedding * 4) < 2.1
 
 
 def test_the_command_times_every_case_and_writes_the_numbers(tmp_path: Path) -> None:
