@@ -55,6 +55,12 @@ def test_bad_samples_are_skipped_and_named(flawed: Index, num_workers: int) -> N
     assert re.search("broken metadata", reasons)
 
 
+def test_bad_samples_of_many_epochs_end_nothing(flawed: Index) -> None:
+    (stream,) = start(flawed, global_batch_size=4, lanes=1)
+    skipped = [s for batch in itertools.islice(stream, 60) for s in batch.skipped]
+    assert len(skipped) > 24  # more than the lane is long, but never as many in a row
+
+
 def test_a_lane_without_a_good_sample_ends_the_stream(tmp_path: Path) -> None:
     bad = [Sample(f"bad{n}", b"nothing", ("a",)) for n in range(8)]
     index = write_shards(tmp_path, {"train": [bad]})
