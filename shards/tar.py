@@ -9,7 +9,7 @@ from threading import Thread
 from typing import BinaryIO
 
 CHUNK_BYTES = 1 << 20  # written and digested at a time
-_CHUNKS = 4  # being filled, being written, being digested, and one that waits
+_CHUNKS = 8  # one is filled, one written, one digested; the others even out the three
 _PAGE_BYTES = 4096
 _BLOCK = tarfile.BLOCKSIZE
 _PADDING = tuple(b"\0" * count for count in range(_BLOCK))
@@ -30,6 +30,8 @@ _BLANK_SUM += sum(_BLANK[_SUM_AT + 8 :])
 _Chunk = tuple[memoryview, int]  # a buffer, and how many of its bytes count
 _Queue = SimpleQueue[_Chunk | None]  # None: there will be no more
 
+_spare: list[memoryview] = []  # buffers of writers that are done: fresh memory costs a copy's time
+
 
 class TarWriter:
     """Writes members one after another; knows where each begins and the digest of it all.
@@ -44,7 +46,8 @@ class TarWriter:
         self._error: OSError | None = None  # of the writing thread
         self._free, self._full, self._written = _Queue(), _Queue(), _Queue()
         for _ in range(_CHUNKS):
-            self._free.put((memoryview(bytearray(CHUNK_BYTES)), 0))
+            buffer = _spare.pop() if _spare else memoryview(bytearray(CHUNK_BYTES))
+            self._free.put((buffer, 0))
         self._filled = self._flushed = 0
         self._buffer = self._next_buffer()
         stages = (
@@ -59,9 +62,7 @@ class TarWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._full.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._end()
 
     @property
     def num_bytes(self) -> int:
@@ -102,9 +103,21 @@ class TarWriter:
         self._write(b"\0" * (2 * _BLOCK))
         self._write(b"\0" * (-self.num_bytes % tarfile.RECORDSIZE))
         self._flush()
-        for _ in range(_CHUNKS - 1):
-            self._next_buffer()  # once all came back, all is written and digested
+        self._end()
+        self._check_written()
         return self._digest.hexdigest()
+
+    def _end(self) -> None:
+        """Wait until all is written and digested; leave the buffers to the next writer."""
+        if not self._threads:
+            return  # done before
+        self._full.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        _spare.append(self._buffer)
+        while (chunk := self._free.get()) is not None:
+            _spare.append(chunk[0])
 
     def _write(self, data: bytes) -> None:
         end = self._filled + len(data)
@@ -127,15 +140,18 @@ class TarWriter:
         rest = bytes(self._buffer[count : self._filled])
         self._full.put((self._buffer, count))
         self._buffer = self._next_buffer()
+        self._check_written()
         self._buffer[:keep] = rest
         self._filled, self._flushed = keep, self._flushed + count
 
     def _next_buffer(self) -> memoryview:
         chunk = self._free.get()
-        if self._error is not None:
-            raise self._error
         assert chunk is not None, "ended"
         return chunk[0]
+
+    def _check_written(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     def _write_out(self, buffer: memoryview, count: int) -> None:
         rest = buffer[: 0 if self._error else count]

@@ -1,5 +1,6 @@
 """The fast tar writer writes what Python's does, whatever the size of its chunks."""
 
+import errno
 import hashlib
 import io
 import tarfile
@@ -10,6 +11,11 @@ import pytest
 
 from shards import tar, write
 from shards.tar import TarWriter, header
+
+
+@pytest.fixture(autouse=True)
+def _no_spare_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar, "_spare", [])  # those of other tests may have another size
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 8**11 - 1])
@@ -73,3 +79,26 @@ def test_a_file_of_another_size_is_not_taken_in_place(
 ) -> None:
     (tmp_path / "image").write_bytes(bytes(num_bytes))
     assert write._read_into(memoryview(bytearray(10)), tmp_path / "image") is whole
+
+
+class _Full(io.FileIO):
+    """A file on a full disk."""
+
+    def write(self, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+
+def test_buffers_go_to_the_next_writer_each_once_even_after_an_error(tmp_path: Path) -> None:
+    def fill(file: io.FileIO) -> str:
+        with file, TarWriter(file) as writer:
+            for number in range(20):
+                writer.add(f"{number}.bin", bytes([number]) * tar.CHUNK_BYTES)
+            return writer.close()
+
+    with pytest.raises(OSError, match="no space left"):
+        fill(_Full(tmp_path / "none.tar", "wb"))
+    first = {id(buffer.obj) for buffer in tar._spare}
+    assert len(first) == len(tar._spare) == tar._CHUNKS
+    assert fill(io.FileIO(tmp_path / "a.tar", "wb")) == fill(io.FileIO(tmp_path / "b.tar", "wb"))
+    assert {id(buffer.obj) for buffer in tar._spare} == first
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
