@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from dist_vse.bench.largest import largest_batch
 from dist_vse.bench.parity import model_sizes
 from dist_vse.bench.peer import peer_version
 from dist_vse.bench.step_errors import step_errors
-from dist_vse.bench.watch import watch
+from dist_vse.bench.watch import Watched, watch
 from dist_vse.cli import main
 from dist_vse.errors import UserError
 from dist_vse.models.tokenizer import WordTokenizer
@@ -80,22 +81,39 @@ def test_the_search_ends_at_its_bound_and_where_nothing_fits() -> None:
 
 
 def test_a_trainings_end_is_told_apart_from_a_failure(tmp_path: Path) -> None:
-    def run(program: str, timeout_s: float = 30.0) -> object:
+    def run(program: str, timeout_s: float = 30.0) -> Watched:
         return watch(
             [sys.executable, "-c", program],
             re.compile("^step"),
-            steps=1,
+            steps=2,
             cwd=tmp_path,
             environment={},
             timeout_s=timeout_s,
         )
 
-    with pytest.raises(UserError, match=r"exit code 3, 1 of 1 steps in 30.0 s\n(.*\n)*step"):
+    with pytest.raises(UserError, match=r"exit code 3, 1 of 2 steps in 30.0 s\n(.*\n)*step"):
         run("print('step', flush=True); exit(3)")
-    with pytest.raises(UserError, match="exit code 0, 0 of 1 steps"):
+    with pytest.raises(UserError, match="exit code 0, 0 of 2 steps"):
         run("print('nothing')")
-    with pytest.raises(UserError, match=r"exit code -9, 0 of 1 steps in 0\.2 s"):
+    with pytest.raises(UserError, match=r"exit code -9, 0 of 2 steps in 0\.2 s"):
         run("import time; time.sleep(60)", 0.2)
+
+
+@pytest.mark.timeout(60)
+def test_a_training_is_ended_with_its_ranks_once_it_has_taken_its_steps(tmp_path: Path) -> None:
+    rank = "print('step\\n' * 3, flush=True); import time; time.sleep(600)"
+    launcher = (
+        "import subprocess, sys\n"
+        f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}], start_new_session=True)\n"
+        "open('pid', 'w').write(str(rank.pid))\n"
+        "rank.wait()"
+    )
+    command = [sys.executable, "-c", launcher]
+    step = re.compile("^step")
+    watched = watch(command, step, steps=2, cwd=tmp_path, environment={}, timeout_s=50.0)
+    assert len(watched.step_at) == 2 and watched.rank_bytes > 0
+    pid = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.timeout(120)

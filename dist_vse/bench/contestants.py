@@ -18,6 +18,7 @@ MIN_CROP_AREA = 0.9  # OpenCLIP's default
 LANES = 8
 OUR_STEP = re.compile(r"\bstep +\d+/\d+ ")
 PEER_STEP = re.compile(r"\bTrain Epoch: ")
+READ_AHEAD = 2  # batches a worker: PyTorch's default, which OpenCLIP keeps
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """A training of some steps."""
+    """The first steps of a training that would go on: its last ones would read nothing any more."""
 
     trainer: str
     global_batch: int
     chunks: int  # a rank; 1 is without caching
     steps: int
-    keep_graphs: int = 1  # ours alone
+    keep_graphs: int | str = 1  # ours alone
+
+    def total_steps(self, setting: Setting) -> int:
+        """Return how many the training is told to take."""
+        return self.steps + READ_AHEAD * max(1, setting.workers) + 1
 
 
 def train(setting: Setting, task: Task) -> Watched:
@@ -71,7 +76,7 @@ def write_our_config(path: Path, setting: Setting, task: Task) -> None:
         "output_dir": "run",
         "global_batch_size": task.global_batch,
         "chunk_size": task.global_batch // setting.processes // task.chunks,
-        "total_steps": task.steps,
+        "total_steps": task.total_steps(setting),
         "log_every": 1,
         "data": {
             "index": str(setting.folder / "val"),
@@ -122,7 +127,7 @@ def _peer_program(setting: Setting, task: Task) -> list[str]:
         "force-image-size": setting.model.size,
         "train-data": "::".join(paths * -(-wanted // samples)),
         "dataset-type": "webdataset",
-        "train-num-samples": task.global_batch * task.steps,
+        "train-num-samples": task.global_batch * task.total_steps(setting),
         "epochs": 1,
         "batch-size": task.global_batch // setting.processes // task.chunks,
         "accum-freq": task.chunks,

@@ -96,7 +96,7 @@ def _tasks(args: argparse.Namespace) -> dict[str, Task]:
         f"dist_vse, {k} chunks, no graph kept": Task(OURS, args.batch, k, steps, 0),
         f"dist_vse, {k} chunks, one kept (default)": Task(OURS, args.batch, k, steps, 1),
         f"dist_vse, {k} chunks, half kept": Task(OURS, args.batch, k, steps, half),
-        f"dist_vse, {k} chunks, all kept": Task(OURS, args.batch, k, steps, k),
+        f"dist_vse, {k} chunks, keep_graphs auto": Task(OURS, args.batch, k, steps, "auto"),
     }
 
 

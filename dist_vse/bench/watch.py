@@ -5,9 +5,7 @@ is a process's largest resident set, as the kernel keeps it.
 """
 
 import contextlib
-import os
 import re
-import signal
 import subprocess
 import threading
 import time
@@ -21,12 +19,13 @@ from dist_vse.bench.memory import status_bytes
 from dist_vse.errors import UserError
 
 LOOK_S = 0.1  # between two looks at the memory
+END_S = 10.0  # at most, for killed processes to be gone
 TAIL = 80  # lines of a failed training that are shown
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A training that has ended well."""
+    """A training that has taken its steps."""
 
     step_at: list[float]  # seconds on one clock; item k - 1 for step k
     rank_bytes: int  # the largest peak of any rank
@@ -46,9 +45,11 @@ def watch(
     environment: Mapping[str, str],
     timeout_s: float,
 ) -> Watched:
-    """Run a launcher's command to its end; lines that `step` matches are its steps.
+    """Run a launcher's command until it has taken `steps`; lines that `step` matches are these.
 
-    Raises UserError, with the end of its log, if it fails, takes too long, or takes other steps.
+    What it would do after them is cut off.
+
+    Raises UserError, with the end of its log, if it ends before or takes too long.
     """
     process = subprocess.Popen(
         command,
@@ -57,46 +58,69 @@ def watch(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # so that all of it can be ended
     )
     late = threading.Timer(timeout_s, _end, [process.pid])
     peaks: dict[int, tuple[bool, int]] = {}
-    looker = threading.Thread(target=_look, args=(process, peaks), daemon=True)
+    looker = threading.Thread(target=_keep_looking, args=(process, peaks), daemon=True)
     late.start()
     looker.start()
     lines, step_at = [], []
     try:
         assert process.stdout is not None
         for line in process.stdout:
+            lines.append(line)
             if step.search(line):
                 step_at.append(time.perf_counter())
-            lines.append(line)
-        process.wait()
+            if len(step_at) == steps:
+                _look(process, peaks)
+                break
+        else:
+            process.wait()
     finally:
         late.cancel()
         _end(process.pid)
     looker.join()
-    if process.returncode != 0 or len(step_at) != steps:
+    if len(step_at) < steps:
         code = f"exit code {process.returncode}, {len(step_at)} of {steps} steps in {timeout_s} s"
         raise UserError(f"{' '.join(command)}: {code}\n{''.join(lines[-TAIL:])}")
     of_ranks = [peak for is_rank, peak in peaks.values() if is_rank]
     of_workers = [peak for is_rank, peak in peaks.values() if not is_rank]
-    return Watched(step_at, max(of_ranks), max(of_workers, default=0))
+    return Watched(step_at, max(of_ranks, default=0), max(of_workers, default=0))
 
 
-def _look(process: "subprocess.Popen[str]", peaks: dict[int, tuple[bool, int]]) -> None:
-    """Note, until the launcher ends, whether each process is a rank, and its peak in bytes."""
+def _keep_looking(process: "subprocess.Popen[str]", peaks: dict[int, tuple[bool, int]]) -> None:
+    """Look until the launcher ends."""
     while process.poll() is None:
-        # One may have just ended; its last look counts.
-        with contextlib.suppress(psutil.NoSuchProcess, OSError, StopIteration):
-            launcher = psutil.Process(process.pid)
-            ranks = {child.pid for child in launcher.children()}
-            for child in launcher.children(recursive=True):
-                peak = status_bytes(f"/proc/{child.pid}/status", "VmHWM")
-                peaks[child.pid] = child.pid in ranks, peak
+        _look(process, peaks)
         time.sleep(LOOK_S)
 
 
-def _end(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+def _look(process: "subprocess.Popen[str]", peaks: dict[int, tuple[bool, int]]) -> None:
+    """Note whether each process under the launcher is a rank, and its peak in bytes."""
+    # One may have just ended; its last look counts.
+    with contextlib.suppress(psutil.NoSuchProcess, OSError, StopIteration):
+        launcher = psutil.Process(process.pid)
+        ranks = {child.pid for child in launcher.children()}
+        for child in launcher.children(recursive=True):
+            peak = status_bytes(f"/proc/{child.pid}/status", "VmHWM")
+            peaks[child.pid] = child.pid in ranks, peak
+
+
+def _end(launcher_pid: int) -> None:
+    """Kill the launcher and all under it, whose ranks have sessions of their own.
+
+    Python's trackers of shared memory stay: they tidy up, and end by themselves.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(launcher_pid)
+        ended = [p for p in (launcher, *launcher.children(recursive=True)) if not _tidies_up(p)]
+        for process in ended:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(ended, timeout=END_S)
+
+
+def _tidies_up(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any("resource_tracker" in word for word in process.cmdline())
+    return True  # gone
