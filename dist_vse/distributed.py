@@ -162,6 +162,30 @@ class Gathering:
         return gathered
 
 
+class Reduction:
+    """A tensor on its way to its sum over the ranks, in place, while this rank works on.
+
+    With an `owner` only that rank gets the sum, for fewer bytes; what the others are left with is
+    of no use. Every rank starts its collectives in the same order.
+    """
+
+    @collective()
+    def __init__(self, x: Tensor, owner: int | None = None) -> None:
+        self._work: Any = None
+        if world_size() == 1:
+            return
+        if owner is None:
+            self._work = dist.all_reduce(x, async_op=True)
+        else:
+            self._work = dist.reduce(x, owner, async_op=True)
+
+    @collective()
+    def wait(self) -> None:
+        """Wait for the sum."""
+        if self._work is not None:
+            self._work.wait()
+
+
 class Exchange:
     """A message to one rank and another from one rank, under way while this rank works on.
 

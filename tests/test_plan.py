@@ -44,6 +44,7 @@ WORK = Work(
     lowered=90_000_000,
     gathers=100,
     largest=4_000_000,
+    packed=3_000_000,
     forward=Ops(40e9, 1e9, 100e6, 400),
     backward=Ops(80e9, 2e9, 200e6, 800),
     frozen_forward=Ops(),

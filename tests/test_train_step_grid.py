@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.contrast import Ahead, global_loss
-from dist_vse.engine import Engine, zero
+from dist_vse.engine import Engine, overlap, zero
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.engine.zero import ZeroEngine
@@ -139,6 +139,7 @@ def _cases() -> Iterator[tuple[str, int, int]]:
 def _errors_of_the_grid() -> dict[tuple[Any, ...], float]:
     # With no parameter kept whole, ZeRO 3 gathers and drops each of them at every module.
     zero.PERSISTENT = 0 if distributed.world_size() < 4 else zero.PERSISTENT
+    overlap.BUCKET = 2_000  # elements, so that there are many buckets
     errors: dict[tuple[Any, ...], float] = {}
     for stage in STAGES:
         engine, start = _engine(stage), _model().state_dict()

@@ -1,7 +1,8 @@
 """DeepSpeed's collectives, told apart from the computation around them (see `dist_vse.clock`)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dist_vse.clock import collective
@@ -19,18 +20,34 @@ _NAMES = (
     "reduce_scatter_tensor",
 )
 
+_REDUCTIONS = ("all_reduce", "reduce")
+_reduced_already = False
+
+
+@contextmanager
+def reduced_already() -> Iterator[None]:
+    """Let DeepSpeed reduce nothing in the block: its gradients are sums over the ranks already."""
+    global _reduced_already
+    _reduced_already = True
+    try:
+        yield
+    finally:
+        _reduced_already = False
+
 
 def tell_collectives(comm: Any) -> None:
     """Have the functions of `deepspeed.comm` say when they run; a second call changes nothing."""
     for name in _NAMES:
         function = getattr(comm, name, None)
         if function is not None and not hasattr(function, "tells"):
-            setattr(comm, name, _telling(function))
+            setattr(comm, name, _telling(name, function))
 
 
-def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
+def _telling(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def tell(*args: Any, **kwargs: Any) -> Any:
+        if _reduced_already and name in _REDUCTIONS:
+            return None
         with collective():
             work = function(*args, **kwargs)
         return _Pending(work) if kwargs.get("async_op") and work is not None else work

@@ -10,7 +10,6 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_vse.distributed import rank, world_size
+from dist_vse.engine.overlap import GradientReduction, find_shares
 from dist_vse.engine.pieces import Piece, dump_state, find_pieces, load_state
-from dist_vse.engine.timing import tell_collectives
+from dist_vse.engine.timing import reduced_already, tell_collectives
 from dist_vse.models.dual_encoder import DualEncoder
 
 IMPORTS = ("torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.zero.stage3")
@@ -101,25 +101,47 @@ class ZeroEngine:
         self.module = module
         self.stage = stage
         self.most_graphs = most_graphs(stage, coalesce=coalesce)
-        # One reduction for all chunks, at the price of whole gradients in memory for the step.
-        # ZeRO 0 and 1 need no help: the boundary flag alone gives them one reduction.
-        self.coalesce = coalesce and stage >= 2
+        # One reduction for all chunks, at the price of whole gradients in memory for the step,
+        # which ZeRO 0 and 1 hold anyway.
+        self.coalesce = coalesce or stage < 2
+        self.reduction: GradientReduction | None = None
+        if self.coalesce and stage < 3:
+            self.reduction = GradientReduction(find_shares(self.engine, module, stage=stage))
+            self.engine.enable_backward_allreduce = False  # once at the end instead
 
     def __call__(self, **inputs: Tensor) -> Any:
         """Run the model's forward (ZeRO 3 gathers parameters on the way)."""
         return self.engine(**inputs)
 
-    def accumulation(self) -> AbstractContextManager[None]:
-        """Return the block in which a step's backward calls stand."""
-        if self.coalesce:
-            block: AbstractContextManager[None] = self.engine.coalesce_grad_reduction()
-            return block
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def accumulation(self) -> Iterator[None]:
+        """Hold the gradients of a step's backward calls together; reduce them once, at the end."""
+        if not self.coalesce:
+            yield
+        elif self.reduction is None:
+            with self._reduction_at_the_end():
+                yield
+        else:  # DeepSpeed is left to divide by W and to put the sums in their places
+            with reduced_already(), self._reduction_at_the_end():
+                yield
+                self.reduction.finish()
+
+    @contextlib.contextmanager
+    def _reduction_at_the_end(self) -> Iterator[None]:
+        """Hold back DeepSpeed's reduction until the block's end."""
+        if self.stage > 0:
+            with self.engine.coalesce_grad_reduction():
+                yield
+        else:
+            yield
+            self.engine.allreduce_gradients()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`; the last call of a step lets them be reduced."""
         if not self.coalesce:
             self.engine.set_gradient_accumulation_boundary(last)
+        if last and self.reduction is not None:
+            self.reduction.start()
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> None:

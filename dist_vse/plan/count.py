@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_vse.allocation import Storages
 from dist_vse.config import TrainConfig
+from dist_vse.engine.overlap import BUCKET
 from dist_vse.engine.zero import PERSISTENT
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
@@ -95,6 +96,7 @@ def count_work(config: TrainConfig, *, vocabulary: int) -> Work:
         lowered=sum(p.numel() for p in _lowered(model)),
         gathers=sum(n >= PERSISTENT for n in whole),
         largest=max((p.numel() for p in trained), default=0),
+        packed=sum(p.numel() for p in trained if p.numel() < BUCKET),
         forward=forward,
         backward=backward,
         frozen_forward=frozen,

@@ -86,13 +86,13 @@ def gradient_bytes(work: Work, settings: Settings) -> dict[str, float]:
     bucket = min(BUCKET, full) * (2 if work.precision == "bf16" else 1)
     gathered = min(LIVE, work.weight_bytes) * (1 if settings.world_size > 1 else 0)
     update = 4 * share  # the share's gradient, once more flat, and Adam's two temporaries
+    sent = full + message_bytes(work, settings)
     if stage == 0:
         reduce = full + min(WHOLE_BUCKET, full)
         step = full + 2 * FP32 * work.largest
-        return {"gathering": 0.0, "second_pass": full, "reduce": reduce, "step": step}
+        return {"gathering": 0.0, "second_pass": sent, "reduce": reduce, "step": step}
     if stage < 3 and (stage == 1 or settings.coalesce):
-        early = full + bucket if stage == 1 else full
-        return {"gathering": 0.0, "second_pass": early, "reduce": full + bucket, "step": update}
+        return {"gathering": 0.0, "second_pass": sent, "reduce": full + bucket, "step": update}
     if stage == 2:
         partly = share + bucket + min(BUCKET, full)
         return {"gathering": 0.0, "second_pass": partly, "reduce": partly, "step": update}
@@ -103,6 +103,18 @@ def gradient_bytes(work: Work, settings: Settings) -> dict[str, float]:
         "reduce": whole + min(BUCKET, full),
         "step": 3 * share,
     }
+
+
+def message_bytes(work: Work, settings: Settings) -> float:
+    """Return what is under way to other ranks when the last backward ends (`engine/overlap.py`).
+
+    Small gradients are packed; under bf16 all are copied, most into half the bytes.
+    """
+    if settings.world_size == 1:
+        return 0.0
+    if work.precision == "bf16" and settings.zero_stage > 0:
+        return work.gradient_bytes - FP32 / 2 * work.lowered
+    return float(FP32 * work.packed)
 
 
 def activation_bytes(work: Work, settings: Settings) -> dict[str, float]:

@@ -56,6 +56,8 @@ class Work:
     """Parameters larger than that: ZeRO 3 gathers each by itself."""
     largest: int
     """Elements of the largest parameter that learns."""
+    packed: int
+    """Elements in parameters that learn and are so small that their gradients travel together."""
     forward: Ops
     """Of what the two passes run: without a frozen trunk."""
     backward: Ops
