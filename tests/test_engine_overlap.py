@@ -13,8 +13,9 @@ from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.overlap import GradientReduction, Share, find_shares
 from dist_vse.engine.pieces import find_pieces
 from dist_vse.engine.zero import ZeroEngine
+from tests.collectives import Collectives
 from tests.distributed import run_distributed
-from tests.tiny import tiny_model
+from tests.tiny import tiny_batch, tiny_model
 
 
 def _reduced(owner: int | None) -> Tensor:
@@ -119,3 +120,28 @@ def test_a_ranks_shares_are_the_pieces_that_it_updates(stage: int) -> None:
     for found in run_distributed(_shares, 3, stage):
         assert found["covered"] == found["trainable"]
         assert found["own"] == found["pieces"]
+
+
+def _bytes_reduced(precision: str) -> list[int]:
+    """Return those of a step by DeepSpeed itself and by us."""
+    totals = []
+    for coalesce in (False, True):
+        model = tiny_model()
+        sgd = build_optimizer(
+            model, name="sgd", lr=0.1, weight_decay=0.0, betas=(0.9, 0.999), momentum=0.0
+        )
+        zero = ZeroEngine(
+            model, sgd, stage=2, rank_batch_size=4, precision=precision, coalesce=coalesce
+        )
+        images, tokens = tiny_batch(4, distributed.rank())
+        outputs = zero(**model.prepare(images=images, tokens=tokens))
+        with Collectives() as counted, zero.accumulation():
+            zero.backward(outputs[0].sum() + outputs[1].sum() + outputs[2].sum(), last=True)
+        totals.append(counted.num_bytes["reduce"] + counted.num_bytes["allreduce"])
+    return totals
+
+
+def test_no_more_is_sent_than_deepspeed_itself_would_send() -> None:
+    sent = {kind: run_distributed(_bytes_reduced, 2, kind)[0] for kind in ("fp32", "bf16")}
+    assert sent["fp32"][0] == sent["fp32"][1] > 0
+    assert sent["bf16"][0] == sent["bf16"][1] < sent["fp32"][0]

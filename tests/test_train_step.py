@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_vse import distributed, grad_cache
 from dist_vse.contrast import global_loss
@@ -21,6 +20,7 @@ from dist_vse.errors import UserError
 from dist_vse.grad_cache import LossFn, train_step
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.upload import Chunk
+from tests.collectives import Collectives
 from tests.distributed import run_distributed
 from tests.tiny import tiny_batch, tiny_model
 
@@ -102,25 +102,6 @@ def test_both_passes_draw_the_same_dropout_and_chunks_draw_different_ones(
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-class _Collectives(TorchDispatchMode):
-    """Counts calls and bytes of every collective, by its name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls, self.num_bytes = Counter[str](), Counter[str]()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace == "c10d":
-            name = func.__name__.split(".")[0].strip("_")
-            inputs = args[1] if "gather" in name or "scatter" in name else args[0]
-            tensors = [inputs] if isinstance(inputs, Tensor) else inputs
-            self.calls[name] += 1
-            self.num_bytes[name] += sum(x.numel() * x.element_size() for x in tensors)
-        return func(*args, **(kwargs or {}))
-
-
 def _traffic(stage: int | None) -> tuple[int, list[Counter[str]]]:
     """Return the bytes of the parameters, and of a step's collectives for 1 and for 4 chunks."""
     counts = []
@@ -129,7 +110,7 @@ def _traffic(stage: int | None) -> tuple[int, list[Counter[str]]]:
         size = 4 * sum(p.numel() for p in model.parameters())
         engine = _engine(stage, model)
         for step in range(2):  # ZeRO 3 learns the order of its modules in the first
-            counted, chunks = _Collectives(), _rank_chunks(model, step, num_chunks)
+            counted, chunks = Collectives(), _rank_chunks(model, step, num_chunks)
             with counted:
                 train_step(engine, _loss("convse"), chunks, keep_graphs=kept)
         counts.append(counted.num_bytes)

@@ -288,8 +288,8 @@ class EngineConfig:
     precision: str = "fp32"
     """fp32, or bf16 (autocast: parameters and statistics stay float32)."""
     coalesce: bool = True
-    """ZeRO 1-3: one gradient reduction a step, for a copy of the gradients in memory; false
-    reduces at every chunk under ZeRO 2 and 3."""
+    """ZeRO 2 and 3: one gradient reduction a step, for whole gradients in memory until then;
+    false reduces at every chunk. ZeRO 0 and 1 always reduce once."""
 
     def __post_init__(self) -> None:
         stage = self.zero_stage

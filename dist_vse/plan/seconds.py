@@ -24,6 +24,7 @@ from dist_vse.plan.work import FP32, Ops, Work
 TERA = 1e12
 ADAM_BYTES = 40  # an element: weight, gradient and two moments, read and written, temporaries
 PASS_BYTES = 36  # an entry of a tile, forward: written, raised, summed twice, compared
+LAST = 1 << 20  # elements of the last gradients, which are there when the backward ends
 BACK_BYTES = 28  # weighed, and read by two products
 
 
@@ -80,8 +81,7 @@ def step_seconds(work: Work, settings: Settings, hardware: Hardware) -> Seconds:
     useful = full * (chunk.graph + chunk.backward + chunk.frozen)
     loss = loss_seconds(work, settings, hardware)
     gather = gather_seconds(work, settings, hardware, hidden_by=loss)
-    world_size = settings.world_size
-    reduce = total_seconds(engine_collectives(work, settings), hardware, world_size)
+    reduce = reduce_seconds(work, settings, hardware, hidden_by=shrink * chunk.backward)
     step = optimizer_seconds(work, settings, hardware)
     return Seconds(encode, gather, loss, again, reduce, step, useful)
 
@@ -163,6 +163,20 @@ def gather_seconds(
     if settings.ring and not hardware.cores:  # where cores are shared, messages take them too
         taken = max(_alone(moving, hardware, world_size), taken - hidden_by)
     return taken + rest
+
+
+def reduce_seconds(
+    work: Work, settings: Settings, hardware: Hardware, *, hidden_by: float
+) -> float:
+    """Return the engine's collectives; but for ZeRO 3, gradients go beside the last backward."""
+    every, world_size = engine_collectives(work, settings), settings.world_size
+    taken = total_seconds(every, hardware, world_size)
+    once = settings.coalesce or settings.zero_stage < 2
+    if hardware.cores or settings.zero_stage == 3 or not once:  # see `gather_seconds`
+        return taken
+    gradients = total_seconds(every[:1], hardware, world_size)
+    last = min(1.0, LAST / work.trainable)
+    return taken - min(hidden_by, gradients * (1 - last))
 
 
 def _alone(exchanges: list[Collective], hardware: Hardware, world_size: int) -> float:
