@@ -4,6 +4,7 @@ The train step says where it is (`begin("encode")`), and every collective is cut
 around it. Who wants to know listens; where nobody does, a word costs less than a microsecond.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +50,11 @@ def collective(part: str | None = None) -> Iterator[None]:
     """Count the block, a collective, for itself: as `part`, or by the part in which it stands.
 
     Also a decorator. What ranks say to each other between the parts (all that is no step) stays
-    where it is.
+    where it is; so does what another thread starts (autograd's, on a GPU) beside this one's work.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     around = _part
     begin(part or _COLLECTIVES.get(around, around))
     try:

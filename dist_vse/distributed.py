@@ -7,7 +7,8 @@ this rank, B rows on all ranks, W ranks.
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,19 +172,15 @@ class Reduction:
 
     @collective()
     def __init__(self, x: Tensor, owner: int | None = None) -> None:
-        self._work: Any = None
-        if world_size() == 1:
-            return
-        if owner is None:
-            self._work = dist.all_reduce(x, async_op=True)
-        else:
-            self._work = dist.reduce(x, owner, async_op=True)
+        start: Callable[..., Any] = (
+            dist.all_reduce if owner is None else partial(dist.reduce, dst=owner)
+        )
+        self._work: Any = start(x, async_op=True)
 
     @collective()
     def wait(self) -> None:
         """Wait for the sum."""
-        if self._work is not None:
-            self._work.wait()
+        self._work.wait()
 
 
 class Exchange:

@@ -74,11 +74,10 @@ def watch(
             if len(step_at) == steps:
                 _look(process, peaks)
                 break
-        else:
-            process.wait()
     finally:
         late.cancel()
         _end(process.pid)
+        process.wait()
     looker.join()
     if len(step_at) < steps:
         code = f"exit code {process.returncode}, {len(step_at)} of {steps} steps in {timeout_s} s"
@@ -113,11 +112,11 @@ def _end(launcher_pid: int) -> None:
     """
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(launcher_pid)
-        ended = [p for p in (launcher, *launcher.children(recursive=True)) if not _tidies_up(p)]
-        for process in ended:
+        below = [p for p in launcher.children(recursive=True) if not _tidies_up(p)]
+        for process in (launcher, *below):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(ended, timeout=END_S)
+        psutil.wait_procs(below, timeout=END_S)  # for the launcher, its `Popen` waits
 
 
 def _tidies_up(process: psutil.Process) -> bool:

@@ -3,7 +3,8 @@
 As PyTorch's DDP does it (Li et al., 2020, https://arxiv.org/abs/2006.15704): the gradients lie in
 buckets, in the reverse of the model's order, which is about the order of the backward. A bucket is
 sent once its gradients and those of all buckets before it are there; so every rank starts the same
-reductions in the same order, whatever the order of its own backward.
+reductions in the same order, whatever the order of its own backward. A parameter that the last
+backward does not use holds back its bucket and those behind it, until the backward's end.
 """
 
 from collections import defaultdict
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from dist_vse.distributed import Reduction, world_size
 
-BUCKET = 1 << 20  # elements; a larger share is sent from where it lies
+BUCKET = 1 << 20  # elements; a larger share is a bucket of its own
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ class _Bucket:
         return self._parameters <= arrived
 
     def send(self) -> None:
-        gradients = [share.gradient() for share in self._shares]
-        alone = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
-        self._message = alone.to(self._shares[0].wire)
+        # A copy: a gradient may lie in memory that the backward goes on reading.
+        gradients = [share.gradient().to(share.wire) for share in self._shares]
+        self._message = torch.cat(gradients)
         self._reduction = Reduction(self._message, self._shares[0].owner)
 
     def receive(self) -> None:
@@ -82,7 +83,7 @@ class _Bucket:
         self._reduction.wait()
         parts = self._message.split([share.length for share in self._shares])
         for share, part in zip(self._shares, parts, strict=True):
-            share.gradient().copy_(part)  # onto itself where it was sent from its place
+            share.gradient().copy_(part)
         self._message = self._reduction = None
 
 

@@ -1,4 +1,5 @@
-"""DeepSpeed's collectives, told apart from the computation around them (see `dist_vse.clock`)."""
+"""DeepSpeed's collectives: told apart from the computation around them (see `dist_vse.clock`), and
+left out where the engine has reduced already (see `overlap`)."""
 
 import functools
 from collections.abc import Callable, Iterator

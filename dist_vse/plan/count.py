@@ -77,12 +77,12 @@ def count_work(config: TrainConfig, *, vocabulary: int) -> Work:
     shape = config.model.image.size, config.model.text.max_tokens
     bf16 = config.engine.precision == "bf16"
     trained = [p for p in model.parameters() if p.requires_grad]
-    whole = [p.numel() for p in model.parameters()]
+    whole, learns = [p.numel() for p in model.parameters()], [p.numel() for p in trained]
     with FakeTensorMode() as fake:
         _make_fake(model, fake)
         few, more = (_run(model, rows, shape, bf16=bf16) for rows in (FEW, MORE))
     ends = few.ops, more.ops
-    trainable = sum(p.numel() for p in trained)
+    trainable = sum(learns)
     frozen, forward, backward = (_per_pair(a, b) for a, b in zip(*ends, strict=True))
     lines = [_line(a, b) for a, b in zip(few.peaks, more.peaks, strict=True)]
     held, forward_peak, graph_peak, backward_peak = lines
@@ -95,8 +95,10 @@ def count_work(config: TrainConfig, *, vocabulary: int) -> Work:
         persistent=sum(n for n in whole if n < PERSISTENT),
         lowered=sum(p.numel() for p in _lowered(model)),
         gathers=sum(n >= PERSISTENT for n in whole),
-        largest=max((p.numel() for p in trained), default=0),
-        packed=sum(p.numel() for p in trained if p.numel() < BUCKET),
+        largest=max(learns, default=0),
+        last=min(trainable, max(BUCKET, learns[0] if learns else 0)),
+        buckets=sum(n >= BUCKET for n in learns)
+        + -(-sum(n for n in learns if n < BUCKET) // BUCKET),
         forward=forward,
         backward=backward,
         frozen_forward=frozen,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dist_vse.plan.settings import HARDEST, SOFTMAX_LIKE, Settings
+from dist_vse.plan.traffic import travelling_bytes
 from dist_vse.plan.work import FP32, Work
 
 BUCKET = FP32 * (1 << 26)  # bytes; the engine's largest
@@ -86,7 +87,7 @@ def gradient_bytes(work: Work, settings: Settings) -> dict[str, float]:
     bucket = min(BUCKET, full) * (2 if work.precision == "bf16" else 1)
     gathered = min(LIVE, work.weight_bytes) * (1 if settings.world_size > 1 else 0)
     update = 4 * share  # the share's gradient, once more flat, and Adam's two temporaries
-    sent = full + message_bytes(work, settings)
+    sent = full + (travelling_bytes(work, settings) if settings.world_size > 1 else 0)
     if stage == 0:
         reduce = full + min(WHOLE_BUCKET, full)
         step = full + 2 * FP32 * work.largest
@@ -103,18 +104,6 @@ def gradient_bytes(work: Work, settings: Settings) -> dict[str, float]:
         "reduce": whole + min(BUCKET, full),
         "step": 3 * share,
     }
-
-
-def message_bytes(work: Work, settings: Settings) -> float:
-    """Return what is under way to other ranks when the last backward ends (`engine/overlap.py`).
-
-    Small gradients are packed; under bf16 all are copied, most into half the bytes.
-    """
-    if settings.world_size == 1:
-        return 0.0
-    if work.precision == "bf16" and settings.zero_stage > 0:
-        return work.gradient_bytes - FP32 / 2 * work.lowered
-    return float(FP32 * work.packed)
 
 
 def activation_bytes(work: Work, settings: Settings) -> dict[str, float]:

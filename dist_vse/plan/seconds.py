@@ -24,7 +24,6 @@ from dist_vse.plan.work import FP32, Ops, Work
 TERA = 1e12
 ADAM_BYTES = 40  # an element: weight, gradient and two moments, read and written, temporaries
 PASS_BYTES = 36  # an entry of a tile, forward: written, raised, summed twice, compared
-LAST = 1 << 20  # elements of the last gradients, which are there when the backward ends
 BACK_BYTES = 28  # weighed, and read by two products
 
 
@@ -172,11 +171,12 @@ def reduce_seconds(
     every, world_size = engine_collectives(work, settings), settings.world_size
     taken = total_seconds(every, hardware, world_size)
     once = settings.coalesce or settings.zero_stage < 2
-    if hardware.cores or settings.zero_stage == 3 or not once:  # see `gather_seconds`
+    if (
+        hardware.cores or settings.zero_stage == 3 or not once or not work.trainable
+    ):  # see `gather_seconds`
         return taken
     gradients = total_seconds(every[:1], hardware, world_size)
-    last = min(1.0, LAST / work.trainable)
-    return taken - min(hidden_by, gradients * (1 - last))
+    return taken - min(hidden_by, gradients * (1 - work.last / work.trainable))
 
 
 def _alone(exchanges: list[Collective], hardware: Hardware, world_size: int) -> float:

@@ -98,16 +98,15 @@ def engine_collectives(work: Work, settings: Settings) -> list[Collective]:
     """Return those of ZeRO: gradients, and parameters (`engine/zero.py`)."""
     full, whole, stage = work.gradient_bytes, work.weight_bytes, settings.zero_stage
     ranks, chunks = settings.world_size, settings.num_chunks
+    travels, bf16 = travelling_bytes(work, settings), work.precision == "bf16"
+    once = settings.coalesce or stage < 2
+    times = 1 if once else chunks
     if stage == 0:
-        return [Collective("all_reduce", full)]
-    bf16 = work.precision == "bf16"
-    travels = full - (FP32 / 2 * work.lowered if bf16 else 0)
-    times = 1 if settings.coalesce else chunks
-    if stage == 1:
-        times = 1
+        return [Collective("all_reduce", full / max(1, work.buckets), calls=max(1, work.buckets))]
     if stage < 3:  # to the owner of each share; then everybody gathers the new weights
+        calls = max(ranks, work.buckets) if once else ranks * times
         return [
-            Collective("reduce", travels / ranks, calls=ranks * times),
+            Collective("reduce", travels * times / calls, calls=calls),
             Collective("all_gather", full),
         ]
     # For every forward and every backward; kept graphs have no second forward.
@@ -120,6 +119,12 @@ def engine_collectives(work: Work, settings: Settings) -> list[Collective]:
         Collective("all_gather", small),
         Collective("reduce_scatter", travels, calls=times),
     ]
+
+
+def travelling_bytes(work: Work, settings: Settings) -> float:
+    """Return the gradients' bytes as they are sent: under bf16 most of them are halved."""
+    halved = work.precision == "bf16" and settings.zero_stage > 0
+    return work.gradient_bytes - (FP32 / 2 * work.lowered if halved else 0)
 
 
 def sent_bytes(collectives: list[Collective], world_size: int) -> float:

@@ -56,8 +56,10 @@ class Work:
     """Parameters larger than that: ZeRO 3 gathers each by itself."""
     largest: int
     """Elements of the largest parameter that learns."""
-    packed: int
-    """Elements in parameters that learn and are so small that their gradients travel together."""
+    last: int
+    """Elements of the engine's last bucket of gradients, which a backward completes last."""
+    buckets: int
+    """Messages in which the gradients travel."""
     forward: Ops
     """Of what the two passes run: without a frozen trunk."""
     backward: Ops
