@@ -1,5 +1,6 @@
 """Seconds by part: they add up, collectives are cut out, and every collective of a step is seen."""
 
+import threading
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -53,6 +54,21 @@ def test_parts_add_up_and_collectives_are_cut_out(ticking: None) -> None:
         "data": 3,
     }
     assert watch.read()["data"] == 1  # what was read is not told again
+
+
+def test_what_another_thread_starts_belongs_to_no_part(ticking: None) -> None:
+    def start() -> None:
+        with clock.collective():
+            assert clock.current() == "second_pass"
+
+    watch = clock.Clock(torch.device("cpu"))
+    with clock.listening(watch):  # 0
+        clock.begin("second_pass")  # 1
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+        seconds = watch.read()  # 2
+    assert seconds["second_pass"] == 1 and seconds["reduce"] == 0
 
 
 def test_nobody_is_told_after_the_block() -> None:

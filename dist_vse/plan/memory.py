@@ -87,13 +87,15 @@ def gradient_bytes(work: Work, settings: Settings) -> dict[str, float]:
     bucket = min(BUCKET, full) * (2 if work.precision == "bf16" else 1)
     gathered = min(LIVE, work.weight_bytes) * (1 if settings.world_size > 1 else 0)
     update = 4 * share  # the share's gradient, once more flat, and Adam's two temporaries
-    sent = full + (travelling_bytes(work, settings) if settings.world_size > 1 else 0)
+    # Copies are on their way at the end of the last backward, when activations are gone.
+    sent = travelling_bytes(work, settings) if settings.world_size > 1 else 0.0
     if stage == 0:
-        reduce = full + min(WHOLE_BUCKET, full)
+        reduce = full + max(sent, min(WHOLE_BUCKET, full))
         step = full + 2 * FP32 * work.largest
-        return {"gathering": 0.0, "second_pass": sent, "reduce": reduce, "step": step}
+        return {"gathering": 0.0, "second_pass": full, "reduce": reduce, "step": step}
     if stage < 3 and (stage == 1 or settings.coalesce):
-        return {"gathering": 0.0, "second_pass": sent, "reduce": full + bucket, "step": update}
+        reduce = full + max(sent, bucket)
+        return {"gathering": 0.0, "second_pass": full, "reduce": reduce, "step": update}
     if stage == 2:
         partly = share + bucket + min(BUCKET, full)
         return {"gathering": 0.0, "second_pass": partly, "reduce": partly, "step": update}
