@@ -20,15 +20,22 @@ from dist_vse.bench.traffic import bytes_sent_by_part
 from dist_vse.config import TrainConfig, load_config
 from dist_vse.errors import UserError
 from dist_vse.plan import peers
+from dist_vse.plan.calibrate import _chunk, _with_hooks
 from dist_vse.plan.check import check_rows, settings_of
 from dist_vse.plan.choose import MARGIN, check_batch, choose, explain, price
-from dist_vse.plan.count import count_work
+from dist_vse.plan.count import build_for_plan, count_work
 from dist_vse.plan.hardware import ChunkSpeed, Hardware, LinkConfig, load_hardware
 from dist_vse.plan.loglog import Curve, draw
 from dist_vse.plan.memory import Place, fullest, moments
 from dist_vse.plan.seconds import interpolate, step_seconds
 from dist_vse.plan.settings import Settings
-from dist_vse.plan.traffic import Collective, engine_collectives, loss_collectives, sent_bytes
+from dist_vse.plan.traffic import (
+    Collective,
+    engine_collectives,
+    loss_collectives,
+    sent_bytes,
+    total_seconds,
+)
 from dist_vse.plan.work import Line, Ops, Work
 from tests.distributed import run_distributed
 
@@ -88,6 +95,8 @@ def _case(words: list[str]) -> TrainConfig:
 
 
 CASES: list[list[str]] = [
+    ["engine.zero_stage=0"],
+    ["engine.zero_stage=2", "engine.precision=bf16"],
     ["engine.zero_stage=1", "loss.name=convse++"],
     ["engine.zero_stage=3", "cache.keep_graphs=2"],
 ]
@@ -104,9 +113,10 @@ def _measured(cases: list[list[str]]) -> list[tuple[dict[str, float], int]]:
 
 
 def test_bytes_and_memory_are_those_of_the_real_step() -> None:
-    work = count_work(_case([]), vocabulary=8192)
+    plain, bf16 = (count_work(_case(words), vocabulary=8192) for words in ([], CASES[1]))
     measured = run_distributed(_measured, 2, CASES, timeout=100)[0]
     for words, (sent, peak) in zip(CASES, measured, strict=True):
+        work = bf16 if "engine.precision=bf16" in words else plain
         chosen = settings_of(_case(words), global_batch=32, world_size=2)
         loss = sent_bytes(loss_collectives(chosen, work.embed_dim), 2)
         engine = sent_bytes(engine_collectives(work, chosen), 2)
@@ -126,6 +136,40 @@ def test_kept_graphs_save_their_second_forward(chunks: int, kept: int) -> None:
     share = 1 + (chunks - min(kept, chunks)) / (3 * chunks)
     assert step.encode + step.second_pass == pytest.approx(3 * chunks * share)
     assert step.useful == pytest.approx(3 * chunks)
+
+
+def test_zero_3s_hooks_cost_once_a_forward_and_once_a_backward() -> None:
+    speed = ChunkSpeed(model="made up", rows=8, hooks_forward_s=1.0, hooks_backward_s=100.0)
+    hardware = replace(GPU, chunks=[speed])
+    chosen = Settings(32, 1, 8, keep_graphs=1, zero_stage=3)  # four chunks
+    step, plain = (step_seconds(WORK, chosen.changed(zero_stage=s), hardware) for s in (3, 1))
+    assert (step.encode - plain.encode, step.second_pass - plain.second_pass) == (4.0, 403.0)
+
+
+def _hooks() -> list[dict[str, Any]]:
+    config = _case([])
+    model = build_for_plan(config, 64, "cpu").train()
+    return _with_hooks(config, model, [_chunk(config, model, 4, rounds=1)], rounds=1)
+
+
+def test_zero_3s_hooks_are_measured() -> None:
+    for (chunk,) in run_distributed(_hooks, 2):
+        assert 0 < chunk["hooks_forward_s"] < 10 and 0 <= chunk["hooks_backward_s"] < 10
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_hide_behind_the_last_backward(stage: int) -> None:
+    chosen = Settings(32, 2, 8, zero_stage=stage)
+    every = engine_collectives(WORK, chosen)
+    whole, gradients = (total_seconds(c, GPU, 2) for c in (every, every[:1]))
+    hidden = {}
+    for backward in (0.0, gradients / 10, 1e9):
+        speed = ChunkSpeed(model="made up", rows=8, together=2, backward_s=backward)
+        step = step_seconds(WORK, chosen, replace(GPU, chunks=[speed]))
+        hidden[backward] = whole - step.reduce
+    last = WORK.last / WORK.trainable  # of them is there when the backward ends
+    wanted = [0, gradients / 10, gradients * (1 - last)] if stage < 3 else [0, 0, 0]
+    assert list(hidden.values()) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_products_of_the_loss() -> None:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
+from dist_vse.clock import OTHER, Clock, begin, listening
 from dist_vse.config import TrainConfig
 from dist_vse.contrast import global_loss
+from dist_vse.engine.zero import ZeroEngine
 from dist_vse.errors import writing
 from dist_vse.local_ranks import run_on_ranks
 from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics
@@ -93,7 +95,7 @@ def _measure(config: TrainConfig, vocabulary: int, rounds: int) -> dict[str, Any
         "memory_gb_per_s": _copies(rounds),
         "launch_us": _launches(rounds),
         "optimizer_ns": _adam(rounds),
-        "chunks": chunks,
+        "chunks": _with_hooks(config, model, chunks, rounds),  # last: ZeRO 3 takes the model apart
     }
 
 
@@ -177,15 +179,12 @@ def _chunks(config: TrainConfig, model: DualEncoder, rounds: int) -> list[dict[s
 
 
 def _chunk(config: TrainConfig, model: DualEncoder, rows: int, rounds: int) -> dict[str, Any]:
-    image, text = config.model.image, config.model.text
-    images = torch.randint(0, 256, (rows, 3, image.size, image.size), dtype=torch.uint8)
-    word = 1 if model.text.trunk.pad_id != 1 else 2
-    tokens = torch.full((rows, text.max_tokens), word)
+    raw = _raw(config, model, rows)
     bf16 = config.engine.precision == "bf16"
 
     def prepare() -> dict[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return model.prepare(images=images, tokens=tokens)
+            return model.prepare(**raw)
 
     inputs = prepare()
 
@@ -199,7 +198,7 @@ def _chunk(config: TrainConfig, model: DualEncoder, rows: int, rounds: int) -> d
             plain = fastest(forward, rounds)
         graph = fastest(forward, rounds)
         both = fastest(lambda: forward().backward(), rounds)  # adds to gradients, as a step does
-    frozen = any(x is not images and x is not tokens for x in inputs.values())
+    frozen = any(all(x is not y for y in raw.values()) for x in inputs.values())
     speed = ChunkSpeed(
         model=model_key(config),
         rows=rows,
@@ -210,6 +209,45 @@ def _chunk(config: TrainConfig, model: DualEncoder, rows: int, rounds: int) -> d
         frozen_s=fastest(prepare, rounds) if frozen else 0.0,
     )
     return asdict(replace(speed, backward_s=max(0.0, speed.backward_s)))
+
+
+def _with_hooks(
+    config: TrainConfig, model: DualEncoder, chunks: list[dict[str, Any]], rounds: int
+) -> list[dict[str, Any]]:
+    """Return the chunks with what ZeRO 3 adds to the smallest of them, beside its messages."""
+    plain = chunks[0]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    rows, precision = plain["rows"], config.engine.precision
+    engine = ZeroEngine(model, optimizer, stage=3, rank_batch_size=rows, precision=precision)
+    inputs = model.prepare(**_raw(config, model, rows))
+    taken = []
+    for _ in range(2 + rounds):  # in the first it learns the order of the modules
+        watch = Clock(distributed.device())
+        with listening(watch), engine.accumulation():
+            begin("encode")
+            total = torch.stack([output.sum() for output in engine(**inputs)]).sum()
+            begin("second_pass")
+            engine.backward(total, last=True)
+            begin(OTHER)
+        engine.step()
+        seconds = watch.read()
+        taken.append((seconds["encode"], seconds["second_pass"]))
+    forward, backward = (min(series) for series in zip(*taken, strict=True))
+    hooks = {
+        "hooks_forward_s": max(0.0, forward - plain["graph_s"]),
+        "hooks_backward_s": max(0.0, backward - plain["backward_s"]),
+    }
+    return [chunk | hooks for chunk in chunks]
+
+
+def _raw(config: TrainConfig, model: DualEncoder, rows: int) -> dict[str, Tensor]:
+    """Return made-up images and captions."""
+    size = config.model.image.size
+    word = 1 if model.text.trunk.pad_id != 1 else 2
+    return {
+        "images": torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8),
+        "tokens": torch.full((rows, config.model.text.max_tokens), word),
+    }
 
 
 def _rounded(value: Any) -> Any:

@@ -46,6 +46,9 @@ class ChunkSpeed:
     backward_s: float = 0.0
     frozen_s: float = 0.0
     """A frozen trunk's outputs, which are computed once a step."""
+    hooks_forward_s: float = 0.0
+    """What ZeRO 3's hooks at every module add to a forward, whatever its rows, without messages."""
+    hooks_backward_s: float = 0.0
 
 
 @dataclass(frozen=True)

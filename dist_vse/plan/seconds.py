@@ -77,6 +77,8 @@ def step_seconds(work: Work, settings: Settings, hardware: Hardware) -> Seconds:
     shrink = full / chunks
     encode = shrink * (once * chunk.forward + kept * chunk.graph + chunks * chunk.frozen)
     again = shrink * (once * chunk.graph + chunks * chunk.backward)
+    hooks = hook_seconds(work, settings, hardware)
+    encode, again = encode + hooks[0], again + hooks[1]
     useful = full * (chunk.graph + chunk.backward + chunk.frozen)
     loss = loss_seconds(work, settings, hardware)
     gather = gather_seconds(work, settings, hardware, hidden_by=loss)
@@ -97,6 +99,18 @@ def chunk_seconds(work: Work, rows: int, hardware: Hardware, world_size: int) ->
 
     forward = of(work.forward)
     return ChunkSeconds(forward, forward, of(work.backward), of(work.frozen_forward))
+
+
+def hook_seconds(work: Work, settings: Settings, hardware: Hardware) -> tuple[float, float]:
+    """Return what ZeRO 3's hooks add to the first and to the second pass, where it was measured."""
+    measured = [speed for speed in hardware.chunks if speed.model == work.model]
+    if settings.zero_stage < 3 or not measured:
+        return 0.0, 0.0
+    crowding = hardware.crowding(settings.world_size)
+    forward = crowding * max(speed.hooks_forward_s for speed in measured)
+    backward = crowding * max(speed.hooks_backward_s for speed in measured)
+    chunks, once = settings.num_chunks, settings.num_chunks - settings.kept
+    return chunks * forward, once * forward + chunks * backward
 
 
 def rows_seconds(ops: Ops, rows: int, hardware: Hardware, *, bf16: bool) -> float:
