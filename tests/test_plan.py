@@ -17,53 +17,26 @@ from dist_vse.bench.scale_cases import SMALL
 from dist_vse.bench.scale_memory import weigh
 from dist_vse.bench.scale_rig import Rig, build_rig
 from dist_vse.bench.traffic import bytes_sent_by_part
-from dist_vse.config import TrainConfig, load_config
+from dist_vse.config import load_config
 from dist_vse.errors import UserError
 from dist_vse.plan import peers
-from dist_vse.plan.calibrate import _chunk, _with_hooks
 from dist_vse.plan.check import check_rows, settings_of
 from dist_vse.plan.choose import MARGIN, check_batch, choose, explain, price
-from dist_vse.plan.count import build_for_plan, count_work
-from dist_vse.plan.hardware import ChunkSpeed, Hardware, LinkConfig, load_hardware
+from dist_vse.plan.count import count_work
+from dist_vse.plan.hardware import LinkConfig, load_hardware
 from dist_vse.plan.loglog import Curve, draw
 from dist_vse.plan.memory import Place, fullest, moments
-from dist_vse.plan.seconds import interpolate, step_seconds
 from dist_vse.plan.settings import Settings
 from dist_vse.plan.traffic import (
     Collective,
     engine_collectives,
     loss_collectives,
     sent_bytes,
-    total_seconds,
 )
-from dist_vse.plan.work import Line, Ops, Work
 from tests.distributed import run_distributed
+from tests.plans import GPU, WORK, case
 
 HARDWARE = sorted(Path("configs/hardware").glob("*.yaml"))
-STEP = [*SMALL, "global_batch_size=32", "chunk_size=4"]  # two ranks, four chunks
-WORK = Work(
-    model="made up",
-    precision="fp32",
-    embed_dim=512,
-    trainable=100_000_000,
-    frozen=0,
-    persistent=500_000,
-    lowered=90_000_000,
-    gathers=100,
-    largest=4_000_000,
-    last=1 << 20,
-    buckets=60,
-    forward=Ops(40e9, 1e9, 100e6, 400),
-    backward=Ops(80e9, 2e9, 200e6, 800),
-    frozen_forward=Ops(),
-    held=Line(0, 100e6),
-    forward_peak=Line(0, 5e6),
-    graph_peak=Line(0, 101e6),
-    backward_peak=Line(0, 2e6),
-    input_bytes=150_000,
-    hidden_bytes=0,
-)
-GPU = Hardware(name="a GPU")
 GOLDEN_PARAMETERS = (380032, 2)
 GOLDEN_CHOICE = (1024, 1, 1, 0, "ring")
 GOLDEN_NUMBERS = [0.011093, 0.45595, 0.62213]  # seconds, GiB, efficiency
@@ -90,10 +63,6 @@ def test_two_levels_of_the_network_set_the_time() -> None:
     assert message.seconds(hardware, 16) == pytest.approx(3 * (5e-6 + 0.5))
 
 
-def _case(words: list[str]) -> TrainConfig:
-    return load_config(None, [*STEP, *words])
-
-
 CASES: list[list[str]] = [
     ["engine.zero_stage=0"],
     ["engine.zero_stage=2", "engine.precision=bf16"],
@@ -106,18 +75,18 @@ def _measured(cases: list[list[str]]) -> list[tuple[dict[str, float], int]]:
     """Return what the real step sends by part, and the most that it holds."""
     found = []
     for words in cases:
-        build = partial(build_rig, _case(words), stream=False)
+        build = partial(build_rig, case(words), stream=False)
         rig, borders = weigh(build, Rig.step)
         found.append((bytes_sent_by_part(rig.step), max(borders.most.values())))
     return found
 
 
 def test_bytes_and_memory_are_those_of_the_real_step() -> None:
-    plain, bf16 = (count_work(_case(words), vocabulary=8192) for words in ([], CASES[1]))
+    plain, bf16 = (count_work(case(words), vocabulary=8192) for words in ([], CASES[1]))
     measured = run_distributed(_measured, 2, CASES, timeout=100)[0]
     for words, (sent, peak) in zip(CASES, measured, strict=True):
         work = bf16 if "engine.precision=bf16" in words else plain
-        chosen = settings_of(_case(words), global_batch=32, world_size=2)
+        chosen = settings_of(case(words), global_batch=32, world_size=2)
         loss = sent_bytes(loss_collectives(chosen, work.embed_dim), 2)
         engine = sent_bytes(engine_collectives(work, chosen), 2)
         assert sent["gather"] == pytest.approx(loss, rel=1e-3), words
@@ -126,59 +95,6 @@ def test_bytes_and_memory_are_those_of_the_real_step() -> None:
         assert rest == pytest.approx(engine, rel=0.05 if chosen.zero_stage == 3 else 0.001), words
         predicted = fullest(moments(work, chosen, Place(on_cpu=True))).total
         assert predicted == pytest.approx(peak, rel=0.1), words
-
-
-@given(chunks=st.integers(1, 64), kept=st.integers(0, 64))
-def test_kept_graphs_save_their_second_forward(chunks: int, kept: int) -> None:
-    speed = ChunkSpeed(model="made up", rows=8, forward_s=1.0, graph_s=1.0, backward_s=2.0)
-    hardware = replace(GPU, chunks=[speed])
-    step = step_seconds(WORK, Settings(8 * chunks, 1, 8, keep_graphs=kept), hardware)
-    share = 1 + (chunks - min(kept, chunks)) / (3 * chunks)
-    assert step.encode + step.second_pass == pytest.approx(3 * chunks * share)
-    assert step.useful == pytest.approx(3 * chunks)
-
-
-def test_zero_3s_hooks_cost_once_a_forward_and_once_a_backward() -> None:
-    speed = ChunkSpeed(model="made up", rows=8, hooks_forward_s=1.0, hooks_backward_s=100.0)
-    hardware = replace(GPU, chunks=[speed])
-    chosen = Settings(32, 1, 8, keep_graphs=1, zero_stage=3)  # four chunks
-    step, plain = (step_seconds(WORK, chosen.changed(zero_stage=s), hardware) for s in (3, 1))
-    assert (step.encode - plain.encode, step.second_pass - plain.second_pass) == (4.0, 403.0)
-
-
-def _hooks() -> list[dict[str, Any]]:
-    config = _case([])
-    model = build_for_plan(config, 64, "cpu").train()
-    return _with_hooks(config, model, [_chunk(config, model, 4, rounds=1)], rounds=1)
-
-
-def test_zero_3s_hooks_are_measured() -> None:
-    for (chunk,) in run_distributed(_hooks, 2):
-        assert 0 < chunk["hooks_forward_s"] < 10 and 0 <= chunk["hooks_backward_s"] < 10
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gradients_hide_behind_the_last_backward(stage: int) -> None:
-    chosen = Settings(32, 2, 8, zero_stage=stage)
-    every = engine_collectives(WORK, chosen)
-    whole, gradients = (total_seconds(c, GPU, 2) for c in (every, every[:1]))
-    hidden = {}
-    for backward in (0.0, gradients / 10, 1e9):
-        speed = ChunkSpeed(model="made up", rows=8, together=2, backward_s=backward)
-        step = step_seconds(WORK, chosen, replace(GPU, chunks=[speed]))
-        hidden[backward] = whole - step.reduce
-    last = WORK.last / WORK.trainable  # of them is there when the backward ends
-    wanted = [0, gradients / 10, gradients * (1 - last)] if stage < 3 else [0, 0, 0]
-    assert list(hidden.values()) == pytest.approx(wanted, abs=1e-12)
-
-
-def test_products_of_the_loss() -> None:
-    hardware = replace(GPU, fp32_tflops=1e-12, attained_loss=1.0, memory_gb_per_s=1e12)
-    chosen = Settings(64, 4, 16, loss_gib=0.0)
-    product = 2 * 16 * 64 * WORK.embed_dim
-    for loss, budget, times in (("convse", 0.0, 4), ("convse", 1.0, 3), ("convse++", 0.0, 1)):
-        step = step_seconds(WORK, chosen.changed(loss=loss, loss_gib=budget), hardware)
-        assert step.loss == pytest.approx(times * product), (loss, budget)
 
 
 _SETTINGS = st.builds(
@@ -232,19 +148,6 @@ def test_more_memory_never_makes_a_plan_slower() -> None:
         for gib in (8, 16, 40, 80)
     ]
     assert all(b <= a * 1.03 for a, b in pairwise(taken)), taken
-
-
-def test_ranks_that_share_cores_share_their_speed() -> None:
-    cpu = Hardware(name="two cores", cores=2, ranks_per_node=1024)
-    two, four = (price(WORK, Settings(64 * w, w, 64), cpu) for w in (2, 4))
-    assert four.seconds.encode == pytest.approx(2 * two.seconds.encode)
-    assert four.room < two.room
-
-
-def test_interpolation_keeps_to_what_was_measured() -> None:
-    points = [(4, 1.0), (16, 3.0)]
-    found = [interpolate(points, x) for x in (1, 4, 8, 16, 99)]
-    assert found == pytest.approx([1.0, 1.0, 2.0, 3.0, 3.0])
 
 
 def test_published_memory_of_the_peers_is_met() -> None:

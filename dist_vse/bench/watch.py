@@ -84,7 +84,7 @@ def watch(
         raise UserError(f"{' '.join(command)}: {code}\n{''.join(lines[-TAIL:])}")
     of_ranks = [peak for is_rank, peak in peaks.values() if is_rank]
     of_workers = [peak for is_rank, peak in peaks.values() if not is_rank]
-    return Watched(step_at, max(of_ranks, default=0), max(of_workers, default=0))
+    return Watched(step_at, max(of_ranks), max(of_workers, default=0))
 
 
 def _keep_looking(process: "subprocess.Popen[str]", peaks: dict[int, tuple[bool, int]]) -> None:

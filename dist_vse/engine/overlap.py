@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_vse.distributed import Reduction, world_size
+from dist_vse.distributed import Reduction, rank, world_size
 
 BUCKET = 1 << 20  # elements; a larger share is a bucket of its own
 
@@ -64,7 +64,7 @@ class _Bucket:
     """Shares that are sent as one message."""
 
     def __init__(self, shares: Sequence[Share]) -> None:
-        self._shares = shares
+        self._shares, self._owner = shares, shares[0].owner
         self._parameters = {id(share.parameter) for share in shares}
         self._message: Tensor | None = None
         self._reduction: Reduction | None = None
@@ -76,14 +76,15 @@ class _Bucket:
         # A copy: a gradient may lie in memory that the backward goes on reading.
         gradients = [share.gradient().to(share.wire) for share in self._shares]
         self._message = torch.cat(gradients)
-        self._reduction = Reduction(self._message, self._shares[0].owner)
+        self._reduction = Reduction(self._message, self._owner)
 
     def receive(self) -> None:
         assert self._reduction is not None and self._message is not None, "not sent"
         self._reduction.wait()
-        parts = self._message.split([share.length for share in self._shares])
-        for share, part in zip(self._shares, parts, strict=True):
-            share.gradient().copy_(part)
+        if self._owner in (None, rank()):
+            parts = self._message.split([share.length for share in self._shares])
+            for share, part in zip(self._shares, parts, strict=True):
+                share.gradient().copy_(part)
         self._message = self._reduction = None
 
 

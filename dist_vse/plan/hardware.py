@@ -49,6 +49,7 @@ class ChunkSpeed:
     hooks_forward_s: float = 0.0
     """What ZeRO 3's hooks at every module add to a forward, whatever its rows, without messages."""
     hooks_backward_s: float = 0.0
+    """The same of a backward."""
 
 
 @dataclass(frozen=True)

@@ -184,10 +184,8 @@ def reduce_seconds(
     """Return the engine's collectives; but for ZeRO 3, gradients go beside the last backward."""
     every, world_size = engine_collectives(work, settings), settings.world_size
     taken = total_seconds(every, hardware, world_size)
-    once = settings.coalesce or settings.zero_stage < 2
-    if (
-        hardware.cores or settings.zero_stage == 3 or not once or not work.trainable
-    ):  # see `gather_seconds`
+    once = settings.zero_stage < 2 or (settings.zero_stage == 2 and settings.coalesce)
+    if hardware.cores or not once or not work.trainable:  # cores: see `gather_seconds`
         return taken
     gradients = total_seconds(every[:1], hardware, world_size)
     return taken - min(hidden_by, gradients * (1 - work.last / work.trainable))
