@@ -55,6 +55,15 @@ def pause_at(folder: Path, step: int) -> None:
     (folder / f"pause-{step}").touch()
 
 
+def hold_python(folder: Path) -> Path:
+    """Return a file: Python waits for it before its first import, if its folder is on the path."""
+    gate = folder / "gate" / "open"
+    gate.parent.mkdir()
+    wait = f"import os, time\nwhile not os.path.exists({str(gate)!r}):\n    time.sleep(0.1)\n"
+    (gate.parent / "sitecustomize.py").write_text(wait)
+    return gate
+
+
 def poison(folder: Path, step: int) -> Path:
     """Have rank 1's loss be infinite at this step for as long as the returned file is there."""
     path = folder / f"poison-{step}"

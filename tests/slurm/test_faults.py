@@ -20,6 +20,7 @@ from tests.distributed import run_distributed
 from tests.slurm.cluster import Cluster
 from tests.slurm.recorded import (
     RecordedTrain,
+    hold_python,
     num_waiting,
     pause_at,
     poison,
@@ -266,7 +267,9 @@ def test_a_signal_before_the_imports_are_done_does_not_kill_the_job(
     cluster: Cluster, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SBATCH_TIMELIMIT", "3")  # sbatch would prefer it to the cluster's file
-    inside = ", container: env INSIDE=container"
+    gate = hold_python(tmp_path)
+    path = f"{gate.parent}{os.pathsep}{Path(__file__).parents[2]}"
+    inside = f", container: env INSIDE=container PYTHONPATH={path}"
     job = submit(_plan(data, tmp_path, 1, inside, ["total_steps=2"]))
     wait_until(lambda: cluster.job(job.job_id, "JobState") == "RUNNING", "the start")
     node = cluster.job(job.job_id, "NodeList")
@@ -274,6 +277,7 @@ def test_a_signal_before_the_imports_are_done_does_not_kill_the_job(
     variables = Path(f"/proc/{_rank_on(cluster, node)}/environ").read_bytes().split(b"\0")
     for _ in range(5):
         cluster("scancel", "--signal=USR2", job.job_id)
+    gate.touch()
     assert b"INSIDE=container" in variables and b"DS_ACCELERATOR=cpu" in variables
     assert cluster.job(job.job_id, "TimeLimit") == "00:10:00"
     assert cluster.wait_for_end(job.job_id) == "COMPLETED", _log(job, 0)
