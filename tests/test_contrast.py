@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from dist_vse.contrast import collapsed, global_loss
+from dist_vse.contrast import collapsed, global_loss, products
 from dist_vse.errors import UserError
 from dist_vse.losses import dense_loss
 from tests.contrast_cases import NAMES, Case, error, gradients
@@ -56,6 +56,14 @@ def test_equals_the_dense_loss_in_float32(name: str) -> None:
         exact = gradients(dense_loss, case)
         ours = gradients(global_loss, case, dtype=torch.float32, tile=16)
         assert error(ours, exact) < 1e-5, (temperature, twins)
+
+
+def test_equals_the_dense_loss_where_torch_has_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_onednn", None)
+    for name in ("convse", "convse++"):
+        case = Case(name, 70, families=60, width=64)
+        ours = gradients(global_loss, case, dtype=torch.float32, tile=16)
+        assert error(ours, gradients(dense_loss, case)) < 1e-5, name
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,11 +12,9 @@ the choice must not depend on tiles or ranks. That holds for copies; a chain of 
 each within a few roundings of the next, and are no copies, is decided in the order of the tiles.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import embedding_bag, pad
 
 from dist_vse import distributed
 from dist_vse.contrast.positives import Positives
@@ -25,7 +23,6 @@ from dist_vse.contrast.transport import Block
 
 ROUNDINGS = 16
 BLOCKS = {1: 64, 0: 16}  # entries along a row, along a column: strided, so fewer
-CHUNK = 1024  # features moved together
 
 
 class Hardest:
@@ -56,42 +53,18 @@ class Hardest:
         total = row_hinges.clamp(min=0).sum() + column_hinges[self.layout.own].clamp(min=0).sum()
         return total * self.weight
 
-    def add_gradient(
-        self, block: Block, rows: Tensor, row_grad: Tensor, column_grad: Tensor
-    ) -> None:
-        columns = block.columns
-        here = _Side(rows, row_grad, self.layout.own.start, self.rows.places, self.row_pull)
-        there = _Side(
-            block.features,
-            column_grad,
-            columns.start,
-            self.columns.places[columns],
-            self.column_pull[columns],
+    def gradients(self, block: Block, rows: Tensor) -> tuple[Tensor, Tensor]:
+        own, there = self.layout.own, block.columns
+        i, of_rows = _pairs(self.rows.places, self.row_pull, there)
+        j, of_columns = _pairs(self.columns.places[there], self.column_pull[there], own)
+        i, j = torch.cat([i, of_columns]), torch.cat([of_rows, j])
+        return (
+            _sums(block.features, j, i, len(rows), self.weight),
+            _sums(rows, i, j, len(block.features), self.weight),
         )
-        self._push(here, there)
-        self._push(there, here)
 
     def hardest(self) -> Tensor:
         return self.rows.values
-
-    def _push(self, these: "_Side", those: "_Side") -> None:
-        """Add the gradient of these features' hardest negatives, as far as they are those."""
-        places = these.places - those.start
-        chosen = (places >= 0) & (places < len(those.features)) & (these.pull > 0)
-        for i in chosen.nonzero().view(-1).split(CHUNK):
-            j = places[i]
-            these.grad.index_add_(0, i, those.features.index_select(0, j), alpha=self.weight)
-            those.grad.index_add_(0, j, these.features.index_select(0, i), alpha=self.weight)
-
-
-class _Side(NamedTuple):
-    """Features that lie together in the global batch, from `start` on, and what they look for."""
-
-    features: Tensor  # (n, d)
-    grad: Tensor  # (n, d)
-    start: int
-    places: Tensor  # (n,) of the hardest negative, in the global batch
-    pull: Tensor  # (n,) above 0 if it is within the margin
 
 
 class _Best:
@@ -148,3 +121,23 @@ def _first(values: Tensor, thresholds: Tensor) -> Tensor:
     falling = torch.arange(width, 0, -1, dtype=values.dtype, device=values.device)
     left = values.ge_(thresholds).mul_(falling).amax(1)
     return (width - left.long()).clamp_(max=width - 1)
+
+
+def _pairs(places: Tensor, pull: Tensor, among: slice) -> tuple[Tensor, Tensor]:
+    """Return which of (n,) have their hardest negative `among` places, and where in there."""
+    chosen = ((places >= among.start) & (places < among.stop) & (pull > 0)).nonzero().view(-1)
+    return chosen, places[chosen] - among.start
+
+
+def _sums(features: Tensor, sources: Tensor, targets: Tensor, count: int, weight: float) -> Tensor:
+    """Return for each of `count` targets the sum of its sources' features, times a weight.
+
+    `sources` and `targets` (p,) name pairs. A target's are added in the order given, on CUDA too,
+    where adding them pair by pair would not be reproducible.
+    """
+    if not len(targets):
+        return features.new_zeros(count, features.shape[1])
+    targets, order = targets.sort(stable=True)
+    first = torch.searchsorted(targets, torch.arange(count, device=targets.device))
+    weights = features.new_full((len(order),), weight)
+    return embedding_bag(sources[order], features, first, mode="sum", per_sample_weights=weights)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dist_vse.contrast.positives import Positives
-from dist_vse.contrast.tiles import Products, Tile, ranges
+from dist_vse.contrast.products import Products
+from dist_vse.contrast.tiles import Tile, ranges
 from dist_vse.contrast.transport import Block, Transport
 
 
@@ -44,10 +45,8 @@ class Dense(Term, Protocol):
 class Sparse(Term, Protocol):
     """A term whose gradient touches one pair a row and one a column."""
 
-    def add_gradient(
-        self, block: Block, rows: Tensor, row_grad: Tensor, column_grad: Tensor
-    ) -> None:
-        """Add the gradient of a block's pairs to those of the rows and of the block's columns."""
+    def gradients(self, block: Block, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient of a block's pairs in the rows (b, d) and its columns (c, d)."""
 
 
 class Sweep:
@@ -92,64 +91,77 @@ class Sweep:
 
     def _see_all(self, room: int) -> None:
         """Show every tile to the terms; keep as many as fit in `room` bytes."""
-        values, spare = self._buffers()
+        spare = self._spare()
         for block in self.transport.blocks():
             operand = self.products.operand(block.features)
             for rows, columns in self._places(block):
-                shape = _shape(rows, columns)
-                size = shape.numel() * values.element_size()
-                fits = size <= room
-                tile = self._tile(rows, columns, values.new_empty(shape) if fits else values, spare)
-                self._compute(tile, operand, block)
+                tile = self._compute(rows, columns, operand, block, spare)
                 for term in self.terms:
                     term.see(tile)
-                if fits:
-                    room -= size
+                if tile.values.nbytes <= room:
+                    room -= tile.values.nbytes
                     self._kept[rows.start, columns.start] = tile.values
+                del tile  # the next one may have its memory
 
     def backward(self) -> tuple[Tensor, Tensor]:
         """Return the gradient of the sum over all ranks in the rows and in own columns (b, d)."""
-        row_grad = torch.zeros_like(self.rows)
+        row_grad = None
 
-        def contribute(block: Block, column_grad: Tensor) -> None:
-            if self.dense is not None:
-                self._add_dense(self.dense, block, row_grad, column_grad)
-            if self.sparse is not None:
-                self.sparse.add_gradient(block, self.rows, row_grad, column_grad)
-            for term in self.terms:
-                self.positives.add_twins_gradient(
-                    block, term.row_pull, term.column_pull, row_grad, column_grad
-                )
+        def contribute(block: Block) -> Tensor:
+            nonlocal row_grad
+            of_rows, of_columns = self._gradients(block)
+            row_grad = of_rows if row_grad is None else row_grad.add_(of_rows)
+            return of_columns
 
         column_grad = self.transport.collect(contribute)
+        assert row_grad is not None
         for term in self.terms:
             self.positives.add_own_gradient(term.own_pull, row_grad, column_grad)
         return row_grad, column_grad
 
+    def _gradients(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Return the gradient of a block's pairs in the rows (b, d) and its columns (c, d)."""
+        if self.sparse is not None:
+            row_grad, column_grad = self.sparse.gradients(block, self.rows)
+        else:
+            row_grad, column_grad = torch.zeros_like(self.rows), torch.zeros_like(block.features)
+        if self.dense is not None:
+            self._add_dense(self.dense, block, row_grad, column_grad)
+        for term in self.terms:
+            self.positives.add_twins_gradient(
+                block, term.row_pull, term.column_pull, row_grad, column_grad
+            )
+        return row_grad, column_grad
+
     def _add_dense(self, term: Dense, block: Block, row_grad: Tensor, column_grad: Tensor) -> None:
         operand = self.products.operand(block.features)
-        buffer, spare = self._buffers()
+        spare = self._spare()
         for rows, columns in self._places(block):
             kept = self._kept.pop((rows.start, columns.start), None)
-            tile = self._tile(rows, columns, buffer if kept is None else kept, spare)
             if kept is None:
-                self._compute(tile, operand, block)
+                tile = self._compute(rows, columns, operand, block, spare)
+            else:
+                tile = self._tile(rows, columns, kept, spare)
             here = slice(columns.start - block.columns.start, columns.stop - block.columns.start)
             self.products.add_gradients(
                 term.weigh(tile), rows, operand[here], row_grad, column_grad[here]
             )
+            del tile, kept
 
-    def _compute(self, tile: Tile, operand: Tensor, block: Block) -> None:
-        """Fill a tile with what the terms work on."""
+    def _compute(
+        self, rows: slice, columns: slice, operand: Tensor, block: Block, spare: Tensor
+    ) -> Tile:
+        """Return a tile of what the terms work on."""
         start = block.columns.start
-        here = slice(tile.columns.start - start, tile.columns.stop - start)
-        self.products.similarities(tile.rows, operand[here], tile.values)
+        here = slice(columns.start - start, columns.stop - start)
+        tile = self._tile(rows, columns, self.products.similarities(rows, operand[here]), spare)
         self._hide_own_entries(tile)
         if tile.twins is not None and not self.twins_are_candidates:
             tile.values[tile.twins] = float("-inf")
             tile.twins = None
         if self.dense is not None:
             self.dense.prepare(tile)
+        return tile
 
     def _hide_own_entries(self, tile: Tile) -> None:
         """Make the similarities of own pairs -inf; most tiles have none."""
@@ -166,29 +178,17 @@ class Sweep:
             for rows in ranges(0, len(self.rows), self.height):
                 yield rows, columns
 
-    def _buffers(self) -> tuple[Tensor, Tensor]:
-        """Return memory for a tile, and for the intermediate results of a dense term."""
-        height = min(self.height, len(self.rows))
-        width = min(self.side, self.positives.layout.total)
-        spare = height if self.dense is not None else 0
-        return self.rows.new_empty(height, width), self.rows.new_empty(spare, width)
+    def _spare(self) -> Tensor:
+        """Return memory for the intermediate results of a dense term, as large as a tile."""
+        height = min(self.height, len(self.rows)) if self.dense is not None else 0
+        return self.rows.new_empty(height * min(self.side, self.positives.layout.total))
 
     def _tile(self, rows: slice, columns: slice, values: Tensor, spare: Tensor) -> Tile:
-        shape = _shape(rows, columns)
         twins = self.positives.twins
         return Tile(
-            _fit(values, shape),
-            _fit(spare, shape) if self.dense is not None else spare,
+            values,
+            spare[: values.numel()].view(values.shape) if self.dense is not None else spare,
             rows,
             columns,
             twins.pairs(rows, columns) if twins is not None else None,
         )
-
-
-def _shape(rows: slice, columns: slice) -> torch.Size:
-    return torch.Size((rows.stop - rows.start, columns.stop - columns.start))
-
-
-def _fit(buffer: Tensor, shape: torch.Size) -> Tensor:
-    """Return a tensor of a shape in the buffer's memory."""
-    return buffer if buffer.shape == shape else buffer.view(-1)[: shape.numel()].view(shape)

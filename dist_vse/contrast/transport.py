@@ -7,7 +7,6 @@ gradients on the way back. b rows on this rank, N on all, W ranks, d embedding.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from dist_vse import distributed
@@ -21,8 +20,8 @@ class Block(NamedTuple):
     features: Tensor  # (columns, d)
 
 
-Contribute = Callable[[Block, Tensor], None]
-"""Add this rank's gradient of a block's features (second argument) in place."""
+Contribute = Callable[[Block], Tensor]
+"""Return this rank's gradient of a block's features (columns, d)."""
 
 
 class Transport(Protocol):
@@ -50,9 +49,7 @@ class Gather:
         yield self.block
 
     def collect(self, contribute: Contribute) -> Tensor:
-        gradient = torch.zeros_like(self.block.features)  # (N, d)
-        contribute(self.block, gradient)
-        return self.layout.scatter_sum(gradient)
+        return self.layout.scatter_sum(contribute(self.block))
 
 
 class Ring:
@@ -78,8 +75,7 @@ class Ring:
     def collect(self, contribute: Contribute) -> Tensor:
         travelling: distributed.Exchange | None = None
         for turn, block in enumerate(self.blocks()):
-            gradient = torch.zeros_like(block.features)
-            contribute(block, gradient)
+            gradient = contribute(block)
             if travelling is not None:
                 gradient += travelling.wait()
             # It goes to the neighbour that holds this block next; after the last turn, home.
