@@ -11,7 +11,7 @@ gradients of parameters over the ranks then has exactly the gradient of one proc
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +21,15 @@ from torch.autograd.function import once_differentiable
 from dist_vse import distributed
 from dist_vse.contrast.ahead import Ahead
 from dist_vse.contrast.hardest import Hardest
-from dist_vse.contrast.layout import Layout, Twins
+from dist_vse.contrast.layout import Twins
 from dist_vse.contrast.pairwise import Hinges, Sigmoid
 from dist_vse.contrast.positives import OwnPairs, Positives
 from dist_vse.contrast.softmax import RunningSoftmax, SharedSoftmax, shared_shift
+from dist_vse.contrast.survey import Survey, refuse, take_survey
 from dist_vse.contrast.sweep import Dense, Sparse, Sweep
 from dist_vse.contrast.telemetry import summarize
 from dist_vse.contrast.tiles import default_tile
 from dist_vse.contrast.transport import Gather, Ring, Transport
-from dist_vse.errors import UserError
 
 SOFTMAX = ("convse", "info_nce")
 ON_LOGITS = (*SOFTMAX, "siglip")  # scaled similarities; positives are candidates
@@ -68,11 +68,13 @@ def global_loss(
     64-bit ids (b,); b may differ between ranks and be 0, all else must be alike on all ranks.
     `hardness` goes from 0 (mean of all violations) to 1 (the hardest) for convse++ and vse++.
     `ahead` holds the text features if they were sent a chunk at a time before.
-    What the losses are: `dist_vse.losses`, docs/losses.md. Raises UserError for arguments that
-    do not fit together, before anything is sent: only on the ranks that have them.
+    What the losses are: `dist_vse.losses`, docs/losses.md. Raises UserError for arguments that do
+    not fit together or that differ between the ranks, the same on all of them.
     """
     ids = [x for x in (image_ids, text_ids) if x is not None]
-    _check(name, image_features, text_features, ids, hardness, twins, transport)
+    fault = _find_fault(name, image_features, text_features, ids, hardness, twins, transport)
+    if fault is not None:
+        refuse(fault)
     dtype = torch.promote_types(
         torch.promote_types(image_features.dtype, text_features.dtype), torch.float32
     )
@@ -85,10 +87,17 @@ def global_loss(
         inputs = rows, columns, bias.to(dtype)
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         setting = _Setting(
-            name, margin, hardness, twins == "positive", transport, memory_gib, bf16_products, tile
-        )
+            name, margin, hardness, twins, transport, bf16_products,
+            embedding=rows.shape[1], precision=str(dtype), num_ids=len(ids), gradient=keep,
+            sent_ahead=ahead is not None,
+        )  # fmt: skip
         with torch.no_grad():
-            sweep = _build_sweep(setting, *inputs, ids, ahead)
+            own = OwnPairs.of(rows, columns)
+            survey = take_survey(own, log_scale, bias, asdict(setting))
+            sweep = _build_sweep(
+                setting, survey, *inputs, own, ids, ahead,
+                tile=tile or default_tile(rows.device), budget=int(memory_gib * GIB),
+            )  # fmt: skip
             local_total = sweep.forward(keep=keep)
             total, stats = summarize(
                 local_total,
@@ -105,25 +114,19 @@ def global_loss(
 
 @dataclass(frozen=True)
 class _Setting:
-    """What does not change from batch to batch."""
+    """What must be the same on all ranks."""
 
     name: str
     margin: float
     hardness: float
-    twins_are_positive: bool
+    twins: str
     transport: str
-    memory_gib: float
     bf16_products: bool
-    tile: int | None
-
-
-@dataclass(frozen=True)
-class _Survey:
-    """What all ranks must know of each other's features before they start."""
-
-    layout: Layout
-    largest: float  # no |similarity| of the batch is larger
-    smallest_own: float
+    embedding: int
+    precision: str
+    num_ids: int
+    gradient: bool  # whether one is wanted
+    sent_ahead: bool
 
 
 class _Total(torch.autograd.Function):
@@ -150,23 +153,26 @@ class _Total(torch.autograd.Function):
 
 def _build_sweep(
     setting: _Setting,
+    survey: Survey,
     rows: Tensor,
     columns: Tensor,
     bias: Tensor,
+    own: OwnPairs,
     ids: Sequence[Tensor],
     ahead: Ahead | None,
+    *,
+    tile: int,
+    budget: int,
 ) -> Sweep:
     rows, columns = rows.detach(), columns.detach()
-    own = OwnPairs.of(rows, columns)
-    survey = _take_survey(own)
-    layout = survey.layout
+    layout, twins_are_positive = survey.layout, setting.twins == "positive"
     positives = Positives(
         rows,
         columns,
         own,
         layout,
         Twins(layout.gather(torch.stack(list(ids), 1)), layout) if ids else None,
-        average_twins=setting.twins_are_positive,
+        average_twins=twins_are_positive,
     )
     carrier: Transport = (
         Ring(columns, layout)
@@ -174,7 +180,6 @@ def _build_sweep(
         else Gather(columns, layout, ahead.take() if ahead is not None else None)
     )
     positives.include_twins(carrier)
-    tile = setting.tile or default_tile(rows.device)
     dense, sparse = _build_terms(setting, positives, survey, bias)
     return Sweep(
         rows,
@@ -182,30 +187,15 @@ def _build_sweep(
         positives,
         dense=dense,
         sparse=sparse,
-        twins_are_candidates=setting.name in ON_LOGITS and setting.twins_are_positive,
+        twins_are_candidates=setting.name in ON_LOGITS and twins_are_positive,
         tile=tile,
-        budget=int(setting.memory_gib * GIB),
+        budget=budget,
         bf16=setting.bf16_products,
     )
 
 
-def _take_survey(own: OwnPairs) -> _Survey:
-    """Exchange four numbers a rank; the host waits for the device here."""
-    infinity = own.similarities.new_full((1,), float("inf"))
-    here = [
-        torch.full_like(own.longest_row, len(own.similarities)),
-        own.longest_row,
-        own.longest_column,
-        torch.cat([own.similarities, infinity]).amin(),
-    ]
-    there = distributed.gather_rows(torch.stack(here).double().view(1, 4)).T.tolist()
-    counts, row_norms, column_norms, smallest = there
-    layout = Layout(tuple(int(count) for count in counts), distributed.rank())
-    return _Survey(layout, max(row_norms) * max(column_norms), min(smallest))
-
-
 def _build_terms(
-    setting: _Setting, positives: Positives, survey: _Survey, bias: Tensor
+    setting: _Setting, positives: Positives, survey: Survey, bias: Tensor
 ) -> tuple[Dense | None, Sparse | None]:
     margin, hardness = setting.margin, setting.hardness
     if setting.name == "siglip":
@@ -240,7 +230,7 @@ def _unit_of_loss(name: str, scale: Tensor, count: int) -> Tensor | float:
     return (0.5 if name == "info_nce" else 1.0) * bits / max(1, count)
 
 
-def _check(
+def _find_fault(
     name: str,
     image_features: Tensor,
     text_features: Tensor,
@@ -248,7 +238,8 @@ def _check(
     hardness: float,
     twins: str,
     transport: str,
-) -> None:
+) -> str | None:
+    """Say what is wrong with arguments, if anything is."""
     for what, value, choices in (
         ("loss", name, (*ON_LOGITS, *HINGES)),
         ("twins", twins, ("exclude", "positive")),
@@ -257,14 +248,15 @@ def _check(
         if value not in choices:
             near = difflib.get_close_matches(value, choices, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(choices)}"
-            raise UserError(f"{what} {value!r} is unknown; {hint}")
+            return f"{what} {value!r} is unknown; {hint}"
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
-        raise UserError(
+        return (
             f"image_features {tuple(image_features.shape)} and text_features "
             f"{tuple(text_features.shape)} must have one shape (rows, embedding)"
         )
     if any(x.shape != (len(image_features),) or x.dtype != torch.int64 for x in ids):
         shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in ids)
-        raise UserError(f"ids ({shapes}) must be int64, one a row ({len(image_features)} rows)")
+        return f"ids ({shapes}) must be int64, one a row ({len(image_features)} rows)"
     if not 0 <= hardness <= 1:
-        raise UserError(f"hardness ({hardness}) must be between 0 (all violations) and 1 (hardest)")
+        return f"hardness ({hardness}) must be between 0 (all violations) and 1 (hardest)"
+    return None
