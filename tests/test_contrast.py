@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from dist_vse.allocation import measure
 from dist_vse.contrast import collapsed, global_loss, products
 from dist_vse.errors import UserError
 from dist_vse.losses import dense_loss
@@ -73,6 +74,28 @@ def test_a_kept_tile_changes_nothing(name: str) -> None:
     for gib in (16 * 16 * 4 / 2**30, 1.0):
         kept = gradients(global_loss, case, dtype=torch.float32, tile=16, memory_gib=gib)
         assert all(torch.equal(a, b) for a, b in zip(without, kept, strict=True))
+
+
+def test_no_more_tiles_are_kept_than_the_budget_has_room_for() -> None:
+    case, tile = Case("convse", 64), 16 * 16 * 4
+
+    def held(budget: float) -> int:
+        leaves = case.leaves(torch.float32)  # the loss must live: its graph has the tiles
+        loss, bytes_ = measure(
+            lambda: case.differentiable(
+                global_loss, leaves, tile=16, memory_gib=budget * tile / 2**30
+            ),
+            torch.device("cpu"),
+        )
+        return bytes_.held if loss.requires_grad else 0
+
+    assert [(held(budget) - held(0)) / tile for budget in (0.9, 1, 3.5, 16, 99)] == [
+        0,
+        1,
+        3,
+        16,
+        16,
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
