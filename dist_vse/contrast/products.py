@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def _find_onednn() -> Callable[..., Any] | None:
-    """Return the product that torch.compile uses on CPUs, if this torch was built with oneDNN."""
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-# In float32 torch.mm is MKL's product: on AMD's processors it takes a tenth longer than oneDNN's.
-_onednn = _find_onednn() if torch.backends.mkldnn.is_available() else None
+# The product that torch.compile uses on CPUs, if this torch was built with oneDNN. In float32
+# torch.mm is MKL's, which is slower on AMD's processors.
+_onednn: Callable[..., Any] | None = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)
 
 
 class Products:

@@ -16,6 +16,7 @@ from dist_vse.contrast.layout import Layout
 from dist_vse.contrast.positives import OwnPairs
 from dist_vse.errors import UserError
 
+NUMBERS = 7  # a rank's; a first one below 0 (it is the number of rows) says that it refuses
 CLOSE = 1e-6  # the temperature's logarithm and the bias are alike if they differ by less
 
 
@@ -60,7 +61,7 @@ def take_survey(
 
 def refuse(fault: str) -> NoReturn:
     """Raise UserError for this rank's `fault`, on this rank and on those in `take_survey`."""
-    _exchange(torch.full((7,), -1.0, dtype=torch.float64, device=distributed.device()))
+    _exchange(torch.full((NUMBERS,), -1.0, dtype=torch.float64, device=distributed.device()))
     _raise_first(distributed.all_gather_object(fault))
 
 
