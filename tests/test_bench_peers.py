@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 
+from dist_vse.bench import watch as watching
 from dist_vse.bench.contest_data import CONTEXT, Model, write_data, write_words
 from dist_vse.bench.contestants import LANES, OUR_STEP, OURS, PEER, PEER_STEP, Setting, Task, train
 from dist_vse.bench.largest import largest_batch
@@ -114,6 +115,20 @@ def test_a_training_is_ended_with_its_ranks_once_it_has_taken_its_steps(tmp_path
     assert len(watched.step_at) == 2 and watched.rank_bytes > 0
     pid = int((tmp_path / "pid").read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("young_s", "counts"), [(0.0, True), (600.0, False)])
+def test_a_child_of_a_rank_counts_once_it_is_no_copy_about_to_run_a_command(
+    young_s: float, counts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "YOUNG_S", young_s)
+    rank = "import os, time; os.fork() and print('step', flush=True); time.sleep(600)"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    command = [sys.executable, "-c", launcher]
+    step = re.compile("^step")
+    watched = watch(command, step, steps=1, cwd=tmp_path, environment={}, timeout_s=50.0)
+    assert watched.rank_bytes > 0 and (watched.worker_bytes > 0) == counts
 
 
 @pytest.mark.timeout(120)

@@ -19,6 +19,7 @@ from dist_vse.bench.memory import status_bytes
 from dist_vse.errors import UserError
 
 LOOK_S = 0.1  # between two looks at the memory
+YOUNG_S = 1.0  # of age; a rank's child that is younger may be a copy of it, about to run a command
 END_S = 10.0  # at most, for killed processes to be gone
 TAIL = 80  # lines of a failed training that are shown
 
@@ -101,6 +102,8 @@ def _look(process: "subprocess.Popen[str]", peaks: dict[int, tuple[bool, int]]) 
         launcher = psutil.Process(process.pid)
         ranks = {child.pid for child in launcher.children()}
         for child in launcher.children(recursive=True):
+            if child.pid not in ranks and time.time() - child.create_time() < YOUNG_S:
+                continue
             peak = status_bytes(f"/proc/{child.pid}/status", "VmHWM")
             peaks[child.pid] = child.pid in ranks, peak
 
