@@ -98,7 +98,10 @@ def _first_visit(case: Case, effort: Effort, row: dict[str, Any]) -> Rig:
 
 
 def _time(rig: Rig) -> dict[str, float]:
-    """Take a step; return its seconds on this rank by part, and as a whole under "whole"."""
+    """Take a step; return its seconds on this rank by part, and as a whole under "whole".
+
+    It ends when the slowest rank has: the others' wait for it belongs to no part, but to the whole.
+    """
     distributed.barrier()
     synchronize()
     watch = clock.Clock(distributed.device())
@@ -106,6 +109,7 @@ def _time(rig: Rig) -> dict[str, float]:
         started = time.perf_counter()
         rig.step()
         synchronize()
+        distributed.barrier()
         whole = time.perf_counter() - started
         return {**watch.read(), "whole": whole}
 
@@ -146,12 +150,12 @@ def _workload(config: TrainConfig, stream: bool) -> str:
 
 
 def _summary(row: dict[str, Any], steps: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Join the ranks: a step takes as long as on the slowest of them, its parts as on average."""
+    """Join the ranks: a step, and each of its parts, takes as long as on their average."""
     names = list(steps[0])
     here = torch.tensor([[step[name] for name in names] for step in steps], dtype=torch.float64)
     here = here.to(distributed.device())  # (steps, parts), the whole at the end
-    wholes: list[float] = distributed.all_reduce_max(here[:, -1].clone()).tolist()
     means = distributed.all_reduce_mean(here)
+    wholes: list[float] = means[:, -1].tolist()
     median = statistics.median_low(wholes)
     parts = means[wholes.index(median), :-1].tolist()
     flops = Flops(**row["flops_per_pair"]).of_step(row["global_batch"], row["embedding"])
