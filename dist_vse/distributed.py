@@ -1,4 +1,4 @@
-"""Process identity and collectives: the sole owner of torch.distributed.
+"""Process identity and collectives: with `gloo`, the sole owner of torch.distributed.
 
 Everything here also works in one process without a process group. Shape letters: b rows on
 this rank, B rows on all ranks, W ranks.
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_vse import launched, watchdog
+from dist_vse import gloo, launched, watchdog
 from dist_vse.clock import collective
 from dist_vse.errors import UserError
 
@@ -106,9 +106,18 @@ def gather_rows(x: Tensor) -> Tensor:
     """Gather equally many rows of all ranks, (b, ...) -> (B, ...), without a gradient."""
     if world_size() == 1:
         return x
-    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-    _all_gather_single(out, x.contiguous())
+    out, works = _start_gather(x.contiguous())
+    for work in works:
+        work.wait()
     return out
+
+
+def _start_gather(rows: Tensor) -> tuple[Tensor, list[Any]]:
+    """Return memory for the rows of all ranks, (b, ...) -> (B, ...), and the work that fills it."""
+    out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+    if gloo.suits(rows):
+        return out, gloo.start_gather(out, rows)
+    return out, [_all_gather_single(out, rows, async_op=True)]
 
 
 @collective()
@@ -116,11 +125,8 @@ def reduce_scatter_rows(x: Tensor) -> Tensor:
     """Sum over the ranks and keep this rank's rows, (B, ...) -> (b, ...)."""
     if world_size() == 1:
         return x
-    if dist.get_backend() == "gloo":  # whose own reduce-scatter takes three times as long
-        received = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(received, x.contiguous())
-        total: Tensor = received.unflatten(0, (world_size(), -1)).sum(0)
-        return total
+    if dist.get_backend() == "gloo":
+        return gloo.reduce_scatter(x.contiguous())
     out = x.new_empty((x.shape[0] // world_size(), *x.shape[1:]))
     _reduce_scatter_single(out, x.contiguous())
     return out
@@ -130,17 +136,11 @@ def all_gather_rows(x: Tensor) -> Tensor:
     """Gather rows of all ranks where the ranks may hold different numbers of them."""
     if world_size() == 1:
         return x
-    counts = row_counts(len(x), x.device)
+    counts: list[int] = gather_rows(torch.tensor([len(x)], device=x.device)).tolist()
     padded = x.new_zeros((max(counts), *x.shape[1:]))
     padded[: len(x)] = x
     parts = gather_rows(padded).split(max(counts))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def row_counts(count: int, on: torch.device) -> list[int]:
-    """Return every rank's number of rows, in rank order."""
-    counts: list[int] = gather_rows(torch.tensor([count], device=on)).tolist()
-    return counts
 
 
 class Gathering:
@@ -152,13 +152,13 @@ class Gathering:
     @collective("gather")
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows.contiguous()  # must live until the end
-        self._gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-        self._work: Any = _all_gather_single(self._gathered, self._rows, async_op=True)
+        self._gathered, self._works = _start_gather(self._rows)
 
     @collective()
     def wait(self) -> Tensor:
         """Wait for the rows of all ranks and return them, (W, b, ...)."""
-        self._work.wait()
+        while self._works:  # a message can't be waited for twice
+            self._works.pop().wait()
         gathered: Tensor = self._gathered.unflatten(0, (world_size(), -1))
         return gathered
 

@@ -11,9 +11,13 @@ from dist_vse.errors import UserError
 from tests.distributed import run_distributed
 
 
-def _gather_and_differentiate() -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(rank: int, width: int) -> torch.Tensor:
+    return torch.arange(2.0 * width).view(2, width) + 10 * rank
+
+
+def _gather_and_differentiate(width: int) -> tuple[torch.Tensor, torch.Tensor]:
     rank = distributed.rank()
-    x = (torch.arange(6.0).view(2, 3) + 10 * rank).requires_grad_()
+    x = _rows(rank, width).requires_grad_()
     weight = torch.arange(1.0, 1 + 2 * distributed.world_size()).view(-1, 1)
     gathered = distributed.all_gather(x)
     ((rank + 1) * gathered * weight).sum().backward()
@@ -21,15 +25,19 @@ def _gather_and_differentiate() -> tuple[torch.Tensor, torch.Tensor]:
     return gathered.detach(), x.grad
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_all_gather_concatenates_and_its_backward_sums_over_ranks(world_size: int) -> None:
-    results = run_distributed(_gather_and_differentiate, world_size)
-    whole = torch.cat([torch.arange(6.0).view(2, 3) + 10 * r for r in range(world_size)])
+# A rank's rows are 24 bytes or 80 kB: with gloo, many bytes go straight from rank to rank.
+@pytest.mark.parametrize("width", [3, 10_000])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_all_gather_concatenates_and_its_backward_sums_over_ranks(
+    world_size: int, width: int
+) -> None:
+    results = run_distributed(_gather_and_differentiate, world_size, width)
+    whole = torch.cat([_rows(rank, width) for rank in range(world_size)])
     total = sum(range(1, world_size + 1))
     for rank, (gathered, grad) in enumerate(results):
         assert torch.equal(gathered, whole)
         weight = torch.arange(1.0 + 2 * rank, 3.0 + 2 * rank).view(-1, 1)
-        assert torch.equal(grad, (total * weight).expand(2, 3))
+        assert torch.equal(grad, (total * weight).expand(2, width))
 
 
 def _gather_ragged() -> torch.Tensor:

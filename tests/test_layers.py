@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
         "interrupt",
         "launched",
         "watchdog",
+        "gloo",
         "random_state",
         "upload",
         "losses",
@@ -44,7 +45,7 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 OWNERS = {
-    "torch.distributed": {"dist_vse/distributed.py"},
+    "torch.distributed": {"dist_vse/distributed.py", "dist_vse/gloo.py"},
     "deepspeed": {"dist_vse/engine/"},
     "timm": {"dist_vse/models/"},
     "transformers": {"dist_vse/models/"},
