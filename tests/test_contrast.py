@@ -67,6 +67,21 @@ def test_equals_the_dense_loss_where_torch_has_no_onednn(monkeypatch: pytest.Mon
         assert error(ours, gradients(dense_loss, case)) < 1e-5, name
 
 
+def test_onednns_products_get_no_features_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = products._onednn
+    if product is None:
+        pytest.skip("this torch has no oneDNN")
+
+    def looked_at(left: Tensor, right: Tensor, *settings: object) -> Tensor:
+        assert left.is_contiguous() and (right.is_contiguous() or right.T.is_contiguous())
+        return product(left, right, *settings)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(products, "_onednn", looked_at)
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(2, 70, 64, generator=generator)[:, :, :48].requires_grad_()
+    global_loss("convse", images, texts, torch.zeros(1), torch.zeros(1), tile=16).loss.backward()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kept_tile_changes_nothing(name: str) -> None:
     case = Case(name, 40, families=35)

@@ -18,22 +18,27 @@ def bare_steps(images: Tensor, texts: Tensor) -> dict[str, Callable[[], object]]
     """Return steps on features (b, d) of this rank, each to be called on all ranks."""
     columns = distributed.gather_rows(texts)
     products = Products(images, bf16=False)
-    tile = products.similarities(slice(0, CPU_TILE), columns[:CPU_TILE])
+    width = images.shape[1]
+    tile = products.similarities(slice(0, CPU_TILE), columns[:CPU_TILE]).flatten()
     row_grad, column_grad = torch.zeros_like(images), torch.zeros_like(columns)
+    turned, turned_grad = images[:CPU_TILE].flatten(), torch.zeros(CPU_TILE * width)
     statistic = torch.zeros(len(columns))
     largest = torch.zeros(len(images))
 
     def tiles() -> Iterator[tuple[slice, slice, Tensor]]:
         for c in ranges(0, len(columns), CPU_TILE):
             for r in ranges(0, len(images), CPU_TILE):
-                yield r, c, tile[: r.stop - r.start, : c.stop - c.start]
+                yield r, c, _shaped(tile, r.stop - r.start, c.stop - c.start)
 
     def multiply(similarities: int, gradients: int) -> None:
         for r, c, weights in tiles():
             for _ in range(similarities):
                 products.similarities(r, columns[c])
             for _ in range(gradients):
-                products.add_gradients(weights, r, columns[c], row_grad, column_grad[c])
+                products.add_gradients(
+                    weights, _shaped(turned, width, len(weights)), columns[c],
+                    row_grad[r], _shaped(turned_grad, width, weights.shape[1]),
+                )  # fmt: skip
 
     def collectives() -> None:
         distributed.gather_rows(texts)
@@ -55,3 +60,8 @@ def bare_steps(images: Tensor, texts: Tensor) -> dict[str, Callable[[], object]]
         "bare collectives": collectives,
         "bare telemetry": telemetry,
     }
+
+
+def _shaped(memory: Tensor, height: int, width: int) -> Tensor:
+    """Return memory's beginning as a matrix without gaps."""
+    return memory[: height * width].view(height, width)

@@ -121,39 +121,53 @@ class Sweep:
 
     def _gradients(self, block: Block) -> tuple[Tensor, Tensor]:
         """Return the gradient of a block's pairs in the rows (b, d) and its columns (c, d)."""
-        if self.sparse is not None:
-            row_grad, column_grad = self.sparse.gradients(block, self.rows)
-        else:
-            row_grad, column_grad = torch.zeros_like(self.rows), torch.zeros_like(block.features)
+        parts = []
         if self.dense is not None:
-            self._add_dense(self.dense, block, row_grad, column_grad)
+            parts.append(self._dense_gradients(self.dense, block))
+        if self.sparse is not None:
+            parts.append(self.sparse.gradients(block, self.rows))
+        (row_grad, column_grad), *others = parts
+        for of_rows, of_columns in others:
+            row_grad += of_rows
+            column_grad += of_columns
         for term in self.terms:
             self.positives.add_twins_gradient(
                 block, term.row_pull, term.column_pull, row_grad, column_grad
             )
         return row_grad, column_grad
 
-    def _add_dense(self, term: Dense, block: Block, row_grad: Tensor, column_grad: Tensor) -> None:
+    def _dense_gradients(self, term: Dense, block: Block) -> tuple[Tensor, Tensor]:
+        """Return a dense term's; a tile's columns' is summed up turned, in the memory it will fill.
+
+        Kept tiles go as they are used up.
+        """
         operand = self.products.operand(block.features)
+        row_grad, column_grad = torch.zeros_like(self.rows), torch.zeros_like(block.features)
         spare = self._spare()
-        for rows, columns in self._places(block):
-            kept = self._kept.pop((rows.start, columns.start), None)
-            if kept is None:
-                tile = self._compute(rows, columns, operand, block, spare)
-            else:
-                tile = self._tile(rows, columns, kept, spare)
-            here = slice(columns.start - block.columns.start, columns.stop - block.columns.start)
-            self.products.add_gradients(
-                term.weigh(tile), rows, operand[here], row_grad, column_grad[here]
-            )
-            del tile, kept
+        for rows in ranges(0, len(self.rows), self.height):
+            turned = self.products.turned(rows)
+            for columns in ranges(block.columns.start, block.columns.stop, self.side):
+                kept = self._kept.pop((rows.start, columns.start), None)
+                if kept is None:
+                    tile = self._compute(rows, columns, operand, block, spare)
+                else:
+                    tile = self._tile(rows, columns, kept, spare)
+                here = block.within(columns)
+                self.products.add_gradients(
+                    term.weigh(tile), turned, operand[here], row_grad[rows],
+                    _turned(column_grad[here]),
+                )  # fmt: skip
+                del tile, kept
+        for columns in ranges(0, len(column_grad), self.side):
+            part = column_grad[columns]
+            part.copy_(_turned(part).clone().T)
+        return row_grad, column_grad
 
     def _compute(
         self, rows: slice, columns: slice, operand: Tensor, block: Block, spare: Tensor
     ) -> Tile:
         """Return a tile of what the terms work on."""
-        start = block.columns.start
-        here = slice(columns.start - start, columns.stop - start)
+        here = block.within(columns)
         tile = self._tile(rows, columns, self.products.similarities(rows, operand[here]), spare)
         self._hide_own_entries(tile)
         if tile.twins is not None and not self.twins_are_candidates:
@@ -192,3 +206,8 @@ class Sweep:
             columns,
             twins.pairs(rows, columns) if twins is not None else None,
         )
+
+
+def _turned(columns: Tensor) -> Tensor:
+    """Return the memory of a tile's columns (c, d) as that of (d, c)."""
+    return columns.view(columns.shape[1], columns.shape[0])

@@ -19,6 +19,10 @@ class Block(NamedTuple):
     columns: slice
     features: Tensor  # (columns, d)
 
+    def within(self, columns: slice) -> slice:
+        """Return where columns of the global batch lie in this block."""
+        return slice(columns.start - self.columns.start, columns.stop - self.columns.start)
+
 
 Contribute = Callable[[Block], Tensor]
 """Return this rank's gradient of a block's features (columns, d)."""
