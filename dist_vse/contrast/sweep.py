@@ -76,9 +76,11 @@ class Sweep:
         self.dense = dense
         self.sparse = sparse
         self.twins_are_candidates = twins_are_candidates
-        self.side = tile
-        # Without a dense term there are no intermediate results: their memory is the tile's.
-        self.height = tile if dense is not None else 2 * tile
+        self.height = self.width = tile
+        if dense is None:
+            # There are no intermediate results, so tiles may be larger. Where its width is no power
+            # of two, a column's entries do not all meet in the same lines of a cache.
+            self.height, self.width = 4 * tile, max(1, 3 * tile // 4)
         self.budget = budget
         self.products = Products(rows, bf16=bf16)
         self.terms: list[Term] = [term for term in (dense, sparse) if term is not None]
@@ -146,7 +148,7 @@ class Sweep:
         spare = self._spare()
         for rows in ranges(0, len(self.rows), self.height):
             turned = self.products.turned(rows)
-            for columns in ranges(block.columns.start, block.columns.stop, self.side):
+            for columns in ranges(block.columns.start, block.columns.stop, self.width):
                 kept = self._kept.pop((rows.start, columns.start), None)
                 if kept is None:
                     tile = self._compute(rows, columns, operand, block, spare)
@@ -158,7 +160,7 @@ class Sweep:
                     _turned(column_grad[here]),
                 )  # fmt: skip
                 del tile, kept
-        for columns in ranges(0, len(column_grad), self.side):
+        for columns in ranges(0, len(column_grad), self.width):
             part = column_grad[columns]
             part.copy_(_turned(part).clone().T)
         return row_grad, column_grad
@@ -188,14 +190,14 @@ class Sweep:
             entries[:, first + shift : last + shift].diagonal().fill_(float("-inf"))
 
     def _places(self, block: Block) -> Iterator[tuple[slice, slice]]:
-        for columns in ranges(block.columns.start, block.columns.stop, self.side):
+        for columns in ranges(block.columns.start, block.columns.stop, self.width):
             for rows in ranges(0, len(self.rows), self.height):
                 yield rows, columns
 
     def _spare(self) -> Tensor:
         """Return memory for the intermediate results of a dense term, as large as a tile."""
         height = min(self.height, len(self.rows)) if self.dense is not None else 0
-        return self.rows.new_empty(height * min(self.side, self.positives.layout.total))
+        return self.rows.new_empty(height * min(self.width, self.positives.layout.total))
 
     def _tile(self, rows: slice, columns: slice, values: Tensor, spare: Tensor) -> Tile:
         twins = self.positives.twins
