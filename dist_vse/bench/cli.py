@@ -58,8 +58,8 @@ def _add_loss(loss: argparse.ArgumentParser) -> None:
     loss.add_argument(
         "--memory-dim",
         type=int,
-        default=96,
-        help="embedding size there; no power of two, as tiles are (default: 96)",
+        default=100,
+        help="embedding size there; a multiple of 5, as the sides of tiles are not (default: 100)",
     )
 
 

@@ -22,8 +22,8 @@ def measure_memory(name: str, total: int, width: int, processes: int) -> dict[st
     """Return a rank's peak in a global batch of `total`; None if the peer cannot run it here.
 
     `own_bytes` leaves out arrays of the features' own sizes, (b, d) and (N, d): features, and
-    gradients of features. (No array of ours may happen to be as large: let `width` be no power of
-    two, as the sides of tiles are.)
+    gradients of features. (No array of ours may happen to be as large: let `width` be a multiple
+    of 5, as the sides of tiles are not.)
     """
     rows = total // processes
     if name == "OpenCLIP":

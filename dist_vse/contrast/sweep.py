@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_vse.contrast.positives import Positives
 from dist_vse.contrast.products import Products
-from dist_vse.contrast.tiles import Tile, ranges
+from dist_vse.contrast.tiles import Tile, ranges, tile_shape
 from dist_vse.contrast.transport import Block, Transport
 
 
@@ -76,11 +76,7 @@ class Sweep:
         self.dense = dense
         self.sparse = sparse
         self.twins_are_candidates = twins_are_candidates
-        self.height = self.width = tile
-        if dense is None:
-            # There are no intermediate results, so tiles may be larger. Where its width is no power
-            # of two, a column's entries do not all meet in the same lines of a cache.
-            self.height, self.width = 4 * tile, max(1, 3 * tile // 4)
+        self.height, self.width = tile_shape(tile, dense=dense is not None)
         self.budget = budget
         self.products = Products(rows, bf16=bf16)
         self.terms: list[Term] = [term for term in (dense, sparse) if term is not None]

@@ -9,14 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CPU_TILE = 1024  # a tile (4 MiB) stays in the cores' shared cache; fewer small passes
+CPU_TILE = 1024  # tiles stay in the cores' shared cache
 CUDA_TILE = 4096  # large enough to fill the device with every product and every pass
 EXACT = 40.0  # from here on softplus(z) is z, even to a float64
 
 
 def default_tile(device: torch.device) -> int:
-    """Return the side of a tile that suits the device."""
+    """Return the size of tiles that suits the device."""
     return CPU_TILE if device.type == "cpu" else CUDA_TILE
+
+
+def tile_shape(size: int, *, dense: bool) -> tuple[int, int]:
+    """Return the largest height and width of the tiles of some size.
+
+    The width of the default size is no power of two: so a column's entries do not all meet in the
+    same lines of a cache. Without a dense term there are no intermediate results beside a tile,
+    and it may be twice as tall.
+    """
+    return (2 if dense else 4) * size, max(1, 3 * size // 4)
 
 
 def ranges(start: int, stop: int, step: int) -> Iterator[slice]:

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
+from dist_vse.contrast.tiles import default_tile, tile_shape
 from dist_vse.plan.settings import HARDEST, SOFTMAX_LIKE, Settings
 from dist_vse.plan.traffic import travelling_bytes
 from dist_vse.plan.work import FP32, Work
@@ -26,12 +29,12 @@ class Place:
     """Where the step runs, as far as memory sees it."""
 
     on_cpu: bool
-    """Inputs count, gloo needs a buffer to add up in, and the optimizer goes tensor by tensor."""
+    """Inputs count, gloo needs buffers to add up, and the optimizer goes tensor by tensor."""
 
-    @property
-    def tile(self) -> int:
-        """Return the side of the loss's tiles (`contrast/tiles.py`)."""
-        return 1024 if self.on_cpu else 4096
+    def tile(self, *, dense: bool) -> tuple[int, int]:
+        """Return the largest height and width of the loss's tiles."""
+        size = default_tile(torch.device("cpu" if self.on_cpu else "cuda"))
+        return tile_shape(size, dense=dense)
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,9 @@ def loss_bytes(settings: Settings, width: int, place: Place) -> tuple[float, flo
     """Return the features (with all that is as wide) and the similarities at the loss's peak."""
     rows, total = settings.rank_batch, settings.global_batch
     own, everyone = FP32 * rows * width, FP32 * total * width
-    height = min(rows, place.tile * (2 if settings.loss in HARDEST else 1))
-    tiles = FP32 * height * min(total, place.tile) * (1 if settings.loss in HARDEST else 2)
+    dense = settings.loss not in HARDEST
+    height, across = place.tile(dense=dense)
+    tiles = FP32 * min(rows, height) * min(total, across) * (2 if dense else 1)
     kept = settings.kept_similarities
     scaled = own if settings.loss in SOFTMAX_LIKE else 0.0
     vectors = VECTORS * (rows + total)
@@ -140,8 +144,8 @@ def loss_bytes(settings: Settings, width: int, place: Place) -> tuple[float, flo
     gathered = everyone if settings.world_size > 1 else 0.0
     standing = leaves + scaled + gathered + own + everyone  # with both sides' gradients
     home = own if settings.world_size > 1 else 0.0
-    if settings.world_size > 1 and place.on_cpu:
-        home += everyone
+    if settings.world_size > 1 and place.on_cpu:  # gloo: what all other ranks sent
+        home = everyone - own
     features = standing + vectors
     return (features + home, 0.0) if home > tiles + kept else (features, tiles + kept)
 
