@@ -36,10 +36,15 @@ def bare_steps(images: Tensor, texts: Tensor) -> dict[str, Callable[[], object]]
         for r, c in places(dense=True):
             yield r, c, _shaped(tile, r.stop - r.start, c.stop - c.start)
 
-    def multiply(similarities: int) -> None:
+    def multiply(*, keep: bool) -> None:
+        kept = []
         for r, c, weights in dense_tiles():
-            for _ in range(similarities):
-                products.similarities(r, columns[c])
+            similarities = products.similarities(r, columns[c])
+            if keep:
+                kept.append(similarities)
+            else:
+                products.similarities(r, columns[c])  # again, for the backward
+            del similarities
             products.add_gradients(
                 weights, _shaped(turned, embedding, len(weights)), columns[c],
                 row_grad[r], _shaped(turned_grad, embedding, weights.shape[1]),
@@ -62,8 +67,8 @@ def bare_steps(images: Tensor, texts: Tensor) -> dict[str, Callable[[], object]]
         distributed.all_reduce_sum(torch.zeros(6, dtype=torch.float64))
 
     return {
-        "bare 4 products": lambda: multiply(2),
-        "bare 3 products": lambda: multiply(1),
+        "bare 4 products": lambda: multiply(keep=False),
+        "bare 3 products, S kept": lambda: multiply(keep=True),
         "bare product": multiply_once,
         "bare product, untiled": lambda: products.similarities(slice(None), columns),
         "bare collectives": collectives,

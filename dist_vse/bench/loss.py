@@ -189,7 +189,7 @@ def _speed_table(result: dict[str, Any]) -> Table:
     telemetry = seconds["bare telemetry"] / seconds["convse"]
     whole = seconds["bare product, untiled"] + seconds["bare collectives"]
     table.caption = (
-        "limit: the bare float32 products of the case in tiles that nobody looks at, and its bare "
+        "limit: the bare float32 products of the case, in tiles that nobody looks at, and its bare "
         f"collectives; convse++ takes {seconds['convse++'] / whole:.2f} of its product in one call "
         "and the collectives; error: of the gradient, beside float64; "
         f"telemetry takes {telemetry:.1%} of convse"
@@ -211,7 +211,7 @@ def _limit(case: str, result: dict[str, Any]) -> float | None:
         return float(seconds["bare product"] + seconds["bare collectives"])
     if case not in kept:
         return None
-    four, three = seconds["bare 4 products"], seconds["bare 3 products"]
+    four, three = seconds["bare 4 products"], seconds["bare 3 products, S kept"]
     return float(four + (three - four) * kept[case] + seconds["bare collectives"])
 
 
