@@ -107,7 +107,10 @@ def _first_largest(values: Tensor, dim: int, tolerance: float) -> tuple[Tensor, 
     thresholds = (largest - tolerance).unsqueeze(1)
     chosen = _first(maxima if dim == 1 else maxima.T, thresholds)
     each = torch.arange(len(chosen), device=chosen.device)
-    entries = blocks[each, chosen] if dim == 1 else blocks[chosen, :, each]  # (n, size)
+    if dim == 1:
+        entries = values.view(-1, size).index_select(0, each * blocks.shape[1] + chosen)
+    else:
+        entries = blocks[chosen, :, each]  # (n, size)
     return largest, chosen * size + _first(entries, thresholds)
 
 
