@@ -16,6 +16,7 @@ from dist_vse.checkpoint import Progress
 from dist_vse.chunking import Chunking, Pairs, choose_chunking
 from dist_vse.config import TrainConfig
 from dist_vse.contrast import Ahead, global_loss
+from dist_vse.contrast.names import travels_rounded
 from dist_vse.engine.foreign import conflicts
 from dist_vse.engine.optimizer import ADAM_EPS, build_optimizer
 from dist_vse.engine.zero import ZeroEngine, most_graphs, zero_config
@@ -120,6 +121,13 @@ def _square(config: TrainConfig) -> dict[str, Any]:
     """Return how the stream makes an image a square."""
     image = config.model.image
     return {"size": image.size, "squash": image.squash, "resampling": image.resampling}
+
+
+def build_ahead(config: TrainConfig) -> Ahead:
+    """Return what takes one step's text features to all ranks, before its loss is called."""
+    loss = config.loss
+    rounded = travels_rounded(loss.name, bf16_products=loss.bf16_products)
+    return Ahead(loss.transport, rounded=rounded)
 
 
 def build_loss(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_vse import checkpoint, clock, distributed, interrupt, watchdog
 from dist_vse.builders import (
+    build_ahead,
     build_eval_batches,
     build_loss,
     build_train_batches,
@@ -22,7 +23,7 @@ from dist_vse.builders import (
 )
 from dist_vse.checkpoint import Progress
 from dist_vse.config import TrainConfig, flat_config, load_config
-from dist_vse.contrast import Ahead, collapsed
+from dist_vse.contrast import collapsed
 from dist_vse.environment import record_environment
 from dist_vse.errors import UserError, writing
 from dist_vse.evaluate import evaluate
@@ -115,7 +116,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         rate = step_learning_rate(config, progress.samples_seen)
         engine.set_learning_rate(rate)
         statistics: dict[str, Tensor] = {}
-        ahead = Ahead(config.loss.transport)
+        ahead = build_ahead(config)
         loss_fn = build_loss(config, batch, progress.samples_seen, statistics, ahead)
         chunks = make_chunks(engine.module, batch, config, run.features)
         loss = train_step(engine, loss_fn, chunks, keep_graphs=run.keep_graphs, announce=ahead.send)

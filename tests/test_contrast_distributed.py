@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_vse import distributed
 from dist_vse.bench.traffic import bytes_sent
 from dist_vse.contrast import Ahead, global_loss
+from dist_vse.contrast.names import ON_LOGITS
 from dist_vse.losses import dense_loss
 from tests.contrast_cases import NAMES, Case, error, gradients
 from tests.distributed import run_distributed
@@ -102,16 +103,17 @@ def test_among_copies_the_first_of_the_global_batch_is_the_hardest() -> None:
             torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)
 
 
-def _sent_before(transport: str, dtype: torch.dtype) -> bool:
+def _sent_before(transport: str, dtype: torch.dtype, bf16_products: bool) -> bool:
     case = Case("convse", 12, width=64)
     _take_part(case, EVEN[distributed.world_size()])
     leaves, found = case.leaves(dtype), []
-    for ahead in (None, Ahead(transport)):
+    for ahead in (None, Ahead(transport, rounded=bf16_products)):
         if ahead is not None:
             for piece in leaves[1].split([1, len(leaves[1]) - 1]):
                 ahead.send(piece)
                 distributed.barrier()  # other collectives may come between
         options: dict[str, Any] = {"transport": transport, "tile": 5, "ahead": ahead}
+        options["bf16_products"] = bf16_products
         loss = global_loss(case.name, *leaves, **case.options, **options).loss
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         found.append([loss.detach(), *grads])
@@ -121,13 +123,18 @@ def _sent_before(transport: str, dtype: torch.dtype) -> bool:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("transport", "dtype"),
-    [("gather", torch.float32), ("gather", torch.bfloat16), ("ring", torch.float32)],
+    ("transport", "dtype", "bf16_products"),
+    [
+        ("gather", torch.float32, False),
+        ("gather", torch.float32, True),
+        ("gather", torch.bfloat16, False),
+        ("ring", torch.float32, False),
+    ],
 )
 def test_what_was_sent_before_gives_the_same_to_the_bit(
-    world_size: int, transport: str, dtype: torch.dtype
+    world_size: int, transport: str, dtype: torch.dtype, bf16_products: bool
 ) -> None:
-    assert all(run_distributed(_sent_before, world_size, transport, dtype))
+    assert all(run_distributed(_sent_before, world_size, transport, dtype, bf16_products))
 
 
 def _one_bad_rank(name: str, transport: str) -> float:
@@ -159,25 +166,51 @@ def test_statistics_are_those_of_the_global_batch() -> None:
             assert stats[key] == pytest.approx(expected[key], rel=1e-12), key
 
 
-def _floats_sent(name: str, transport: str) -> float:
+def _in_bf16(counts: tuple[int, ...]) -> dict[str, float]:
+    """Return how far bfloat16 products are from one process in float64, captions rounded before."""
+    errors = {}
+    for name, transport, twins in itertools.product(
+        ON_LOGITS, ("gather", "ring"), ("exclude", "positive")
+    ):
+        case = Case(name, sum(counts), width=64, twins=twins, families=8)
+        exact = gradients(dense_loss, case)[1:3]  # the features'
+        _take_part(case, counts)
+        options: dict[str, Any] = {"transport": transport, "tile": 3, "bf16_products": True}
+        ours = _whole(gradients(global_loss, case, dtype=torch.float32, **options))[1:3]
+        errors[f"{name} {transport} {twins}"] = error(ours, exact)
+    return errors
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_captions_that_travel_rounded_stay_near(world_size: int) -> None:
+    for errors in run_distributed(_in_bf16, world_size, RAGGED[world_size]):
+        assert all(1e-7 < x < 2e-2 for x in errors.values()), errors
+
+
+def _floats_sent(name: str, transport: str, bf16: bool) -> float:
     """Count what a rank sends in a step, in float32 numbers."""
     case = Case(name, 4 * 192, width=32)
     case.part = slice(distributed.rank() * 192, distributed.rank() * 192 + 192)
     images, texts, scale, bias = case.leaves(torch.float32)
 
     def step() -> None:
-        loss = global_loss(name, images, texts, scale, bias, transport=transport).loss
+        loss = global_loss(
+            name, images, texts, scale, bias, transport=transport, bf16_products=bf16
+        ).loss
         torch.autograd.grad(loss, [images, texts])
 
     return bytes_sent(step) / 4
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("transport", ["gather", "ring"])
-def test_only_one_side_is_sent(transport: str) -> None:
+def test_only_one_side_is_sent(transport: str, bf16: bool) -> None:
     total, width = 768, 32
     # To the three other ranks: features, and gradients. The ring shows features once more in
     # backward, and brings a gradient home in a fourth turn.
-    features = (3 / 4 + 3 / 4 if transport == "gather" else 3 / 4 + 3 / 4 + 1) * total * width
+    shown, home = (3 / 4, 3 / 4) if transport == "gather" else (3 / 4 + 3 / 4, 1)
     for name in NAMES:
-        for sent in run_distributed(_floats_sent, 4, name, transport):
-            assert features < sent <= features + 6 * total, name
+        features = (shown / 2 if bf16 and name in ON_LOGITS else shown) * total * width
+        gradients = home * total * width
+        for sent in run_distributed(_floats_sent, 4, name, transport, bf16):
+            assert features + gradients < sent <= features + gradients + 6 * total, name

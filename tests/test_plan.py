@@ -68,6 +68,8 @@ CASES: list[list[str]] = [
     ["engine.zero_stage=2", "engine.precision=bf16"],
     ["engine.zero_stage=1", "loss.name=convse++"],
     ["engine.zero_stage=3", "cache.keep_graphs=2"],
+    ["loss.bf16_products=true"],
+    ["loss.bf16_products=true", "loss.transport=ring"],
 ]
 
 

@@ -12,18 +12,22 @@ from dist_vse import distributed
 class Ahead:
     """What a loss would gather, gathered a chunk at a time before the loss is called.
 
-    Every rank sends equally many rows. A ring gathers nothing and one process needs nothing:
-    then nothing is sent.
+    Every rank sends equally many rows, in bfloat16 if `rounded`. A ring gathers nothing and one
+    process needs nothing: then nothing is sent.
     """
 
-    def __init__(self, transport: str) -> None:
+    def __init__(self, transport: str, *, rounded: bool = False) -> None:
+        self._rounded = rounded
         self._wanted = transport == "gather" and distributed.world_size() > 1
         self._under_way: list[distributed.Gathering] = []
 
     def send(self, text_features: Tensor) -> None:
         """Start to gather a chunk's features (c, d); chunks come in the order of their rows."""
         if self._wanted:
-            self._under_way.append(distributed.Gathering(text_features.detach()))
+            features = text_features.detach()
+            self._under_way.append(
+                distributed.Gathering(features.bfloat16() if self._rounded else features)
+            )
 
     def take(self) -> Tensor | None:
         """Wait for all that was sent and return it in the order of ranks (N, d), if any was."""

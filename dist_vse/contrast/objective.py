@@ -22,6 +22,7 @@ from dist_vse import distributed
 from dist_vse.contrast.ahead import Ahead
 from dist_vse.contrast.hardest import Hardest
 from dist_vse.contrast.layout import Twins
+from dist_vse.contrast.names import HINGES, ON_LOGITS, SOFTMAX, travels_rounded
 from dist_vse.contrast.pairwise import Hinges, Sigmoid
 from dist_vse.contrast.positives import OwnPairs, Positives
 from dist_vse.contrast.softmax import RunningSoftmax, SharedSoftmax, shared_shift
@@ -31,9 +32,6 @@ from dist_vse.contrast.telemetry import summarize
 from dist_vse.contrast.tiles import default_tile
 from dist_vse.contrast.transport import Gather, Ring, Transport
 
-SOFTMAX = ("convse", "info_nce")
-ON_LOGITS = (*SOFTMAX, "siglip")  # scaled similarities; positives are candidates
-HINGES = ("convse++", "vse++", "vse0")
 GIB = 2**30
 
 
@@ -174,10 +172,12 @@ def _build_sweep(
         Twins(layout.gather(torch.stack(list(ids), 1)), layout) if ids else None,
         average_twins=twins_are_positive,
     )
+    rounded = travels_rounded(setting.name, bf16_products=setting.bf16_products)
+    travelling = columns.bfloat16() if rounded else columns
     carrier: Transport = (
-        Ring(columns, layout)
+        Ring(travelling, layout)
         if setting.transport == "ring" and len(layout.counts) > 1
-        else Gather(columns, layout, ahead.take() if ahead is not None else None)
+        else Gather(travelling, layout, ahead.take() if ahead is not None else None)
     )
     positives.include_twins(carrier)
     dense, sparse = _build_terms(setting, positives, survey, bias)

@@ -140,7 +140,8 @@ class Sweep:
         Kept tiles go as they are used up.
         """
         operand = self.products.operand(block.features)
-        row_grad, column_grad = torch.zeros_like(self.rows), torch.zeros_like(block.features)
+        row_grad = torch.zeros_like(self.rows)
+        column_grad = self.rows.new_zeros(block.features.shape)
         spare = self._spare()
         for rows in ranges(0, len(self.rows), self.height):
             turned = self.products.turned(rows)

@@ -4,11 +4,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dist_vse.contrast.names import HARDEST
 from dist_vse.errors import UserError
 from dist_vse.plan.hardware import GIB, Hardware
 from dist_vse.plan.memory import Memory, Place, fullest, moments
 from dist_vse.plan.seconds import Seconds, step_seconds
-from dist_vse.plan.settings import HARDEST, Settings
+from dist_vse.plan.settings import Settings
 from dist_vse.plan.traffic import engine_collectives, loss_collectives, sent_bytes
 from dist_vse.plan.work import Work
 

@@ -12,8 +12,9 @@ from functools import partial
 
 import torch
 
+from dist_vse.contrast.names import HARDEST, ON_LOGITS
 from dist_vse.contrast.tiles import default_tile, tile_shape
-from dist_vse.plan.settings import HARDEST, SOFTMAX_LIKE, Settings
+from dist_vse.plan.settings import Settings
 from dist_vse.plan.traffic import travelling_bytes
 from dist_vse.plan.work import FP32, Work
 
@@ -135,13 +136,14 @@ def loss_bytes(settings: Settings, width: int, place: Place) -> tuple[float, flo
     height, across = place.tile(dense=dense)
     tiles = FP32 * min(rows, height) * min(total, across) * (2 if dense else 1)
     kept = settings.kept_similarities
-    scaled = own if settings.loss in SOFTMAX_LIKE else 0.0
+    share = settings.caption_bytes / FP32  # of the captions that came from other ranks
+    scaled = own if settings.loss in ON_LOGITS else 0.0
     vectors = VECTORS * (rows + total)
     leaves = 2 * own
     if settings.ring:
-        travelling = 5 * own  # a block and the next, their gradients and the next ones
+        travelling = (2 * share + 3) * own  # a block and the next, their gradients, the next ones
         return leaves + scaled + own + travelling + vectors, tiles + kept
-    gathered = everyone if settings.world_size > 1 else 0.0
+    gathered = share * everyone if settings.world_size > 1 else 0.0
     standing = leaves + scaled + gathered + own + everyone  # with both sides' gradients
     home = own if settings.world_size > 1 else 0.0
     if settings.world_size > 1 and place.on_cpu:  # gloo: what all other ranks sent
@@ -158,7 +160,7 @@ def cache_bytes(settings: Settings, width: int) -> float:
 def ahead_bytes(settings: Settings, width: int) -> float:
     """Return all ranks' captions, which are gathered while chunks are encoded."""
     gathers = settings.world_size > 1 and not settings.ring
-    return float(FP32 * settings.global_batch * width) if gathers else 0.0
+    return float(settings.caption_bytes * settings.global_batch * width) if gathers else 0.0
 
 
 def fullest(moments: Sequence[Memory]) -> Memory:

@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+from dist_vse.contrast.names import HARDEST
 from dist_vse.plan.hardware import ChunkSpeed, Hardware
-from dist_vse.plan.settings import HARDEST, Settings
+from dist_vse.plan.settings import Settings
 from dist_vse.plan.traffic import (
     GB,
     Collective,
@@ -193,7 +194,8 @@ def reduce_seconds(
 
 def _alone(exchanges: list[Collective], hardware: Hardware, world_size: int) -> float:
     """Return what no work hides: the last gradients' way home."""
-    return sum(e.seconds(hardware, world_size) / e.calls for e in exchanges)
+    gradients = exchanges[-1]
+    return gradients.seconds(hardware, world_size) / gradients.calls
 
 
 def optimizer_seconds(work: Work, settings: Settings, hardware: Hardware) -> float:

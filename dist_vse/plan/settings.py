@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+from dist_vse.contrast.names import HARDEST, travels_rounded
+
 GIB = 2**30
-HARDEST = ("convse++", "vse++")
-SOFTMAX_LIKE = ("convse", "info_nce", "siglip")
-"""Their similarities are scaled: the rows are copied."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,11 @@ class Settings:
     def ring(self) -> bool:
         """Whether captions are passed round; one rank has nobody to pass them to."""
         return self.transport == "ring" and self.world_size > 1
+
+    @property
+    def caption_bytes(self) -> int:
+        """Bytes of a number of a caption's features on its way to other ranks."""
+        return 2 if travels_rounded(self.loss, bf16_products=self.bf16_products) else 4
 
     @property
     def similarity_bytes(self) -> float:

@@ -8,8 +8,9 @@ each. Rings pass every level, so the slowest link of those in use sets their pac
 import math
 from dataclasses import dataclass
 
+from dist_vse.contrast.names import HARDEST
 from dist_vse.plan.hardware import Hardware, LinkConfig
-from dist_vse.plan.settings import HARDEST, Settings
+from dist_vse.plan.settings import Settings
 from dist_vse.plan.work import FP32, Work
 
 GB = 1e9
@@ -86,12 +87,16 @@ def loss_collectives(settings: Settings, width: int) -> list[Collective]:
 
 def feature_collectives(settings: Settings, width: int) -> list[Collective]:
     """Return those that move features and their gradients."""
-    everyone = FP32 * float(settings.global_batch) * width
+    numbers = float(settings.global_batch) * width
+    captions, gradients = settings.caption_bytes * numbers, FP32 * numbers
     if not settings.ring:
-        return [Collective("all_gather", everyone), Collective("reduce_scatter", everyone)]
+        return [Collective("all_gather", captions), Collective("reduce_scatter", gradients)]
     # There once; and once more with the gradients, which go home at last.
     ranks = settings.world_size
-    return [Collective("exchange", everyone / ranks, calls=2 * (ranks - 1) + ranks)]
+    return [
+        Collective("exchange", captions / ranks, calls=2 * (ranks - 1)),
+        Collective("exchange", gradients / ranks, calls=ranks),
+    ]
 
 
 def engine_collectives(work: Work, settings: Settings) -> list[Collective]:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.builders import build_loss, make_chunks, wrap_model
+from dist_vse.builders import build_ahead, build_loss, make_chunks, wrap_model
 from dist_vse.config import TrainConfig
-from dist_vse.contrast import Ahead
 from dist_vse.grad_cache import train_step
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.stream import Batch
@@ -90,7 +89,7 @@ def _take_step(
     count = config.global_batch_size // distributed.world_size()
     start = count * distributed.rank()
     share = part_of(batch, slice(start, start + count))
-    ahead = Ahead(config.loss.transport)
+    ahead = build_ahead(config)
     loss_fn = build_loss(config, share, samples_seen(config), {}, ahead)
     chunks = make_chunks(engine.module, share, config)
     kept = kept_graphs(config)
