@@ -187,11 +187,11 @@ def _speed_table(result: dict[str, Any]) -> Table:
             f"{error[case]:.0e}" if case in error else "",
         )
     telemetry = seconds["bare telemetry"] / seconds["convse"]
-    whole = seconds["bare product, untiled"] + seconds["bare collectives"]
+    whole = seconds["bare product, torch.mm"] + seconds["bare collectives"]
     table.caption = (
         "limit: the bare float32 products of the case, in tiles that nobody looks at, and its bare "
-        f"collectives; convse++ takes {seconds['convse++'] / whole:.2f} of its product in one call "
-        "and the collectives; error: of the gradient, beside float64; "
+        f"collectives; convse++ takes {seconds['convse++'] / whole:.2f} of its product as one "
+        "torch.mm and the collectives; error: of the gradient, beside float64; "
         f"telemetry takes {telemetry:.1%} of convse"
     )
     return table
