@@ -138,11 +138,11 @@ def explain(plan: Plan, work: Work) -> str:
         others = settings.num_chunks > settings.kept
         parts.append(kept + ("; the others are encoded twice" if others else ""))
     parts.append(f"ZeRO {settings.zero_stage}: state takes {memory.state / GIB:.2f} GiB")
-    everyone = 4.0 * settings.global_batch * work.embed_dim / GIB
+    everyone = settings.caption_bytes * settings.global_batch * work.embed_dim / GIB
     if settings.world_size > 1 and settings.ring:
         parts.append(f"a ring, since all captions are {everyone:.1f} GiB and its messages hide")
     elif settings.world_size > 1:
-        parts.append(f"gather: all captions are {everyone:.2g} GiB, and a ring sends twice as much")
+        parts.append(f"gather: all captions are {everyone:.2g} GiB, and a ring sends them twice")
     return "; ".join(parts)
 
 

@@ -163,7 +163,7 @@ def _plan(
     console.print(
         f"{work.model}: {work.forward.flops / 1e9:.3g} GFLOP a pair forward, "
         f"{work.backward.flops / 1e9:.3g} backward; {work.trainable / 1e6:.4g} M "
-        f"parameters learn, {work.frozen / 1e6:.4g} M are frozen. {hardware.name}."
+        f"parameters learn, {work.frozen / 1e6:.1f} M are frozen. {hardware.name}."
     )
     for table in (plan_table(plans, "the plan"), seconds_table(plans), memory_table(plans)):
         console.print(table)
