@@ -30,6 +30,7 @@ def _verdicts(odd: int) -> dict[str, str]:
         "hardness": {"hardness": 0.5},
         "transport": {"transport": "ring"},
         "ahead": {"ahead": Ahead("ring")},
+        "rounded": {"ahead": Ahead("ring", rounded=True)},
     }
     told = {}
     for what, other in others.items():
@@ -63,6 +64,8 @@ def test_every_rank_is_told_what_one_of_them_passes_that_does_not_fit() -> None:
         "hardness": "hardness is 1.0 on rank 0 and 0.5 on rank 1; pass the same on all ranks",
         "transport": "transport is gather on rank 0 and ring on rank 1",
         "ahead": "sent_ahead is False on rank 0 and True on rank 1",
+        "rounded": "captions were sent ahead in bfloat16, and convse with bf16_products=False "
+        "takes them as they are; send them with Ahead(transport) (on rank 1)",
     }
     for what, text in expected.items():
         assert text in first[what], what

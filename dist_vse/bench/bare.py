@@ -24,7 +24,7 @@ def bare_steps(images: Tensor, texts: Tensor) -> dict[str, Callable[[], object]]
     row_grad, column_grad = torch.zeros_like(images), torch.zeros_like(columns)
     turned, turned_grad = images[:height].flatten(), torch.zeros(embedding * width)
     statistic = torch.zeros(len(columns))
-    everything = torch.zeros(len(images), len(columns))  # new memory would cost as much again
+    everything = torch.zeros(len(images), len(columns))  # there already: new memory costs time
     largest = torch.zeros(len(images))
 
     def places(*, dense: bool) -> Iterator[tuple[slice, slice]]:

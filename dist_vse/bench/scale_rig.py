@@ -22,7 +22,7 @@ from dist_vse.builders import (
 from dist_vse.checkpoint import Progress
 from dist_vse.chunking import agree
 from dist_vse.config import TrainConfig
-from dist_vse.contrast.names import travels_rounded
+from dist_vse.contrast.names import caption_bytes
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.flops import Flops, count_flops
 from dist_vse.grad_cache import train_step
@@ -60,12 +60,12 @@ class Rig:
         rows = self.config.global_batch_size // ranks
         gathered = rows * ranks if ranks > 1 and self.config.loss.transport == "gather" else 0
         loss, width = self.config.loss, self.config.model.embed_dim
-        rounded = travels_rounded(loss.name, bf16_products=loss.bf16_products)
+        caption = caption_bytes(loss.name, bf16_products=loss.bf16_products)
         pixels, tokens = 3 * self.config.model.image.size**2, self.config.model.text.max_tokens
         trainable = [p for p in self.engine.module.parameters() if p.requires_grad]
         return {
             "inputs": rows * (pixels + 8 * tokens),
-            "outputs": (4 * 2 * rows + (2 if rounded else 4) * gathered) * width,
+            "outputs": (4 * 2 * rows + caption * gathered) * width,
             "gradients": sum(_size(p) * p.itemsize for p in trainable),
         }
 

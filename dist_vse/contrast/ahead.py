@@ -17,7 +17,7 @@ class Ahead:
     """
 
     def __init__(self, transport: str, *, rounded: bool = False) -> None:
-        self._rounded = rounded
+        self.rounded = rounded
         self._wanted = transport == "gather" and distributed.world_size() > 1
         self._under_way: list[distributed.Gathering] = []
 
@@ -26,7 +26,7 @@ class Ahead:
         if self._wanted:
             features = text_features.detach()
             self._under_way.append(
-                distributed.Gathering(features.bfloat16() if self._rounded else features)
+                distributed.Gathering(features.bfloat16() if self.rounded else features)
             )
 
     def take(self) -> Tensor | None:

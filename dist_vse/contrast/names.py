@@ -12,3 +12,8 @@ def travels_rounded(name: str, *, bf16_products: bool) -> bool:
     The gradient of the hardest negatives is made of features themselves.
     """
     return bf16_products and name in ON_LOGITS
+
+
+def caption_bytes(name: str, *, bf16_products: bool) -> int:
+    """Return the bytes of a number of a caption's features on its way to other ranks."""
+    return 2 if travels_rounded(name, bf16_products=bf16_products) else 4

@@ -71,6 +71,8 @@ def global_loss(
     """
     ids = [x for x in (image_ids, text_ids) if x is not None]
     fault = _find_fault(name, image_features, text_features, ids, hardness, twins, transport)
+    if fault is None and ahead is not None and ahead.rounded:
+        fault = _find_rounding(name, bf16_products=bf16_products)
     if fault is not None:
         refuse(fault)
     dtype = torch.promote_types(
@@ -260,3 +262,13 @@ def _find_fault(
     if not 0 <= hardness <= 1:
         return f"hardness ({hardness}) must be between 0 (all violations) and 1 (hardest)"
     return None
+
+
+def _find_rounding(name: str, *, bf16_products: bool) -> str | None:
+    """Say what is wrong with captions that were rounded before, if the loss needs them whole."""
+    if travels_rounded(name, bf16_products=bf16_products):
+        return None
+    return (
+        f"captions were sent ahead in bfloat16, and {name} with bf16_products={bf16_products} "
+        "takes them as they are; send them with Ahead(transport)"
+    )

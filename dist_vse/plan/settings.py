@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from dist_vse.contrast.names import HARDEST, travels_rounded
+from dist_vse.contrast.names import HARDEST, caption_bytes
 
 GIB = 2**30
 
@@ -50,7 +50,7 @@ class Settings:
     @property
     def caption_bytes(self) -> int:
         """Bytes of a number of a caption's features on its way to other ranks."""
-        return 2 if travels_rounded(self.loss, bf16_products=self.bf16_products) else 4
+        return caption_bytes(self.loss, bf16_products=self.bf16_products)
 
     @property
     def similarity_bytes(self) -> float:
