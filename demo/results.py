@@ -26,15 +26,15 @@ from torch.nn.functional import normalize
 
 from demo.results_table import table
 from dist_vse.config import ImageConfig, TextConfig
-from dist_vse.contrast import global_loss
-from dist_vse.index import image_id, read_index
+from dist_vse.data.eval_stream import eval_batches
+from dist_vse.data.index import image_id, read_index
+from dist_vse.evaluation.retrieval import RECALLS, content_pairs, rank_all, summary
+from dist_vse.losses.global_loss import global_loss
 from dist_vse.models.build import build_head
 from dist_vse.models.image import build_image_trunk
 from dist_vse.models.text import build_text_trunk
 from dist_vse.models.tokenizer import PretrainedTokenizer
-from dist_vse.retrieval import RECALLS, content_pairs, rank_all, summary
-from dist_vse.schedule import learning_rate
-from dist_vse.stream import eval_batches
+from dist_vse.training.schedule import learning_rate
 
 LOSSES = {  # temperature, learned
     "convse": (0.1, False),

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import dist_vse.bench.cli
-import dist_vse.export.cli
-import dist_vse.plan.cli
-import dist_vse.search.cli
-import dist_vse.verify.cli
+import dist_vse.tools.bench.cli
+import dist_vse.tools.export.cli
+import dist_vse.tools.plan.cli
+import dist_vse.tools.search.cli
+import dist_vse.tools.verify.cli
 import launch.cli
 import shards.cli
 from dist_vse import __version__
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 
 _Arguments = Callable[[argparse.ArgumentParser], None]
 _Run = Callable[[argparse.Namespace], int]
@@ -71,7 +71,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _features(args: argparse.Namespace) -> int:
-    from dist_vse.features_run import features_run
+    from dist_vse.tools.features import features_run
 
     return features_run(args.config, args.overrides)
 
@@ -104,7 +104,7 @@ def _eval(args: argparse.Namespace) -> int:
     if min(args.recall) < 1 or args.bootstrap < 0:
         raise UserError("--recall takes numbers from 1 on, --bootstrap from 0 on")
 
-    from dist_vse.eval_run import eval_run
+    from dist_vse.evaluation.command import eval_run
 
     return eval_run(
         args.run_dir,
@@ -135,7 +135,7 @@ def _report(args: argparse.Namespace) -> int:
     if len(args.run_dirs) > 1 and args.data is not None:
         raise UserError("--data is for the images of one run's report; leave it out for several")
 
-    from dist_vse.report import write_comparison, write_report
+    from dist_vse.tools.report import write_comparison, write_report
 
     if len(args.run_dirs) > 1:
         path = write_comparison(args.run_dirs, args.out or first.parent / "compare.html")
@@ -183,38 +183,38 @@ _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
     ),
     "verify": (
         "check a config's gradients on several processes against one",
-        dist_vse.verify.cli.add_arguments,
-        dist_vse.verify.cli.run,
+        dist_vse.tools.verify.cli.add_arguments,
+        dist_vse.tools.verify.cli.run,
     ),
     "export": (
         "write a run's model as a folder for other programs, and for dist_vse.load",
-        dist_vse.export.cli.add_arguments,
-        dist_vse.export.cli.run,
+        dist_vse.tools.export.cli.add_arguments,
+        dist_vse.tools.export.cli.run,
     ),
     "embed": (
         "write the features of a split's images and captions",
-        dist_vse.search.cli.add_embed,
-        dist_vse.search.cli.run_embed,
+        dist_vse.tools.search.cli.add_embed,
+        dist_vse.tools.search.cli.run_embed,
     ),
     "search": (
         "find the images of a split that fit a text or an image",
-        dist_vse.search.cli.add_search,
-        dist_vse.search.cli.run_search,
+        dist_vse.tools.search.cli.add_search,
+        dist_vse.tools.search.cli.run_search,
     ),
     "zeroshot": (
         "classify images by the names of their classes",
-        dist_vse.search.cli.add_zeroshot,
-        dist_vse.search.cli.run_zeroshot,
+        dist_vse.tools.search.cli.add_zeroshot,
+        dist_vse.tools.search.cli.run_zeroshot,
     ),
     "plan": (
         "predict time and memory on a cluster, and recommend settings",
-        dist_vse.plan.cli.add_arguments,
-        dist_vse.plan.cli.run,
+        dist_vse.tools.plan.cli.add_arguments,
+        dist_vse.tools.plan.cli.run,
     ),
     "bench": (
         "measure against the best peer",
-        dist_vse.bench.cli.add_arguments,
-        dist_vse.bench.cli.run,
+        dist_vse.tools.bench.cli.add_arguments,
+        dist_vse.tools.bench.cli.run,
     ),
 }
 

@@ -11,8 +11,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dist_vse import checkpoint, clock, distributed, interrupt, watchdog
-from dist_vse.builders import (
+from dist_vse import distributed
+from dist_vse.common import signals, step_timer
+from dist_vse.common.errors import UserError, writing
+from dist_vse.common.log import logger, setup_logging
+from dist_vse.config import TrainConfig, flat_config, load_config
+from dist_vse.data.samples import Batch
+from dist_vse.distributed import watchdog
+from dist_vse.evaluation.evaluate import evaluate
+from dist_vse.evaluation.examples import save_examples
+from dist_vse.losses.statistics import collapsed
+from dist_vse.models.dual_encoder import average_statistics
+from dist_vse.runs import checkpoint
+from dist_vse.runs.checkpoint import Progress
+from dist_vse.runs.environment import record_environment
+from dist_vse.runs.files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME, TRACE_NAME
+from dist_vse.runs.folder import with_start
+from dist_vse.runs.metrics import Recorder, log_line, peak_memory_gib, progress_bar
+from dist_vse.runs.saver import Saver
+from dist_vse.runs.skipped import Ledger
+from dist_vse.training.builders import (
     build_ahead,
     build_eval_batches,
     build_loss,
@@ -21,24 +39,9 @@ from dist_vse.builders import (
     make_chunks,
     step_learning_rate,
 )
-from dist_vse.checkpoint import Progress
-from dist_vse.config import TrainConfig, flat_config, load_config
-from dist_vse.contrast import collapsed
-from dist_vse.environment import record_environment
-from dist_vse.errors import UserError, writing
-from dist_vse.evaluate import evaluate
-from dist_vse.examples import save_examples
-from dist_vse.grad_cache import train_step
-from dist_vse.log import logger, setup_logging
-from dist_vse.metrics import Recorder, log_line, peak_memory_gib, progress_bar
-from dist_vse.models.dual_encoder import average_statistics
-from dist_vse.profiler import profiled
-from dist_vse.run_dir import with_start
-from dist_vse.run_files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME, TRACE_NAME
-from dist_vse.saver import Saver
-from dist_vse.stream import Batch
-from dist_vse.stream.ledger import Ledger
-from dist_vse.train_setup import Run, set_up
+from dist_vse.training.grad_cache import train_step
+from dist_vse.training.profiler import profiled
+from dist_vse.training.setup import Run, set_up
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, saved a checkpoint, and can be continued."""
@@ -52,7 +55,7 @@ def run(config: TrainConfig) -> int:
     config.check_world_size(distributed.world_size())
     with distributed.same_verdict():
         config = with_start(config)
-    interrupt.listen()
+    signals.listen()
     torch.manual_seed(config.seed + 1000 * distributed.rank())  # dropout differs between ranks
     run = set_up(config)
     progress = checkpoint.load_latest(run.run_dir / CHECKPOINTS, run.engine)
@@ -71,7 +74,7 @@ def run(config: TrainConfig) -> int:
             record_environment(run.run_dir, progress.step, data)
     trace = run.run_dir / TRACE_NAME if config.profile else None
     watching = watchdog.watching(watchdog.limit_s())
-    with watching, clock.listening(run.meter.clock), profiled(trace) as traced:
+    with watching, step_timer.listening(run.meter.clock), profiled(trace) as traced:
         progress = _train(run, progress, traced)
     if progress.step == config.total_steps:
         return 0
@@ -109,10 +112,10 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
     bar = progress_bar(config.total_steps, progress.step)
     stopped = False
     while progress.step < config.total_steps and not stopped:
-        clock.begin("data")
+        step_timer.begin("data")
         with distributed.same_verdict():
             batch = next(batches)
-        clock.begin("encode")
+        step_timer.begin("encode")
         rate = step_learning_rate(config, progress.samples_seen)
         engine.set_learning_rate(rate)
         statistics: dict[str, Tensor] = {}
@@ -128,7 +131,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         traced()
         bar.update()
         last = progress.step == config.total_steps
-        flags = distributed.any_rank_each((interrupt.asked(), saver.writing, saver.overdue))
+        flags = distributed.any_rank_each((signals.asked(), saver.writing, saver.overdue))
         stopped, writing, overdue = flags
         saver.settle(writing=writing)
         save = last or stopped or overdue or _save_due(config, progress)

@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dist_vse.common.errors import UserError
 from dist_vse.config import load_yaml
-from dist_vse.errors import UserError
 from launch.environment import IDENTITY
 
 SCHEDULERS = ("auto", "slurm", "local")

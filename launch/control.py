@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_vse.errors import UserError
-from dist_vse.run_files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME
+from dist_vse.common.errors import UserError
+from dist_vse.runs.files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME
 from launch import slurm
 from launch.follow import log_pattern, rank_log, verdict
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import TrainConfig, load_config
-from dist_vse.errors import UserError, first_line
-from dist_vse.index import Index, Shard, is_remote, read_index
+from dist_vse.data.index import Index, Shard, is_remote, read_index
 from launch.cluster import ClusterConfig, load_cluster
 from launch.probe import GIB, Probe
 from launch.rehearsal import for_minutes, rehearse
@@ -37,7 +37,7 @@ class Checkup:
 
     def shards(self) -> Iterator[tuple[Index, Shard]]:
         """Yield the shards to train on and to evaluate on, each with its index."""
-        from dist_vse.run_dir import open_train_sets
+        from dist_vse.runs.folder import open_train_sets
 
         evaluated = read_index(self.config.data.index)
         splits = [(s.index, s.split) for s in open_train_sets(self.config)]
@@ -47,7 +47,7 @@ class Checkup:
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":
         """The run's tokenizer; a vocabulary is made from all captions, so only once."""
-        from dist_vse.run_dir import run_tokenizer
+        from dist_vse.runs.folder import run_tokenizer
 
         with tempfile.TemporaryDirectory() as folder:
             return run_tokenizer(self.config, Path(folder), build=True)
@@ -55,7 +55,7 @@ class Checkup:
     @functools.cached_property
     def sizes(self) -> tuple[int, int]:
         """How many parameters the model has, and how many of them are trained."""
-        from dist_vse.run_dir import run_model
+        from dist_vse.runs.folder import run_model
 
         model = run_model(self.config, self.tokenizer)
         numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -76,9 +76,9 @@ class Checkup:
 
         Those of a checkpoint's model (`model.pretrained`) are not known.
         """
-        from dist_vse.plan.check import settings_of
-        from dist_vse.plan.count import count_work
-        from dist_vse.plan.memory import Place, fullest, moments
+        from dist_vse.tools.plan.check import settings_of
+        from dist_vse.tools.plan.count import count_work
+        from dist_vse.tools.plan.memory import Place, fullest, moments
 
         config, size = self.config, self.cluster.world_size
         config.check_world_size(size)
@@ -160,9 +160,9 @@ def _look_into(index: Index, shard: Shard, last: list[int] | None) -> None:
 
 
 def _samples(checkup: Checkup) -> str:
-    from dist_vse.builders import build_train_batches
-    from dist_vse.checkpoint import Progress
-    from dist_vse.run_dir import open_train_sets
+    from dist_vse.runs.checkpoint import Progress
+    from dist_vse.runs.folder import open_train_sets
+    from dist_vse.training.builders import build_train_batches
 
     config, nothing = checkup.config, Progress(0, 0, [])
     sets, tokenizer = open_train_sets(config), checkup.tokenizer

@@ -16,7 +16,7 @@ from launch import slurm
 _LOST_PEER = re.compile(
     r"Connection (closed|reset) by peer|DistBackendError|DistNetworkError|Broken pipe"
 )
-_USER_ERROR = "dist_vse.errors.UserError: "
+_USER_ERROR = "dist_vse.common.errors.UserError: "
 _LONGEST_MESSAGE = 400
 _RESULTS_WAIT_S = 10
 

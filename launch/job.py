@@ -9,10 +9,10 @@ from typing import Any
 
 import submitit
 
-from dist_vse import interrupt
-from dist_vse.errors import UserError
-from dist_vse.fence import TakenOver
-from dist_vse.log import logger, setup_logging
+from dist_vse.common import signals
+from dist_vse.common.errors import UserError
+from dist_vse.common.log import logger, setup_logging
+from dist_vse.runs.lease import TakenOver
 from launch import local, slurm
 from launch.environment import Place, conflicts, job_port
 
@@ -68,7 +68,7 @@ class Train:
 
     def __call__(self) -> int:
         """Join the process group and train; return the exit code."""
-        interrupt.listen()  # before the slow imports: an early signal must not end the job
+        signals.listen()  # before the slow imports: an early signal must not end the job
         from dist_vse import distributed, train
         from dist_vse.config import load_config
 

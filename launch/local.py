@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 from launch.cluster import ClusterConfig
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_vse.errors import UserError, first_line
+from dist_vse.common.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch

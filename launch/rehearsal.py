@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 from launch import control
 from launch.cluster import ClusterConfig
 from launch.follow import has_ended, report

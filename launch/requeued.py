@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dist_vse import interrupt
+from dist_vse.common import signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; after a stop that was asked for, queue the job again; return the exit code."""
-    interrupt.listen()  # before the slow imports: an early signal must not end the job
+    signals.listen()  # before the slow imports: an early signal must not end the job
     from dist_vse import train
     from launch import slurm
 

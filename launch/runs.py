@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_vse.common.errors import UserError
 from dist_vse.config import flat_config, load_config
-from dist_vse.errors import UserError
-from dist_vse.run_files import CONFIG_NAME
+from dist_vse.runs.files import CONFIG_NAME
 from launch import control
 
 _NUMBERS = ("loss", "i2t_r1", "t2i_r1", "rsum")

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_vse.errors import UserError
-from dist_vse.log import logger
+from dist_vse.common.errors import UserError
+from dist_vse.common.log import logger
 from launch.cluster import ClusterConfig
 
 MAX_LIVES = 10_000

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_vse.common.errors import UserError
 from dist_vse.config import dump_config, load_config
-from dist_vse.errors import UserError
-from dist_vse.run_files import SCALE_NAME
+from dist_vse.runs.files import SCALE_NAME
 from launch import control, local, slurm
 from launch.cluster import ClusterConfig, load_cluster
 from launch.code import code_folder, pin

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
-from dist_vse.errors import UserError
 from launch.submit import Plan, plan_submission, prepare, start_array, submit
 
 _POLL_S = 0.2

@@ -8,8 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from dist_vse.errors import UserError
-from dist_vse.index import INDEX_NAME, Index, Shard, Split, read_index, write_index
+from dist_vse.common.errors import UserError
+from dist_vse.data.index import INDEX_NAME, Index, Shard, Split, read_index, write_index
 from shards.budget import Budget
 from shards.pool import ordered_map
 from shards.receipts import (

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 
 
 @dataclass(frozen=True)

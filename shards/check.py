@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dist_vse.index import IMAGE_FORMATS
+from dist_vse.data.index import IMAGE_FORMATS
 
 if TYPE_CHECKING:
     from PIL import Image  # not here: most images are never opened

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 from shards.budget import Budget, parse_budget
 from shards.options import (
     add_output_options,
@@ -174,7 +174,7 @@ def _index(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     """Read a data set back; print what is wrong with it, or a table."""
-    from dist_vse.index import read_index
+    from dist_vse.data.index import read_index
     from shards.show import print_findings, progress_bar
     from shards.verify import verify_dataset
 
@@ -217,7 +217,7 @@ def _repair(args: argparse.Namespace) -> int:
 
 def _stats(args: argparse.Namespace) -> int:
     """Print what is in a data set; draw a contact sheet if one is asked for."""
-    from dist_vse.index import read_index
+    from dist_vse.data.index import read_index
     from shards.show import print_stats, progress_bar
     from shards.stats import dataset_stats, write_contact_sheet
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dist_vse.errors import UserError
-from dist_vse.index import is_remote
+from dist_vse.common.errors import UserError
+from dist_vse.data.index import is_remote
 
 COMMANDS_NAME = "commands.jsonl"
 _NOT_KEPT = ("command", "run", "shard_run", "out", "workers", "only")  # no part of what is made

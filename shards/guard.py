@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from dist_vse.errors import UserError
-from dist_vse.index import INDEX_NAME, is_remote, read_index
+from dist_vse.common.errors import UserError
+from dist_vse.data.index import INDEX_NAME, is_remote, read_index
 from shards.receipts import read_planned, read_receipts
 from shards.record import Member, Record
 

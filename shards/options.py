@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 
 if TYPE_CHECKING:
     from shards.plan import Options

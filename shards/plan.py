@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 from shards.keys import safe_keys
 from shards.receipts import shard_files
 from shards.record import Image, Member, Record, local_path

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_vse.errors import UserError
-from dist_vse.index import Index, Shard, is_remote
+from dist_vse.common.errors import UserError
+from dist_vse.data.index import Index, Shard, is_remote
 from shards.remote import local_copy
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dist_vse.errors import UserError
-from dist_vse.index import Shard
+from dist_vse.common.errors import UserError
+from dist_vse.data.index import Shard
 
 RECEIPTS_NAME = "receipts.jsonl"
 PLANNED_NAME = "planned.json"

@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
-from dist_vse.jpeg import COLOURED, Pixels, decode_at, plain_size, scale_for
+from dist_vse.data.jpeg import COLOURED, Pixels, decode_at, plain_size, scale_for
 from shards.check import EXTENSIONS, decoding
 
 ORIENTATION = ExifTags.Base.Orientation

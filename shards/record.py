@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PosixPath
 from typing import Any
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import IO, cast
 
 from braceexpand import braceexpand
 
-from dist_vse.errors import UserError, first_line
-from dist_vse.index import is_remote
+from dist_vse.common.errors import UserError, first_line
+from dist_vse.data.index import is_remote
 
 COPY_BYTES = 1 << 20
 

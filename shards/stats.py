@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dist_vse.errors import UserError, first_line
-from dist_vse.index import Index, Shard, read_index
+from dist_vse.common.errors import UserError, first_line
+from dist_vse.data.index import Index, Shard, read_index
 from shards.check import BadSampleError, decoding
 from shards.pool import ordered_map
 from shards.read import Stored, local_tar, read_stored

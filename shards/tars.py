@@ -13,8 +13,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from dist_vse.errors import UserError
-from dist_vse.index import Shard, image_id, is_remote, write_offsets
+from dist_vse.common.errors import UserError
+from dist_vse.data.index import Shard, image_id, is_remote, write_offsets
 from shards.bring import Advance, Maker, bring_to
 from shards.budget import Budget
 from shards.check import BadSampleError, check_captions

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dist_vse.errors import UserError, first_line
-from dist_vse.index import Index, Shard, image_id, read_index
+from dist_vse.common.errors import UserError, first_line
+from dist_vse.data.index import Index, Shard, image_id, read_index
 from shards.check import BadSampleError, check_captions, check_image
 from shards.pool import ordered_map
 from shards.read import Stored, local_tar, read_stored

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_vse.errors import UserError, first_line
+from dist_vse.common.errors import UserError, first_line
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _NOTE = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no samples

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from dist_vse.errors import UserError
-from dist_vse.index import image_id, offsets_name, write_offsets
+from dist_vse.common.errors import UserError
+from dist_vse.data.index import image_id, offsets_name, write_offsets
 from shards.check import BadSampleError, check_captions, check_image
 from shards.plan import Fingerprint, Options, Task, fingerprint, image_state, sample_json
 from shards.receipts import Receipt, Skipped
@@ -17,7 +17,7 @@ from shards.tar import TarWriter
 
 _READ_BYTES = 1 << 20
 Row = tuple[int, int, int, int, int]
-"""Where a sample lies, and its image's id: `dist_vse.index.OFFSET_COLUMNS`."""
+"""Where a sample lies, and its image's id: `dist_vse.data.index.OFFSET_COLUMNS`."""
 
 
 def write_shard(task: Task, folder: Path) -> Receipt:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_vse import checkpoint, distributed, fence, train
+from dist_vse import distributed, train
+from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
-from dist_vse.errors import UserError
-from tests.datasets import Sample, make_sample, write_dataset, write_shards
-from tests.distributed import run_distributed
-from tests.runs import CONFIG, read_lines, read_logged, read_losses, run, settings
+from dist_vse.runs import checkpoint, lease
+from tests.support.datasets import Sample, make_sample, write_dataset, write_shards
+from tests.support.distributed import run_distributed
+from tests.support.runs import CONFIG, read_lines, read_logged, read_losses, run, settings
 
 SGD = ("optim.name=sgd", "optim.lr=0.05")
 
@@ -227,7 +228,7 @@ def _be_taken_over(overrides: list[str], during: str) -> tuple[type, str]:
 
     def slow(*arguments: Any, **more: Any) -> Any:
         result = original(*arguments, **more)
-        fence.claim(Path(config.output_dir))
+        lease.claim(Path(config.output_dir))
         return result
 
     setattr(train, during, slow)
@@ -257,7 +258,7 @@ def test_a_run_that_was_taken_over_writes_nothing_any_more(
     write_shards(tmp_path / "shards", {"train": [mixed], "val": [good[:8]]})
     overrides = _overrides(tmp_path / "shards", tmp_path / "run", "data.max_bad=1")
     ((kind, told),) = run_distributed(_be_taken_over, 1, overrides, during)
-    assert kind is fence.TakenOver, told
+    assert kind is lease.TakenOver, told
     files = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
     assert sorted(files - {"config.yaml", "vocabulary.json", "life.json"}) == written
     found = read_lines(tmp_path / "run") if "metrics.jsonl" in written else []

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.datasets import write_dataset
-from tests.runs import command, read_losses, settings
+from tests.support.datasets import write_dataset
+from tests.support.runs import command, read_losses, settings
 
 TWO = ("--config_file", "configs/accelerate/cpu_2proc.yaml")
 LAUNCH = ("accelerate", "launch", *TWO, "-m", "dist_vse.train", "configs/debug_cpu.yaml")

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 
 AUTO = "auto"
 

@@ -6,8 +6,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
+from dist_vse.common.errors import UserError
 from dist_vse.config.schema import TrainConfig
-from dist_vse.errors import UserError
 
 T = TypeVar("T")
 

@@ -6,6 +6,7 @@ rest is derived. Only `train.main` and the builders see a config: a component ta
 
 from dataclasses import dataclass, field
 
+from dist_vse.common.errors import UserError
 from dist_vse.config.checks import AUTO, at_least, check, number_or_auto, one_of
 from dist_vse.config.sections import (
     TRACKERS,
@@ -16,7 +17,6 @@ from dist_vse.config.sections import (
     ModelConfig,
     OptimConfig,
 )
-from dist_vse.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_vse.distributed import rank, world_size
-from dist_vse.engine.overlap import GradientReduction, find_shares
-from dist_vse.engine.pieces import Piece, dump_state, find_pieces, load_state
-from dist_vse.engine.timing import reduced_already, tell_collectives
+from dist_vse.engine.collective_timing import reduced_already, tell_collectives
+from dist_vse.engine.gradient_reduction import GradientReduction, find_shares
+from dist_vse.engine.optimizer_state import Piece, dump_state, find_pieces, load_state
 from dist_vse.models.dual_encoder import DualEncoder
 
 IMPORTS = ("torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.zero.stage3")

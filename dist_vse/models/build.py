@@ -6,8 +6,8 @@ import shutil
 import torch
 from torch import nn
 
+from dist_vse.common.errors import UserError
 from dist_vse.config import ModelConfig
-from dist_vse.errors import UserError
 from dist_vse.models.dual_encoder import DualEncoder, Tower
 from dist_vse.models.image import build_image_trunk
 from dist_vse.models.pretrained import Parts, build_pretrained

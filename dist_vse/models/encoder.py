@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dist_vse.errors import UserError, first_line
+from dist_vse.common.errors import UserError, first_line
 
 
 def load_encoder(folder: str, dropout: float) -> Any:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import ImageConfig
-from dist_vse.errors import UserError, first_line
 
 # What reading a file of something else raises, by its kind.
 _UNREADABLE = (

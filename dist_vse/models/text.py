@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from dist_vse.common.errors import UserError
 from dist_vse.config import TextConfig
-from dist_vse.errors import UserError
 from dist_vse.models.encoder import enable_checkpointing, encoder_dim, load_encoder
 from dist_vse.models.precision import at_least_float32
 

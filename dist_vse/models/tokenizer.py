@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import TextConfig
-from dist_vse.errors import UserError, first_line
 
 # Data workers are the parallelism; the library's own threads would fight them for the cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 from shards.record import Record
 from shards.sources.paths import existing_file, existing_folder, image_in, read_text
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 from shards.record import Record
 from shards.sources.paths import existing_file, existing_folder, image_in, read_lines
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 from shards.record import Record
 from shards.sources.paths import existing_folder, read_lines
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path, PosixPath
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 
 
 def existing_file(path: Path) -> Path:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_vse.errors import UserError, first_line
+from dist_vse.common.errors import UserError, first_line
 from shards.record import Record
 from shards.sources.paths import existing, existing_file, existing_folder, image_in
 

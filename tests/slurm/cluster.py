@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.waiting import PATIENCE_S, wait_until
+from tests.support.waiting import PATIENCE_S, wait_until
 
 NEEDED = ("slurmctld", "slurmd", "munged", "ip", "nsenter", "unshare")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge iproute2"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.datasets import write_dataset
 from tests.slurm.cluster import SCRIPT, Cluster, obstacle
+from tests.support.datasets import write_dataset
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from dist_vse.config import load_config
 from launch import control, follow
 from launch.job import Job, Train
 from launch.submit import Plan, plan_submission, start, submit
-from tests.distributed import run_distributed
 from tests.slurm.cluster import Cluster
 from tests.slurm.recorded import (
     RecordedTrain,
@@ -27,9 +26,11 @@ from tests.slurm.recorded import (
     release,
     samples_trained_on,
 )
-from tests.waiting import wait_until
+from tests.support.distributed import run_distributed
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 
-CONFIG = Path(__file__).parents[2] / "configs" / "debug_cpu.yaml"
+CONFIG = ROOT / "configs" / "debug_cpu.yaml"
 STEPS = 20  # of 32 pairs: each of the 640 samples once
 SETTINGS = (
     f"total_steps={STEPS}",
@@ -59,14 +60,14 @@ def _send(plan: Plan, folder: Path, pauses: Sequence[int]) -> Any:
     for step in pauses:
         pause_at(folder, step)
     work = RecordedTrain(Train(str(plan.config_path)), str(folder))
-    root = str(Path(__file__).parents[2])
+    root = str(ROOT)
     env = {**plan.env, "PYTHONPATH": f"{plan.env['PYTHONPATH']}{os.pathsep}{root}"}
     return start(plan, Job(work, env, root))
 
 
 @pytest.fixture(autouse=True)
 def _tests_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def _train(overrides: list[str]) -> int:
@@ -268,7 +269,7 @@ def test_a_signal_before_the_imports_are_done_does_not_kill_the_job(
 ) -> None:
     monkeypatch.setenv("SBATCH_TIMELIMIT", "3")  # sbatch would prefer it to the cluster's file
     gate = hold_python(tmp_path)
-    path = f"{gate.parent}{os.pathsep}{Path(__file__).parents[2]}"
+    path = f"{gate.parent}{os.pathsep}{ROOT}"
     inside = f", container: env INSIDE=container PYTHONPATH={path}"
     job = submit(_plan(data, tmp_path, 1, inside, ["total_steps=2"]))
     wait_until(lambda: cluster.job(job.job_id, "JobState") == "RUNNING", "the start")

@@ -13,9 +13,9 @@ from launch.runs import find_runs, table
 from launch.submit import plan_submission, submit
 from launch.sweep import plan_sweep, submit_sweep
 from tests.slurm.cluster import Cluster
-from tests.waiting import wait_until
+from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 
-ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "debug_cpu.yaml"
 CLUSTER = ROOT / "configs" / "clusters" / "slurm_cpu.yaml"
 STEPS = 20

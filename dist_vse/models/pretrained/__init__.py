@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from dist_vse.errors import UserError
+from dist_vse.common.errors import UserError
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.pretrained import hf, openclip
 from dist_vse.models.pretrained.parts import Parts, PooledTrunk, Start

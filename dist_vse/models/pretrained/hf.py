@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dist_vse.errors import UserError, first_line
+from dist_vse.common.errors import UserError, first_line
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.encoder import enable_checkpointing
 from dist_vse.models.image import ImageTrunk, make_sendable

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dist_vse.errors import UserError, first_line
+from dist_vse.common.errors import UserError, first_line
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.image import ImageTrunk, make_sendable
 from dist_vse.models.pretrained.parts import Parts, PooledTrunk, Start

@@ -1,0 +1,214 @@
+"""The index of a sharded data set: the contract between the sharding tool and the stream.
+
+A data set is a folder with `index.json`, its tar shards, and beside each tar a side file of
+sample offsets (`train-00000.tar` has `train-00000.npy`): an int64 array (samples, 5), one row a
+sample in the tar's order, with the columns of `OFFSET_COLUMNS`. Bytes are counted from the
+start of the tar, so that a sample is two reads and no tar header is parsed.
+
+Tars of others stay where they are (`dist-vse shard index`). Their shards name `side`: the base name
+of two side files, `SIDE.npy` and `SIDE.jsonl`. The latter holds the samples' JSON, and the meta
+columns count its bytes instead of the tar's.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import struct
+import sys
+from array import array
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import xxhash
+
+from dist_vse.common.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np  # not here: sharding does without it
+    from numpy.typing import NDArray
+
+INDEX_NAME = "index.json"
+FORMAT = 1
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What shards may hold, by Pillow's names: nothing that runs code, as EPS does."""
+OFFSET_COLUMNS = ("image_offset", "image_bytes", "meta_offset", "meta_bytes", "image_id")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar."""
+
+    path: str  # relative to the index's folder, or a URL
+    num_samples: int
+    num_bytes: int  # size of the tar
+    sha256: str  # of the tar
+    side: str = ""  # base name of the side files of a tar that was only indexed
+
+    @property
+    def offsets_name(self) -> str:
+        """Name of the side file of offsets."""
+        return f"{self.side}.npy" if self.side else offsets_name(self.path)
+
+    @property
+    def meta_name(self) -> str | None:
+        """Name of the file that holds the samples' JSON; None where the tar itself does."""
+        return f"{self.side}.jsonl" if self.side else None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, in their fixed order."""
+
+    shards: list[Shard] = field(default_factory=list)
+    num_captions: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Images in the split."""
+        return sum(shard.num_samples for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Index:
+    """A data set's splits; `root` is the folder that relative shard paths start from."""
+
+    root: Path
+    splits: dict[str, Split]
+
+    def split(self, name: str) -> Split:
+        """Return the split called `name`.
+
+        Raises UserError if there is none, or if it has no samples.
+        """
+        if name not in self.splits:
+            near = difflib.get_close_matches(name, self.splits, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            known = ", ".join(sorted(self.splits)) or "none"
+            raise UserError(
+                f"{self.root / INDEX_NAME}: no split {name!r} (splits: {known}){hint}; name one of "
+                "them (data.train_split, data.eval_split, --split)"
+            )
+        if self.splits[name].num_samples == 0:
+            raise UserError(
+                f"{self.root / INDEX_NAME}: split {name!r} is empty; shard samples to it"
+            )
+        return self.splits[name]
+
+    def offsets(self, shard: Shard) -> "NDArray[np.int64]":
+        """Read the shard's side file: int64 (samples, 5), columns as in `OFFSET_COLUMNS`.
+
+        Raises UserError if the file is missing, broken or disagrees with the index.
+        """
+        import numpy as np
+
+        path = self.root / shard.offsets_name
+        if not path.is_file():
+            raise UserError(f"{path}: is missing (offsets of {shard.path}); run `dist-vse shard`")
+        try:
+            table: NDArray[np.int64] = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(
+                f"{path}: is cut or no NumPy file ({first_line(error)}); run `dist-vse shard` again"
+            ) from error
+        if table.shape != (shard.num_samples, len(OFFSET_COLUMNS)):
+            raise UserError(
+                f"{path}: has shape {table.shape}, but the index says {shard.num_samples} samples; "
+                "run `dist-vse shard` again"
+            )
+        return table
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change when any shard's bytes do."""
+        digests = [s.sha256 for name in sorted(self.splits) for s in self.splits[name].shards]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
+
+
+def offsets_name(shard_path: str) -> str:
+    """Name of the side file of a shard: the tar's base name with `.npy`."""
+    return Path(shard_path).name.removesuffix(".tar") + ".npy"
+
+
+def write_offsets(file: BinaryIO, rows: Iterable[tuple[int, ...]]) -> None:
+    """Write a side file: NumPy's format, version 1.0, of int64 (samples, 5).
+
+    Source: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+    """
+    values = array("q", chain.from_iterable(rows))
+    if sys.byteorder == "big":
+        values.byteswap()
+    shape = (len(values) // len(OFFSET_COLUMNS), len(OFFSET_COLUMNS))
+    fields = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}"
+    file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + f"{fields:<117}\n".encode())
+    values.tofile(file)
+
+
+def is_remote(path: str) -> bool:
+    """Tell whether a shard's path is a URL or a `pipe:` command."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path) is not None
+
+
+def image_id(identity: str | bytes | memoryview) -> int:
+    """Hash what identifies an image (or a caption) to a signed 64-bit id.
+
+    Pairs with equal ids are no negatives of each other. Among a billion images the chance that
+    any two ids collide is about 3 %, and a collision only leaves one pair out of the negatives.
+    XXH3 (https://xxhash.com) is no guard against forgery, but ten times as fast as one.
+    """
+    data = identity.encode() if isinstance(identity, str) else identity
+    digest = xxhash.xxh3_64_digest(data)
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def write_index(index: Index) -> Path:
+    """Write `index.json` into the index's root by one rename; return its path."""
+    path = index.root / INDEX_NAME
+    splits = {name: asdict(split) for name, split in sorted(index.splits.items())}
+    for name, split in index.splits.items():
+        splits[name]["num_samples"] = split.num_samples
+        splits[name]["shards"] = [
+            {key: value for key, value in shard.items() if value != ""}
+            for shard in splits[name]["shards"]
+        ]
+    text = json.dumps({"format": FORMAT, "splits": splits}, indent=1, sort_keys=True) + "\n"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def read_index(location: str | Path) -> Index:
+    """Read the index of a data set's folder (or the `index.json` itself).
+
+    Raises UserError if it is missing, no JSON, or of another format.
+    """
+    path = Path(location)
+    path = path / INDEX_NAME if path.name != INDEX_NAME else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such index; make one with `dist-vse shard`")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise UserError(f"{path}: format {content['format']}, but this version reads {FORMAT}")
+        splits = {
+            name: Split([_shard(**shard) for shard in split["shards"]], split["num_captions"])
+            for name, split in content["splits"].items()
+        }
+    except (json.JSONDecodeError, UnicodeError, LookupError, TypeError, AttributeError) as error:
+        hint = "make it with `dist-vse shard`"
+        raise UserError(f"{path}: not a dist_vse index ({error}); {hint}") from error
+    return Index(path.parent, splits)
+
+
+def _shard(**fields: Any) -> Shard:
+    """Return the shard of these fields; raises TypeError for one of another type."""
+    shard = Shard(**fields)
+    for name, value in vars(shard).items():
+        wanted = int if name.startswith("num_") else str
+        if type(value) is not wanted:
+            raise TypeError(f"{name} is {value!r}")
+    return shard

@@ -1,0 +1,122 @@
+"""A frozen image trunk's outputs on disk: computed once, read instead of images ever after.
+
+A folder holds `features.json` and one array a writing process, float32 (rows, d), in the order of
+the split. Its key says what the numbers depend on; another key is refused. Shape letters: b rows
+of a batch, n samples of the split, d the trunk's features.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_vse.common.errors import UserError
+from dist_vse.common.log import logger
+
+MANIFEST = "features.json"
+FORMAT = 1
+Key = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of the folder."""
+
+    path: str  # relative to the folder
+    rows: int
+    num_bytes: int
+
+
+class Features:
+    """The outputs of a split, by the sample's number; opened by `open_features`."""
+
+    def __init__(self, folder: Path, parts: list[Part]) -> None:
+        self._arrays = [np.load(folder / part.path, mmap_mode="r") for part in parts]
+        self._first = np.cumsum([0, *(part.rows for part in parts)])
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Return float32 (b, d) of int64 sample numbers (b,)."""
+        wanted = numbers.numpy()
+        part = np.searchsorted(self._first, wanted, side="right") - 1  # (b,)
+        found = np.empty((len(wanted), self._arrays[0].shape[1]), np.float32)
+        for i in np.unique(part).tolist():
+            found[part == i] = self._arrays[i][wanted[part == i] - self._first[i]]
+        return torch.from_numpy(found)
+
+
+def open_features(folder: Path, key: Key, num_samples: int) -> Features:
+    """Open a folder of features.
+
+    Raises UserError if there are none, if they were made with another key, or if a file is cut.
+    """
+    remedy = "make them with `dist-vse features CONFIG`"
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder}: no features here ({MANIFEST} is missing); {remedy}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        made_with: Key = content["key"] if content["format"] == FORMAT else {"format": "another"}
+        parts = [Part(**part) for part in content["parts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is broken ({error}); {remedy}") from error
+    stale = [
+        f"{name}: {made_with.get(name, 'unknown')}, now {value}"
+        for name, value in key.items()
+        if made_with.get(name) != value
+    ]
+    if stale:
+        raise UserError(f"{folder}: stale features ({'; '.join(stale)}); {remedy}")
+    for part in parts:
+        file = folder / part.path
+        if not file.is_file() or file.stat().st_size != part.num_bytes:
+            raise UserError(f"{file}: is missing or cut; {remedy}")
+    assert sum(part.rows for part in parts) == num_samples
+    return Features(folder, parts)
+
+
+def holds_features(folder: Path, key: Key, num_samples: int) -> bool:
+    """Tell whether the folder can be opened with this key; what is stale or cut is removed."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        open_features(folder, key, num_samples)
+    except UserError as error:
+        logger.info("%s", error)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def write_part(folder: Path, number: int, rows: int, batches: Iterable[Tensor]) -> Part | None:
+    """Write a process's share, float32 (rows, d) that comes in batches (b, d); None if empty."""
+    if rows == 0:
+        return None
+    name = f"features-{number:05d}.npy"
+    temporary = folder / f"{name}.tmp"
+    array: NDArray[np.float32] | None = None
+    done = 0
+    for batch in batches:
+        if array is None:
+            shape = (rows, batch.shape[1])
+            array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+        array[done : done + len(batch)] = batch.numpy()
+        done += len(batch)
+    assert done == rows and array is not None, (done, rows)
+    assert isinstance(array, np.memmap)
+    array.flush()
+    os.replace(temporary, folder / name)
+    return Part(name, rows, (folder / name).stat().st_size)
+
+
+def write_manifest(folder: Path, key: Key, parts: list[Part]) -> None:
+    """Make the parts a whole, in their order, by one rename."""
+    content = {"format": FORMAT, "key": key, "parts": [asdict(part) for part in parts]}
+    temporary = folder / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)

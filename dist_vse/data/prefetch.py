@@ -1,0 +1,45 @@
+"""Copies the remote shards that are read next while the present ones are read."""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from dist_vse.common.errors import UserError
+from dist_vse.data.order import EpochOrder
+from dist_vse.data.reader import ShardReader
+
+
+class Prefetcher:
+    """One thread of a worker, started at the first use; it ends with the process."""
+
+    def __init__(self, readers: Sequence[ShardReader]) -> None:
+        """Start nothing; `active` tells whether any shard is remote."""
+        self.active = any(reader.is_remote for reader in readers)
+        self._readers = readers
+        self._at: dict[int, tuple[int, int]] = {}  # lane -> its epoch and block
+        self._wanted: queue.SimpleQueue[tuple[int, int]] | None = None
+
+    def enter(self, lane: int, epochs: Callable[[int], EpochOrder], epoch: int, block: int) -> None:
+        """Note that a lane reads in this block; if it is new there, copy the next one's shards."""
+        if self._at.get(lane) == (epoch, block):
+            return
+        self._at[lane] = epoch, block
+        order = epochs(epoch)
+        following = order.block_shards(lane, block + 1) or epochs(epoch + 1).block_shards(lane, 0)
+        for source, shard in order.block_shards(lane, block) + following:
+            self.want(source, shard)
+
+    def want(self, source: int, shard: int) -> None:
+        """Copy a shard when its turn has come."""
+        if self._wanted is None:
+            self._wanted = queue.SimpleQueue()
+            threading.Thread(target=self._copy, args=(self._wanted,), daemon=True).start()
+        self._wanted.put((source, shard))
+
+    def _copy(self, wanted: "queue.SimpleQueue[tuple[int, int]]") -> None:
+        while True:
+            source, shard = wanted.get()
+            try:
+                self._readers[source].prefetch(shard)
+            except UserError:
+                continue  # told when the shard is read, if it is still not to be had then

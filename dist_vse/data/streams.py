@@ -1,0 +1,256 @@
+"""A worker's lanes: each reads its own samples in its own order, and skips the bad ones.
+
+Which caption and which crop a sample gets is drawn from (seed, turn, sample), never from the
+worker or the rank; so a lane yields the same wherever it is read.
+"""
+
+import struct
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from dist_vse.common.errors import UserError
+from dist_vse.data.decode import BadSampleError, Transform, decode_image
+from dist_vse.data.index import Index, image_id
+from dist_vse.data.jpeg import Pixels
+from dist_vse.data.order import EpochOrder, Order, Place
+from dist_vse.data.prefetch import Prefetcher
+from dist_vse.data.reader import ShardReader
+from dist_vse.data.samples import Part, Skipped, Tokenizer
+
+MAX_OPEN_SHARDS = 256  # a process may have 1,024 files open, as a rule
+READ_TOGETHER = 32  # samples, then decoded together: either way of work stays in the caches
+
+
+@dataclass(frozen=True)
+class TrainSet:
+    """A data set to train on."""
+
+    index: Index
+    split: str
+    weight: float = 1.0
+    """How often an epoch holds each sample; one half: every other epoch."""
+
+    @property
+    def num_samples(self) -> int:
+        """Images in the split."""
+        return self.index.split(self.split).num_samples
+
+    @property
+    def per_epoch(self) -> int:
+        """Samples that an epoch takes from it."""
+        return max(1, round(self.weight * self.num_samples))
+
+    def __str__(self) -> str:
+        return f"{self.index.root}, split {self.split!r}"
+
+
+class _Sample(NamedTuple):
+    """What is known of a sample before its image is decoded."""
+
+    caption: str
+    image_id: int
+    origin: tuple[int, int]  # turn, sample number
+    image: bytes  # the file's
+    epoch: int
+    place: Place
+
+
+class _Bad(NamedTuple):
+    """A sample that cannot be used."""
+
+    reason: str
+    epoch: int
+    place: Place
+
+
+class _Draws:
+    """One random generator, set anew for each sample: to make one takes 5 % of a decoding."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed % 2**64
+        self._bits = np.random.PCG64(0)
+        self._state: Any = self._bits.state
+        self._generator = np.random.Generator(self._bits)
+
+    def of(self, turn: int, number: int) -> np.random.Generator:
+        """Return the generator of a sample in a turn, until the next call."""
+        seed = struct.pack("<3Q", self._seed, turn, number)
+        self._state["state"]["state"] = xxhash.xxh3_128_intdigest(seed)
+        self._bits.state = self._state
+        return self._generator
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The lanes of one rank; called in a worker, it yields the parts of that worker's lanes."""
+
+    sets: Sequence[TrainSet]
+    order: Order
+    first: int  # this rank's first lane
+    state: NDArray[np.int64]  # (L/W, 2): where this rank's lanes stand
+    part_size: int  # samples that a lane gives to a batch
+    transform: Transform
+    tokenizer: Tokenizer
+    slots: torch.Tensor | None = None
+    """Shared room for batches of this rank, uint8 (number, b, h, w, 3), if there are workers."""
+    read_images: bool = True  # else batches hold none: their features are known
+
+    def __call__(
+        self, worker: int, num_workers: int
+    ) -> Generator[tuple[Part, ...], int | None, None]:
+        """Yield the parts of this worker's lanes, batch by batch, for ever.
+
+        What is sent is the slot that takes the images of the next batch. Without one, its parts
+        hold them.
+        """
+        numbers = range(worker, len(self.state), num_workers)
+        readers = self._readers(len(numbers))
+        prefetcher = Prefetcher(readers)
+        # Lanes stand in one epoch or on both sides of its end; more only with many bad samples.
+        epochs = lru_cache(maxsize=4)(self.order.epoch)
+        lanes = [_Lane(self, readers, prefetcher, epochs, number) for number in numbers]
+        slot = None
+        try:
+            while True:
+                rooms = self._rooms(slot, numbers)
+                parts = [lane.part(room) for lane, room in zip(lanes, rooms, strict=True)]
+                if slot is not None:
+                    parts = [replace(part, images=None) for part in parts]
+                slot = yield tuple(parts)
+        finally:
+            for reader in readers:
+                reader.close()
+
+    def _rooms(self, slot: int | None, lanes: range) -> Iterator[torch.Tensor]:
+        """Yield the room of each lane's images, uint8 (k, h, w, 3)."""
+        side = self.transform.size if self.read_images else 0
+        for lane in lanes:
+            if slot is None or self.slots is None:
+                # Channels last: as decoders write them, and as convolutions like to read them.
+                yield torch.empty((self.part_size, side, side, 3), dtype=torch.uint8)
+            else:
+                yield self.slots[slot, lane * self.part_size : (lane + 1) * self.part_size]
+
+    def _readers(self, lanes: int) -> list[ShardReader]:
+        """Open nothing yet; shuffling reads from all the shards of a lane's block at once."""
+        readers = []
+        for a_set, source in zip(self.sets, self.order.sources, strict=True):
+            in_block = self.order.shuffle_window * source.per_epoch // self.order.per_epoch
+            shards_a_block = 2 + in_block * len(source.shard_sizes) // source.num_samples
+            most = max(2, MAX_OPEN_SHARDS // len(self.sets))
+            max_open = min(most, lanes * shards_a_block)
+            readers.append(ShardReader(a_set.index, a_set.split, max_open=max_open))
+        return readers
+
+
+class _Lane:
+    """One reading position."""
+
+    def __init__(
+        self,
+        plan: Lanes,
+        readers: Sequence[ShardReader],
+        prefetcher: Prefetcher,
+        epochs: Callable[[int], EpochOrder],
+        number: int,
+    ) -> None:
+        self._plan, self._readers, self._epochs = plan, readers, epochs
+        self._prefetcher = prefetcher
+        self._lane = plan.first + number
+        self._epoch, self._position = plan.state[number].tolist()
+        self._skipped: list[Skipped] = []
+        self._bad_in_a_row = 0
+        self._draws = _Draws(plan.order.seed)
+        sizes = [source.num_samples for source in plan.order.sources]
+        self._first = np.cumsum([0, *sizes[:-1]]).tolist()  # number of each set's first sample
+
+    def part(self, images: torch.Tensor) -> Part:
+        """Read on, and return this lane's share of the next batch; `images` takes the pixels."""
+        samples = self._good_samples(images.numpy())
+        ids = np.array(
+            [(sample.image_id, image_id(sample.caption)) for sample in samples], np.int64
+        )
+        origin = np.array([sample.origin for sample in samples], np.int64)  # turn, sample number
+        captions = [sample.caption for sample in samples]
+        skipped, self._skipped = tuple(self._skipped), []
+        return Part(
+            images=images.permute(0, 3, 1, 2),
+            tokens=self._plan.tokenizer(captions).numpy(),
+            image_ids=ids[:, 0],
+            text_ids=ids[:, 1],
+            origin=origin,
+            state=np.array([self._epoch, self._position]),
+            skipped=skipped,
+        )
+
+    def _good_samples(self, rooms: NDArray[np.uint8]) -> list[_Sample]:
+        """Return the next samples that can be used; their pixels go to `rooms`, one each."""
+        good: list[_Sample] = []
+        while len(good) < len(rooms):
+            together = min(READ_TOGETHER, len(rooms) - len(good))
+            for read in [self._read() for _ in range(together)]:
+                sample = self._decode(read, rooms[len(good)]) if isinstance(read, _Sample) else read
+                if isinstance(sample, _Sample):
+                    good.append(sample)
+                    self._bad_in_a_row = 0
+                else:
+                    self._skip(sample)
+        return good
+
+    def _read(self) -> _Sample | _Bad:
+        """Read the next sample: its captions, and the image as it lies there."""
+        epoch, place = self._advance()
+        reader, (source, turn, shard, row) = self._readers[place.source], place
+        try:
+            meta = reader.meta(shard, row)
+        except BadSampleError as error:
+            return _Bad(str(error), epoch, place)
+        image = reader.image(shard, row) if self._plan.read_images else b""
+        choice = (turn + image_id(meta.key)) % len(meta.captions)  # samples start differently
+        origin = turn, self._first[source] + reader.number(shard, row)
+        caption, number = meta.captions[choice], reader.image_id(shard, row)
+        return _Sample(caption, number, origin, image, epoch, place)
+
+    def _decode(self, sample: _Sample, out: Pixels) -> _Sample | _Bad:
+        """Decode the image into `out`."""
+        if self._plan.read_images:
+            rng = self._draws.of(*sample.origin)
+            try:
+                decode_image(sample.image, self._plan.transform, rng, out=out)
+            except BadSampleError as error:
+                return _Bad(str(error), sample.epoch, sample.place)
+        return sample._replace(image=b"")  # its memory is free for the next one
+
+    def _skip(self, bad: _Bad) -> None:
+        """Note a bad sample.
+
+        Raises UserError if a whole lane has no other.
+        """
+        (_, _, shard, row), reader = bad.place, self._readers[bad.place.source]
+        name = reader.shard_name(shard)
+        self._skipped.append(Skipped(reader.key(shard, row), name, bad.reason, bad.epoch))
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= self._epochs(bad.epoch).lane_length(self._lane):
+            sets = "; ".join(str(a_set) for a_set in self._plan.sets)
+            raise UserError(
+                f"{sets}: {self._bad_in_a_row} samples in a row cannot be used (the last: "
+                f"{self._skipped[-1]}); mend them and shard again"
+            )
+
+    def _advance(self) -> tuple[int, Place]:
+        """Return the epoch and place of this position, and step to the next one."""
+        while self._position >= self._epochs(self._epoch).lane_length(self._lane):
+            self._epoch, self._position = self._epoch + 1, 0
+        place = self._epochs(self._epoch).lane_sample(self._lane, self._position)
+        if self._prefetcher.active:
+            block = self._position // self._plan.order.shuffle_window
+            self._prefetcher.enter(self._lane, self._epochs, self._epoch, block)
+        self._position += 1
+        return self._epoch, place

@@ -1,0 +1,140 @@
+"""Endless training batches: the same global order for any number of ranks and workers."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import repeat
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_vse.common.errors import UserError
+from dist_vse.data.decode import Transform
+from dist_vse.data.order import ORDER_FORMAT, Order, Source
+from dist_vse.data.samples import Batch, Tokenizer, join_parts
+from dist_vse.data.shared_buffers import Slots
+from dist_vse.data.streams import Lanes, TrainSet
+from dist_vse.data.workers import run_workers
+
+SAMPLES_AHEAD = 64
+
+
+def train_batches(
+    sets: Sequence[TrainSet],
+    *,
+    seed: int,
+    global_batch_size: int,
+    lanes: int,
+    shuffle_window: int,
+    size: int,
+    crop: str,
+    min_crop_area: float,
+    flip: bool,
+    color_jitter: float,
+    tokenizer: Tokenizer,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    state: NDArray[np.int64] | None = None,
+    state_format: int = ORDER_FORMAT,
+    read_images: bool = True,
+    squash: bool = False,
+    resampling: str = "bicubic",
+) -> Iterator[Batch]:
+    """Yield this rank's rows of one global batch after the other, for ever.
+
+    Each of the L lanes gives N/L samples to a batch, and rank r reads lanes r L/W to (r+1) L/W:
+    concatenated over the ranks, the batches are the same for every W that divides L and for any
+    number of workers. An epoch holds each good sample once (or `weight` times, on average, where
+    several sets are mixed); batches cross its end, lane by lane.
+    `crop` is "random" or "center" (`squash`: not cropped), to `size` pixels. `state` (L, 2) is
+    all ranks' `Batch.state` in rank order, of any W: the stream goes on there, if it was written
+    in this `state_format`. Without `read_images` the batches' images have no pixels.
+
+    Raises UserError: at once for too few samples or a state that does not fit; later for a
+    missing shard, a lane without a single good sample, or too little shared memory.
+    """
+    assert global_batch_size % lanes == 0, (global_batch_size, lanes)
+    assert lanes % (world_size * max(1, num_workers)) == 0, (lanes, world_size, num_workers)
+    order = Order(tuple(map(_source, sets)), seed, lanes, shuffle_window)
+    where = "; ".join(map(str, sets))
+    _check_samples(where, order.per_epoch, lanes, global_batch_size)
+    state = np.zeros((lanes, 2), np.int64) if state is None else state
+    _check_state(where, order, state, state_format)
+    rank_lanes = lanes // world_size
+    rows = global_batch_size // world_size
+    # One batch is made while another waits; more where batches are small.
+    prefetch = max(2, -(-SAMPLES_AHEAD * max(1, num_workers) // rows))
+    plan = Lanes(
+        sets=sets,
+        order=order,
+        first=rank * rank_lanes,
+        state=state[rank * rank_lanes : (rank + 1) * rank_lanes],
+        part_size=global_batch_size // lanes,
+        transform=Transform(
+            size,
+            crop == "random",
+            min_crop_area,
+            flip,
+            color_jitter,
+            scaled=True,
+            squash=squash,
+            resampling=resampling,
+        ),
+        tokenizer=tokenizer,
+        read_images=read_images,
+    )
+    return _batches(plan, rows, num_workers, prefetch)
+
+
+def _source(a_set: TrainSet) -> Source:
+    sizes = tuple(shard.num_samples for shard in a_set.index.split(a_set.split).shards)
+    return Source(sizes, a_set.per_epoch)
+
+
+def _batches(plan: Lanes, rows: int, num_workers: int, prefetch: int) -> Iterator[Batch]:
+    slots = None
+    if num_workers and plan.read_images:
+        # Beside those under way, one is handed out and one is still held. They are made with the
+        # first batch, at which the ranks wait for each other: it may be one that finds no room.
+        slots = Slots(prefetch + 2, rows, plan.transform.size)
+        plan = replace(plan, slots=slots.images)
+    tasks = slots.tasks(num_workers) if slots else repeat(None)
+    items = run_workers(plan, num_workers=num_workers, prefetch=prefetch, tasks=tasks)
+    workers = max(1, num_workers)
+    while True:
+        of_workers = [next(items) for _ in range(workers)]
+        # Workers take the lanes in turn.
+        parts = [of_workers[lane % workers][lane // workers] for lane in range(len(plan.state))]
+        yield join_parts(parts, slots.take() if slots else None, plan.tokenizer.pad_id)
+
+
+def _check_samples(where: str, num_samples: int, lanes: int, global_batch_size: int) -> None:
+    for name, needed in (("data.lanes", lanes), ("global_batch_size", global_batch_size)):
+        if num_samples < needed:
+            raise UserError(
+                f"{where}: an epoch has {num_samples} samples, fewer than {name} ({needed}); "
+                f"lower {name}, or shard more samples"
+            )
+
+
+def _check_state(where: str, order: Order, state: NDArray[np.int64], state_format: int) -> None:
+    """Check that the positions are those of this data set, these lanes and this order."""
+    if state_format != ORDER_FORMAT and len(order.sources) > 1:
+        raise UserError(
+            f"{where}: this version mixes data sets in another order than the one that wrote the "
+            "checkpoint; end the run with that version, or begin anew in another output_dir"
+        )
+    if state.shape != (order.lanes, 2):
+        raise UserError(
+            f"the checkpoint's stream has {len(state)} lanes, but data.lanes is {order.lanes}; "
+            f"resume with data.lanes={len(state)}"
+        )
+    for epoch in np.unique(state[:, 0]).tolist():
+        epoch_order = order.epoch(epoch)
+        for lane in np.flatnonzero(state[:, 0] == epoch).tolist():
+            position, length = int(state[lane, 1]), epoch_order.lane_length(lane)
+            if not 0 <= position <= length:
+                raise UserError(
+                    f"{where}: lane {lane} has {length} samples, but the checkpoint's stream "
+                    f"stands at {position}; resume with the data set that the run began with"
+                )

@@ -1,0 +1,50 @@
+"""What a launcher says of this process and its machine, checked before the ranks meet."""
+
+import os
+import socket
+
+import torch
+
+from dist_vse.common.errors import UserError
+
+
+def check_accelerator() -> None:
+    """Raise UserError if GPUs were promised that are not there."""
+    if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"DS_ACCELERATOR=cuda, but PyTorch sees no GPU on {socket.gethostname()}: check "
+            "nvidia-smi and CUDA_VISIBLE_DEVICES there, or set DS_ACCELERATOR=cpu"
+        )
+
+
+def check_gpus() -> None:
+    """Raise UserError, on all ranks of a node, if it has fewer GPUs than processes."""
+    names = ("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0")
+    processes, local_rank = (int(os.environ.get(*name)) for name in names)
+    processes, seen = max(processes, local_rank + 1), torch.cuda.device_count()
+    if processes > seen:
+        raise UserError(
+            f"{processes} processes, but PyTorch sees {seen} GPU(s) on {socket.gethostname()}: "
+            "start one process a GPU, and let each see all of them (CUDA_VISIBLE_DEVICES)"
+        )
+
+
+def check_alone() -> None:
+    """Raise UserError if we are one of several processes that nobody has told of each other."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        several = os.environ.get(name, "1")
+        if several.isdecimal() and int(several) > 1:
+            raise UserError(
+                f"{name}={several}, but RANK is not set: each of these processes would train for "
+                "itself; use `dist-vse submit`, or see configs/clusters/accelerate.sbatch"
+            )
+
+
+def check_described() -> None:
+    """Raise UserError if the launcher's description is not complete."""
+    missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise UserError(
+            f"RANK is set, but not {', '.join(missing)}: start with `accelerate launch` or "
+            "`torchrun`, or unset RANK to run one process"
+        )

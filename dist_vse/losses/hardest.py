@@ -1,0 +1,146 @@
+"""The hardest negative of each row and each column: ConVSE++ and VSE++ (max hinge).
+
+One product for the maxima; the gradient is sparse, each active row or column moves two features.
+https://arxiv.org/abs/2110.08872, https://arxiv.org/abs/1707.05612
+
+Maxima come first, places after: a tile is read once for the maxima of its blocks, and the place is
+looked for only in the block that has the maximum.
+
+Among equals the lowest index of the global batch is the hardest. Similarities closer than a few
+roundings are equal: the same two features give other last bits in another place of a product, and
+the choice must not depend on tiles or ranks. That holds for copies; a chain of negatives that are
+each within a few roundings of the next, and are no copies, is decided in the order of the tiles.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, pad
+
+from dist_vse import distributed
+from dist_vse.losses.positives import Positives
+from dist_vse.losses.tiles import Tile
+from dist_vse.losses.transport import Block
+
+ROUNDINGS = 16
+BLOCKS = {1: 64, 0: 16}  # entries along a row, along a column: strided, so fewer
+
+
+class Hardest:
+    """The hinge of the hardest negative, times `weight`; `bound` is the largest |similarity|."""
+
+    def __init__(self, positives: Positives, margin: float, *, weight: float, bound: float) -> None:
+        self.positives = positives
+        self.layout = positives.layout
+        self.margin = margin
+        self.weight = weight
+        tolerance = ROUNDINGS * torch.finfo(positives.rows.dtype).eps * bound
+        self.rows = _Best(len(positives.rows), positives.rows, tolerance)
+        self.columns = _Best(self.layout.total, positives.rows, tolerance)
+        self.own_pull, self.row_pull, self.column_pull = (positives.rows,) * 3
+
+    def see(self, tile: Tile) -> None:
+        first_row = self.layout.own.start + tile.rows.start
+        self.rows.update(tile.values, 1, tile.rows, tile.columns.start)
+        self.columns.update(tile.values, 0, tile.columns, first_row)
+
+    def conclude(self) -> Tensor:
+        self.columns.join()
+        row_hinges = self.margin + self.rows.values - self.positives.rows
+        column_hinges = self.margin + self.columns.values - self.positives.columns()
+        self.row_pull = (row_hinges > 0) * self.positives.row_share * self.weight
+        self.column_pull = (column_hinges > 0) * self.positives.column_share * self.weight
+        self.own_pull = self.row_pull + self.column_pull[self.layout.own]
+        total = row_hinges.clamp(min=0).sum() + column_hinges[self.layout.own].clamp(min=0).sum()
+        return total * self.weight
+
+    def gradients(self, block: Block, rows: Tensor) -> tuple[Tensor, Tensor]:
+        own, there = self.layout.own, block.columns
+        i, of_rows = _pairs(self.rows.places, self.row_pull, there)
+        j, of_columns = _pairs(self.columns.places[there], self.column_pull[there], own)
+        i, j = torch.cat([i, of_columns]), torch.cat([of_rows, j])
+        return (
+            _sums(block.features, j, i, len(rows), self.weight),
+            _sums(rows, i, j, len(block.features), self.weight),
+        )
+
+    def hardest(self) -> Tensor:
+        return self.rows.values
+
+
+class _Best:
+    """The largest value met so far, for each of `count`, and the first place that has it (or is
+    closer to it than the tolerance)."""
+
+    def __init__(self, count: int, like: Tensor, tolerance: float) -> None:
+        self.values = like.new_full((count,), float("-inf"))
+        nowhere = torch.iinfo(torch.int32).max
+        self.places = torch.full((count,), nowhere, dtype=torch.int32, device=like.device)
+        self.tolerance = tolerance
+
+    def update(self, tile: Tensor, dim: int, where: slice, start: int) -> None:
+        """Take in for all `where` what lies along a tile's dimension, from place `start` on."""
+        values, places = self.values[where], self.places[where]
+        largest, first = _first_largest(tile, dim, self.tolerance)
+        place = (first + start).to(places.dtype)
+        lower = torch.where(largest < values - self.tolerance, places, places.minimum(place))
+        places.copy_(torch.where(largest > values + self.tolerance, place, lower))
+        torch.maximum(values, largest, out=values)
+
+    def join(self) -> None:
+        """Agree over the ranks."""
+        largest = distributed.all_reduce_max(self.values.clone())
+        nowhere = torch.iinfo(torch.int32).max
+        self.places[self.values < largest - self.tolerance] = nowhere
+        distributed.all_reduce_min(self.places)
+        self.values = largest
+
+
+def _first_largest(values: Tensor, dim: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return the maxima along `dim` of a tile, and the first places that reach them."""
+    size = BLOCKS[dim]
+    short = -values.shape[dim] % size
+    if short:
+        values = pad(values, (0, short) if dim == 1 else (0, 0, 0, short), value=float("-inf"))
+    blocks = values.unflatten(dim, (-1, size))
+    maxima = blocks.amax(dim + 1)
+    largest = maxima.amax(dim)
+    thresholds = (largest - tolerance).unsqueeze(1)
+    chosen = _first(maxima if dim == 1 else maxima.T, thresholds)
+    each = torch.arange(len(chosen), device=chosen.device)
+    if dim == 1:
+        entries = values.view(-1, size).index_select(0, each * blocks.shape[1] + chosen)
+    else:
+        entries = blocks[chosen, :, each]  # (n, size)
+    return largest, chosen * size + _first(entries, thresholds)
+
+
+def _first(values: Tensor, thresholds: Tensor) -> Tensor:
+    """Return for each row of (n, m) the first entry that reaches its threshold; overwrites values.
+
+    In floating point throughout: CPUs have no fast code for truth values. NaN reaches nothing, and
+    any entry will do: the loss is NaN as well, and the run ends.
+    """
+    width = values.shape[1]
+    falling = torch.arange(width, 0, -1, dtype=values.dtype, device=values.device)
+    left = values.ge_(thresholds).mul_(falling).amax(1)
+    return (width - left.long()).clamp_(max=width - 1)
+
+
+def _pairs(places: Tensor, pull: Tensor, among: slice) -> tuple[Tensor, Tensor]:
+    """Return which of (n,) have their hardest negative `among` places, and where in there."""
+    chosen = ((places >= among.start) & (places < among.stop) & (pull > 0)).nonzero().view(-1)
+    return chosen, places[chosen] - among.start
+
+
+def _sums(features: Tensor, sources: Tensor, targets: Tensor, count: int, weight: float) -> Tensor:
+    """Return for each of `count` targets the sum of its sources' features, times a weight.
+
+    `sources` and `targets` (p,) name pairs. A target's are added in the order given, on CUDA too,
+    where adding them pair by pair would not be reproducible.
+    """
+    if not len(targets):
+        return features.new_zeros(count, features.shape[1])
+    targets, order = targets.sort(stable=True)
+    first = torch.searchsorted(targets, torch.arange(count, device=targets.device))
+    weights = features.new_full((len(order),), weight)
+    return embedding_bag(sources[order], features, first, mode="sum", per_sample_weights=weights)

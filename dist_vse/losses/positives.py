@@ -1,0 +1,114 @@
+"""The pairs that belong together: their similarities, and how they pull on the features.
+
+A row's positive is its own pair, or the mean over its own pair and its twins where twins count
+as positives; so too a column's. b rows on this rank, N on all.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_vse import distributed
+from dist_vse.losses.layout import Layout, Twins
+from dist_vse.losses.tiles import ranges
+from dist_vse.losses.transport import Block, Transport
+
+CHUNK = 1024  # pairs (times d numbers) looked at together
+
+
+class OwnPairs(NamedTuple):
+    """This rank's own pairs: their similarities (b,), and scalars of the features' lengths."""
+
+    similarities: Tensor
+    longest_row: Tensor  # 0 without rows
+    longest_column: Tensor
+    row_squares: Tensor  # the sum of the squared lengths
+    column_squares: Tensor
+
+    @staticmethod
+    def of(rows: Tensor, columns: Tensor) -> "OwnPairs":
+        """Look at features (b, d) and (b, d)."""
+        norms = [torch.linalg.vector_norm(x, dim=1) for x in (rows, columns)]
+        longest = [torch.cat([x, x.new_zeros(1)]).amax() for x in norms]
+        squares = [x.square().sum() for x in norms]
+        return OwnPairs(torch.linalg.vecdot(rows, columns), *longest, *squares)
+
+
+class Positives:
+    """Mean similarities of the positives of this rank's rows and columns."""
+
+    def __init__(
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        own: OwnPairs,
+        layout: Layout,
+        twins: Twins | None,
+        *,
+        average_twins: bool,
+    ) -> None:
+        self._rows, self._columns = rows, columns  # (b, d) each
+        self.layout = layout
+        self.twins = twins
+        self.own = own
+        self.rows = self.own_columns = own.similarities  # (b,) means
+        self.average_twins = average_twins and twins is not None and bool(twins)
+        # What each of a row's (column's) positives weighs in its mean: (b,) and (N,).
+        self.column_share = self.rows.new_ones(()).expand(layout.total)
+        if self.average_twins and twins is not None:
+            self.column_share = 1 / twins.family.to(self.rows.dtype)
+        self.row_share = self.column_share[layout.own]
+
+    def include_twins(self, transport: Transport) -> None:
+        """Take the twins into the means: a pass over the blocks, but only over the twins."""
+        if not self.average_twins:
+            return
+        rows = self.own.similarities.clone()
+        columns = rows.new_zeros(self.layout.total)
+        columns[self.layout.own] = rows
+        for block in transport.blocks():
+            for i, j in self._pairs(block):
+                similarity = (self._rows[i] * block.features[j - block.columns.start]).sum(1)
+                rows.index_add_(0, i, similarity)
+                columns.index_add_(0, j, similarity)
+        self.rows = rows * self.row_share
+        columns = distributed.all_reduce_sum(columns) * self.column_share
+        self.own_columns = columns[self.layout.own]
+
+    def columns(self) -> Tensor:
+        """Gather the means of all columns (N,)."""
+        return self.layout.gather(self.own_columns)
+
+    def add_own_gradient(self, pull: Tensor, row_grad: Tensor, column_grad: Tensor) -> None:
+        """Add the pull (b,) of own pairs to the gradients of rows and own columns."""
+        row_grad.addcmul_(self._columns, pull.unsqueeze(1), value=-1)
+        column_grad.addcmul_(self._rows, pull.unsqueeze(1), value=-1)
+
+    def add_twins_gradient(
+        self,
+        block: Block,
+        row_pull: Tensor,
+        column_pull: Tensor,
+        row_grad: Tensor,
+        column_grad: Tensor,
+    ) -> None:
+        """Add the pull (b,) and (N,) of twins to the gradients of rows and the block's columns."""
+        if not self.average_twins:
+            return
+        for i, j in self._pairs(block):
+            pull = -(row_pull[i] + column_pull[j]).unsqueeze(1)
+            local = j - block.columns.start
+            row_grad.index_add_(0, i, block.features[local] * pull)
+            column_grad.index_add_(0, local, self._rows[i] * pull)
+
+    def _pairs(self, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the twins among a block's columns: rows here, columns of the global batch."""
+        assert self.twins is not None
+        for columns in ranges(block.columns.start, block.columns.stop, CHUNK):
+            for rows in ranges(0, len(self._rows), CHUNK):
+                pairs = self.twins.pairs(rows, columns)
+                if pairs is not None:
+                    for i, j in zip(*(index.split(CHUNK) for index in pairs), strict=True):
+                        yield i + rows.start, j + columns.start

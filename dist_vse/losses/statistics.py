@@ -1,0 +1,83 @@
+"""What a batch tells about training beside the loss: a few numbers that cost next to nothing."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dist_vse import distributed
+from dist_vse.losses.tiled import Sweep
+
+SAMPLE = 128  # rows of a rank among which uniformity is measured
+
+
+def summarize(
+    local_total: Tensor,
+    sweep: Sweep,
+    image_features: Tensor,
+    text_features: Tensor,
+    *,
+    scale: Tensor,
+    margin: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Join the ranks' numbers by one all-reduce; return the global total and the statistics.
+
+    The sweep's similarities are cosines times `scale` (1,).
+    """
+    layout, twins = sweep.positives.layout, sweep.positives.twins
+    pairs = sweep.positives.own
+    own = pairs.similarities / scale
+    hardest = (sweep.terms[0].hardest() / scale).clamp(min=-1)  # without a negative: -1
+    unit = scale.view(())
+    distances = pairs.row_squares / unit.square() + pairs.column_squares - 2 * own.sum()
+    sums = [
+        local_total,
+        own.sum(),
+        hardest.sum(),
+        (hardest > own - margin).sum(),
+        distances,
+        (closeness(image_features) + closeness(text_features)) * (len(own) / 2),
+    ]
+    joined = distributed.all_reduce_sum(torch.stack([x.double() for x in sums]))
+    positive, hard, active, alignment, near = joined[1:] / max(1, layout.total)
+    masked = (twins.family - 1).sum() if twins is not None else joined.new_zeros(())
+    return joined[0], {
+        "positive_similarity": positive,
+        "hardest_similarity": hard,
+        "active_share": active,
+        "alignment": alignment,
+        "uniformity": near.log(),
+        "masked_pairs": masked,
+        "masked_share": masked / max(1, layout.total * (layout.total - 1)),
+    }
+
+
+def collapsed(stats: Mapping[str, Tensor | float]) -> str | None:
+    """Return a warning if all features have become (nearly) the same vector, else None.
+
+    Max-hinge losses collapse from random weights; then every similarity is close to 1.
+    """
+    positive, hardest = float(stats["positive_similarity"]), float(stats["hardest_similarity"])
+    uniformity = float(stats["uniformity"])
+    if uniformity < -0.1 or abs(positive - hardest) > 0.05:
+        return None
+    return (
+        "the features have collapsed: all are nearly the same vector "
+        f"(uniformity {uniformity:.3f}, positives {positive:.3f}, hardest negatives {hardest:.3f})"
+        "; raise loss.warmup_samples or lower optim.lr"
+    )
+
+
+def closeness(features: Tensor) -> Tensor:
+    """Return the mean of exp(-2 |x - y|^2) over pairs x != y of a sample of the rows.
+
+    Its logarithm is the uniformity of https://arxiv.org/abs/2005.10242.
+    """
+    count = min(SAMPLE, len(features))
+    if count < 2:
+        return features.new_ones(())
+    sample = features[:: len(features) // count][:count]
+    norms = sample.square().sum(1)
+    squares = norms.unsqueeze(1) + norms - 2 * sample @ sample.T
+    near = squares.mul_(-2).exp_().fill_diagonal_(0)
+    return near.sum() / (count * (count - 1))

@@ -1,0 +1,279 @@
+"""Checkpoints: a folder that appears by one rename, whole or not at all.
+
+`checkpoints/step-000100/` holds `model.safetensors` (whole float32 weights and buffers, frozen
+towers too, readable without this package), `rank-0.safetensors` ... (each rank's share of the
+optimizer's state, and its random state) and `manifest.json` (step, data position, world size,
+ZeRO stage, score, size and checksum of every file). No file holds code: a stranger's checkpoint
+is safe to load. Any number of processes at any ZeRO stage resumes from it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dist_vse import distributed
+from dist_vse.engine.zero import ZeroEngine
+from dist_vse.common.errors import UserError, first_line, writing
+from dist_vse.common.log import logger
+from dist_vse.common.random_state import RandomState, random_state, restore
+from dist_vse.data.order import ORDER_FORMAT
+
+WEIGHTS = "model.safetensors"
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp"
+DAMAGED = ".damaged"
+_RANDOM_CPU, _RANDOM_CUDA = "random/cpu", "random/cuda"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int
+    samples_seen: int
+    lanes: list[list[int]]  # (L, 2): epoch and position of every lane of the stream
+    order: int = ORDER_FORMAT  # of the stream, in which these are positions
+
+
+Tensors = dict[str, Tensor]
+Receipts = dict[str, dict[str, Any]]
+"""Size and checksum of files, by their names."""
+
+
+def snapshot(engine: ZeroEngine) -> dict[str, Tensors]:
+    """Copy what this rank saves to host memory: file names with their tensors.
+
+    Every rank calls this. The copies stay as they are while training goes on.
+    """
+    random = random_state()
+    own = engine.dump_optimizer() | {_RANDOM_CPU: random.cpu.clone()}
+    if random.cuda is not None:
+        own[_RANDOM_CUDA] = random.cuda.clone()
+    files = {_rank_file(distributed.rank()): own}
+    with engine.whole_parameters():
+        if distributed.is_main_process():
+            files[WEIGHTS] = _whole_weights(engine.module)
+    return files
+
+
+def write_files(folder: Path, files: Mapping[str, Tensors]) -> Receipts:
+    """Write files that hold after a power cut; return their receipts. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    receipts = {}
+    for name, tensors in files.items():
+        path = folder / name
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:  # it wraps the system's error
+            raise OSError(first_line(error)) from error
+        _flush(path)
+        receipts[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return receipts
+
+
+def seal(temporary: Path, progress: Progress, receipts: Receipts, **more: Any) -> None:
+    """Write the manifest beside all ranks' files. Raises OSError."""
+    description = {**asdict(progress), **more, "files": receipts}
+    manifest = temporary / MANIFEST
+    manifest.write_text(json.dumps(description, indent=1), encoding="utf-8")
+    _flush(manifest)
+    _flush(temporary)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Turn a sealed folder into a checkpoint, in one rename. Raises OSError."""
+    if final.exists():  # a former life's, which appeared after this one had begun
+        _remove(final)
+    os.rename(temporary, final)
+    _flush(final.parent)
+
+
+def prune(folder: Path, *, keep_last: int, keep_best: int) -> None:
+    """Remove all checkpoints but the newest ones and those of the highest scores."""
+    paths = steps(folder)
+    kept = set(paths[-keep_last:])
+    if keep_best:
+        scores = {path: score for path in paths if (score := _score(path)) is not None}
+        kept |= set(sorted(scores, key=scores.__getitem__)[-keep_best:])
+    for path in paths:
+        if path not in kept:
+            _remove(path)
+
+
+def _score(path: Path) -> float | None:
+    """Return a checkpoint's score; None if it has none, or no manifest that can be read."""
+    try:
+        score: float | None = read_manifest(path).get("score")
+    except (OSError, ValueError):
+        return None
+    return score
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a kill in the middle leaves none that is half there."""
+    removed = path.with_name(path.name + TEMPORARY)
+    os.rename(path, removed)
+    shutil.rmtree(removed, ignore_errors=True)  # the next start removes what a reader holds open
+
+
+def load_latest(folder: Path, engine: ZeroEngine) -> Progress | None:
+    """Load the newest whole checkpoint into a fresh engine; return None if there is none.
+
+    Every rank calls this, and all load the same one; it may come from another number of
+    processes and another ZeRO stage. Damaged ones that are newer are set aside. Raises UserError
+    if there are checkpoints and none is whole, or if it doesn't fit the model.
+    """
+    path = None
+    with distributed.same_verdict(), writing(folder):
+        if distributed.is_main_process():
+            path = _set_damaged_aside(folder)
+    path = distributed.broadcast_object(path)
+    if path is None:
+        return None
+    manifest = read_manifest(path)
+    world_size, stage = manifest["world_size"], manifest["zero_stage"]
+    with distributed.same_verdict():
+        engine.load(_read_weights(path, engine.module), rank_files(path, world_size))
+    if (world_size, stage) != (distributed.world_size(), engine.stage):
+        logger.info(
+            "%s was written by %d processes with ZeRO %d; now %d with ZeRO %d",
+            *(path, world_size, stage, distributed.world_size(), engine.stage),
+        )
+    if world_size == distributed.world_size():
+        own = load_file(path / _rank_file(distributed.rank()))
+        restore(RandomState(own[_RANDOM_CPU], own.get(_RANDOM_CUDA)))
+    else:  # nobody's place is taken exactly: draw anew, not again what was drawn at the start
+        torch.manual_seed(torch.initial_seed() + 7919 * manifest["step"])
+    order = manifest.get("order", 1)
+    return Progress(manifest["step"], manifest["samples_seen"], manifest["lanes"], order)
+
+
+def _set_damaged_aside(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint, after it is the newest of all.
+
+    Damaged ones keep their files under another name: they would count among those to be kept.
+    """
+    path, paths = latest(folder), steps(folder)
+    if path is None and paths:
+        raise UserError(
+            f"{folder}: none of the {len(paths)} checkpoints is whole ({paths[-1].name}: "
+            f"{find_fault(paths[-1])}); remove them to train from the start, or give another "
+            "output_dir"
+        )
+    for damaged in paths[paths.index(path) + 1 :] if path else []:
+        aside = damaged.with_name(damaged.name + DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)  # of the same step, damaged before
+        os.rename(damaged, aside)
+        logger.warning("%s: renamed to %s", damaged, aside.name)
+    return path
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose files all have their noted checksums."""
+    for path in reversed(steps(folder)):
+        fault = find_fault(path)
+        if fault is None:
+            return path
+        logger.warning("%s: skipped, %s", path, fault)
+    return None
+
+
+def find_fault(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint's files; None if they are as they were written."""
+    try:
+        receipts = read_manifest(path)["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{MANIFEST} is missing or cut"
+    for name, receipt in receipts.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != receipt["bytes"]:
+            return f"{name} is cut"
+        if _sha256(file) != receipt["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load the whole weights of a checkpoint's folder into a model.
+
+    Raises UserError if they don't fit.
+    """
+    model.load_state_dict(_read_weights(path, model))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself."""
+    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
+
+
+def rank_files(path: Path, world_size: int) -> Sequence[Path]:
+    """Return the files of all ranks that wrote a checkpoint."""
+    return [path / _rank_file(rank) for rank in range(world_size)]
+
+
+def steps(folder: Path) -> list[Path]:
+    """Return the finished checkpoints, oldest first."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def _read_weights(path: Path, model: nn.Module) -> Tensors:
+    try:
+        weights = load_file(path / WEIGHTS)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{path / WEIGHTS}: can't be read ({first_line(error)})") from error
+    wanted = {name: getattr(value, "ds_shape", value.shape) for name, value in _named(model)}
+    for name in sorted(wanted.keys() | weights.keys()):
+        found = tuple(weights[name].shape) if name in weights else "nothing"
+        expected = tuple(wanted[name]) if name in wanted else "nothing"
+        if found != expected:
+            raise UserError(
+                f"{path / WEIGHTS}: doesn't fit the run's config ({name} is {found}, the model "
+                f"has {expected})"
+            )
+    return weights
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers that a checkpoint holds; ZeRO 3's stay split."""
+    return list(model.state_dict(keep_vars=True).items())
+
+
+def _whole_weights(module: nn.Module) -> Tensors:
+    # Cloned: safetensors refuses tensors that share memory, as tied weights do.
+    return {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

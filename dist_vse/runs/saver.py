@@ -1,0 +1,112 @@
+"""Saving beside the training: it stops for a copy to host memory, files are written meanwhile."""
+
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_vse import distributed
+from dist_vse.runs import checkpoint
+from dist_vse.runs.checkpoint import Progress, Receipts
+from dist_vse.engine.zero import ZeroEngine
+from dist_vse.common.errors import UserError, writing
+from dist_vse.runs.lease import Fence
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint whose files are being written."""
+
+    progress: Progress
+    temporary: Path
+    publish: Callable[[Receipts], None]
+    writing: "Future[Receipts]"
+
+
+class Saver:
+    """Writes the run's checkpoints; every rank has one and calls it at the same steps."""
+
+    def __init__(
+        self, folder: Path, fence: Fence, *, keep_last: int, keep_best: int, minutes: float
+    ) -> None:
+        self.folder = folder
+        self.fence = fence
+        self.keep_last, self.keep_best, self.minutes = keep_last, keep_best, minutes
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._last = time.monotonic()
+        self._ending = f".life-{fence.life}-{fence.token}{checkpoint.TEMPORARY}"
+        if distributed.is_main_process():
+            # Of former lives only: another rank of this one may be writing already.
+            for leftover in folder.glob(f"*{checkpoint.TEMPORARY}"):
+                if not leftover.name.endswith(self._ending):
+                    shutil.rmtree(leftover, ignore_errors=True)
+
+    @property
+    def writing(self) -> bool:
+        """Tell whether this rank's files are still being written."""
+        return self._pending is not None and not self._pending.writing.done()
+
+    @property
+    def overdue(self) -> bool:
+        """Tell whether the last checkpoint is older than it should be by the clock."""
+        return self.minutes > 0 and time.monotonic() - self._last >= 60 * self.minutes
+
+    def start(self, engine: ZeroEngine, progress: Progress, *, score: float | None) -> None:
+        """Copy the state and begin to write it; the checkpoint appears with `settle`.
+
+        Raises UserError if the one before could not be written.
+        """
+        self.finish()
+        final = self.folder / f"step-{progress.step:06d}"
+        temporary = self.folder / f"{final.name}{self._ending}"
+        world_size, stage, life = distributed.world_size(), engine.stage, self.fence.life
+
+        def publish(receipts: Receipts) -> None:
+            more = {"world_size": world_size, "zero_stage": stage, "score": score, "life": life}
+            checkpoint.seal(temporary, progress, receipts, **more)
+            self.fence.check()  # as late as can be: what is before it may hang on a lost node
+            checkpoint.publish(temporary, final)
+            checkpoint.prune(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
+
+        files = checkpoint.snapshot(engine)
+        writing = self._writer.submit(checkpoint.write_files, temporary, files)
+        self._pending = _Pending(progress, temporary, publish, writing)
+        self._last = time.monotonic()
+
+    def settle(self, *, writing: bool) -> None:
+        """Publish what was written; `writing` tells, alike on all ranks, whether any still does."""
+        if self._pending is not None and not writing:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until all ranks have written, and publish the checkpoint; every rank calls this.
+
+        Raises UserError alike on every rank if one can't write (a full disk), TakenOver if a
+        later start of the run has taken it over.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        receipts: Receipts = {}
+        try:
+            with distributed.same_verdict(), writing(self.folder):
+                receipts = self._written(pending)
+            parts = distributed.all_gather_object(receipts)
+            with distributed.same_verdict(), writing(self.folder):
+                if distributed.is_main_process():
+                    pending.publish({name: r for part in parts for name, r in part.items()})
+        except UserError:
+            if distributed.is_main_process():
+                shutil.rmtree(pending.temporary, ignore_errors=True)
+            raise
+
+    def _written(self, pending: _Pending) -> Receipts:
+        """Wait for this rank's files. Raises OSError, and TakenOver if another start is why."""
+        try:
+            return pending.writing.result()
+        except OSError:
+            self.fence.check()  # another start removes the folder in which we write
+            raise

@@ -1,0 +1,1 @@
+"""What works on data, models and runs beside training; training imports none of it."""

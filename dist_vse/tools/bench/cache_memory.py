@@ -1,0 +1,82 @@
+"""Memory of a cached step: what the encoders need at most, and what grows with the batch."""
+
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+
+from dist_vse.common.memory import Storages
+from dist_vse.engine.plain import PlainEngine
+from dist_vse.losses.global_loss import global_loss
+from dist_vse.runs.metrics import peak_memory_gib
+from dist_vse.tools.bench.cache_model import Workload, make_model, make_optimizer, make_pairs
+from dist_vse.training.grad_cache import train_step
+
+
+class _WeighingEngine(PlainEngine):
+    """Notes how much a chunk's forward and backward add to what was allocated before them."""
+
+    storages: Storages
+    own = 0  # bytes, at most
+    outside = 0  # bytes that stood before a chunk was encoded, at most
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        """Run the model's forward."""
+        self._before = self.storages.held
+        self.outside = max(self.outside, self._before)
+        self.storages.peak = self._before
+        outputs = super().__call__(**inputs)
+        self.own = max(self.own, self.storages.peak - self._before)
+        return outputs
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`."""
+        super().backward(loss, last=last)
+        self.own = max(self.own, self.storages.peak - self._before)
+
+
+def weigh(load: Workload, batch: int, chunk_size: int) -> dict[str, Any]:
+    """Take a step of `batch` pairs in one process; return bytes by what they are for.
+
+    No graph is kept, so that a chunk's forward and backward stand alone.
+    """
+    model = make_model(load)
+    engine = _WeighingEngine(model, make_optimizer(model))
+    images, tokens = make_pairs(load, batch)
+    pieces = zip(images.split(chunk_size), tokens.split(chunk_size), strict=True)
+    chunks = [model.prepare(images=i, tokens=t) for i, t in pieces]
+
+    def info_nce(*outputs: Tensor) -> Tensor:
+        return global_loss("info_nce", *outputs, memory_gib=0).loss
+
+    engine.storages = Storages()
+    train_step(engine, info_nce, chunks[:2], keep_graphs=0)  # optimizer states are made here
+    engine.own = engine.outside = 0
+    resident = peak_memory_gib()
+    with Storages() as engine.storages:
+        train_step(engine, info_nce, chunks, keep_graphs=0)
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return {
+        "global_batch": batch,
+        "chunk": chunk_size,
+        "model_bytes": engine.own,
+        "gradient_bytes": gradients,
+        "features_bytes": engine.outside - gradients,  # these stand from the first backward on
+        "input_bytes": images.nbytes + tokens.nbytes,
+        "process_peak_bytes": int(peak_memory_gib() * 2**30),
+        "process_peak_bytes_of_two_chunks": int(resident * 2**30),
+    }
+
+
+def memory_table(results: list[dict[str, Any]]) -> Table:
+    """Return the table of what `weigh` returned for several batches."""
+    table = Table(title=f"memory of a step in one process, chunks of {results[0]['chunk']} pairs")
+    parts = ("model", "features", "input", "process_peak")
+    titles = ("batch", "a chunk's forward and backward", "/ smallest batch's", "features and cache")
+    for heading in (*titles, "inputs", "process's peak"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        model, *others = (f"{result[f'{part}_bytes'] / 2**20:.1f} MiB" for part in parts)
+        ratio = result["model_bytes"] / results[0]["model_bytes"]
+        table.add_row(str(result["global_batch"]), model, f"{ratio:.3f}", *others)
+    return table

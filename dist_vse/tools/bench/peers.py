@@ -1,0 +1,198 @@
+"""`dist-vse bench peers`: OpenCLIP's trainer and ours, end to end, on the same shards and model.
+
+Both run as their users run them, under torchrun: from tars to updated weights, in processes of one
+thread. The trainings take turns over the rounds. docs/peers.md tells what is held equal.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_vse.common.errors import UserError
+from dist_vse.distributed.spawn import run_on_ranks
+from dist_vse.tools.bench.contest_data import CONTEXT, HEAD_WIDTH, SHARDS, Model, write_data
+from dist_vse.tools.bench.contestants import LANES, OURS, PEER, Setting, Task, train
+from dist_vse.tools.bench.largest import Largest, largest_batch
+from dist_vse.tools.bench.parity import model_sizes
+from dist_vse.tools.bench.peer_data import require_peer
+from dist_vse.tools.bench.step_errors import step_errors
+
+GIB = 2**30
+MEMORY_STEPS = 2  # the second one meets the optimizer's states
+VERSIONS = ("open_clip_torch", "webdataset", "torch", "deepspeed", "timm", "simplejpeg")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what `args` ask for, print tables, and write the numbers as JSON."""
+    _check(args)
+    require_peer()
+    console = Console()
+    model = Model(args.image, args.size, args.text_width, args.text_depth, args.dim)
+    with tempfile.TemporaryDirectory() as name:
+        setting = Setting(Path(name), model, args.processes, args.workers, args.timeout)
+        write_data(setting.folder, model, args.photographs)
+        report: dict[str, Any] = {
+            "versions": {name: metadata.version(name) for name in VERSIONS},
+            "cores": len(os.sched_getaffinity(0)),
+            "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
+            "options": {k: v for k, v in vars(args).items() if isinstance(v, str | int | float)},
+            "tokens": CONTEXT,
+            "models": model_sizes(setting),
+        }
+        console.print(_models_line(report["models"]))
+        if args.rounds:
+            report["speed"] = _measure_speed(setting, args, console)
+            errors = run_on_ranks(step_errors, args.processes, args.chunks)
+            report["gradient_errors"] = errors
+            console.print(_speed_table(report["speed"], errors, args))
+        if args.most:
+            report["largest"] = _measure_largest(setting, args)
+            console.print(_largest_table(report["largest"], args))
+    if args.out is not None:
+        Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise UserError for options that make no sense, before anything is measured."""
+    for name in ("processes", "chunks", "steps", "warm_up", "chunk"):
+        if getattr(args, name) < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} ({getattr(args, name)}) must be at least 1")
+    for name in ("workers", "rounds", "most"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} ({getattr(args, name)}) must be at least 0")
+    unit = args.processes * args.chunks * LANES
+    if args.batch < 1 or args.batch % unit:
+        raise UserError(
+            f"--batch ({args.batch}) must be a multiple of --processes ({args.processes}) times "
+            f"--chunks ({args.chunks}) times {LANES} = {unit}"
+        )
+    readers = args.processes * max(1, args.workers)
+    if SHARDS % readers:
+        raise UserError(f"--processes times --workers ({readers}) must divide {SHARDS}")
+    if args.photographs < SHARDS or args.photographs % SHARDS:
+        raise UserError(f"--photographs ({args.photographs}) must be a multiple of {SHARDS}")
+    if args.text_width % HEAD_WIDTH:
+        raise UserError(f"--text-width ({args.text_width}) must be a multiple of {HEAD_WIDTH}")
+
+
+def _tasks(args: argparse.Namespace) -> dict[str, Task]:
+    """Return the trainings by the name of their row."""
+    steps = args.warm_up + args.steps
+    k, half = args.chunks, args.chunks // 2
+    return {
+        "OpenCLIP": Task(PEER, args.batch, 1, steps),
+        "dist_vse": Task(OURS, args.batch, 1, steps),
+        f"OpenCLIP, accum_freq {k}": Task(PEER, args.batch, k, steps),
+        f"dist_vse, {k} chunks, no graph kept": Task(OURS, args.batch, k, steps, 0),
+        f"dist_vse, {k} chunks, one kept (default)": Task(OURS, args.batch, k, steps, 1),
+        f"dist_vse, {k} chunks, half kept": Task(OURS, args.batch, k, steps, half),
+        f"dist_vse, {k} chunks, keep_graphs auto": Task(OURS, args.batch, k, steps, "auto"),
+    }
+
+
+def _measure_speed(
+    setting: Setting, args: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """Return a row a training: its seconds a step, by round, and its peaks of memory.
+
+    Each one is told when it ends: all of them take minutes.
+    """
+    tasks = _tasks(args)
+    rows: dict[str, dict[str, Any]] = {
+        name: {"case": name, "trainer": task.trainer, "chunks": task.chunks, "seconds": []}
+        for name, task in tasks.items()
+    }
+    for _ in range(args.rounds):
+        for name, task in tasks.items():
+            watched = train(setting, task)
+            row = rows[name]
+            row["seconds"].append(watched.seconds_a_step(args.warm_up))
+            console.print(f"{name}: {row['seconds'][-1]:.2f} s a step")
+            for kind in ("rank_bytes", "worker_bytes"):
+                row[kind] = max(row.get(kind, 0), getattr(watched, kind))
+    return list(rows.values())
+
+
+def _measure_largest(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
+    """Search the largest batches: OpenCLIP's without accumulation, with it, and ours.
+
+    The last two are tried up to `--most` times the first, where time ends the search, not memory.
+    """
+    limit = int(args.limit_gib * GIB)
+    unit = args.processes * args.chunk
+
+    def search(trainer: str, first: int, *, chunk: int | None, most: int | None) -> Largest:
+        def peak(batch: int) -> int:
+            chunks = 1 if chunk is None else batch // args.processes // chunk
+            return train(setting, Task(trainer, batch, chunks, MEMORY_STEPS)).rank_bytes
+
+        found = largest_batch(peak, limit=limit, first=first, unit=unit, most=most)
+        if found is None:
+            raise UserError(f"--limit-gib ({args.limit_gib}) holds no batch of {trainer}; raise it")
+        return found
+
+    plain = search(PEER, 4 * unit, chunk=None, most=None)
+    most = args.most * plain.batch
+    found = {"OpenCLIP": plain}
+    for trainer, name in ((PEER, "OpenCLIP, accum_freq"), (OURS, "dist_vse")):
+        half = max(unit, most // 2 // unit * unit)
+        found[f"{name}, {args.chunk} pairs at a time"] = search(
+            trainer, half, chunk=args.chunk, most=most
+        )
+    return {name: vars(largest) for name, largest in found.items()}
+
+
+def _models_line(sizes: dict[str, dict[str, int]]) -> str:
+    return "\n".join(
+        f"{name}: {size['parameters']:,} parameters, "
+        f"{size['forward_flops'] / 1e6:,.1f} MFLOP a pair forward"
+        for name, size in sizes.items()
+    )
+
+
+def _speed_table(
+    rows: list[dict[str, Any]], errors: dict[str, Any], args: argparse.Namespace
+) -> Table:
+    table = Table(
+        title=f"global batch {args.batch}, {args.processes} processes, {args.workers} workers each"
+    )
+    columns = "pairs/s", "x OpenCLIP", "a rank's peak", "a worker's"
+    for heading in ("case", *columns, "gradient: towers", "temperature"):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    seconds = {row["case"]: statistics.median(row["seconds"]) for row in rows}
+    for row in rows:
+        peer = next(r for r in rows if r["trainer"] == PEER and r["chunks"] == row["chunks"])
+        parts = errors[f"{row['trainer']} {row['chunks']}"]
+        table.add_row(
+            row["case"],
+            f"{args.batch / seconds[row['case']]:,.1f}",
+            f"{seconds[peer['case']] / seconds[row['case']]:.2f}",
+            *(f"{row[kind] / 2**20:,.0f} MiB" for kind in ("rank_bytes", "worker_bytes")),
+            *(f"x {p['factor']:.4f}, error {p['error']:.0e}" for p in parts.values()),
+        )
+    return table
+
+
+def _largest_table(found: dict[str, Any], args: argparse.Namespace) -> Table:
+    table = Table(title=f"largest global batch tried within {args.limit_gib:g} GiB a process")
+    for heading in ("trainer", "global batch", "x OpenCLIP", "a rank's peak", "by the line"):
+        table.add_column(heading, justify="left" if heading == "trainer" else "right")
+    for name, row in found.items():
+        table.add_row(
+            name,
+            f"{row['batch']:,}",
+            f"{row['batch'] / found['OpenCLIP']['batch']:.1f}",
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{row['by_line']:,}",
+        )
+    return table

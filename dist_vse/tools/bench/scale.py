@@ -1,0 +1,149 @@
+"""`dist-vse bench scale`: speed, memory and traffic of a step over processes and settings."""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dist_vse import distributed
+from dist_vse.common.errors import UserError
+from dist_vse.common.log import setup_logging
+from dist_vse.distributed.spawn import Team, run_teams
+from dist_vse.engine.zero import IMPORTS
+from dist_vse.runs.environment import describe_environment
+from dist_vse.tools.bench.checks import at_least_one, writable
+from dist_vse.tools.bench.scale_cases import Case, plan_cases, share
+from dist_vse.tools.bench.scale_page import write_page
+from dist_vse.tools.bench.scale_rows import Row, compare, compare_with_baseline, join, together
+from dist_vse.tools.bench.scale_run import Effort, Turns, measure
+from dist_vse.tools.bench.scale_tables import tables
+
+TABLE_WIDTH = 160
+START = "forkserver"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what `args` ask for (or read it), print tables, and write numbers and a plot.
+
+    Under a launcher every rank calls this, and the launcher's processes are measured.
+    """
+    if args.read:
+        reports = [_read(path) for path in args.read]
+        _finish(args, {**reports[0], "rows": join([report["rows"] for report in reports])})
+        return 0
+    if "RANK" not in os.environ:
+        _finish(args, _report(args, _on_this_machine(_plan(args, args.processes), _effort(args))))
+        return 0
+    setup_logging()
+    with distributed.process_group():
+        try:
+            cases = _plan(args, [distributed.world_size()])
+            rows = measure(cases, _effort(args))
+            if distributed.is_main_process():
+                _finish(args, _report(args, rows))
+            code = 0
+        except UserError as error:  # alike on every rank
+            if distributed.is_main_process():
+                print(f"error: {error}", file=sys.stderr)
+            code = 2
+        distributed.barrier()  # a launcher ends all ranks when the first one ends
+    return code
+
+
+def _plan(args: argparse.Namespace, processes: Sequence[int]) -> list[Case]:
+    at_least_one(rounds=args.rounds, steps=args.steps)
+    writable("--out", args.out)
+    writable("--page", args.page)
+    if sorted(set(processes)) != list(processes) or processes[0] < 1:
+        raise UserError(f"--processes {processes} must be rising numbers from 1 on")
+    cases = plan_cases(args.settings, processes, args.vary, independent=args.independent)
+    return share(cases, args.task)
+
+
+def _effort(args: argparse.Namespace) -> Effort:
+    return Effort(args.rounds, args.steps, args.stream)
+
+
+def _on_this_machine(cases: Sequence[Case], effort: Effort) -> list[Row]:
+    """Start the processes of all cases; teams of one size, and independent runs, take turns."""
+    # All are forked from one server, which has paid for the imports.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    multiprocessing.set_forkserver_preload([*IMPORTS, "dist_vse.tools.bench.scale_run"])
+    groups: dict[tuple[int, int], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.world_size, case.runs), []).append(case)
+    barrier = multiprocessing.get_context(START).Barrier(sum(size * runs for size, runs in groups))
+    teams = []
+    for turn, ((size, runs), members) in enumerate(groups.items()):
+        turns = Turns(barrier, turn, len(groups))
+        teams += [Team(measure, size, (members, effort, turns))] * runs
+    results = iter(run_teams(teams, start_method=START))
+    rows: dict[int, Row] = {}
+    for (_, runs), members in groups.items():
+        several = [next(results) for _ in range(runs)]
+        for number, case in enumerate(members):
+            rows[id(case)] = together([team[number] for team in several])
+    return [rows[id(case)] for case in cases]
+
+
+def _report(args: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
+    return {
+        "benchmark": "scale",
+        **describe_environment(),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "settings": list(args.settings),
+        "rounds": args.rounds,
+        "steps": args.steps,
+        "rows": rows,
+    }
+
+
+def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    rows = report["rows"]
+    compare(rows)
+    if args.baseline is not None:
+        compare_with_baseline(rows, _read(args.baseline)["rows"])
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
+    for table in tables(rows):
+        console.print(table)
+    if args.out is not None:
+        Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        console.print(f"wrote {args.out}")
+    if args.page is not None:
+        write_page(report, Path(args.page))
+        console.print(f"wrote {args.page}")
+
+
+def _read(path: str) -> dict[str, Any]:
+    """Read what `--out` wrote. Raises UserError if it is something else."""
+    try:
+        report: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        if report.get("benchmark") == "scale":
+            return report
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: can't be read ({error})") from None
+    raise UserError(f"{path}: no numbers of `dist-vse bench scale --out`")
+
+
+def _commit() -> str | None:
+    """Return the commit of this code, with a + where it was changed; None outside of git."""
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"],
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        return None
+    return asked.stdout.strip() or None

@@ -1,0 +1,104 @@
+"""A rank's memory by what it is for: the parts of a step, told apart at their borders."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
+
+import torch
+
+from dist_vse import distributed
+from dist_vse.common import step_timer
+from dist_vse.common.memory import Storages
+
+T = TypeVar("T")
+
+
+class _Heap(Protocol):
+    peak: int
+
+    @property
+    def held(self) -> int: ...
+
+
+class _CudaHeap:
+    """The same two numbers from PyTorch's allocator."""
+
+    @property
+    def held(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    @peak.setter
+    def peak(self, value: int) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+
+class Borders:
+    """Notes the bytes that are held when a part begins first, and the most of them in it."""
+
+    def __init__(self, heap: _Heap) -> None:
+        self.heap = heap
+        self.before: dict[str, int] = {}
+        self.most: dict[str, int] = {}
+        self._part = step_timer.OTHER
+
+    def begin(self, part: str) -> None:
+        """End a part and begin the next."""
+        self.most[self._part] = max(self.most.get(self._part, 0), self.heap.peak)
+        self.heap.peak = self.heap.held
+        self.before.setdefault(part, self.heap.held)
+        self._part = part
+
+
+def weigh(build: Callable[[], T], step: Callable[[T], None]) -> tuple[T, Borders]:
+    """Build what takes steps, take two of them, and return it with the borders of the second.
+
+    On the CPU the tensors that operators return are counted, not what an operator needs inside.
+    """
+    with _heap() as heap:
+        built = build()
+        step(built)  # which makes the optimizer's states
+        heap.peak = heap.held
+        borders = Borders(heap)
+        with step_timer.listening(borders):
+            step(built)
+    return built, borders
+
+
+def memory_parts(borders: Borders, *, inputs: int, outputs: int, gradients: int) -> dict[str, int]:
+    """Return bytes by what they are for; the first three and the larger of the next give the peak.
+
+    `inputs` are the bytes of a rank's batch, `outputs` those of its features before the loss,
+    `gradients` those of the trainable parameters. state: what stands between two steps (weights,
+    optimizer, the engine's buffers). features: with their gradients and copies. kept_graphs:
+    activations that stay from the first pass to the second. loss: at most, without the features.
+    encoders: activations and gradients, at most.
+    """
+    before, most = borders.before, borders.most
+    start = before["encode"]
+    kept = max(0, before["loss"] - start - outputs)
+    features = before["second_pass"] - start - kept
+    in_encoders = max(most.get(part, 0) for part in ("encode", "second_pass", "reduce", "step"))
+    in_loss = max(most.get(part, 0) for part in ("loss", "gather"))
+    return {
+        "inputs": inputs,
+        "state": start - inputs,
+        "features": features,
+        "encoders": in_encoders - start - features,
+        "loss": in_loss - before["second_pass"],
+        "kept_graphs": kept,
+        "gradients": gradients,
+        "peak": max(in_encoders, in_loss),
+    }
+
+
+@contextlib.contextmanager
+def _heap() -> Iterator[_Heap]:
+    if distributed.device().type == "cuda":
+        yield _CudaHeap()
+        return
+    with Storages() as storages:
+        yield storages

@@ -1,0 +1,138 @@
+"""What `dist-vse bench scale` measures: a run's step, made by the builders of `dist-vse train`."""
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dist_vse import distributed
+from dist_vse.common import step_timer
+from dist_vse.config import TrainConfig
+from dist_vse.data.samples import Batch
+from dist_vse.engine.zero import ZeroEngine
+from dist_vse.losses.registry import caption_bytes
+from dist_vse.models.build import build_model
+from dist_vse.models.tokenizer import Tokenizer
+from dist_vse.runs.checkpoint import Progress
+from dist_vse.runs.folder import open_train_sets, run_model, run_tokenizer
+from dist_vse.tools.bench.cache_model import VOCABULARY
+from dist_vse.training.builders import (
+    build_ahead,
+    build_loss,
+    build_train_batches,
+    choose_chunks,
+    make_chunks,
+    wrap_model,
+)
+from dist_vse.training.chunking import agree
+from dist_vse.training.flops import Flops, count_flops
+from dist_vse.training.grad_cache import train_step
+
+
+@dataclass(frozen=True)
+class Rig:
+    """A run without its folder: what takes steps."""
+
+    config: TrainConfig
+    engine: ZeroEngine
+    batches: Iterator[Batch]
+    keep_graphs: int
+    flops: Flops
+
+    def step(self) -> None:
+        """Take one step, as `dist_vse.train` does."""
+        step_timer.begin("data")
+        batch = next(self.batches)
+        step_timer.begin("encode")
+        ahead = build_ahead(self.config)
+        loss_fn = build_loss(self.config, batch, 0, {}, ahead)
+        chunks = make_chunks(self.engine.module, batch, self.config)
+        kept = self.keep_graphs
+        train_step(self.engine, loss_fn, chunks, keep_graphs=kept, announce=ahead.send)
+
+    def known_bytes(self) -> dict[str, int]:
+        """Return the bytes of this rank's inputs, features (captions of all ranks too, which are
+        gathered ahead) and gradients."""
+        ranks = distributed.world_size()
+        rows = self.config.global_batch_size // ranks
+        gathered = rows * ranks if ranks > 1 and self.config.loss.transport == "gather" else 0
+        loss, width = self.config.loss, self.config.model.embed_dim
+        caption = caption_bytes(loss.name, bf16_products=loss.bf16_products)
+        pixels, tokens = 3 * self.config.model.image.size**2, self.config.model.text.max_tokens
+        trainable = [p for p in self.engine.module.parameters() if p.requires_grad]
+        return {
+            "inputs": rows * (pixels + 8 * tokens),
+            "outputs": (4 * 2 * rows + caption * gathered) * width,
+            "gradients": sum(_size(p) * p.itemsize for p in trainable),
+        }
+
+    def num_parameters(self) -> int:
+        """Return how many parameters the model has, on all ranks together."""
+        return sum(_size(p) for p in self.engine.module.parameters())
+
+
+def build_rig(config: TrainConfig, *, stream: bool) -> Rig:
+    """Build the model and its engine, and batches: of the config's data, or made-up ones."""
+    with distributed.same_verdict():
+        tokenizer = _tokenizer(config, stream)
+        model = (
+            run_model(config, tokenizer)
+            if tokenizer is not None
+            else build_model(
+                config.model,
+                vocab_size=VOCABULARY,
+                pad_id=0,
+                temperature=config.loss.temperature,
+                learn_temperature=config.loss.learn_temperature,
+                bias=config.loss.bias,
+                learn_bias=config.loss.name == "siglip",
+                seed=config.seed,
+            )
+        ).to(distributed.device())
+        flops = count_flops(model, config.model.image.size, config.model.text.max_tokens)
+        chunking = choose_chunks(config, model)
+    chunking = agree(chunking)
+    config = replace(config, chunk_size=chunking.chunk_size)
+    batches: Iterator[Batch]
+    if stream:
+        assert tokenizer is not None
+        with distributed.same_verdict():
+            sets = open_train_sets(config)
+            batches = build_train_batches(config, sets, tokenizer, Progress(0, 0, []))
+    else:
+        batches = itertools.repeat(_made_up(config))
+    return Rig(config, wrap_model(config, model), batches, chunking.keep_graphs, flops)
+
+
+def _tokenizer(config: TrainConfig, stream: bool) -> Tokenizer | None:
+    """Return the run's tokenizer; None where made-up words will do."""
+    if not stream and config.model.text.kind != "pretrained":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return run_tokenizer(config, Path(folder), build=True)
+
+
+def _made_up(config: TrainConfig) -> Batch:
+    """Draw this rank's pairs of a global batch; all of them different."""
+    rows, size = config.global_batch_size // distributed.world_size(), config.model.image.size
+    generator = torch.Generator().manual_seed(distributed.rank())
+    images = torch.randint(0, 256, (rows, 3, size, size), generator=generator, dtype=torch.uint8)
+    words = (rows, config.model.text.max_tokens)
+    ids = distributed.rank() * rows + torch.arange(rows)
+    return Batch(
+        images=images,
+        tokens=torch.randint(1, VOCABULARY, words, generator=generator),
+        image_ids=ids,
+        text_ids=ids,
+        origin=torch.stack([torch.zeros_like(ids), ids], 1),
+        state=np.zeros((0, 2), np.int64),
+        skipped=(),
+    )
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO 3 splits them

@@ -1,0 +1,172 @@
+"""What every process of `dist-vse bench scale` does: train some steps of each case, and measure.
+
+Each visit to a case builds the engine anew, so that only one stands in memory at a time, and warms
+it up.
+"""
+
+import gc
+import socket
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from threading import BrokenBarrierError
+from typing import Any
+
+import torch
+
+from dist_vse import distributed
+from dist_vse.common import step_timer
+from dist_vse.common.errors import UserError
+from dist_vse.config import TrainConfig
+from dist_vse.runs.metrics import synchronize
+from dist_vse.tools.bench.scale_cases import Case
+from dist_vse.tools.bench.scale_memory import memory_parts, weigh
+from dist_vse.tools.bench.scale_rig import Rig, build_rig
+from dist_vse.tools.bench.traffic import bytes_sent_by_part
+from dist_vse.training.flops import Flops, peak_flops
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    rounds: int
+    steps: int
+    """Timed steps of a visit."""
+    stream: bool
+    """Read the config's data, not made-up pairs."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Lets teams of processes work one after another; who waits leaves the cores to the others."""
+
+    barrier: Any  # of multiprocessing, for the processes of all teams
+    mine: int
+    count: int
+
+    def rounds(self, count: int) -> Iterator[int]:
+        """Yield the number of each round when it is this team's turn."""
+        for number in range(count):
+            for turn in range(self.count):
+                self.barrier.wait()
+                if turn == self.mine:
+                    yield number
+        self.barrier.wait()
+
+
+def measure(cases: Sequence[Case], effort: Effort, turns: Turns | None = None) -> Any:
+    """Measure the cases in turn; return a row each (on every rank; rank 0's are complete).
+
+    Returns None where another team has failed. Raises UserError alike on every rank.
+    """
+    try:
+        return _measure(cases, effort, turns)
+    except BrokenBarrierError:
+        return None
+    except UserError:
+        if turns is not None:
+            turns.barrier.abort()
+        raise
+
+
+def _measure(cases: Sequence[Case], effort: Effort, turns: Turns | None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{} for _ in cases]
+    steps: list[list[dict[str, float]]] = [[] for _ in cases]
+    for number in turns.rounds(effort.rounds) if turns else range(effort.rounds):
+        for case, row, taken in zip(cases, rows, steps, strict=True):
+            if number == 0:
+                rig = _first_visit(case, effort, row)
+            else:
+                rig = build_rig(case.config, stream=effort.stream)
+                rig.step()
+            taken += [_time(rig) for _ in range(effort.steps)]
+            del rig
+            gc.collect()
+    for row, taken in zip(rows, steps, strict=True):
+        row |= _summary(row, taken)
+    return rows
+
+
+def _first_visit(case: Case, effort: Effort, row: dict[str, Any]) -> Rig:
+    """Build the case and describe it, with its memory and its traffic."""
+    rig, borders = weigh(lambda: build_rig(case.config, stream=effort.stream), Rig.step)
+    row |= _describe(case, rig, effort.stream)
+    row["memory_bytes"] = memory_parts(borders, **rig.known_bytes())
+    row["sent_bytes"] = bytes_sent_by_part(rig.step)
+    return rig
+
+
+def _time(rig: Rig) -> dict[str, float]:
+    """Take a step; return its seconds on this rank by part, and as a whole under "whole".
+
+    It ends when the slowest rank has: the others' wait for it belongs to no part, but to the whole.
+    """
+    distributed.barrier()
+    synchronize()
+    watch = step_timer.Clock(distributed.device())
+    with step_timer.listening(watch):
+        started = time.perf_counter()
+        rig.step()
+        synchronize()
+        distributed.barrier()
+        whole = time.perf_counter() - started
+        return {**watch.read(), "whole": whole}
+
+
+def _describe(case: Case, rig: Rig, stream: bool) -> dict[str, Any]:
+    config = rig.config
+    hosts = distributed.all_gather_object(socket.gethostname())
+    return {
+        "series": case.series,
+        "varied": case.varied,
+        "workload": _workload(config, stream),
+        "world_size": case.world_size,
+        "nodes": len(set(hosts)),
+        "runs": case.runs,
+        "global_batch": config.global_batch_size,
+        "chunk_size": config.fixed_chunk_size,
+        "keep_graphs": rig.keep_graphs,
+        "zero_stage": config.engine.zero_stage,
+        "coalesce": config.engine.coalesce,
+        "precision": config.engine.precision,
+        "loss": config.loss.name,
+        "transport": config.loss.transport,
+        "embedding": config.model.embed_dim,
+        "parameters": rig.num_parameters(),
+        "flops_per_pair": vars(rig.flops),
+    }
+
+
+def _workload(config: TrainConfig, stream: bool) -> str:
+    """Say what is trained on what, apart from the settings that a row has of its own."""
+    image, text = config.model.image, config.model.text
+    trunk = text.weights or f"{text.kind} {text.width} x {text.depth}"
+    words = [f"{image.name} {image.size} px", f"{trunk} {text.max_tokens} tokens"]
+    words += [f"{config.model.embed_dim} dimensions", config.optim.name]
+    words += ["image frozen"] * image.frozen + ["text frozen"] * text.frozen
+    words += ["streamed"] * stream
+    return ", ".join(words)
+
+
+def _summary(row: dict[str, Any], steps: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Join the ranks: a step, and each of its parts, takes as long as on their average."""
+    names = list(steps[0])
+    here = torch.tensor([[step[name] for name in names] for step in steps], dtype=torch.float64)
+    here = here.to(distributed.device())  # (steps, parts), the whole at the end
+    means = distributed.all_reduce_mean(here)
+    wholes: list[float] = means[:, -1].tolist()
+    median = statistics.median_low(wholes)
+    parts = means[wholes.index(median), :-1].tolist()
+    flops = Flops(**row["flops_per_pair"]).of_step(row["global_batch"], row["embedding"])
+    peak = peak_flops(distributed.device(), row["precision"])
+    flops_per_s = flops / median / row["world_size"]
+    return {
+        "step_seconds": median,
+        "all_step_seconds": wholes,
+        "pairs_per_s": row["global_batch"] / median,
+        "rank_flops_per_s": flops_per_s,
+        "mfu": flops_per_s / peak if peak else None,
+        "seconds": dict(zip(names[:-1], parts, strict=True)),
+    }

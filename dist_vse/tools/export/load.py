@@ -1,0 +1,141 @@
+"""`dist_vse.load`: an exported folder as two functions, of images and of captions."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dist_vse.common.errors import UserError
+from dist_vse.config import ModelConfig
+from dist_vse.data.decode import BadSampleError, Transform, decode_image
+from dist_vse.models.build import build_model
+from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.pretrained import pretrained_tokenizer
+from dist_vse.models.save import TRUNK_WEIGHTS
+from dist_vse.models.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
+from dist_vse.runs.files import VOCABULARY_NAME
+from dist_vse.tools.export.folder import HEADS, TEXT, read_description
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Picture = "str | Path | bytes | Image"
+
+
+class Embedder:
+    """A trained model in eval mode, with its preprocessing and its tokenizer."""
+
+    def __init__(
+        self, model: DualEncoder, tokenizer: Tokenizer, *, shape: ModelConfig, device: torch.device
+    ) -> None:
+        """Join the parts of a model of that shape."""
+        self.model = model.eval().to(device)
+        self.tokenizer, self.device = tokenizer, device
+        self.dim = shape.embed_dim  # the size of the shared space
+        self.square = Transform(
+            shape.image.size, squash=shape.image.squash, resampling=shape.image.resampling
+        )
+
+    @torch.inference_mode()
+    def encode_images(
+        self, images: "Sequence[str | Path | bytes | Image]", *, batch_size: int = 64
+    ) -> Tensor:
+        """Return unit features, float32 (n, d) on the CPU, of files, their bytes or PIL images.
+
+        Raises UserError for an image that cannot be read, and for one that is not in a list.
+        """
+        _check_list(images, "images")
+        found = [torch.empty(0, self.dim)]
+        for start in range(0, len(images), batch_size):
+            pixels = [self._pixels(image) for image in images[start : start + batch_size]]
+            found.append(self.model.encode_images(torch.stack(pixels).to(self.device)).cpu())
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+        """Return unit features, float32 (n, d) on the CPU. Raises UserError without a list."""
+        _check_list(texts, "texts")
+        found = [torch.empty(0, self.dim)]
+        for start in range(0, len(texts), batch_size):
+            tokens = self.tokenizer(texts[start : start + batch_size])
+            found.append(self.model.encode_texts(tokens.to(self.device)).cpu())
+        return torch.cat(found)
+
+    def _pixels(self, image: "str | Path | bytes | Image") -> Tensor:
+        name = str(image) if isinstance(image, str | Path) else "the image"
+        try:
+            data = image if isinstance(image, bytes) else _read(image)
+            return torch.from_numpy(np.ascontiguousarray(decode_image(data, self.square)))
+        except (BadSampleError, OSError) as error:
+            raise UserError(f"{name}: cannot be read ({error}); give an image file") from error
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Embedder:
+    """Load what `dist-vse export` wrote.
+
+    Raises UserError if the folder is no export, or is damaged.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    shape = description.model
+    tokenizer: Tokenizer
+    if shape.pretrained is not None:
+        tokenizer = pretrained_tokenizer(shape.pretrained)
+    elif shape.text.weights is not None:
+        tokenizer = PretrainedTokenizer(shape.text.weights, shape.text.max_tokens)
+    else:
+        tokenizer = WordTokenizer.load(folder / VOCABULARY_NAME)
+    return Embedder(build(folder), tokenizer, shape=shape, device=torch.device(device))
+
+
+def build(folder: Path) -> DualEncoder:
+    """Build the model of an exported folder, with its weights."""
+    description = read_description(folder)
+    config = description.model
+    model = build_model(
+        config,
+        vocab_size=description.vocab_size,
+        pad_id=description.pad_id,
+        temperature=1.0,
+        learn_temperature=False,
+        bias=0.0,
+        learn_bias=False,
+        seed=0,
+    )
+    try:
+        if config.text.weights is None and config.pretrained is None:
+            model.text.trunk.load_state_dict(load_file(folder / TEXT / TRUNK_WEIGHTS))
+        heads = load_file(folder / HEADS)
+        for side, tower in (("image", model.image), ("text", model.text)):
+            own = {k.removeprefix(f"{side}."): v for k, v in heads.items() if k.startswith(side)}
+            tower.head.load_state_dict(own)
+        model.log_scale.data.copy_(heads["log_scale"])
+        model.bias.data.copy_(heads["bias"])
+    except (RuntimeError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: is damaged ({reason}); export the model again") from error
+    return model.eval()
+
+
+def _check_list(given: object, name: str) -> None:
+    """Raise UserError for what is no list; a string would be taken as a list of characters."""
+    if isinstance(given, str | bytes) or not hasattr(given, "__len__"):
+        raise UserError(
+            f"encode_{name} takes a list, not {type(given).__name__}; give [...], also for one"
+        )
+
+
+def _read(image: "str | Path | Image") -> bytes:
+    if isinstance(image, str | Path):
+        return Path(image).read_bytes()
+    image = ImageOps.exif_transpose(image)  # PNG would lose the orientation
+    buffer = io.BytesIO()  # without loss, so that it is treated as its file would be
+    keep = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+    (image if keep else image.convert("RGB")).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,99 @@
+"""`dist-vse features`: run a frozen image trunk over the training split, once."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_vse import distributed
+from dist_vse.common.errors import UserError
+from dist_vse.common.log import logger, setup_logging
+from dist_vse.config import TrainConfig, load_config
+from dist_vse.data.eval_stream import EvalBatch, eval_batches, eval_share
+from dist_vse.data.index import Index, read_index
+from dist_vse.data.precomputed import Key, holds_features, write_manifest, write_part
+from dist_vse.models.image import ImageTrunk, build_image_trunk
+from dist_vse.training.builders import feature_key
+
+
+@dataclass(frozen=True)
+class _NoWords:
+    """A tokenizer for those who want the images alone."""
+
+    pad_id: int = 0
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Return one padding token a caption."""
+        return torch.zeros(len(captions), 1, dtype=torch.int64)
+
+
+def features_run(config_path: str, overrides: Sequence[str]) -> int:
+    """Read the command line's config and write the features; return the exit code."""
+    setup_logging()
+    with distributed.process_group():
+        with distributed.same_verdict():
+            config = load_config(config_path, overrides)
+        make_features(config)
+    return 0
+
+
+def make_features(config: TrainConfig) -> None:
+    """Write the features of `data.train_split` into `data.features`; each rank writes its share.
+
+    Features of the same key that are there already are left alone. Raises UserError if the config
+    names no folder, or for a sample that cannot be used.
+    """
+    with distributed.same_verdict():
+        if config.data.features is None:
+            raise UserError("give data.features=DIR, the folder to write the features into")
+        folder = Path(config.data.features)
+        index = read_index(config.data.index)
+        num_samples = index.split(config.data.train_split).num_samples
+        key = feature_key(config, index)
+    there = distributed.is_main_process() and holds_features(folder, key, num_samples)
+    if distributed.broadcast_object(there):
+        logger.info("%s holds these features already", folder)
+        return
+    _write(config, index, folder, key)
+    logger.info("wrote the features of %d images into %s", num_samples, folder)
+
+
+def _write(config: TrainConfig, index: Index, folder: Path, key: Key) -> None:
+    place = {
+        "batch_size": config.fixed_chunk_size,
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+    }
+    split = config.data.train_split
+    with distributed.same_verdict():
+        trunk = build_image_trunk(config.model.image, grad_checkpointing=False).eval()
+        folder.mkdir(parents=True, exist_ok=True)
+        batches = eval_batches(
+            index,
+            _NoWords(),
+            split=split,
+            size=config.model.image.size,
+            squash=config.model.image.squash,
+            resampling=config.model.image.resampling,
+            num_workers=config.data.num_workers,
+            scaled=True,  # as training decodes them
+            **place,
+        )
+        start, stop = eval_share(index.split(split).num_samples, **place)
+        outputs = _outputs(trunk, batches, bf16=config.engine.precision == "bf16")
+        part = write_part(folder, distributed.rank(), stop - start, outputs)
+    parts = distributed.all_gather_object(part)
+    if distributed.is_main_process():
+        write_manifest(folder, key, [part for part in parts if part is not None])
+    distributed.barrier()
+
+
+def _outputs(trunk: ImageTrunk, batches: Iterable[EvalBatch], *, bf16: bool) -> Iterator[Tensor]:
+    here = distributed.device()
+    trunk.to(here)
+    for batch in batches:
+        with torch.no_grad(), torch.autocast(here.type, torch.bfloat16, enabled=bf16):
+            features: Tensor = trunk(batch.images.to(here))
+        yield features.float().cpu()

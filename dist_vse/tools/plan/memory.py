@@ -1,0 +1,194 @@
+"""Bytes of a rank, by what they are for and by the moment of the step.
+
+P are the bytes of all gradients, b rows on a rank, N on all, W ranks, d embedding, m kept graphs.
+What DeepSpeed's stages hold is what their code holds (deepspeed 0.19, `tests/tools/test_plan.py`
+weighs the real engine beside it), which is more than the ZeRO paper counts: buckets, flat copies,
+and a gradient that is whole until it is reduced.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from dist_vse.losses.registry import HARDEST, ON_LOGITS
+from dist_vse.losses.tiles import default_tile, tile_shape
+from dist_vse.tools.plan.settings import Settings
+from dist_vse.tools.plan.traffic import travelling_bytes
+from dist_vse.tools.plan.work import FP32, Work
+
+BUCKET = FP32 * (1 << 26)  # bytes; the engine's largest
+LIVE = FP32 * 1_000_000_000  # bytes of parameters that ZeRO 3 gathers at most at once
+WHOLE_BUCKET = FP32 * 500_000_000  # of ZeRO 0's reduction
+VECTORS = 48  # bytes of a row or column of the batch that is no feature: sums, ids, shares
+PHASES = ("encode", "loss", "second_pass", "reduce", "step")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the step runs, as far as memory sees it."""
+
+    on_cpu: bool
+    """Inputs count, gloo needs buffers to add up, and the optimizer goes tensor by tensor."""
+
+    def tile(self, *, dense: bool) -> tuple[int, int]:
+        """Return the largest height and width of the loss's tiles."""
+        size = default_tile(torch.device("cpu" if self.on_cpu else "cuda"))
+        return tile_shape(size, dense=dense)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank at the fullest moment of a phase."""
+
+    phase: str
+    gradients: float
+    """With the engine's buckets, gathered parameters, the optimizer's temporaries."""
+    activations: float
+    """Of the chunk at hand and of kept graphs."""
+    features: float
+    """With their copies, gradients, and all ranks' captions."""
+    similarities: float
+    """Tiles, and similarities that are kept."""
+    inputs: float
+    state: float
+    """Weights, master weights, optimizer, the engine's standing buffers."""
+
+    @property
+    def total(self) -> float:
+        """Return the sum of the parts."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Return the bytes by what they are for."""
+        names = ("inputs", "state", "gradients", "activations", "features", "similarities")
+        return {name: getattr(self, name) for name in names}
+
+
+def state_bytes(work: Work, settings: Settings) -> float:
+    """Return what stands between two steps."""
+    whole, trained = work.weight_bytes, work.gradient_bytes
+    stage, ranks = settings.zero_stage, settings.world_size
+    if stage == 0:
+        return whole + 2 * trained
+    if stage < 3:  # flat weights, and of this rank's share a master copy and Adam's two moments
+        return whole + 3 * trained / ranks
+    # Shares of weights, master weights, moments and gradients; a bucket; small parameters whole.
+    buckets = min(BUCKET, trained) * (1.5 if work.precision == "bf16" else 1)
+    shares = (whole + 4 * trained) / ranks
+    return shares + buckets + FP32 * work.persistent
+
+
+def gradient_bytes(work: Work, settings: Settings) -> dict[str, float]:
+    """Return what the engine adds to its state, by phase.
+
+    `gathering` are whole parameters: they come before a forward's activations and go before the
+    most of them, so that the larger of the two counts.
+    """
+    full = work.gradient_bytes
+    share, stage = full / settings.world_size, settings.zero_stage
+    bucket = min(BUCKET, full) * (2 if work.precision == "bf16" else 1)
+    gathered = min(LIVE, work.weight_bytes) * (1 if settings.world_size > 1 else 0)
+    update = 4 * share  # the share's gradient, once more flat, and Adam's two temporaries
+    # Copies are on their way at the end of the last backward, when activations are gone.
+    sent = travelling_bytes(work, settings) if settings.world_size > 1 else 0.0
+    if stage == 0:
+        reduce = full + max(sent, min(WHOLE_BUCKET, full))
+        step = full + 2 * FP32 * work.largest
+        return {"gathering": 0.0, "second_pass": full, "reduce": reduce, "step": step}
+    if stage < 3 and (stage == 1 or settings.coalesce):
+        reduce = full + max(sent, bucket)
+        return {"gathering": 0.0, "second_pass": full, "reduce": reduce, "step": update}
+    if stage == 2:
+        partly = share + bucket + min(BUCKET, full)
+        return {"gathering": 0.0, "second_pass": partly, "reduce": partly, "step": update}
+    whole = full if settings.coalesce else min(BUCKET, full)
+    return {
+        "gathering": 1.75 * gathered,  # and the messages that bring them
+        "second_pass": whole,
+        "reduce": whole + min(BUCKET, full),
+        "step": 3 * share,
+    }
+
+
+def activation_bytes(work: Work, settings: Settings) -> dict[str, float]:
+    """Return what chunks hold, by phase."""
+    chunk, kept = settings.chunk, settings.kept
+    held = work.held.of(chunk)
+    forward = work.graph_peak.of(chunk) if kept else work.forward_peak.of(chunk)
+    again = work.graph_peak.of(chunk) if kept < settings.num_chunks else 0.0
+    backward = work.backward_peak.of(chunk)
+    return {
+        "encode": max(0, kept - 1) * held + forward,
+        "loss": kept * held,
+        "first_backward": kept * held + backward,
+        # Gradients are whole after the first backward, whose graph is gone then.
+        "second_pass": max((kept - 1) * held, again) + backward,
+    }
+
+
+def loss_bytes(settings: Settings, width: int, place: Place) -> tuple[float, float]:
+    """Return the features (with all that is as wide) and the similarities at the loss's peak."""
+    rows, total = settings.rank_batch, settings.global_batch
+    own, everyone = FP32 * rows * width, FP32 * total * width
+    dense = settings.loss not in HARDEST
+    height, across = place.tile(dense=dense)
+    tiles = FP32 * min(rows, height) * min(total, across) * (2 if dense else 1)
+    kept = settings.kept_similarities
+    share = settings.caption_bytes / FP32  # of the captions that came from other ranks
+    scaled = own if settings.loss in ON_LOGITS else 0.0
+    vectors = VECTORS * (rows + total)
+    leaves = 2 * own
+    if settings.ring:
+        travelling = (2 * share + 3) * own  # a block and the next, their gradients, the next ones
+        return leaves + scaled + own + travelling + vectors, tiles + kept
+    gathered = share * everyone if settings.world_size > 1 else 0.0
+    standing = leaves + scaled + gathered + own + everyone  # with both sides' gradients
+    home = own if settings.world_size > 1 else 0.0
+    if settings.world_size > 1 and place.on_cpu:  # gloo: what all other ranks sent
+        home = everyone - own
+    features = standing + vectors
+    return (features + home, 0.0) if home > tiles + kept else (features, tiles + kept)
+
+
+def cache_bytes(settings: Settings, width: int) -> float:
+    """Return the cached gradients of the features, which stand through the second pass."""
+    return 2.0 * FP32 * settings.rank_batch * width
+
+
+def ahead_bytes(settings: Settings, width: int) -> float:
+    """Return all ranks' captions, which are gathered while chunks are encoded."""
+    gathers = settings.world_size > 1 and not settings.ring
+    return float(settings.caption_bytes * settings.global_batch * width) if gathers else 0.0
+
+
+def fullest(moments: Sequence[Memory]) -> Memory:
+    """Return the moment with the most bytes."""
+    return max(moments, key=lambda moment: moment.total)
+
+
+def moments(work: Work, settings: Settings, place: Place) -> list[Memory]:
+    """Return a step's moments that may be the fullest, a phase's most each."""
+    rows, width = settings.rank_batch, work.embed_dim
+    host = rows if place.on_cpu else settings.chunk  # a GPU gets a chunk's inputs at its turn
+    inputs = float(work.hidden_bytes * rows + work.input_bytes * host)
+    state = state_bytes(work, settings)
+    grads = gradient_bytes(work, settings)
+    acts = activation_bytes(work, settings)
+    # Outputs of chunks without a graph wait for the second pass.
+    waiting = 2.0 * FP32 * width * max(0, rows - settings.kept * settings.chunk)
+    features, similarities = loss_bytes(settings, width, place)
+    cache, ahead = cache_bytes(settings, width), ahead_bytes(settings, width)
+
+    again = max(grads["gathering"], acts["second_pass"])
+    at = partial(Memory, inputs=inputs, state=state)
+    return [
+        at("encode", 0.0, max(grads["gathering"], acts["encode"]), waiting + ahead, 0.0),
+        at("loss", 0.0, acts["loss"], waiting + features, similarities),
+        # Gradients come as the graph goes: whole at the end of the first backward.
+        at("second_pass", 0.0, acts["first_backward"], waiting + cache, 0.0),
+        at("second_pass", grads["second_pass"], again, waiting + cache, 0.0),
+        at("reduce", grads["reduce"], 0.0, cache, 0.0),
+        at("step", grads["step"], 0.0, cache, 0.0),
+    ]

@@ -1,0 +1,69 @@
+"""What a step is planned for: the batch, the ranks, and all that may be chosen."""
+
+from dataclasses import dataclass, replace
+
+from dist_vse.losses.registry import HARDEST, caption_bytes
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A step of `world_size` ranks; the names are those of the config."""
+
+    global_batch: int
+    world_size: int
+    chunk_size: int
+    keep_graphs: int = 1
+    zero_stage: int = 1
+    coalesce: bool = True
+    transport: str = "gather"
+    loss: str = "convse"
+    loss_gib: float = 0.25
+    bf16_products: bool = False
+
+    @property
+    def rank_batch(self) -> int:
+        """Pairs of a rank (b)."""
+        return self.global_batch // self.world_size
+
+    @property
+    def chunk(self) -> int:
+        """Pairs of a chunk; no more than the rank has."""
+        return min(self.chunk_size, self.rank_batch)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of a rank (K)."""
+        return -(-self.rank_batch // self.chunk)
+
+    @property
+    def kept(self) -> int:
+        """Chunks that keep their graphs (m)."""
+        return min(self.keep_graphs, self.num_chunks)
+
+    @property
+    def ring(self) -> bool:
+        """Whether captions are passed round; one rank has nobody to pass them to."""
+        return self.transport == "ring" and self.world_size > 1
+
+    @property
+    def caption_bytes(self) -> int:
+        """Bytes of a number of a caption's features on its way to other ranks."""
+        return caption_bytes(self.loss, bf16_products=self.bf16_products)
+
+    @property
+    def similarity_bytes(self) -> float:
+        """Bytes of all of a rank's similarities (b, N)."""
+        return 4.0 * self.rank_batch * self.global_batch
+
+    @property
+    def kept_similarities(self) -> float:
+        """Bytes of similarities that stay from the loss's forward to its backward."""
+        if self.loss in HARDEST:
+            return 0.0
+        return min(self.loss_gib * GIB, self.similarity_bytes)
+
+    def changed(self, **values: object) -> "Settings":
+        """Return other settings."""
+        return replace(self, **values)  # type: ignore[arg-type]

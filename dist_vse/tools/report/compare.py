@@ -1,0 +1,151 @@
+"""Several runs side by side: what differs between their settings, their results, their curves."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from dist_vse.common.errors import UserError
+from dist_vse.config import flat_config
+from dist_vse.tools.report.chart import Series
+from dist_vse.tools.report.page import write_page
+from dist_vse.tools.report.record import Record, Result, read_record
+from dist_vse.tools.report.results import RESULT_ROWS, cell, table_title
+from dist_vse.tools.report.sections import figure_of
+
+COLOURS = 6
+"""Runs that the page has colours for."""
+_Group = tuple[str | None, Sequence[tuple[str, Sequence[str]]]]  # its title and its rows
+_NOT_COMPARED = {"output_dir"}
+
+
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write one page about several runs by one rename; return its path.
+
+    Raises UserError for more runs than there are colours, as `read_record` does, and where `out`
+    cannot be written.
+    """
+    if len(run_dirs) > COLOURS:
+        raise UserError(f"{len(run_dirs)} runs are too many for one page; give at most {COLOURS}")
+    records = [read_record(run_dir) for run_dir in run_dirs]
+    names = _names(run_dirs)
+    parts = [_header(names), _settings(records, names), _results(records, names)]
+    parts.append(_charts(records, names))
+    return write_page("Runs side by side", parts, out)
+
+
+def _names(run_dirs: Sequence[Path]) -> list[str]:
+    """Name the runs by their folders, by whole paths where two folders have one name."""
+    short = [run_dir.resolve().name for run_dir in run_dirs]
+    return short if len({*short}) == len(short) else [str(run_dir) for run_dir in run_dirs]
+
+
+def _header(names: Sequence[str]) -> str:
+    keys = "".join(f"<span>{_key(n)}{escape(name)}</span>" for n, name in enumerate(names, 1))
+    return f'<h1>Runs side by side</h1><div class="legend" style="margin-top: 12px">{keys}</div>'
+
+
+def _key(number: int) -> str:
+    return (
+        '<svg viewBox="0 0 24 8" aria-hidden="true">'
+        f'<path class="line c{number}" d="M1 4H23"/></svg>'
+    )
+
+
+def _settings(records: Sequence[Record], names: Sequence[str]) -> str:
+    flat = [flat_config(record.config) for record in records]
+    rows: list[tuple[str, list[str]]] = []
+    for key in flat[0]:
+        values = [str(config.get(key)) for config in flat]
+        if key not in _NOT_COMPARED and any(value != values[0] for value in values):
+            rows.append((key, values))
+    made = [record.environment["versions"] if record.environment else {} for record in records]
+    for package in sorted({name for versions in made for name in versions}):
+        values = [versions.get(package, "unknown") for versions in made]
+        if len({*values}) > 1:
+            rows.append((f"version of {package}", values))
+    found = [
+        ", ".join(sorted(record.environment["data"].values())) if record.environment else "unknown"
+        for record in records
+    ]
+    if len({*found}) > 1:
+        rows.append(("data fingerprint", found))
+    note = "All settings are equal." if not rows else "Only what differs is shown."
+    return f'<h2>What differs</h2><p class="note">{note}</p>' + (
+        _table(names, [(None, rows)]) if rows else ""
+    )
+
+
+def _results(records: Sequence[Record], names: Sequence[str]) -> str:
+    """Show the newest result of each run, a table a split, protocol and data set."""
+    kinds: dict[tuple[str, str, str], list[Result | None]] = {}
+    for number, record in enumerate(records):
+        for result in record.results:  # of a kind, the newest first
+            kind = (result.split, result.protocol, result.data)
+            found = kinds.setdefault(kind, [None] * len(records))
+            found[number] = found[number] or result
+    several = len({data for _, _, data in kinds}) > 1
+    note = (
+        '<p class="note">These were measured on several data sets; a table holds those of one.</p>'
+    )
+    tables = [_result_table(found, names, several) for found in kinds.values()]
+    return f"<h2>Retrieval</h2>{note if several else ''}{''.join(tables)}"
+
+
+def _result_table(found: Sequence[Result | None], names: Sequence[str], several: bool) -> str:
+    """Show a result of one kind for each run; `several` data sets are told apart in the title."""
+    one = next(result for result in found if result is not None)
+    data = [f"data {one.data[:8] or 'not recorded'}"] if several else []
+    groups: list[_Group] = [(None, [("checkpoint", [r.checkpoint if r else "" for r in found])])]
+    for group, fields in RESULT_ROWS.items():
+        rows = [(label, [_trained(r, field) for r in found]) for field, label in fields.items()]
+        groups.append((group, rows))
+    return _table(names, groups, table_title(one, "trained", *data))
+
+
+def _trained(result: Result | None, field: str) -> str:
+    if result is None or "trained" not in result.columns:
+        return ""
+    return cell(field, result.columns["trained"].get(field), result.intervals.get(field))
+
+
+def _table(
+    names: Sequence[str],
+    groups: Sequence[_Group],
+    caption: str = "",
+) -> str:
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    rows = []
+    for group, lines in groups:
+        if group is not None:
+            rows.append(f'<tr class="group"><th colspan="{len(names) + 1}">{group}</th></tr>')
+        for label, values in lines:
+            cells = "".join(f"<td>{escape(value)}</td>" for value in values)
+            rows.append(f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>')
+    title = f"<caption>{caption}</caption>" if caption else ""
+    return (
+        f'<div class="card scroll"><table>{title}<thead><tr><td></td>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _charts(records: Sequence[Record], names: Sequence[str]) -> str:
+    drawn = []
+    for title, unit, kind, field, from_zero in (
+        ("rsum", "sum of six recalls", "evals", "rsum", True),
+        ("Loss", "of the training batch", "train", "loss", False),
+        ("Throughput", "pairs a second", "train", "pairs_per_s", True),
+        ("Memory", "peak of a rank, GiB", "train", "memory_gib", True),
+    ):
+        series = [
+            Series(name, f"c{number}", points)
+            for number, (name, record) in enumerate(zip(names, records, strict=True), 1)
+            if (points := _points(record, kind, field))
+        ]
+        if series:
+            drawn.append(figure_of(title, unit, series, from_zero=from_zero, x_label="pairs"))
+    return f'<h2>Training</h2><div class="charts">{"".join(drawn)}</div>'
+
+
+def _points(record: Record, kind: str, field: str) -> list[tuple[float, float]]:
+    lines = record.train if kind == "train" else record.evals
+    return [(line["samples_seen"], line[field]) for line in lines if field in line]

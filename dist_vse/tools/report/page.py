@@ -1,0 +1,143 @@
+"""The page: its sections in order, in one file that needs no other."""
+
+import datetime
+import statistics
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from dist_vse import __version__
+from dist_vse.common.files import check_output, replaced
+from dist_vse.data.index import Index
+from dist_vse.tools.report import sections
+from dist_vse.tools.report.images import open_data, thumbnails
+from dist_vse.tools.report.numbers import figure
+from dist_vse.tools.report.record import Record, read_record
+from dist_vse.tools.report.results import result_tables
+from dist_vse.tools.report.style import STYLE
+
+
+def write_report(run_dir: Path, index_dir: Path | None, out: Path) -> Path:
+    """Write the report of a run's folder to `out`, by one rename; return its path.
+
+    Images come from the data set in `index_dir`, or the one that the run was trained on; where
+    that one is gone, the page shows keys in their place and says so. Raises UserError if the
+    run has no metrics yet, a file of it cannot be read, `index_dir` is another data set, or `out`
+    cannot be written.
+    """
+    record = read_record(run_dir)
+    check_output(out)
+    index = open_data(index_dir, record.config.data.index)
+    images = None
+    if index is not None and record.examples is not None:
+        images = thumbnails(index, record.examples["split"], _keys(record))
+    return write_page(record.name, _parts(record, index, images), out)
+
+
+def _keys(record: Record) -> set[str]:
+    assert record.examples is not None
+    found: set[str] = set()
+    for name, queries in record.examples.items():
+        if name.startswith(("text_to_image", "image_to_text")):
+            found |= {query["key"] for query in queries}
+            found |= {
+                answer["key"] for query in queries for answer in query["answers"] if "key" in answer
+            }
+    return found
+
+
+def _parts(record: Record, index: Index | None, images: dict[str, str] | None) -> list[str]:
+    return [
+        sections.header(record),
+        result_tables(record),
+        sections.charts(record),
+        sections.examples(record, images),
+        _details(record, index),
+    ]
+
+
+def write_page(title: str, parts: Sequence[str], out: Path) -> Path:
+    """Write a page of these parts to `out` by one rename; return its path.
+
+    Raises UserError where it cannot be written.
+    """
+    with replaced(out) as temporary:
+        temporary.write_text(document(title, "\n".join(parts)), encoding="utf-8")
+    return out
+
+
+def document(title: str, body: str) -> str:
+    """Return a whole page that needs no other file."""
+    today = datetime.date.today().isoformat()
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)} · dist_vse</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+{body}
+<footer>Written by dist_vse {escape(__version__)} on {today}.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+def _details(record: Record, index: Index | None) -> str:
+    parts = [sections.facts("Run", _run_facts(record))]
+    if data := _data_facts(record, index):
+        parts.append(sections.facts("Data", data))
+    made = record.environment
+    if made is not None:
+        machine = {name.capitalize(): str(value) for name, value in made["machine"].items()}
+        parts.append(sections.facts("Software of the run", made["versions"]))
+        parts.append(sections.facts("Machine of the run", machine))
+    return (
+        f'<h2>Details</h2><div class="facts">{"".join(parts)}</div>'
+        f'<details class="card"><summary>Whole configuration</summary>'
+        f"<pre>{escape(record.config_text)}</pre></details>"
+    )
+
+
+def _run_facts(record: Record) -> dict[str, str]:
+    config, last = record.config, record.train[-1]
+    rate = statistics.median(line["pairs_per_s"] for line in record.train)
+    text = config.model.text
+    pretrained = config.model.pretrained
+    start = f"of {Path(pretrained).name}" if pretrained is not None else None
+    return {
+        "Loss": config.loss.name,
+        "Global batch": f"{config.global_batch_size:,} pairs",
+        "Chunk": f"{config.fixed_chunk_size:,} pairs",
+        "Steps": f"{last['step']:,} of {config.total_steps:,}",
+        "Image encoder": (start or config.model.image.name)
+        + (", frozen" if config.model.image.frozen else ""),
+        "Text encoder": (start or text.kind) + (", frozen" if text.frozen else ""),
+        "Shared space": f"{config.model.embed_dim:,} dimensions",
+        "Optimizer": f"{config.optim.name}, learning rate {config.optim.lr:g}",
+        "Engine": f"ZeRO {config.engine.zero_stage}, {config.engine.precision}",
+        "Throughput, median": f"{figure(rate)} pairs/s",
+        "Peak memory of a rank": f"{figure(last['memory_gib'])} GiB",
+        "Seed": str(config.seed),
+    }
+
+
+def _data_facts(record: Record, index: Index | None) -> dict[str, str]:
+    """Return the fingerprints that training noted, and what is at hand now."""
+    facts = {"Fingerprint in training": record.data} if record.data else {}
+    if record.environment is not None:  # of other sets too: data.mix
+        noted = record.environment["data"].items()
+        facts |= {place: found for place, found in noted if found != record.data}
+    if index is None:
+        return facts
+    now = index.fingerprint()
+    if now != record.data:
+        facts["Fingerprint now"] = f"{now}: not what was trained on" if record.data else now
+    return facts | {
+        name: f"{split.num_samples:,} images, {split.num_captions:,} captions"
+        for name, split in sorted(index.splits.items())
+    }

@@ -1,0 +1,179 @@
+"""What a run's folder tells: its config, its metrics, its results and its examples."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dist_vse.common.errors import UserError
+from dist_vse.config import TrainConfig, dump_config, load_config
+from dist_vse.runs.environment import read_environment, trained_on
+from dist_vse.runs.files import CONFIG_NAME, EXAMPLES_NAME, METRICS_NAME
+
+Line = dict[str, Any]  # of metrics.jsonl
+RETRIEVAL = tuple(f"{way}_{name}" for way in ("i2t", "t2i") for name in ("r1", "r5", "r10", "medr"))
+_EXAMPLES = ("split", "chance", "text_to_image", "image_to_text")
+_FIELDS = {
+    "train": ("samples_seen", "loss", "lr", "pairs_per_s", "memory_gib"),
+    "eval": ("samples_seen", "split", "num_images", "num_texts", "rsum", *RETRIEVAL),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Retrieval on one split: metrics under `trained`, and `untrained` and `chance` if known."""
+
+    split: str
+    protocol: str
+    data: str  # fingerprint of the data set; empty where it was not noted
+    checkpoint: str  # such as step-000400, or "step 400" where training measured it
+    columns: dict[str, dict[str, float]]
+    intervals: dict[str, list[float]]  # [low, high] of trained metrics, where they were drawn
+
+    @property
+    def step(self) -> int:
+        """The checkpoint's step, -1 for one of another name."""
+        digits = re.fullmatch(r"step[- ](\d+)", self.checkpoint)
+        return int(digits[1]) if digits else -1
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that the report shows of a run, but the images."""
+
+    name: str
+    config: TrainConfig
+    train: list[Line]  # by step
+    evals: list[Line]  # by step, of the run's own split
+    results: list[Result]  # at least one; first the plain one of the newest weights
+    examples: dict[str, Any] | None
+    environment: dict[str, Any] | None  # of the run's last start
+
+    @property
+    def data(self) -> str:
+        """Fingerprint that the run's own data set had in training; empty where none was noted."""
+        return trained_on(self.environment, self.config.data.index)
+
+    def on_other_data(self, result: Result) -> bool:
+        """Tell whether the result is known to be on another data set than the run's own."""
+        return "" not in (self.data, result.data) and result.data != self.data
+
+    def column_name(self, column: str) -> str:
+        """Return what to call a result's column: `untrained` may be a checkpoint's start."""
+        return self.config.before_name if column == "untrained" else column
+
+    @property
+    def config_text(self) -> str:
+        """The whole config as YAML."""
+        return dump_config(self.config)
+
+
+def read_record(run_dir: Path) -> Record:
+    """Read a run's folder.
+
+    Raises UserError if it is no run, has no metrics yet, or holds a file that cannot be read.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run; give the output_dir of a training")
+    config = load_config(run_dir / CONFIG_NAME)
+    lines = _read_metrics(run_dir / METRICS_NAME)
+    train = _by_step(lines, "train", run_dir)
+    split = config.data.eval_split
+    evals = [line for line in _by_step(lines, "eval", run_dir) if line["split"] == split]
+    if not evals:
+        raise UserError(f"{run_dir / METRICS_NAME}: has no evaluation on split {split!r}")
+    path = run_dir / EXAMPLES_NAME
+    examples = _read_json(path, *_EXAMPLES) if path.is_file() else None
+    made = read_environment(run_dir)
+    files = sorted(run_dir.glob("eval-*.json"), key=lambda file: (len(file.name), file.name))
+    found = [_tested(_read_json(file, "split", "checkpoint", "trained")) for file in files]
+    found.append(_watched(evals, examples, trained_on(made, config.data.index)))
+    name = run_dir.resolve().name
+    record = Record(name, config, train, evals, [], examples, made)
+    return replace(record, results=_in_order(found, record))
+
+
+def _in_order(results: list[Result], record: Record) -> list[Result]:
+    """Put the plain result of the newest weights on the run's own data first, then the others.
+
+    Of equally new ones, a split that training did not watch comes first. What training measured
+    itself (the last of `results`) is left out where `dist-vse eval` did so again, as late.
+    """
+
+    def key(result: Result) -> tuple[bool, bool, int, bool]:
+        watched = result.split == record.config.data.eval_split
+        return record.on_other_data(result), result.protocol != "plain", -result.step, watched
+
+    *tested, last = results
+    again = any(r.split == last.split and key(r) <= key(last) for r in tested)
+    return sorted(tested if again else results, key=key)
+
+
+def _tested(content: dict[str, Any]) -> Result:
+    """Return what `dist-vse eval` measured."""
+    return Result(
+        content["split"],
+        content.get("protocol", "plain"),
+        content.get("data", ""),
+        content["checkpoint"],
+        {name: content[name] for name in ("untrained", "trained", "chance") if name in content},
+        content.get("intervals", {}),
+    )
+
+
+def _watched(evals: list[Line], examples: dict[str, Any] | None, data: str) -> Result:
+    """Return the result that training itself measured, from the first to the last evaluation."""
+    first, last = evals[0], evals[-1]
+    columns = {"untrained": first} if first["step"] == 0 else {}
+    if last["step"] > 0:
+        columns["trained"] = last
+    if examples is not None and examples["split"] == last["split"]:
+        columns["chance"] = examples["chance"]
+    return Result(last["split"], "plain", data, f"step {last['step']}", columns, {})
+
+
+def _read_metrics(path: Path) -> list[tuple[int, Line]]:
+    """Return (line number, content); the last line of a killed run may be cut and is left out."""
+    if not path.is_file():
+        raise UserError(f"{path}: no metrics; has the run started?")
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            if number == len(texts):
+                break
+            raise UserError(f"{path}: line {number} is no JSON ({error}); remove it") from error
+        if not isinstance(line, dict):
+            raise UserError(f"{path}: line {number} is no JSON object; remove it")
+        lines.append((number, line))
+    return lines
+
+
+def _by_step(lines: list[tuple[int, Line]], kind: str, run_dir: Path) -> list[Line]:
+    """Return the lines of a kind by step; of a step that was run twice, the later one."""
+    path = run_dir / METRICS_NAME
+    found: dict[int, Line] = {}
+    for number, line in lines:
+        if line.get("kind") != kind:
+            continue
+        missing = [name for name in ("step", *_FIELDS[kind]) if name not in line]
+        if missing:
+            raise UserError(f"{path}: line {number} ({kind}) lacks {', '.join(missing)}; remove it")
+        found[line["step"]] = line
+    if not found:
+        raise UserError(f"{path}: has no {kind} line yet; wait for the run's next one")
+    return [found[step] for step in sorted(found)]
+
+
+def _read_json(path: Path, *needed: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name in needed if name not in content]
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path}: no JSON ({error}); run `dist-vse eval` again") from error
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; run `dist-vse eval` again")
+    return content

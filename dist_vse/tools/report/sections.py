@@ -1,0 +1,236 @@
+"""The report's sections, each a function from the record to HTML."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from dist_vse.tools.report.chart import Series, line_chart
+from dist_vse.tools.report.numbers import ordinal
+from dist_vse.tools.report.record import Line, Record
+from dist_vse.tools.report.results import cell
+
+_LOSS_NAMES = {
+    "convse": "ConVSE",
+    "convse++": "ConVSE++",
+    "info_nce": "InfoNCE",
+    "vse0": "VSE0",
+    "vse++": "VSE++",
+    "siglip": "SigLIP",
+}
+
+
+@dataclass(frozen=True)
+class _Chart:
+    title: str
+    unit: str
+    kind: str  # of the metrics' lines
+    lines: dict[str, str]  # label -> field
+    from_zero: bool = True
+
+
+_CHARTS = (
+    _Chart("Loss", "of the training batch", "train", {"loss": "loss"}, from_zero=False),
+    _Chart(
+        "Recall",
+        "% of queries",
+        "eval",
+        {
+            "image to text R@1": "i2t_r1",
+            "text to image R@1": "t2i_r1",
+            "image to text R@10": "i2t_r10",
+            "text to image R@10": "t2i_r10",
+        },
+    ),
+    _Chart("Throughput", "pairs a second, all ranks", "train", {"pairs/s": "pairs_per_s"}),
+    _Chart("Memory", "peak of a rank, GiB", "train", {"memory": "memory_gib"}),
+    _Chart(
+        "Similarity",
+        "mean cosine in the batch",
+        "train",
+        {"right pairs": "positive_similarity", "hardest wrong ones": "hardest_similarity"},
+        from_zero=False,
+    ),
+    _Chart(
+        "Active negatives",
+        "share of rows, by the margin",
+        "train",
+        {"active": "active_share"},
+    ),
+    _Chart(
+        "Alignment and uniformity",
+        "lower is better for both",
+        "train",
+        {"alignment": "alignment", "uniformity": "uniformity"},
+        from_zero=False,
+    ),
+    _Chart("Temperature", "t of the loss", "train", {"temperature": "temperature"}),
+    _Chart("Learning rate", "", "train", {"learning rate": "lr"}),
+)
+
+
+def header(record: Record) -> str:
+    """Name the run, say in a sentence what it was, and show four figures."""
+    config, result, last = record.config, record.results[0], record.train[-1]
+    metrics = result.columns.get("trained") or result.columns["untrained"]
+
+    def before(field: str) -> str:
+        others = ((n, c) for n, c in result.columns.items() if c is not metrics)
+        return ", ".join(
+            f"{record.column_name(name)} {cell(field, column[field])}" for name, column in others
+        )
+
+    figures = [
+        ("rsum, at most 600", cell("rsum", metrics["rsum"]), before("rsum")),
+        ("Image to text R@1", cell("i2t_r1", metrics["i2t_r1"]) + " %", before("i2t_r1")),
+        ("Text to image R@1", cell("t2i_r1", metrics["t2i_r1"]) + " %", before("t2i_r1")),
+        ("Pairs seen", f"{last['samples_seen']:,}", f"in {last['step']:,} steps"),
+    ]
+    cards = "".join(
+        f'<div class="card"><dt>{name}</dt><dd>{value}<span class="unit">{unit}</span></dd></div>'
+        for name, value, unit in figures
+    )
+    loss = _LOSS_NAMES.get(config.loss.name, config.loss.name)
+    return (
+        f"<h1>{escape(record.name)}</h1>"
+        f'<p class="lead">Trained with {escape(loss)} over global batches of '
+        f"{config.global_batch_size:,} pairs: at every step each image is compared with all "
+        f"{config.global_batch_size:,} captions of its batch. Results are on "
+        f"{metrics['num_images']:,} images and {metrics['num_texts']:,} captions of the split "
+        f"“{escape(result.split)}”, at {escape(result.checkpoint)}.</p>"
+        f'<dl class="figures">{cards}</dl>'
+    )
+
+
+def charts(record: Record) -> str:
+    """Draw each chart whose numbers the metrics hold."""
+    drawn = []
+    for chart in _CHARTS:
+        lines = record.train if chart.kind == "train" else record.evals
+        series = [
+            Series(label, f"s{number}", points)
+            for number, (label, field) in enumerate(chart.lines.items(), 1)
+            if (points := _points(lines, field))
+        ]
+        if series:
+            drawn.append(
+                figure_of(
+                    chart.title, chart.unit, series, from_zero=chart.from_zero, x_label="steps"
+                )
+            )
+    return f'<h2>Training</h2><div class="charts">{"".join(drawn)}</div>'
+
+
+def _points(lines: Iterable[Line], field: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[field]) for line in lines if field in line]
+
+
+def figure_of(title: str, unit: str, series: list[Series], *, from_zero: bool, x_label: str) -> str:
+    """Draw one chart in its frame, with a legend where it has several lines."""
+    legend = ""
+    if len(series) > 1:
+        keys = "".join(
+            f'<span><svg viewBox="0 0 24 8" aria-hidden="true"><path class="line '
+            f'{s.style}" d="M1 4H23"/></svg>{escape(s.label)}</span>'
+            for s in series
+        )
+        legend = f'<div class="legend">{keys}</div>'
+    drawing = line_chart(title, series, from_zero=from_zero, x_label=x_label)
+    return (
+        f'<figure class="card"><header><h3>{title}</h3><span class="unit">{unit}</span>'
+        f"</header>{legend}{drawing}</figure>"
+    )
+
+
+def examples(record: Record, images: dict[str, str] | None) -> str:
+    """Show queries with their answers; `images` maps keys to data URIs, None without data."""
+    found = record.examples
+    if found is None:
+        return ""
+    split = escape(found["split"])
+    missing = (
+        '<p class="note">The data set is not at hand, so keys stand for the images.</p>'
+        if images is None
+        else ""
+    )
+
+    def thumb(key: str) -> str:
+        if images is None:
+            return f'<span class="thumb">{escape(key)}</span>'
+        return f'<img class="thumb" src="{images[key]}" alt="{escape(key)}">'
+
+    def of_texts(name: str) -> str:
+        return "".join(_text_query(query, thumb) for query in found.get(name, ()))
+
+    def of_images(name: str) -> str:
+        return "".join(_image_query(query, thumb) for query in found.get(name, ()))
+
+    return (
+        "<h2>Captions and the images found for them</h2>"
+        f'<p class="note">Queries were drawn at random from the split “{split}”, not picked. '
+        "The right image has a green frame and a check mark; where it is not among the first, it "
+        "stands last, in a dashed frame, with its rank. Numbers are cosine similarities.</p>"
+        f'{missing}<ul class="examples">{of_texts("text_to_image")}</ul>'
+        "<h2>Images and the captions found for them</h2>"
+        f'{missing}<ul class="examples pairs">{of_images("image_to_text")}</ul>'
+        + _extremes(
+            "Found at once", "Drawn among the queries whose rank is 1.", of_texts, of_images, "best"
+        )
+        + _extremes("Found last", "The queries of the largest ranks.", of_texts, of_images, "worst")
+    )
+
+
+def _extremes(
+    title: str,
+    note: str,
+    of_texts: Callable[[str], str],
+    of_images: Callable[[str], str],
+    which: str,
+) -> str:
+    texts, images = of_texts(f"text_to_image_{which}"), of_images(f"image_to_text_{which}")
+    if not texts and not images:
+        return ""
+    return (
+        f'<h2>{title}</h2><p class="note">{note}</p><ul class="examples">{texts}</ul>'
+        f'<ul class="examples pairs">{images}</ul>'
+    )
+
+
+def _text_query(query: dict[str, Any], thumb: Callable[[str], str]) -> str:
+    answers = [
+        f'<li class="right">{thumb(answer["key"])}<span class="check" aria-hidden="true">✓</span>'
+        f'<span class="hidden">right, </span>{answer["score"]:.2f}</li>'
+        if answer["right"]
+        else f"<li>{thumb(answer['key'])}{answer['score']:.2f}</li>"
+        for answer in query["answers"]
+    ]
+    if not any(answer["right"] for answer in query["answers"]):
+        answers.append(f'<li class="missed">{thumb(query["key"])}{ordinal(query["rank"])}</li>')
+    return (
+        f'<li class="card query"><div><q>{escape(query["caption"])}</q>{_rank(query)}</div>'
+        f'<ol class="answers">{"".join(answers)}</ol></li>'
+    )
+
+
+def _image_query(query: dict[str, Any], thumb: Callable[[str], str]) -> str:
+    answers = "".join(
+        f"<li{' class=right' if answer['right'] else ''}><span>{escape(answer['caption'])}</span>"
+        f'<span class="score">{answer["score"]:.2f}</span></li>'
+        for answer in query["answers"]
+    )
+    return (
+        f'<li class="card">{thumb(query["key"])}<ol class="texts">{answers}</ol>{_rank(query)}</li>'
+    )
+
+
+def _rank(query: dict[str, Any]) -> str:
+    first = " first" if query["rank"] == 1 else ""
+    return f'<span class="rank{first}">found {ordinal(query["rank"])}</span>'
+
+
+def facts(title: str, pairs: dict[str, str]) -> str:
+    """List names and values."""
+    items = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs.items()
+    )
+    return f'<dl class="card"><h3>{escape(title)}</h3>{items}</dl>'

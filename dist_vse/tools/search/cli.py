@@ -1,0 +1,128 @@
+"""The options of `dist-vse search`, `embed` and `zeroshot`."""
+
+import argparse
+from pathlib import Path
+
+from dist_vse.common.errors import UserError
+
+MODEL = "a trained run, a folder of its checkpoints, or an exported model"
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN", type=Path, help=MODEL)
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="DIR", help="sharded data set (default: the run's)")
+    parser.add_argument("--split", default="test", help="its split (default: test)")
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """Add what to search, and for what."""
+    _add_model(parser)
+    _add_split(parser)
+    parser.add_argument("--text", action="append", default=[], help="a query; may be repeated")
+    parser.add_argument("--image", action="append", default=[], type=Path, metavar="FILE")
+    parser.add_argument(
+        "--index",
+        type=Path,
+        metavar="FILE",
+        help="the split's features, as dist-vse embed wrote them to FILE.safetensors "
+        "(default: compute them now)",
+    )
+    parser.add_argument("--top", type=int, default=10, help="answers a query (default: 10)")
+    parser.add_argument(
+        "--faiss", action="store_true", help="search in float32 with faiss, for large collections"
+    )
+    parser.add_argument("--sheet", type=Path, metavar="OUT", help="write them as .html or .png")
+
+
+def run_search(args: argparse.Namespace) -> int:
+    """Search; return 0."""
+    if args.top < 1:
+        raise UserError(f"--top ({args.top}) must be at least 1")
+
+    from dist_vse.tools.search.run import search
+
+    search(
+        args.model,
+        data=args.data,
+        split=args.split,
+        texts=args.text,
+        images=args.image,
+        top=args.top,
+        sheet=args.sheet,
+        faiss=args.faiss,
+        index_file=args.index,
+    )
+    return 0
+
+
+def add_embed(parser: argparse.ArgumentParser) -> None:
+    """Add what to embed, and where to."""
+    _add_model(parser)
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="a name that ends in .npy, .safetensors or .parquet"
+    )
+    _add_split(parser)
+
+
+def run_embed(args: argparse.Namespace) -> int:
+    """Write a split's features; return 0. Every rank of a launcher may call this."""
+    from dist_vse import distributed
+    from dist_vse.common.files import check_output
+    from dist_vse.evaluation.retrieval.checks import check_finite
+    from dist_vse.tools.search.embed import check_suffix, embed_split, open_data, open_model
+    from dist_vse.tools.search.embed import write_embeddings as write
+    from dist_vse.tools.search.gallery import origin
+
+    with distributed.process_group():
+        with distributed.same_verdict():
+            check_suffix(args.out)
+            index, model = open_data(args.model, args.data), open_model(args.model)
+            index.split(args.split)
+            if distributed.is_main_process():
+                check_output(args.out)
+        found = embed_split(model, index, args.split)
+        check_finite(found.image_features, found.text_features)
+        with distributed.same_verdict():
+            if distributed.is_main_process():
+                files = write(found, args.out, origin(model.model, index, args.split))
+                print(f"wrote {', '.join(map(str, files))}")
+    return 0
+
+
+def add_zeroshot(parser: argparse.ArgumentParser) -> None:
+    """Add the images, and what their classes are called."""
+    _add_model(parser)
+    parser.add_argument(
+        "--data", metavar="DIR", type=Path, required=True, help="a folder of images for each class"
+    )
+    parser.add_argument(
+        "--classes", metavar="FILE", type=Path, help="lines FOLDER<TAB>NAME (default: the folders)"
+    )
+    parser.add_argument(
+        "--templates",
+        metavar="FILE",
+        type=Path,
+        help="lines with a {} for the name (default, as CLIP's: a photo of a {}.)",
+    )
+    parser.add_argument(
+        "--top",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="fewer than there are classes (default: 1, and 5 where there are more classes)",
+    )
+
+
+def run_zeroshot(args: argparse.Namespace) -> int:
+    """Classify; return 0."""
+    if args.top is not None and min(args.top) < 1:
+        raise UserError("--top takes numbers from 1 on")
+
+    from dist_vse.tools.search.zeroshot import zeroshot
+
+    how = {"data": args.data, "classes": args.classes, "templates": args.templates}
+    zeroshot(args.model, **how, top=args.top)
+    return 0

@@ -1,0 +1,142 @@
+"""The embeddings of a split, and files of them: `dist-vse embed`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dist_vse import distributed
+from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.files import replaced
+from dist_vse.data.eval_stream import eval_batches
+from dist_vse.data.index import Index, read_index
+from dist_vse.evaluation.evaluate import Embedded, embed
+from dist_vse.runs.folder import find_run, load_trained, open_run, run_model, run_tokenizer
+from dist_vse.tools.export.folder import DESCRIPTION
+from dist_vse.tools.export.load import Embedder, load
+from dist_vse.tools.search.gallery import Origin
+
+BATCH = 64
+SUFFIXES = (".npy", ".safetensors", ".parquet")
+
+
+def open_model(location: Path) -> Embedder:
+    """Open a run, one of its checkpoints, or an exported folder.
+
+    Raises UserError if it is none of these.
+    """
+    here = distributed.device()
+    if (location / DESCRIPTION).is_file():
+        return load(location, here)
+    run_dir, asked = find_run(location)
+    config = open_run(run_dir)
+    tokenizer = run_tokenizer(config, run_dir, build=False)
+    model = run_model(config, tokenizer)
+    load_trained(run_dir, model, asked)
+    return Embedder(model, tokenizer, shape=config.model, device=here)
+
+
+def open_data(location: Path, data: str | None) -> Index:
+    """Read the data set given, or that of the run."""
+    if data is not None:
+        return read_index(data)
+    if (location / DESCRIPTION).is_file():
+        raise UserError(f"{location}: an exported model has no data set; give --data DIR")
+    return read_index(open_run(find_run(location)[0]).data.index)
+
+
+def embed_split(model: Embedder, index: Index, split: str) -> Embedded:
+    """Embed all images and captions of a split, each rank its share."""
+    batches = eval_batches(
+        index,
+        model.tokenizer,
+        split=split,
+        batch_size=BATCH,
+        size=model.square.size,
+        squash=model.square.squash,
+        resampling=model.square.resampling,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    return embed(model.model, batches, model.device)
+
+
+def check_suffix(path: Path) -> None:
+    """Raise UserError for a file that `write_embeddings` cannot write."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: give a name that ends in {', '.join(SUFFIXES)}")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            hint = "pip install 'dist_vse[parquet]'"
+            raise UserError(f"{path}: .parquet needs pyarrow; {hint}") from None
+
+
+def write_embeddings(found: Embedded, path: Path, origin: Origin) -> list[Path]:
+    """Write features with the names of their rows and their origin; return the files.
+
+    `.safetensors`: `image_features` (n, d), `text_features` (m, d), `image_of_text` (m,), and
+    keys, captions and origin in its metadata. `.npy`: NAME.images.npy and NAME.texts.npy with
+    NAME.json. `.parquet`: one table, a row an image or a caption: kind, key, caption, features;
+    the origin in its schema's metadata. Raises UserError where a file cannot be written.
+    """
+    check_suffix(path)
+    names = {"keys": found.keys, "captions": found.captions}
+    if path.suffix == ".safetensors":
+        told = {name: json.dumps(rows) for name, rows in names.items()}
+        with replaced(path) as temporary:
+            _write_safetensors(found, temporary, {**told, **origin})
+        return [path]
+    if path.suffix == ".parquet":
+        with replaced(path) as temporary:
+            _write_parquet(found, temporary, origin)
+        return [path]
+    images, texts, rows = (path.with_suffix(end) for end in (".images.npy", ".texts.npy", ".json"))
+    for file, features in ((images, found.image_features), (texts, found.text_features)):
+        with replaced(file) as temporary, temporary.open("wb") as opened:
+            np.save(opened, features.numpy())
+    content = {**origin, **names, "image_of_text": found.image_of_text.tolist()}
+    with replaced(rows) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [images, texts, rows]
+
+
+def _write_safetensors(found: Embedded, path: Path, told: dict[str, str]) -> None:
+    tensors = {
+        "image_features": found.image_features,
+        "text_features": found.text_features,
+        "image_of_text": found.image_of_text,
+    }
+    try:
+        save_file(tensors, path, told)
+    except SafetensorError as error:  # it wraps the system's error
+        raise OSError(first_line(error)) from error
+
+
+def _write_parquet(found: Embedded, path: Path, origin: Origin) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    def column(features: Tensor) -> pyarrow.Array:
+        flat = pyarrow.array(features.numpy().ravel())
+        return pyarrow.FixedSizeListArray.from_arrays(flat, features.shape[1])
+
+    keys = [found.keys[row] for row in found.image_of_text.tolist()]
+    parts = [
+        pyarrow.table({"kind": [kind] * len(of), "key": of, "caption": said, "features": column(x)})
+        for kind, of, said, x in (
+            (
+                "image",
+                found.keys,
+                pyarrow.nulls(len(found.keys), pyarrow.string()),
+                found.image_features,
+            ),
+            ("text", keys, found.captions, found.text_features),
+        )
+    ]
+    table = pyarrow.concat_tables(parts)
+    parquet.write_table(table.replace_schema_metadata(origin), path)

@@ -1,0 +1,81 @@
+"""The images to search in: embedded now, or read from a file that `dist-vse embed` wrote.
+
+Such a file tells whose features it holds, so that a stale one is refused: a hash of the model's
+weights, the data set's fingerprint and the split. Shapes: n images, d embedding.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dist_vse.common.errors import UserError, first_line
+from dist_vse.data.index import Index
+from dist_vse.evaluation.evaluate import Embedded
+
+Origin = dict[str, str]
+_WHAT = {"weights": "another model", "data": "another data set", "split": "another split"}
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images with their names."""
+
+    keys: list[str]
+    captions: list[str]  # the first one of each image
+    features: Tensor  # float32 (n, d), of unit length
+
+
+def origin(model: nn.Module, index: Index, split: str) -> Origin:
+    """Return what features depend on."""
+    return {"weights": _hash(model), "data": index.fingerprint(), "split": split}
+
+
+def gallery_of(found: Embedded) -> Gallery:
+    """Take the images of an embedded split."""
+    return _gallery(found.keys, found.captions, found.image_features, found.image_of_text)
+
+
+def read_gallery(path: Path, wanted: Origin) -> Gallery:
+    """Read a `.safetensors` file of `dist-vse embed`.
+
+    Raises UserError if it is none, or of another model, data set or split than wanted.
+    """
+    remedy = f"write it with `dist-vse embed RUN {path.with_suffix('.safetensors')}`"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {remedy}")
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata() or {}
+            features, rows = (file.get_tensor(n) for n in ("image_features", "image_of_text"))
+        keys, captions = json.loads(told["keys"]), json.loads(told["captions"])
+        written_for = {name: told[name] for name in wanted}
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise UserError(
+            f"{path}: no file of `dist-vse embed`, or of an older version ({first_line(error)}); "
+            f"{remedy}"
+        ) from error
+    for name, value in wanted.items():
+        if written_for[name] != value:
+            detail = f" ({written_for[name]})" if name == "split" else ""
+            raise UserError(f"{path}: stale, it is of {_WHAT[name]}{detail}; {remedy} --split ...")
+    return _gallery(keys, captions, features, rows)
+
+
+def _gallery(keys: list[str], captions: list[str], features: Tensor, of_text: Tensor) -> Gallery:
+    first = {row: text for text, row in reversed([*enumerate(of_text.tolist())])}
+    said = [captions[first[row]] if row in first else "" for row in range(len(keys))]
+    return Gallery(keys, said, features)
+
+
+def _hash(model: nn.Module) -> str:
+    """Return 32 hex digits that change when any weight does; XXH3 reads gigabytes a second."""
+    digest = xxhash.xxh3_128()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""`dist-vse search`: the images of a split that fit a text or another image best."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dist_vse import distributed
+from dist_vse.common.errors import UserError
+from dist_vse.common.files import check_output
+from dist_vse.common.log import setup_logging
+from dist_vse.data.index import Index
+from dist_vse.evaluation.retrieval import top_k
+from dist_vse.evaluation.retrieval.checks import check_finite
+from dist_vse.tools.report.images import thumbnails
+from dist_vse.tools.search.embed import embed_split, open_data, open_model
+from dist_vse.tools.search.faiss_index import check_faiss, faiss_top_k
+from dist_vse.tools.search.gallery import gallery_of, origin, read_gallery
+from dist_vse.tools.search.sheet import write_sheet
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answers to one query, best first."""
+
+    query: str  # the text, or the image's path
+    keys: list[str]
+    scores: list[float]  # cosine similarities
+    captions: list[str]  # the first one of each image
+
+
+def search(
+    location: Path,
+    *,
+    data: str | None,
+    split: str,
+    texts: Sequence[str],
+    images: Sequence[Path],
+    top: int,
+    sheet: Path | None,
+    faiss: bool = False,
+    index_file: Path | None = None,
+) -> list[Found]:
+    """Search a split, print a table a query, and write the sheet if one is asked for.
+
+    The search is exact, in float64; with `faiss` in float32. The images' features are read from
+    `index_file`, which `dist-vse embed` wrote, or else computed now.
+    Raises UserError where nothing is asked, a file cannot be read or written, or features are not
+    finite.
+    """
+    setup_logging()
+    if not texts and not images:
+        raise UserError("nothing to search for; give --text or --image")
+    if sheet is not None and sheet.suffix not in (".html", ".png"):
+        raise UserError(f"{sheet}: give a sheet that ends in .html or .png")
+    find = faiss_top_k if faiss else top_k
+    with distributed.process_group():
+        with distributed.same_verdict():
+            if faiss:
+                check_faiss()
+            index, model = open_data(location, data), open_model(location)
+            index.split(split)
+            if sheet is not None and distributed.is_main_process():
+                check_output(sheet)
+            by_text, by_image = model.encode_texts(texts), model.encode_images(images)
+            check_finite(by_image, by_text)
+            gallery = (
+                read_gallery(index_file, origin(model.model, index, split)) if index_file else None
+            )
+        if gallery is None:
+            gallery = gallery_of(embed_split(model, index, split))
+        check_finite(gallery.features, by_text)
+        scores, rows = find(torch.cat([by_text, by_image]), gallery.features, top)
+        found = [
+            Found(
+                name,
+                [gallery.keys[row] for row in best],
+                similar,
+                [gallery.captions[row] for row in best],
+            )
+            for name, similar, best in zip(
+                [*texts, *map(str, images)], scores.tolist(), rows.tolist(), strict=True
+            )
+        ]
+        with distributed.same_verdict():
+            if distributed.is_main_process():
+                _show(found, index, split, images, sheet)
+    return found
+
+
+def _show(
+    found: list[Found], index: Index, split: str, images: Sequence[Path], sheet: Path | None
+) -> None:
+    console = Console()
+    for answers in found:
+        table = Table("", "key", "cosine", "caption", title=answers.query)
+        rows = zip(answers.keys, answers.scores, answers.captions, strict=True)
+        for place, (key, score, caption) in enumerate(rows, 1):
+            table.add_row(str(place), key, f"{score:.3f}", caption)
+        console.print(table)
+    if sheet is not None:
+        keys = {key for answers in found for key in answers.keys}
+        write_sheet(sheet, found, thumbnails(index, split, keys), set(map(str, images)))
+        console.print(f"wrote {sheet}")

@@ -1,0 +1,80 @@
+"""What one process has with the whole batch: the dense loss and plain autograd."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dist_vse import distributed
+from dist_vse.config import TrainConfig
+from dist_vse.data.samples import Batch
+from dist_vse.losses.reference import dense_loss
+from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.training.schedule import warmup_share
+
+FLOOR = {"float64": 1e-9, "fp32": 1e-5, "bf16": 2**-6}
+"""Errors that are never held against a run: thousands of roundings of float64, some hundred of
+float32, two of bfloat16."""
+ROUNDING = 4
+"""A run's error may be that many times the error of one process in the same precision."""
+
+DenseLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def samples_seen(config: TrainConfig) -> int:
+    """Return the moment that is looked at: the middle of the loss's warm-up, if it has one."""
+    return config.loss.warmup_samples // 2
+
+
+def build_dense_loss(config: TrainConfig, batch: Batch, *, rounded: bool = False) -> DenseLoss:
+    """Return the loss of the whole batch, as its paper writes it, with the config's settings.
+
+    `rounded` gives it features in the precision of the config's products.
+    """
+    loss, here = config.loss, distributed.device()
+    bf16 = rounded and loss.bf16_products
+
+    def fn(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
+        if bf16:  # their gradients go past the rounding
+            images, texts = (x + (x.bfloat16() - x).detach() for x in (images, texts))
+        return dense_loss(
+            loss.name,
+            images,
+            texts,
+            log_scale,
+            bias,
+            image_ids=batch.image_ids.to(here),
+            text_ids=batch.text_ids.to(here),
+            margin=loss.margin,
+            hardness=warmup_share(samples_seen(config), loss.warmup_samples),
+            twins=loss.twins,
+        ).view(())
+
+    return fn
+
+
+def gradients(loss_fn: DenseLoss, leaves: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the loss and its gradients; None for what the loss does not depend on."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    loss = loss_fn(*leaves)
+    return loss.detach(), list(torch.autograd.grad(loss, leaves, allow_unused=True))
+
+
+def model_gradients(
+    config: TrainConfig, model: DualEncoder, batch: Batch, *, rounded: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss and each trainable parameter's gradient, in the model's own precision.
+
+    `rounded` uses bfloat16 where the config does.
+    """
+    here = distributed.device()
+    autocast = rounded and config.engine.precision == "bf16"
+    with torch.autocast(here.type, torch.bfloat16, enabled=autocast):
+        outputs = model(**model.prepare(images=batch.images.to(here), tokens=batch.tokens.to(here)))
+    loss = build_dense_loss(config, batch, rounded=rounded)(*outputs)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return loss.detach(), {
+        name: torch.zeros_like(p) if grad is None else grad
+        for (name, p), grad in zip(named.items(), grads, strict=True)
+    }

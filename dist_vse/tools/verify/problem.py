@@ -1,0 +1,128 @@
+"""A small batch and small towers for a config: everything but the encoders stays the user's.
+
+The contract is one of the loss, the ranks, the chunks and the engine; encoders of any size pass
+through it alike, so small ones show it in seconds.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dist_vse import distributed
+from dist_vse.config import ImageConfig, ModelConfig, OptimConfig, TextConfig, TrainConfig
+from dist_vse.data.samples import Batch
+from dist_vse.models.build import build_model
+from dist_vse.models.dual_encoder import DualEncoder, Tower
+
+ROWS = 3  # pairs a chunk
+MAX_CHUNKS = 8
+MAX_PAIRS = 1024  # beyond it the number of chunks shrinks, to no less than two
+WIDTH = 32  # of the features that the loss alone is given
+VOCABULARY, PAD = 50, 0
+SIZE, TOKENS = 32, 8
+
+
+def num_chunks(config: TrainConfig, world_size: int) -> int:
+    """Return how many chunks a rank has in a step; two for `auto`, which has tried none here."""
+    if isinstance(config.chunk_size, str):
+        return 2
+    return max(1, config.global_batch_size // world_size // config.chunk_size)
+
+
+def kept_graphs(config: TrainConfig) -> int:
+    """Return how many chunks keep their graphs between the passes; one for `auto`."""
+    kept = config.cache.keep_graphs
+    return 1 if isinstance(kept, str) else kept
+
+
+def shrink(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Return the config with small towers and a small batch in as many chunks (or fewer).
+
+    Dropout is off, since one process cannot draw what several drew; SGD takes one step, since
+    Adam would hide a wrong scale.
+    """
+    most = min(MAX_CHUNKS, max(2, MAX_PAIRS // (world_size * ROWS)))
+    chunks = min(num_chunks(config, world_size), most)
+    model = ModelConfig(
+        image=ImageConfig(name="test_vit", size=SIZE),
+        text=TextConfig(width=64, depth=1, max_tokens=TOKENS),
+        embed_dim=16,
+        head_hidden=min(32, config.model.head_hidden),
+        grad_checkpointing=config.model.grad_checkpointing,
+    )
+    return replace(
+        config,
+        model=model,
+        optim=OptimConfig(name="sgd", weight_decay=0.0, clip_norm=config.optim.clip_norm),
+        global_batch_size=world_size * chunks * ROWS,
+        chunk_size=ROWS,
+    )
+
+
+def small_model(config: TrainConfig, *, frozen: tuple[bool, bool]) -> DualEncoder:
+    """Build the towers, alike on every rank; `frozen` tells which trunks (image, text) are."""
+    model = build_model(
+        config.model,
+        vocab_size=VOCABULARY,
+        pad_id=PAD,
+        temperature=config.loss.temperature,
+        learn_temperature=config.loss.learn_temperature,
+        bias=config.loss.bias,
+        learn_bias=config.loss.name == "siglip",
+        seed=0,
+    )
+    model.image, model.text = (
+        Tower(tower.trunk, tower.head, frozen=is_frozen)
+        for tower, is_frozen in zip((model.image, model.text), frozen, strict=True)
+    )
+    return model.to(distributed.device())
+
+
+def make_batch(total: int, *, twins: bool = True) -> Batch:
+    """Draw a global batch of `total` pairs; `twins` gives its first rows some among its last."""
+    generator = torch.Generator().manual_seed(0)
+    # A coarse pattern of its own for each image, so that features differ.
+    coarse = torch.rand(total, 3, 4, 4, generator=generator).mul_(255)
+    images = functional.interpolate(coarse, size=(SIZE, SIZE)).to(torch.uint8)
+    tokens = torch.randint(1, VOCABULARY, (total, TOKENS), generator=generator)
+    tokens[::3, TOKENS // 2 :] = PAD
+    image_ids, text_ids = (torch.arange(total) for _ in range(2))
+    if twins and total >= 4:
+        image_ids[-1] = image_ids[0]
+        text_ids[-2] = text_ids[1]
+    return Batch(
+        images=images,
+        tokens=tokens,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        origin=torch.zeros(total, 2, dtype=torch.int64),
+        state=np.zeros((0, 2), dtype=np.int64),
+        skipped=(),
+    )
+
+
+def make_features(total: int) -> tuple[Tensor, Tensor]:
+    """Draw unit features (total, d) in float64; a caption resembles its image a little.
+
+    Not much: where a softmax is nearly certain, the dense loss itself has few digits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(2, total, WIDTH, generator=generator, dtype=torch.float64)
+    made[1] += 0.2 * made[0]
+    images, texts = functional.normalize(made, dim=2).to(distributed.device()).unbind()
+    return images, texts
+
+
+def part_of(batch: Batch, rows: slice) -> Batch:
+    """Return some rows of a batch."""
+    return replace(
+        batch,
+        images=batch.images[rows],
+        tokens=batch.tokens[rows],
+        image_ids=batch.image_ids[rows],
+        text_ids=batch.text_ids[rows],
+        origin=batch.origin[rows],
+    )

@@ -1,0 +1,1 @@
+"""The train step, and what is needed to take one."""

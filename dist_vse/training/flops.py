@@ -1,0 +1,86 @@
+"""Floating-point operations of a step, and what share of a GPU's peak they make (MFU).
+
+Counted are the model's own: its forward and backward for every pair, and the loss's three matrix
+products. What gradient caching does twice is not counted, as in the usual definition (Chowdhery et
+al., PaLM, 2022, https://arxiv.org/abs/2204.02311, appendix B).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_vse.common.random_state import random_state, replay
+from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics
+
+# Dense peaks (no sparsity) of NVIDIA's data sheets, in 10^12 a second: bfloat16 on tensor cores,
+# float32 without them. The first name that a device's contains counts.
+_PEAKS = {
+    "H200": (989, 67),
+    "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H100": (989, 67),
+    "H800": (989, 67),
+    "A100": (312, 19.5),
+    "A800": (312, 19.5),
+    "L40S": (362, 91.6),
+    "L40": (181, 90.5),
+    "L4": (121, 30.3),
+    "A40": (150, 37.4),
+    "A10": (125, 31.2),
+    "V100": (None, 15.7),
+    "T4": (None, 8.1),
+}
+_PAIRS = (2, 4)  # to count on
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations that a pair costs the encoders."""
+
+    forward: float
+    backward: float
+
+    def of_step(self, global_batch: int, embedding: int) -> float:
+        """Return those of a step of all ranks."""
+        loss = 3 * 2 * float(global_batch) ** 2 * embedding
+        return global_batch * (self.forward + self.backward) + loss
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return the operations that the device can do in a second; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device), precision)
+
+
+def peak_of(name: str, precision: str) -> float | None:
+    """Return the peak of a GPU by its name, in `bf16` or `fp32`."""
+    found = next((peaks for gpu, peaks in _PEAKS.items() if gpu in name), None)
+    peak = found[0 if precision == "bf16" else 1] if found else None
+    return None if peak is None else peak * 1e12
+
+
+def count_flops(model: DualEncoder, image_size: int, num_tokens: int) -> Flops:
+    """Count by encoding few made-up pairs and differentiating; leaves no trace.
+
+    Call it before an engine stands around the model. A frozen trunk counts forward only.
+    """
+    few, more = (_count(model, image_size, num_tokens, rows) for rows in _PAIRS)
+    forward, backward = ((b - a) / (_PAIRS[1] - _PAIRS[0]) for a, b in zip(few, more, strict=True))
+    return Flops(forward, backward)
+
+
+def _count(model: DualEncoder, image_size: int, num_tokens: int, rows: int) -> tuple[int, int]:
+    here = next(model.parameters()).device
+    images = torch.zeros(rows, 3, image_size, image_size, dtype=torch.uint8, device=here)
+    word = 1 if model.text.trunk.pad_id == 0 else 0
+    tokens = torch.full((rows, num_tokens), word, device=here)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with replay(random_state()), frozen_statistics(model):
+        with FlopCounterMode(display=False) as forward:
+            outputs = model(**model.prepare(images=images, tokens=tokens))
+            total = torch.stack([output.sum() for output in outputs]).sum()
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.grad(total, parameters, allow_unused=True)
+    return forward.get_total_flops(), backward.get_total_flops()

@@ -1,0 +1,126 @@
+"""The train step: gradient caching with the exact gradient of the global batch.
+
+Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, 2021,
+https://arxiv.org/abs/2101.06983. Here the learned temperature and bias are cached outputs like
+the features, so that no parameter is touched outside the engine; and the last chunks may keep
+their graphs from the first pass, so that only the others are encoded twice.
+
+Shape letters: b rows on this rank, d embedding size, k chunks, c = b / k rows of one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from dist_vse.common import step_timer
+from dist_vse.common.errors import UserError
+from dist_vse.common.random_state import RandomState, random_state, replay
+from dist_vse.distributed import all_reduce_mean, device
+from dist_vse.engine import Engine
+from dist_vse.models.dual_encoder import frozen_statistics
+from dist_vse.training.prefetch_to_device import Chunk, uploaded
+
+LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(image_features (b, d), text_features (b, d), log_scale (1,), bias (1,)) -> the rank's loss."""
+
+
+class _Encoded(NamedTuple):
+    """A chunk after the first pass: its outputs, with their graph or with what repeats them."""
+
+    outputs: tuple[Tensor, ...]  # (c, d), (c, d), then (1,) each
+    state: RandomState
+    has_graph: bool
+
+
+def train_step(
+    engine: Engine,
+    loss_fn: LossFn,
+    chunks: Sequence[Chunk],
+    *,
+    keep_graphs: int = 1,
+    announce: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Step as if the global batch had been one forward and one backward.
+
+    `keep_graphs` chunks keep their activations from the first pass to the second. One of them
+    costs no memory at the peak, since the second pass holds one chunk's graph anyway; with one
+    chunk it makes the step an ordinary one. `announce` is told each chunk's text features (c, d)
+    before the next chunk is encoded.
+
+    Returns the global loss, the mean over the ranks. Raises UserError on every rank, before
+    anything is updated, if it is not finite.
+    """
+    graphs = min(keep_graphs, len(chunks))
+    assert engine.most_graphs is None or graphs <= engine.most_graphs, f"keep_graphs={graphs}"
+
+    # Pass 1: embeddings only, with a graph where it is kept.
+    step_timer.begin("encode")
+    first_kept = len(chunks) - graphs
+    encoded: list[_Encoded] = []
+    for i, chunk in enumerate(uploaded(chunks, device())):
+        encoded.append(_encode(engine, chunk, keep_graph=i >= first_kept))
+        if announce is not None:
+            announce(encoded[i].outputs[1])
+
+    step_timer.begin("loss")
+    mean_loss, cache = _gradients_of_outputs(loss_fn, encoded)
+
+    # Pass 2: <output, cached gradient> has the gradient of the loss in the parameters. Kept
+    # graphs go first, so that their memory is free for the others. BatchNorm's statistics have
+    # moved in pass 1, once.
+    step_timer.begin("second_pass")
+    again = uploaded(reversed(chunks[:first_kept]), device())
+    with engine.accumulation(), frozen_statistics(engine.module):
+        for i in reversed(range(len(chunks))):
+            outputs = _outputs(engine, encoded[i], again)
+            surrogate = sum((o * g).sum() for o, g in zip(outputs, cache[i], strict=True))
+            assert isinstance(surrogate, Tensor)
+            encoded[i] = encoded[i]._replace(outputs=())
+            engine.backward(surrogate, last=i == 0)
+    step_timer.begin("step")
+    engine.step()
+    step_timer.begin(step_timer.OTHER)
+    return mean_loss
+
+
+def _gradients_of_outputs(
+    loss_fn: LossFn, encoded: Sequence[_Encoded]
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """Return the global loss and the cache: each chunk's gradients in its outputs.
+
+    autograd.grad, not backward: it reaches no parameter and so fires no engine hook.
+    """
+    columns = zip(*(chunk.outputs for chunk in encoded), strict=True)
+    leaves = [torch.cat([part.detach() for part in c]).requires_grad_() for c in columns]
+    image_features, text_features, log_scale, bias = leaves  # (b, d), (b, d), (k,), (k,)
+    loss = loss_fn(image_features, text_features, log_scale.mean(0, True), bias.mean(0, True))
+    mean_loss = all_reduce_mean(loss.detach().clone())
+    if not torch.isfinite(mean_loss):
+        raise UserError(
+            f"the loss is {mean_loss.item()}: nothing was updated; lower optim.lr, set "
+            "optim.clip_norm, or raise loss.temperature"
+        )
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    by_output = (_split_like(grad, encoded, i) for i, grad in enumerate(grads))
+    return mean_loss, list(zip(*by_output, strict=True))
+
+
+def _encode(engine: Engine, chunk: Chunk, *, keep_graph: bool) -> _Encoded:
+    state = random_state()
+    with torch.set_grad_enabled(keep_graph):
+        return _Encoded(engine(**chunk), state, keep_graph)
+
+
+def _outputs(engine: Engine, first: _Encoded, again: Iterator[Chunk]) -> tuple[Tensor, ...]:
+    """Return outputs that have a graph: the kept ones, or the next chunk's with equal dropout."""
+    if first.has_graph:
+        return first.outputs
+    chunk = next(again)
+    with replay(first.state):
+        return cast(tuple[Tensor, ...], engine(**chunk))
+
+
+def _split_like(grad: Tensor, encoded: Sequence[_Encoded], i: int) -> tuple[Tensor, ...]:
+    return tuple(grad.split([len(chunk.outputs[i]) for chunk in encoded]))

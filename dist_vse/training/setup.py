@@ -1,0 +1,82 @@
+"""From a config to a run that can take its first step."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dist_vse import distributed
+from dist_vse.common.errors import writing
+from dist_vse.common.log import logger
+from dist_vse.config import TrainConfig
+from dist_vse.config.checks import AUTO
+from dist_vse.data.index import Index, read_index
+from dist_vse.data.precomputed import Features
+from dist_vse.data.streams import TrainSet
+from dist_vse.engine.zero import ZeroEngine
+from dist_vse.models.tokenizer import Tokenizer
+from dist_vse.runs.folder import (
+    open_run,
+    open_train_sets,
+    prepare_run_dir,
+    run_model,
+    run_tokenizer,
+    write_config,
+)
+from dist_vse.runs.lease import Fence, claim
+from dist_vse.runs.metrics import Meter
+from dist_vse.runs.trackers import check_trackers
+from dist_vse.training.builders import build_meter, choose_chunks, open_run_features, wrap_model
+from dist_vse.training.chunking import agree
+
+
+@dataclass(frozen=True)
+class Run:
+    """What lives as long as the run."""
+
+    config: TrainConfig
+    run_dir: Path
+    index: Index
+    train_sets: list[TrainSet]
+    tokenizer: Tokenizer
+    engine: ZeroEngine
+    keep_graphs: int
+    features: Features | None
+    fence: Fence
+    meter: Meter
+
+
+def set_up(config: TrainConfig) -> Run:
+    """Open the data and the run's folder, choose the chunks, build the model and its engine.
+
+    Every rank calls this. Raises UserError alike on every rank.
+    """
+    with distributed.same_verdict():
+        check_trackers(config.trackers)
+        index = read_index(config.data.index)
+        index.split(config.data.eval_split)
+        train_sets = open_train_sets(config)
+        features = open_run_features(config, index)
+        with writing(Path(config.output_dir)):
+            if distributed.is_main_process():
+                run_tokenizer(config, prepare_run_dir(config), build=True)
+    run_dir = Path(config.output_dir)
+    with distributed.same_verdict():
+        tokenizer = run_tokenizer(config, run_dir, build=False)
+        if config.chunk_size == AUTO:  # a resumed run has found it before
+            config = replace(config, chunk_size=open_run(run_dir).chunk_size)
+        model = run_model(config, tokenizer).to(distributed.device())
+        chunking = choose_chunks(config, model)
+        meter = build_meter(config, model)
+    chunking = agree(chunking)
+    if config.chunk_size == AUTO:
+        config = replace(config, chunk_size=chunking.chunk_size)
+        if distributed.is_main_process():
+            write_config(config)
+    rows, graphs = chunking.chunk_size, chunking.keep_graphs
+    logger.info("%d pairs a chunk, %d chunks keep their graphs", rows, graphs)
+    engine = wrap_model(config, model)
+    with distributed.same_verdict(), writing(run_dir):
+        fence = claim(run_dir) if distributed.is_main_process() else None
+    fence = distributed.broadcast_object(fence)
+    return Run(
+        config, run_dir, index, train_sets, tokenizer, engine, graphs, features, fence, meter
+    )

@@ -1,0 +1,134 @@
+"""Seconds by part: they add up, collectives are cut out, and every collective of a step is seen."""
+
+import threading
+from collections.abc import Iterator
+from itertools import groupby
+
+import pytest
+import torch
+
+from dist_vse import distributed
+from dist_vse.common import step_timer
+from dist_vse.engine import Engine
+from dist_vse.engine.optimizer import build_optimizer
+from dist_vse.engine.plain import PlainEngine
+from dist_vse.engine.zero import ZeroEngine
+from dist_vse.losses.global_loss import global_loss
+from dist_vse.tools.bench.traffic import bytes_sent_by_part
+from dist_vse.training.grad_cache import train_step
+from tests.support.distributed import run_distributed
+from tests.support.tiny import tiny_batch, tiny_model
+
+B, D = 16, 16  # pairs, embedding
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every look at the clock is a second after the one before."""
+    seconds = iter(range(1000))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+    yield
+    step_timer.begin(step_timer.OTHER)
+
+
+def test_parts_add_up_and_collectives_are_cut_out(ticking: None) -> None:
+    watch = step_timer.Clock(torch.device("cpu"))
+    with step_timer.listening(watch):  # 0
+        step_timer.begin("encode")  # 1
+        step_timer.begin("loss")  # 2
+        with step_timer.collective(), step_timer.collective():  # 3, 4 .. 5, 6
+            assert step_timer.current() == "gather"
+        step_timer.begin("step")  # 7
+        with step_timer.collective():  # 8 .. 9
+            assert step_timer.current() == "reduce"
+        step_timer.begin("data")  # 10
+        with step_timer.collective():  # 11 .. 12
+            assert step_timer.current() == "data"
+        seconds = watch.read()  # 13
+    assert {part: taken for part, taken in seconds.items() if taken} == {
+        "other": 1,
+        "encode": 1,
+        "loss": 2,
+        "gather": 3,
+        "step": 2,
+        "reduce": 1,
+        "data": 3,
+    }
+    assert watch.read()["data"] == 1  # what was read is not told again
+
+
+def test_what_another_thread_starts_belongs_to_no_part(ticking: None) -> None:
+    def start() -> None:
+        with step_timer.collective():
+            assert step_timer.current() == "second_pass"
+
+    watch = step_timer.Clock(torch.device("cpu"))
+    with step_timer.listening(watch):  # 0
+        step_timer.begin("second_pass")  # 1
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+        seconds = watch.read()  # 2
+    assert seconds["second_pass"] == 1 and seconds["reduce"] == 0
+
+
+def test_nobody_is_told_after_the_block() -> None:
+    watch = step_timer.Clock(torch.device("cpu"))
+    with pytest.raises(RuntimeError), step_timer.listening(watch):
+        raise RuntimeError
+    watch.read()
+    step_timer.begin(step_timer.OTHER)
+    assert watch.read()["encode"] == 0
+
+
+class _Parts:
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def begin(self, part: str) -> None:
+        self.told.append(part)
+
+
+def _step(stage: int | None) -> tuple[list[str], dict[str, float]]:
+    """Return the parts of a step in order, and the bytes that are sent in each."""
+    model, rank = tiny_model(), distributed.rank()
+    optimizer = build_optimizer(
+        model, name="sgd", lr=0.05, weight_decay=0.0, betas=(0.9, 0.999), momentum=0.0
+    )
+    engine: Engine = PlainEngine(model, optimizer)
+    if stage is not None:
+        engine = ZeroEngine(model, optimizer, stage=stage, rank_batch_size=B // 2)
+    images, tokens = (x.chunk(2)[rank] for x in tiny_batch(B, 0))
+    pieces = zip(images.chunk(2), tokens.chunk(2), strict=True)
+    chunks = [model.prepare(images=i, tokens=t) for i, t in pieces]
+
+    def step() -> None:
+        train_step(engine, lambda *x: global_loss("convse", *x).loss, chunks)
+
+    step()  # ZeRO 3 learns the order of its modules
+    parts = _Parts()
+    with step_timer.listening(parts):
+        sent = bytes_sent_by_part(step)
+    return [part for part, _ in groupby(parts.told)], sent
+
+
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
+def test_every_collective_of_a_step_is_gather_or_reduce(stage: int | None) -> None:
+    told, sent = run_distributed(_step, 2, stage)[0]
+    parameters = 4 * sum(p.numel() for p in tiny_model().parameters())
+    assert sent.keys() == {"gather", "reduce"}
+    # Half of the features forward, half of their gradients back, and statistics.
+    features = B * D * 4
+    assert features <= sent["gather"] < features + 1024
+    # Two ranks: a reduction and an all-gather of the weights each send half of them; ZeRO 3
+    # gathers them for every forward and backward.
+    assert parameters * 0.99 <= sent["reduce"] <= parameters * (4 if stage == 3 else 1.01)
+    plain = [part for part in told if part not in ("gather", "reduce")]
+    assert [part for part, _ in groupby(plain)] == [
+        "other",
+        "encode",
+        "loss",
+        "second_pass",
+        "step",
+        "other",
+    ]

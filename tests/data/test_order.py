@@ -1,0 +1,187 @@
+"""The epoch's order: each sample once, lanes in step, local, and the same for ever."""
+
+from collections import Counter
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_vse.data.order import Order, Place, Source, shares
+
+SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
+
+
+def plain(sizes: tuple[int, ...], seed: int, lanes: int, window: int) -> Order:
+    """The order of one data set, read once an epoch."""
+    return Order((Source(sizes, sum(sizes)),), seed, lanes, window)
+
+
+def places(order: Order, epoch: int, number: int) -> list[Place]:
+    whole = order.epoch(epoch)
+    return [whole.lane_sample(number, position) for position in range(whole.lane_length(number))]
+
+
+def lane(order: Order, epoch: int, number: int) -> list[tuple[int, int]]:
+    return [(place.shard, place.row) for place in places(order, epoch, number)]
+
+
+def epoch_samples(order: Order, epoch: int) -> list[tuple[int, int]]:
+    return [sample for number in range(order.lanes) for sample in lane(order, epoch, number)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, st.integers(1, 9), st.integers(1, 50), st.integers(-5, 5), st.integers(0, 4))
+def test_every_sample_stands_once_in_an_epoch(
+    sizes: list[int], lanes: int, window: int, seed: int, epoch: int
+) -> None:
+    lanes = min(lanes, sum(sizes))
+    samples = epoch_samples(plain(tuple(sizes), seed, lanes, window), epoch)
+    assert Counter(samples) == Counter((s, row) for s, n in enumerate(sizes) for row in range(n))
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, st.integers(1, 9), st.integers(1, 12))
+def test_lanes_stay_in_step_to_one_sample(sizes: list[int], lanes: int, epochs: int) -> None:
+    order = plain(tuple(sizes), 0, min(lanes, sum(sizes)), 7)
+    lengths = np.array(
+        [[order.epoch(e).lane_length(n) for n in range(order.lanes)] for e in range(epochs)]
+    )
+    assert np.ptp(lengths, axis=1).max() <= 1
+    assert np.ptp(lengths.sum(axis=0)) <= 1
+    assert (lengths.sum(axis=1) == sum(sizes)).all()
+
+
+def test_a_mixtures_longer_lanes_take_turns() -> None:
+    ten, three = Source((10,), 10), Source((3,), 3)
+    mixtures = [
+        ((ten, ten, ten), [5, 5, 5, 5, 5, 5]),
+        ((three, three), [1, 1, 1, 1, 1, 1]),
+        ((ten, three), [3, 2, 2, 2, 2, 2]),
+    ]
+    for sources, lengths in mixtures:
+        whole = Order(sources, 0, 6, 4).epoch(0)
+        assert [whole.lane_length(n) for n in range(6)] == lengths
+
+
+MIXTURES = st.lists(st.tuples(SIZES, st.integers(1, 30)), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MIXTURES, st.integers(1, 9), st.integers(1, 6))
+def test_lanes_of_a_mixture_stay_in_step_too(
+    mixture: list[tuple[list[int], int]], lanes: int, epochs: int
+) -> None:
+    """So no lane is empty, and no more batches than needed cross an epoch's end."""
+    sources = tuple(Source(tuple(sizes), taken) for sizes, taken in mixture)
+    total = sum(source.per_epoch for source in sources)
+    order = Order(sources, 0, min(lanes, total), 7)
+    lengths = np.array(
+        [[order.epoch(e).lane_length(n) for n in range(order.lanes)] for e in range(epochs)]
+    )
+    assert (lengths.sum(axis=1) == total).all()
+    assert lengths.min() >= 1
+    assert np.ptp(lengths, axis=1).max() <= 1
+    assert np.ptp(lengths.cumsum(axis=0), axis=1).max() <= 1
+
+
+def test_positions_are_random_access() -> None:
+    order = plain((30, 11, 54), 3, 4, 8)
+    straight = lane(order, 1, 2)
+    shuffled = order.epoch(1)
+    for position in np.random.default_rng(0).permutation(len(straight)).tolist():
+        assert shuffled.lane_sample(2, position)[2:] == straight[position]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order, other = plain((40, 40), 0, 2, 16), plain((40, 40), 1, 2, 16)
+    first = epoch_samples(order, 0)
+    assert first == epoch_samples(order, 0)
+    for different in (epoch_samples(order, 1), epoch_samples(other, 0)):
+        equal = sum(a == b for a, b in zip(first, different, strict=True))
+        assert equal < 10  # of 80; chance is 1
+
+
+def test_a_single_shard_is_cut_at_new_places_in_every_epoch() -> None:
+    order = plain((64,), 0, 4, 16)
+    assert len({frozenset(lane(order, epoch, 0)) for epoch in range(8)}) > 4
+
+
+def test_a_lane_reads_few_shards_at_a_time() -> None:
+    order = plain((50,) * 40, 0, 4, 100)
+    samples = lane(order, 0, 1)
+    assert len(samples) == 500
+    for start in range(0, 500, 100):  # a block of 100 on a line of shards of 50 touches at most 3
+        assert len({shard for shard, _ in samples[start : start + 100]}) <= 3
+
+
+def test_the_window_shuffles() -> None:
+    rows = [row for _, row in lane(plain((1000,), 0, 1, 1000), 0, 0)]
+    assert abs(np.corrcoef(rows, range(1000))[0, 1]) < 0.15
+    unshuffled = lane(plain((1000,), 0, 1, 1), 0, 0)
+    steps = np.diff([row for _, row in unshuffled]) % 1000
+    assert (steps == 1).all()
+
+
+def test_the_order_never_changes() -> None:
+    """A checkpoint of an earlier version must go on where it stood: these numbers are frozen."""
+    order = plain((3, 5, 4), 7, 2, 4)
+    assert lane(order, 0, 0) == [(0, 0), (1, 4), (1, 3), (1, 2), (0, 2), (0, 1)]
+    assert lane(order, 5, 1) == [(1, 4), (0, 0), (1, 3), (0, 1), (2, 0), (0, 2)]
+    odd = plain((3, 5, 4), 7, 5, 4)
+    assert [lane(odd, 3, number) for number in range(5)] == [
+        [(0, 0), (0, 1)],
+        [(2, 0), (0, 2), (2, 1)],
+        [(2, 2), (1, 0), (2, 3)],
+        [(1, 1), (1, 2)],
+        [(1, 3), (1, 4)],
+    ]
+    mixed = Order((Source((3, 2), 5), Source((4,), 4)), 7, 3, 4)
+    assert places(mixed, 2, 1) == [(0, 2, 1, 1), (1, 2, 0, 3), (0, 2, 0, 0)]
+
+
+def test_a_mixture_reads_each_data_set_by_its_weight() -> None:
+    """Weights 1, 2 and a half: each turn of each data set holds every sample once."""
+    sizes = (17, 14, 12), (9, 4), (20, 21)
+    sources = tuple(Source(size, taken) for size, taken in zip(sizes, (43, 26, 21), strict=True))
+    order = Order(sources, 3, 5, 16)
+    seen = Counter(
+        place for epoch in range(4) for number in range(5) for place in places(order, epoch, number)
+    )
+    assert set(seen.values()) == {1}
+    for source, (size, turns) in enumerate(zip(sizes, (4, 8, 2), strict=True)):
+        for turn in range(turns):
+            of_turn = {(p.shard, p.row) for p in seen if (p.source, p.turn) == (source, turn)}
+            assert of_turn == {(s, row) for s, n in enumerate(size) for row in range(n)}
+    last = {p for p in seen if p.source == 2 and p.turn == 2}
+    assert len(last) == 4 * 21 - 2 * 41
+
+
+def test_a_mixture_is_spread_evenly() -> None:
+    order = Order((Source((800,), 800), Source((200,), 200), Source((24,), 24)), 0, 2, 64)
+    for number in range(2):
+        sources = np.array([place.source for place in places(order, 1, number)])
+        for start in range(0, 512, 64):  # every window has its share, but for rounding
+            counts = np.bincount(sources[start : start + 64], minlength=3)
+            assert np.abs(counts - np.array([50, 12.5, 1.5])).max() <= 1.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5))
+def test_shares_grow_one_by_one_to_all(counts: list[int]) -> None:
+    taken = [shares(counts, position) for position in range(sum(counts) + 1)]
+    assert taken[0] == [0] * len(counts) and taken[-1] == counts
+    steps = np.diff(np.array(taken), axis=0)
+    assert ((steps == 0) | (steps == 1)).all() and (steps.sum(axis=1) == 1).all()
+
+
+def test_a_blocks_shards_are_those_that_its_samples_lie_in() -> None:
+    for seed in range(6):
+        # A lane reads the second data set through the ends of its turns, within shards.
+        order = Order((Source((30, 11, 54), 95), Source((9, 3, 2, 9), 230)), seed, 4, 16)
+        whole = order.epoch(seed)
+        for number in range(4):
+            of_lane = places(order, seed, number)
+            for block in range(-(-len(of_lane) // 16)):
+                own = {(p.source, p.shard) for p in of_lane[block * 16 : block * 16 + 16]}
+                assert own == set(whole.block_shards(number, block))
+            assert whole.block_shards(number, -(-len(of_lane) // 16)) == []

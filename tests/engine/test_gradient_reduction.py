@@ -1,0 +1,147 @@
+"""Gradients are reduced beside the last backward: each once, to its owner, in one order."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_vse import distributed
+from dist_vse.distributed import Reduction
+from dist_vse.engine import gradient_reduction
+from dist_vse.engine.gradient_reduction import GradientReduction, Share, find_shares
+from dist_vse.engine.optimizer import build_optimizer
+from dist_vse.engine.optimizer_state import find_pieces
+from dist_vse.engine.zero import ZeroEngine
+from tests.support.collectives import Collectives
+from tests.support.distributed import run_distributed
+from tests.support.tiny import tiny_batch, tiny_model
+
+
+def _reduced(owner: int | None) -> Tensor:
+    x = torch.full((3,), 1.0 + distributed.rank())
+    Reduction(x, owner).wait()
+    return x
+
+
+@pytest.mark.parametrize("owner", [None, 0, 2])
+def test_a_reduction_gives_its_owner_the_sum(owner: int | None) -> None:
+    for rank, x in enumerate(run_distributed(_reduced, 3, owner)):
+        assert owner not in (None, rank) or x.tolist() == [6.0] * 3
+
+
+def test_buckets_hold_every_share_once_and_one_owner_and_type_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gradient_reduction, "BUCKET", 10)
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (4, 30, 4, 3, 5, 12)]
+    wires = [torch.bfloat16 if number == 3 else torch.float32 for number in range(6)]
+    owners = [number % 2 for number in range(6)]
+    shares = [
+        Share(p, 0, p.numel(), o, w) for p, o, w in zip(parameters, owners, wires, strict=True)
+    ]
+    buckets = list(gradient_reduction._buckets(shares))
+    assert sorted(map(id, shares)) == sorted(id(s) for bucket in buckets for s in bucket)
+    assert all(len({(s.owner, s.wire) for s in bucket}) == 1 for bucket in buckets)
+    assert [[s.length for s in b] for b in buckets] == [[30], [4, 4, 5], [12], [3]]
+
+
+class _Net(nn.Module):
+    """Layers one after another; `early` and `late` may change places, `seldom` may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.early, self.late, self.seldom = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor, *, swapped: bool, whole: bool) -> Tensor:
+        layers = [self.late, self.early] if swapped else [self.early, self.late]
+        for layer in layers + [self.seldom] * whole:
+            x = layer(x).tanh()
+        return x.sum()
+
+
+def _sums(owner: int | None) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+    """Return the gradients' sums, what they should be, and if each was on its way in backward."""
+    gradient_reduction.BUCKET = 6
+    rank, net = distributed.rank(), _Net()
+    own = {"swapped": rank == 1, "whole": rank == 0}
+    x = torch.arange(8.0).view(2, 4) / (1 + rank)
+    alone = []
+    for step in range(2):  # the second one finds gradients there
+        for p in net.parameters():
+            p.grad = None
+        net(x + step, **own).backward()
+        alone += [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
+    expected = [distributed.all_reduce_sum(grad.clone()) for grad in alone[6:]]
+    reduction = GradientReduction(
+        [Share(p, 0, p.numel(), owner, p.dtype) for p in net.parameters()]
+    )
+    for step in range(2):
+        for p in net.parameters():
+            p.grad = None
+        reduction.start()
+        net(x + step, **own).backward()
+        sent = [bucket._reduction is not None for bucket in reduction._buckets]
+        reduction.finish()
+    return [p.grad for p in net.parameters() if p.grad is not None], expected, sent
+
+
+@pytest.mark.parametrize("owner", [None, 1])
+def test_ranks_whose_backwards_differ_reduce_alike(owner: int | None) -> None:
+    for rank, (sums, expected, sent) in enumerate(run_distributed(_sums, 3, owner)):
+        if owner in (None, rank):
+            assert len(sums) == len(expected) == 6
+            assert all(torch.allclose(a, b) for a, b in zip(sums, expected, strict=True))
+        # `seldom` comes first: where it is left out, nothing can be sent before the end.
+        assert sent == [rank == 0] * len(sent)
+
+
+def _shares(stage: int) -> dict[str, Any]:
+    model = tiny_model()
+    sgd = build_optimizer(
+        model, name="sgd", lr=0.1, weight_decay=0.1, betas=(0.9, 0.999), momentum=0.0
+    )
+    zero = ZeroEngine(model, sgd, stage=stage, rank_batch_size=4)
+    names = {id(p): name for name, p in model.named_parameters()}
+    shares = find_shares(zero.engine, model, stage=stage)
+    own = [s for s in shares if s.owner in (None, distributed.rank())]
+    pieces = find_pieces(zero.engine, model, stage=stage, rank=distributed.rank())
+    return {
+        "covered": sum(s.length for s in shares),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "own": sorted((names[id(s.parameter)], s.start, s.length) for s in own),
+        "pieces": sorted((p.name, p.start, p.length) for p in pieces if p.length),
+    }
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_ranks_shares_are_the_pieces_that_it_updates(stage: int) -> None:
+    for found in run_distributed(_shares, 3, stage):
+        assert found["covered"] == found["trainable"]
+        assert found["own"] == found["pieces"]
+
+
+def _bytes_reduced(precision: str) -> list[int]:
+    """Return those of a step by DeepSpeed itself and by us."""
+    totals = []
+    for coalesce in (False, True):
+        model = tiny_model()
+        sgd = build_optimizer(
+            model, name="sgd", lr=0.1, weight_decay=0.0, betas=(0.9, 0.999), momentum=0.0
+        )
+        zero = ZeroEngine(
+            model, sgd, stage=2, rank_batch_size=4, precision=precision, coalesce=coalesce
+        )
+        images, tokens = tiny_batch(4, distributed.rank())
+        outputs = zero(**model.prepare(images=images, tokens=tokens))
+        with Collectives() as counted, zero.accumulation():
+            zero.backward(outputs[0].sum() + outputs[1].sum() + outputs[2].sum(), last=True)
+        totals.append(counted.num_bytes["reduce"] + counted.num_bytes["allreduce"])
+    return totals
+
+
+def test_no_more_is_sent_than_deepspeed_itself_would_send() -> None:
+    sent = {kind: run_distributed(_bytes_reduced, 2, kind)[0] for kind in ("fp32", "bf16")}
+    assert sent["fp32"][0] == sent["fp32"][1] > 0
+    assert sent["bf16"][0] == sent["bf16"][1] < sent["fp32"][0]

@@ -1,0 +1,213 @@
+"""What a job of Slurm does at its end, with a stand-in for Slurm's commands.
+
+The real ones are in tests/slurm; these are quick, and run where Slurm can't.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_vse.common.errors import UserError
+from dist_vse.runs.lease import TakenOver
+from launch import control, follow, slurm
+from launch.job import Job
+from launch.runs import find_runs, table
+from tests.support.paths import ROOT
+
+RUNNING = "JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1"
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scontrol that notes what it is asked, and answers as the files beside it say."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    path = folder / "scontrol"
+    path.write_text(
+        f"""#!/bin/bash
+cd {folder}
+echo "$@" >>asked
+[ "$(wc -l <asked)" -gt "$(cat silent)" ] || {{ echo "Unable to contact controller" >&2; exit 1; }}
+case "$*" in
+    *requeue*) cat refusal >&2; [ ! -s refusal ] ;;
+    *) cat state; [ -s state ] || {{ echo "Invalid job id specified" >&2; exit 1; }} ;;
+esac
+"""
+    )
+    path.chmod(0o755)
+    for name, text in {"silent": "0", "refusal": "", "state": RUNNING}.items():
+        (folder / name).write_text(text)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "_POLL_S", 0.01)
+    monkeypatch.setattr(slurm, "_KILL_WAIT_S", 0)
+    return folder
+
+
+def _asked(scontrol: Path) -> list[str]:
+    return (scontrol / "asked").read_text().splitlines()
+
+
+def test_slurm_that_does_not_answer_is_asked_again(scontrol: Path) -> None:
+    (scontrol / "silent").write_text("3")
+    slurm.requeue("7")
+    assert _asked(scontrol)[3:] == ["--oneliner show job 7", "requeue 7"]
+
+
+def test_a_refusal_is_told_in_the_end(
+    scontrol: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(slurm, "_PATIENCE_S", 0.1)
+    (scontrol / "refusal").write_text("Requested operation is presently disabled\n")
+    with caplog.at_level(logging.ERROR):
+        slurm.requeue("7")
+    assert _asked(scontrol).count("requeue 7") > 1
+    assert "presently disabled); submit the run again to continue it" in caplog.text
+
+
+def _batch_script(folder: Path, restarts: int) -> None:
+    """Run the shell lines around a step that fails."""
+    lines = ["sleep() { :; }", *slurm._try_again(folder, failures=1), "exit 1"]
+    variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    subprocess.run(["bash", "-c", "\n".join(lines)], env={**os.environ, **variables}, timeout=20)
+
+
+def test_a_failed_job_is_tried_again_so_often_and_by_its_own_life(
+    scontrol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_POLL_S", 5)  # the shell's sleep is nothing here
+    (scontrol / "silent").write_text("3")
+    _batch_script(tmp_path, restarts=0)
+    assert _asked(scontrol)[3:] == ["-o show job 7", "requeue 7"]
+    (scontrol / "state").write_text(RUNNING.replace("Restarts=0", "Restarts=1"))
+    _batch_script(tmp_path, restarts=0)  # of a former life, on a node that has come back
+    assert _asked(scontrol)[5:] == ["-o show job 7"]
+    _batch_script(tmp_path, restarts=1)
+    assert _asked(scontrol)[6:] == ["-o show job 7"]  # once too often
+    assert (tmp_path / "failures-7").read_text().splitlines() == ["failed"] * 2
+
+
+def half_a_run() -> int:
+    """End as a run does that has saved before its last step."""
+    return 130
+
+
+def mend_it() -> int:
+    """End as a job does that has told the user what to mend."""
+    return 2
+
+
+def lose_the_run() -> int:
+    """End as a former life of a job does."""
+    raise TakenOver("taken")
+
+
+def _run_on_slurm(folder: Path, work: object) -> subprocess.CompletedProcess[str]:
+    """Start a job's only rank as srun does."""
+    from submitit.core.utils import DelayedSubmission
+
+    jobs = folder / "7"
+    jobs.mkdir(exist_ok=True)
+    job = Job(work, {}, str(ROOT))  # type: ignore[arg-type]
+    DelayedSubmission(job).dump(jobs / "7_submitted.pkl")
+    variables = {
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "n0",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "submitit.core._submit", str(jobs)]
+    return subprocess.run(
+        command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_half_a_run_is_no_success_of_its_job(scontrol: Path, tmp_path: Path) -> None:
+    logs = str(tmp_path / "7" / "7_RANK_log.err")
+    assert _run_on_slurm(tmp_path, half_a_run).returncode == 130
+    assert follow.verdict(logs, 1, "FAILED") == (130, [])
+    assert not (tmp_path / "final-7").exists()
+    assert _run_on_slurm(tmp_path, mend_it).returncode == 2
+    assert follow.verdict(logs, 1, "FAILED") == (2, [])
+    assert (tmp_path / "final-7").exists()
+
+
+def test_a_former_life_leaves_no_mark_on_the_job(scontrol: Path, tmp_path: Path) -> None:
+    done = _run_on_slurm(tmp_path, lose_the_run)
+    assert done.returncode == 1 and done.stderr.endswith("error: taken\n")
+    assert not (tmp_path / "final-7").exists()
+    assert not (tmp_path / "7" / "7_0_result.pkl").exists()
+
+
+def _noted_run(folder: Path, **values: object) -> Path:
+    """Leave the note and the result of a job that failed on both ranks."""
+    from submitit.core.utils import cloudpickle_dump
+
+    logs = folder / "logs" / "7_RANK_log.err"
+    for path in (logs.parent, folder / "run" / "submit"):
+        path.mkdir(parents=True)
+    note = {"job_id": "7", "scheduler": "slurm", "logs": str(logs), "num_ranks": 2, "host": "h"}
+    (folder / "run" / "submit" / "job.json").write_text(json.dumps(note | values))
+    for rank in (0, 1):
+        error = "Traceback\n  File\ndist_vse.errors.UserError: no room; make some"
+        cloudpickle_dump(("error", error), logs.with_name(f"7_{rank}_result.pkl"))
+    return folder / "run"
+
+
+def test_status_and_runs_say_why_a_job_failed_even_a_forgotten_one(
+    scontrol: Path, tmp_path: Path
+) -> None:
+    from submitit.core.utils import cloudpickle_dump
+
+    run_dir = _noted_run(tmp_path)
+    assert "ended:" not in control.status(run_dir)  # it runs: these are of a former life
+    cause = f"2 ranks: no room; make some (log: {tmp_path}/logs/7_0_log.err)"
+    for state, word in (("JobState=FAILED Requeue=1", "FAILED"), ("", "FORGOTTEN")):
+        (scontrol / "state").write_text(state)
+        told = control.status(run_dir).splitlines()
+        assert told[0].startswith(f"job 7 (slurm): {word}")
+        assert f"ended: {cause}" in told
+        _, row, last = table([run_dir]).splitlines()
+        assert row.split() == ["run", word.lower(), "0/0"] and last == f"run: {cause}"
+    for rank in (0, 1):
+        cloudpickle_dump(("success", 130), tmp_path / "logs" / f"7_{rank}_result.pkl")
+    assert "ended: saved and stopped; submit the run again" in control.status(run_dir)
+    (tmp_path / "logs" / "7_1_result.pkl").unlink()
+    (tmp_path / "logs" / "7_0_result.pkl").unlink()
+    assert "2 ranks: killed, or ended without a result (FORGOTTEN)" in control.status(run_dir)
+
+
+def test_a_local_job_of_another_machine(tmp_path: Path) -> None:
+    run_dir = _noted_run(tmp_path, scheduler="local", job_id="999999999", host="elsewhere")
+    assert "(local): UNKNOWN here; ask on elsewhere\n" in control.status(run_dir)
+    with pytest.raises(UserError, match="processes of elsewhere; cancel it there"):
+        control.cancel(run_dir)
+    control.check_free(run_dir)  # nobody can tell; a second start would take the run over
+
+
+def test_a_run_of_another_version_is_one_row_with_its_reason(tmp_path: Path) -> None:
+    for name, text in (("good", "seed: 1"), ("bad", "sede: 1"), ("waits", None)):
+        folder = tmp_path / "runs" / name
+        (folder / "submit").mkdir(parents=True)
+        if text is not None:
+            (folder / "config.yaml").write_text(f"{{output_dir: x, {text}}}")
+    submit = tmp_path / "runs" / "waits" / "submit"
+    (submit / "job.json").write_text("{}")
+    for age, name in enumerate(("a", "z", "m")):  # the youngest is neither first nor last
+        path = submit / f"config-{name}.yaml"
+        path.write_text(f"{{output_dir: x, seed: {10 + age}}}")
+        os.utime(path, (1000 + age, 1000 + age))
+    lines = table(find_runs([tmp_path / "runs"])).splitlines()
+    assert [line.split()[:2] for line in lines[:4]] == [
+        ["run", "seed"],
+        ["good", "1"],
+        ["waits", "12"],
+        ["bad", "unreadable"],
+    ]
+    assert lines[4].startswith("bad: ") and "did you mean 'seed'" in lines[4]

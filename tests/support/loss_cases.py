@@ -1,0 +1,98 @@
+"""Small batches for the tests of the losses over the global batch."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dist_vse.losses.global_loss import LossOutput, global_loss
+
+NAMES = ("convse", "convse++", "info_nce", "vse0", "vse++", "siglip")
+
+
+class Case:
+    """A whole batch of pairs in float64, of which a rank may take a part.
+
+    Image and caption ids repeat after `families` rows, where the batch is longer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        count: int,
+        *,
+        width: int = 6,
+        temperature: float = 0.1,
+        families: int = 10**6,
+        twins: str = "exclude",
+        hardness: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        made = torch.randn(2, count, width, generator=generator, dtype=torch.float64)
+        made[1] += made[0]
+        self.images, self.texts = functional.normalize(made, dim=2).unbind()
+        self.ids = torch.arange(count) % families
+        self.text_ids = torch.arange(count) % (families + 3)
+        self.part = slice(0, count)
+        self.name = name
+        self.log_scale = torch.tensor([-math.log(temperature)], dtype=torch.float64)
+        self.bias = torch.tensor([-2.0], dtype=torch.float64)
+        self.options: dict[str, Any] = {"twins": twins, "hardness": hardness}
+
+    def to(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.images.to(dtype), self.texts.to(dtype)
+
+    def leaves(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return the part's features, the scale and the bias, each to be differentiated."""
+        scalar_dtype = torch.promote_types(dtype, torch.float32)
+        features = [x[self.part].to(dtype) for x in (self.images, self.texts)]
+        scalars = [x.to(scalar_dtype) for x in (self.log_scale, self.bias)]
+        return [x.detach().clone().requires_grad_() for x in (*features, *scalars)]
+
+    def ids_of_part(self) -> dict[str, Tensor]:
+        return {"image_ids": self.ids[self.part], "text_ids": self.text_ids[self.part]}
+
+    def output(self, **options: Any) -> LossOutput:
+        """Run `global_loss` with image ids alone."""
+        images, texts, *scalars = self.leaves(torch.float64)
+        scale, bias = scalars
+        ids = self.ids[self.part]
+        return global_loss(
+            self.name, images, texts, scale, bias, image_ids=ids, **self.options, **options
+        )
+
+    def run(self, fn: Callable[..., Any], **options: Any) -> Tensor:
+        """Return the loss."""
+        return self.differentiable(fn, self.leaves(torch.float64), **options)
+
+    def differentiable(
+        self, fn: Callable[..., Any], leaves: Sequence[Tensor], **options: Any
+    ) -> Tensor:
+        """Return the loss of `fn`, which is global_loss or dense_loss."""
+        result = fn(self.name, *leaves, **self.ids_of_part(), **self.options, **options)
+        loss: Tensor = result.loss if isinstance(result, LossOutput) else result
+        return loss.view(())
+
+
+def gradients(
+    fn: Callable[..., Any], case: Case, *, dtype: torch.dtype = torch.float64, **options: Any
+) -> list[Tensor]:
+    """Return the loss, and its gradients in image and text features, scale and bias."""
+    leaves = case.leaves(dtype)
+    loss = case.differentiable(fn, leaves, **options)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return [loss.detach(), *grads]
+
+
+def error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return the largest difference, relative to each tensor's largest number (or to 1e-3)."""
+    worst = 0.0
+    for a, b in zip(ours, exact, strict=True):
+        if b.numel():
+            difference = (a.double() - b.double()).abs().max()
+            worst = max(worst, (difference / b.abs().max().clamp(min=1e-3)).item())
+    return worst

@@ -1,0 +1,65 @@
+"""The benchmark of the losses runs, and its numbers hang together."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dist_vse.cli import main
+from dist_vse.tools.bench.peer import peer_version
+
+
+def test_bench_loss_writes_times_traffic_errors_and_memory(tmp_path: Path) -> None:
+    out = tmp_path / "loss.json"
+    arguments = [
+        "bench",
+        "loss",
+        "--rows",
+        "96",
+        "--dim",
+        "16",
+        "--repeats",
+        "1",
+        "--memory",
+        "512",
+        "--memory-dim",
+        "8",
+    ]
+    assert main([*arguments, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    (speed,) = report["speed"]
+    assert speed["global_batch"] == 192
+    assert all(seconds > 0 for seconds in speed["seconds"].values())
+    features = 192 * 16 * 4  # gathered (half of it is sent), and as much for the gradients
+    for case in ("convse", "convse, S kept", "convse++"):
+        assert features < speed["sent_bytes"][case] <= features + 4 * 192 * 4
+        assert speed["error"][case] < 1e-5
+    for case in ("convse, bf16", "convse, bfloat16 features", "convse, float16 features"):
+        assert 1e-5 < speed["error"][case] < 1e-1
+    if peer_version() is not None:
+        assert speed["sent_bytes"]["OpenCLIP"] == pytest.approx(2 * features)
+    for entry in report["memory"]:
+        assert entry["peak_bytes"] >= 0  # so small a batch may fit in what the process has already
+        if entry["loss"] != "OpenCLIP":
+            assert 0 < entry["own_bytes"] < 1.1 * 2**20  # two tiles of 256 x 512, and vectors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "0"], r"--rows \(0\) must be at least 1"),
+        (["--processes", "0"], r"--processes \(0\) must be at least 1"),
+        (["--repeats", "0"], r"--repeats \(0\) must be at least 1"),
+        (["--rows", "--memory", "1001"], r"multiple of --processes \(2\); nearest: 1000"),
+        (["--rows", "8", "--out", "/"], r"--out / cannot be written"),
+        (["--rows", "8", "--out", "missing/loss.json"], r"--out missing/loss.json cannot be"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "loss", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1

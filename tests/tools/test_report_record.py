@@ -1,0 +1,78 @@
+"""What a report reads of a run: metrics and examples, begun, cut, damaged or not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dist_vse.common.errors import UserError
+from dist_vse.tools.report import write_report
+from tests.support.reports import metrics_lines, report, write_run
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return write_run(tmp_path)
+
+
+def test_a_run_that_has_just_begun(run_dir: Path) -> None:
+    (run_dir / "examples.json").unlink()
+    (run_dir / "metrics.jsonl").write_text("\n".join(metrics_lines()[:2]) + "\n")
+    page = report(run_dir)
+    assert "untrained" in page.text
+    assert page.classes("trained") == page.classes("thumb") == 0
+
+
+def test_a_last_line_cut_by_a_kill_is_left_out(run_dir: Path) -> None:
+    whole = report(run_dir)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "ste')
+    assert report(run_dir).text == whole.text
+
+
+def test_a_step_that_ran_twice_counts_once(run_dir: Path) -> None:
+    lines = metrics_lines()
+    again = json.dumps(json.loads(lines[1]) | {"pairs_per_s": 9e9})
+    (run_dir / "metrics.jsonl").write_text("\n".join([*lines[:2], again, lines[-1]]))
+    page = report(run_dir)
+    assert "9,000,000,000 pairs/s" in page.text  # the median of the later line alone
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: [], "has no train line yet"),
+        (lambda lines: lines[1:3], "has no eval line yet"),
+        (lambda lines: lines[:1], "has no train line yet"),
+        (lambda lines: [*lines[:3], "{oops", *lines[3:]], "line 4 is no JSON"),
+        (lambda lines: [*lines[:3], "7", *lines[3:]], "line 4 is no JSON object"),
+        (
+            lambda lines: [*lines, '{"kind": "train", "step": 50}'],
+            r"line 43 \(train\) lacks samples",
+        ),
+        (
+            lambda lines: [line.replace('"val"', '"dev"') for line in lines],
+            "has no evaluation on split 'val'",
+        ),
+    ],
+)
+def test_metrics_that_cannot_be_read(run_dir: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    (run_dir / "metrics.jsonl").write_text("\n".join(change(metrics_lines())))
+    with pytest.raises(UserError, match=rf"metrics\.jsonl: {message}"):
+        write_report(run_dir, None, run_dir / "report.html")
+    assert not (run_dir / "report.html").exists()
+
+
+def test_folders_that_are_no_run(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such run"):
+        write_report(tmp_path / "nowhere", None, tmp_path / "report.html")
+    (run_dir / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no metrics; has the run started"):
+        write_report(run_dir, None, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "3"])
+def test_examples_that_cannot_be_read(run_dir: Path, content: str) -> None:
+    (run_dir / "examples.json").write_text(content)
+    with pytest.raises(UserError, match=r"examples\.json: .*; run `dist-vse eval` again"):
+        write_report(run_dir, None, run_dir / "report.html")
