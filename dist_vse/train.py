@@ -29,7 +29,7 @@ from dist_vse.runs.files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME, TRACE_
 from dist_vse.runs.folder import with_start
 from dist_vse.runs.metrics import Recorder, log_line, peak_memory_gib, progress_bar
 from dist_vse.runs.saver import Saver
-from dist_vse.runs.skipped import Ledger
+from dist_vse.runs.skipped import SkippedLog
 from dist_vse.training.builders import (
     build_ahead,
     build_eval_batches,
@@ -53,7 +53,7 @@ def run(config: TrainConfig) -> int:
     Every rank of a process group calls this. Raises UserError alike on every rank.
     """
     config.check_world_size(distributed.world_size())
-    with distributed.same_verdict():
+    with distributed.raise_on_all_ranks():
         config = with_start(config)
     signals.listen()
     torch.manual_seed(config.seed + 1000 * distributed.rank())  # dropout differs between ranks
@@ -68,9 +68,9 @@ def run(config: TrainConfig) -> int:
         logger.info("resuming %s at step %d", run.run_dir, progress.step)
     indexes = (run.index, *(a_set.index for a_set in run.train_sets))
     data = {str(index.root): index.fingerprint() for index in indexes}
-    with distributed.same_verdict(), writing(run.run_dir):
+    with distributed.raise_on_all_ranks(), writing(run.run_dir):
         if distributed.is_main_process():
-            run.fence.check()
+            run.lease.check()
             record_environment(run.run_dir, progress.step, data)
     trace = run.run_dir / TRACE_NAME if config.profile else None
     watching = watchdog.watching(watchdog.limit_s())
@@ -87,7 +87,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
     config, engine, meter = run.config, run.engine, run.meter
     saver = Saver(
         run.run_dir / CHECKPOINTS,
-        run.fence,
+        run.lease,
         keep_last=config.keep_checkpoints,
         keep_best=config.keep_best,
         minutes=config.checkpoint_minutes,
@@ -99,7 +99,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         project=config.project,
         settings=flat_config(config),
     )
-    ledger = Ledger(
+    skipped_log = SkippedLog(
         run.run_dir / SKIPPED_NAME,
         progress.step,
         share=config.data.max_bad,
@@ -113,7 +113,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
     stopped = False
     while progress.step < config.total_steps and not stopped:
         step_timer.begin("data")
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             batch = next(batches)
         step_timer.begin("encode")
         rate = step_learning_rate(config, progress.samples_seen)
@@ -126,7 +126,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
 
         progress = _advance(progress, batch, config.global_batch_size)
         watchdog.progress()
-        ledger.add(progress.step, batch.skipped)
+        skipped_log.add(progress.step, batch.skipped)
         meter.add(config.global_batch_size)
         traced()
         bar.update()
@@ -137,7 +137,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         save = last or stopped or overdue or _save_due(config, progress)
         log = last or progress.step % config.log_every == 0
         if save or log:
-            _flush(run, ledger)
+            _flush(run, skipped_log)
         if log:
             statistics |= {"loss": loss, "lr": torch.tensor(rate)}
             _log(run, progress, statistics, recorder)
@@ -176,27 +176,29 @@ def _save_due(config: TrainConfig, progress: Progress) -> bool:
 
 
 def _save(run: Run, saver: Saver, progress: Progress, score: float | None) -> None:
-    """Begin a checkpoint; the lanes of all ranks, in order, are the data's position."""
+    """Begin a checkpoint; the streams of all ranks, in order, are the data's position."""
     average_statistics(run.engine.module)
     watchdog.progress()
-    lanes = [lane for lanes in distributed.all_gather_object(progress.lanes) for lane in lanes]
-    saver.start(run.engine, replace(progress, lanes=lanes), score=score)
+    streams = [
+        stream for streams in distributed.all_gather_object(progress.streams) for stream in streams
+    ]
+    saver.start(run.engine, replace(progress, streams=streams), score=score)
 
 
-def _flush(run: Run, ledger: Ledger) -> None:
-    with distributed.same_verdict():
+def _flush(run: Run, skipped_log: SkippedLog) -> None:
+    with distributed.raise_on_all_ranks():
         if distributed.is_main_process():
-            run.fence.check()
-    ledger.flush()
+            run.lease.check()
+    skipped_log.flush()
 
 
 def _log(run: Run, progress: Progress, statistics: dict[str, Tensor], recorder: Recorder) -> None:
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen}
     values |= {name: number.item() for name, number in statistics.items()}
     values |= {**run.meter.rates(), "memory_gib": peak_memory_gib()}
-    with distributed.same_verdict():  # a full disk, or a later start of the run
+    with distributed.raise_on_all_ranks():  # a full disk, or a later start of the run
         if distributed.is_main_process():
-            run.fence.check()
+            run.lease.check()
         recorder.write("train", progress.step, values)
     log_line(progress.step, run.config.total_steps, values)
     if warning := collapsed(statistics):
@@ -209,14 +211,14 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
     split = run.config.data.eval_split
     batches = build_eval_batches(run.config, run.index, run.tokenizer, split)
     average_statistics(run.engine.module)
-    with run.engine.whole_parameters():
+    with run.engine.gathered_parameters():
         evaluation = evaluate(run.engine.module, watchdog.each(batches), distributed.device())
     watchdog.progress()
     metrics = evaluation.metrics
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen, "split": split}
-    with distributed.same_verdict():
+    with distributed.raise_on_all_ranks():
         if distributed.is_main_process():
-            run.fence.check()
+            run.lease.check()
         recorder.write("eval", progress.step, {**values, **metrics})
         if distributed.is_main_process():
             examples = run.run_dir / EXAMPLES_NAME
@@ -252,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_alike(config_path: str, overrides: Sequence[str]) -> int:
     """Train by a config that one rank or another may find wrong; all return the same code."""
     try:
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             config = load_config(config_path, overrides)
             contradictions = launcher_conflicts(config, os.environ)
         for contradiction in contradictions:

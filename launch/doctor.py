@@ -167,14 +167,18 @@ def _samples(checkup: Checkup) -> str:
     config, nothing = checkup.config, Progress(0, 0, [])
     sets, tokenizer = open_train_sets(config), checkup.tokenizer
     data = replace(config.data, num_workers=0)
-    whole = -(-config.global_batch_size // data.lanes) * data.lanes  # the batch is checked apart
+    whole = (
+        -(-config.global_batch_size // data.num_streams) * data.num_streams
+    )  # the batch is checked apart
     large = replace(config, data=data, global_batch_size=whole, chunk_size=whole)
     build_train_batches(large, sets, tokenizer, nothing)  # raises where samples are too few
-    small = replace(config, data=data, global_batch_size=data.lanes, chunk_size=data.lanes)
+    small = replace(
+        config, data=data, global_batch_size=data.num_streams, chunk_size=data.num_streams
+    )
     batch = next(build_train_batches(small, sets, tokenizer, nothing))
     if batch.skipped:
         raise UserError(f"bad samples among the first: {batch.skipped[0]}")
-    return f"{sum(s.num_samples for s in sets)} samples, the first {data.lanes} can be read"
+    return f"{sum(s.num_samples for s in sets)} samples, the first {data.num_streams} can be read"
 
 
 def _memory(checkup: Checkup) -> str:

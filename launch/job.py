@@ -12,7 +12,7 @@ import submitit
 from dist_vse.common import signals
 from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger, setup_logging
-from dist_vse.runs.lease import TakenOver
+from dist_vse.runs.lease import LostLease
 from launch import local, slurm
 from launch.environment import Place, conflicts, job_port
 
@@ -50,7 +50,7 @@ class Job:
             if environment.cluster == "local":
                 local.end_controller_at_exit()  # srun does this with --kill-on-bad-exit
                 raise
-            if isinstance(error, TakenOver):  # the job lives elsewhere: its results, its marks
+            if isinstance(error, LostLease):  # the job lives elsewhere: its results, its marks
                 sys.exit(f"error: {error}")
             if isinstance(error, UserError):
                 slurm.mark_final(environment.paths.folder.parent)
@@ -73,7 +73,7 @@ class Train:
         from dist_vse.config import load_config
 
         with distributed.process_group():
-            with distributed.same_verdict():
+            with distributed.raise_on_all_ranks():
                 config = load_config(self.config_path)
             code = train.run(config)
         environment = submitit.JobEnvironment()

@@ -35,12 +35,12 @@ class Probe:
 
         with distributed.process_group():
             here = distributed.device()
-            with distributed.same_verdict():
+            with distributed.raise_on_all_ranks():
                 _check_files(self.shard, Path(self.folder))
                 _check_precision(here, bf16=self.bf16)
                 _check_memory(here, self.needed_gib)
             size = distributed.world_size()
-            with distributed.same_verdict():
+            with distributed.raise_on_all_ranks():
                 ones = torch.ones(1 << 20, device=here)
                 total = distributed.all_reduce_sum(ones)[0].item()
                 if total != size:

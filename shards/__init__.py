@@ -1,1 +1,1 @@
-"""Turns images with captions into tar shards and the index that `dist_vse.stream` reads."""
+"""Turns images with captions into tar shards and the index that `dist_vse.data` reads."""

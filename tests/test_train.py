@@ -198,7 +198,7 @@ def test_a_shard_that_vanishes_ends_every_rank(shards: Path, tmp_path: Path) -> 
 
 
 def test_a_mixture_with_bad_samples_trains_within_its_budget(tmp_path: Path) -> None:
-    """Ranks in one ledger; another life goes on with it; too many bad samples end every rank."""
+    """Ranks in one log; another attempt goes on with it; too many bad samples end every rank."""
     folders = tmp_path / "a", tmp_path / "b"
     write_dataset(folders[0], {"train": [40, 30], "val": [8]})
     good = [make_sample(n) for n in range(30)]
@@ -208,8 +208,8 @@ def test_a_mixture_with_bad_samples_trains_within_its_budget(tmp_path: Path) -> 
     overrides = _overrides(folders[0], tmp_path / "run", mix, "total_steps=10")
     verdicts = run_distributed(_run, 2, [*overrides, "data.max_bad=0.03"])  # 4 of 134 an epoch
     assert verdicts == [0, 0]
-    ledger = tmp_path / "run" / "skipped.jsonl"
-    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    skipped_log = tmp_path / "run" / "skipped.jsonl"
+    lines = [json.loads(line) for line in skipped_log.read_text().splitlines()]
     assert {line["key"] for line in lines} == {"bad0", "bad1"}
     assert {line["shard"] for line in lines} == {"web-00000.tar"}
     assert sum(line["epoch"] == 0 for line in lines) == 4
@@ -219,7 +219,7 @@ def test_a_mixture_with_bad_samples_trains_within_its_budget(tmp_path: Path) -> 
     )
     assert verdicts[0] == verdicts[1]
     assert "bad samples so far, more than data.max_bad (0.02) of 134 allows (2)" in verdicts[0]
-    assert str(ledger) in verdicts[0]
+    assert str(skipped_log) in verdicts[0]
 
 
 def _be_taken_over(overrides: list[str], during: str) -> tuple[type, str]:
@@ -228,7 +228,7 @@ def _be_taken_over(overrides: list[str], during: str) -> tuple[type, str]:
 
     def slow(*arguments: Any, **more: Any) -> Any:
         result = original(*arguments, **more)
-        lease.claim(Path(config.output_dir))
+        lease.acquire(Path(config.output_dir))
         return result
 
     setattr(train, during, slow)
@@ -258,8 +258,8 @@ def test_a_run_that_was_taken_over_writes_nothing_any_more(
     write_shards(tmp_path / "shards", {"train": [mixed], "val": [good[:8]]})
     overrides = _overrides(tmp_path / "shards", tmp_path / "run", "data.max_bad=1")
     ((kind, told),) = run_distributed(_be_taken_over, 1, overrides, during)
-    assert kind is lease.TakenOver, told
+    assert kind is lease.LostLease, told
     files = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
-    assert sorted(files - {"config.yaml", "vocabulary.json", "life.json"}) == written
+    assert sorted(files - {"config.yaml", "vocabulary.json", "lease.json"}) == written
     found = read_lines(tmp_path / "run") if "metrics.jsonl" in written else []
     assert [line["kind"] for line in found] == lines

@@ -33,12 +33,12 @@ def measure(work: Callable[[], T], device: torch.device) -> tuple[T, Allocated]:
         torch.cuda.synchronize(device)
         after, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
         return result, Allocated(after - before, peak - before)
-    with Storages() as storages:
+    with TensorMemoryTracker() as storages:
         result = work()
     return result, Allocated(storages.held, storages.peak)
 
 
-class Storages(TorchDispatchMode):
+class TensorMemoryTracker(TorchDispatchMode):
     """Follows the memory of all tensors that are made inside the block.
 
     `held` and `peak` are bytes; `peak` may be set back to `held` to look at a part of the work.

@@ -106,17 +106,18 @@ class TrainConfig:
 
         Raises UserError with the nearest numbers that would do.
         """
-        lanes, workers = self.data.lanes, max(1, self.data.num_workers)
-        if lanes % (world_size * workers):
+        streams, workers = self.data.num_streams, max(1, self.data.num_workers)
+        if streams % (world_size * workers):
             raise UserError(
-                f"data.lanes ({lanes}) must be a multiple of the world size ({world_size}) times "
-                f"data.num_workers ({workers}); nearest: {_nearest(lanes, world_size * workers)}"
+                f"data.num_streams ({streams}) must be a multiple of the world size "
+                f"({world_size}) times data.num_workers ({workers}); nearest: "
+                f"{_nearest(streams, world_size * workers)}"
             )
-        unit = max(lanes, world_size)
+        unit = max(streams, world_size)
         if self.global_batch_size % unit:
             raise UserError(
-                f"global_batch_size ({self.global_batch_size}) must be a multiple of data.lanes "
-                f"({lanes}); nearest: {_nearest(self.global_batch_size, unit)}"
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"data.num_streams ({streams}); nearest: {_nearest(self.global_batch_size, unit)}"
             )
         rank_batch_size = self.global_batch_size // world_size
         if isinstance(self.chunk_size, str):  # auto takes one that divides

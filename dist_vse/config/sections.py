@@ -38,11 +38,11 @@ class DataConfig:
     """Data sets to train on together, in the place of `train_split`:
     `[{index: DIR, split: train, weight: 0.5}, …]`. Evaluation stays with `data.index`."""
     eval_split: str = "val"
-    lanes: int = 8
+    num_streams: int = 8
     """Parallel reading positions. The global batch is the same for every world size that
     divides this number (times any number of workers)."""
     shuffle_window: int = 1024
-    """Samples within which a lane is shuffled; shards are shuffled as well."""
+    """Samples within which a stream is shuffled; shards are shuffled as well."""
     num_workers: int = 1
     """Decoding processes a rank; 0 decodes in the training process."""
     crop: str = "random"
@@ -61,7 +61,7 @@ class DataConfig:
     `skipped.jsonl`; more of them end the run."""
 
     def __post_init__(self) -> None:
-        at_least(1, data__lanes=self.lanes, data__shuffle_window=self.shuffle_window)
+        at_least(1, data__num_streams=self.num_streams, data__shuffle_window=self.shuffle_window)
         at_least(0, data__num_workers=self.num_workers)
         one_of("data.crop", self.crop, ("random", "center"))
         check(
@@ -217,8 +217,8 @@ class LossConfig:
     """Start of siglip's learned bias."""
     warmup_samples: int = 0
     """convse++ and vse++: pairs seen while going from the mean of all violations to the hardest."""
-    twins: str = "exclude"
-    """Pairs of equal image or caption: `exclude` (no negatives) or `positive` (more positives)."""
+    duplicates: str = "mask"
+    """Pairs of equal image or caption: `mask` (no negatives) or `positive` (more positives)."""
     transport: str = "gather"
     """`gather` the captions' features once, or pass them round a `ring` (memory O(b d))."""
     memory_gib: float = 0.25
@@ -228,7 +228,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         one_of("loss.name", self.name, LOSSES)
-        one_of("loss.twins", self.twins, ("exclude", "positive"))
+        one_of("loss.duplicates", self.duplicates, ("mask", "positive"))
         one_of("loss.transport", self.transport, ("gather", "ring"))
         check(self.temperature > 0, f"loss.temperature ({self.temperature}) must be above 0")
         check(

@@ -2,9 +2,9 @@
 
 Each data set is an endless row of turns. A turn holds every sample once: its shards are permuted
 and laid end to end on a ring. An epoch takes the next `per_epoch` samples of each data set, cuts
-them into lanes, and interleaves the data sets evenly within each lane, which is shuffled within
-blocks of `shuffle_window` samples. The lanes are of equal length, to one sample: those that get
-one more of a data set begin where those of the data set before ended. So a lane reads few shards,
+them into streams, and interleaves the data sets evenly within each stream, which is shuffled within
+blocks of `shuffle_window` samples. The streams are of equal length, to one sample: those that get
+one more of a data set begin where those of the data set before ended. So a stream reads few shards,
 one after the other, needs memory for one block only, and can start at any position at once.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ORDER_FORMAT = 2
-"""Kept by checkpoints. In 1, all sets of a mixture gave their longer shares to the same lanes."""
+"""Kept by checkpoints. In 1, all sets of a mixture gave their longer shares to the same streams."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Order:
 
     sources: tuple[Source, ...]
     seed: int
-    lanes: int
+    streams: int
     shuffle_window: int
 
     def epoch(self, epoch: int) -> "EpochOrder":
@@ -70,7 +70,7 @@ class _Ring(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """A window of a lane."""
+    """A window of a stream."""
 
     number: int
     starts: list[int]  # of each source, in its endless row
@@ -79,42 +79,42 @@ class _Block(NamedTuple):
 
 
 class EpochOrder:
-    """One epoch's order; each of its samples stands at exactly one (lane, position)."""
+    """One epoch's order; each of its samples stands at exactly one (stream, position)."""
 
     def __init__(self, order: Order, epoch: int) -> None:
-        """Cut the lanes."""
-        assert order.per_epoch >= order.lanes >= 1, order
+        """Cut the streams."""
+        assert order.per_epoch >= order.streams >= 1, order
         self._order, self._epoch = order, epoch
         self._seed = order.seed % 2**64
-        self._cuts = []  # for each source (lanes + 1,), in its endless row
+        self._cuts = []  # for each source (streams + 1,), in its endless row
         taken = epoch * order.per_epoch
         for source in order.sources:
-            cuts = _cuts(source.per_epoch, order.lanes, taken)
+            cuts = _cuts(source.per_epoch, order.streams, taken)
             self._cuts.append(epoch * source.per_epoch + cuts)
             taken += source.per_epoch
         self._rings: dict[tuple[int, int], _Ring] = {}  # of (source, turn)
-        self._blocks: dict[int, _Block] = {}  # lane -> its current block
+        self._blocks: dict[int, _Block] = {}  # stream -> its current block
 
-    def lane_length(self, lane: int) -> int:
-        """Return the number of samples that the lane reads in this epoch."""
-        return sum(self._counts(lane))
+    def stream_length(self, stream: int) -> int:
+        """Return the number of samples that the stream reads in this epoch."""
+        return sum(self._counts(stream))
 
-    def lane_sample(self, lane: int, position: int) -> Place:
-        """Return what stands at a position of the lane, 0 <= position < its length."""
+    def stream_sample(self, stream: int, position: int) -> Place:
+        """Return what stands at a position of the stream, 0 <= position < its length."""
         number, place = divmod(position, self._order.shuffle_window)
-        if lane not in self._blocks or self._blocks[lane].number != number:
-            self._blocks[lane] = self._block(lane, number)
-        block = self._blocks[lane]
+        if stream not in self._blocks or self._blocks[stream].number != number:
+            self._blocks[stream] = self._block(stream, number)
+        block = self._blocks[stream]
         chosen = block.order[place]
         source = bisect_right(block.counts, chosen)
         before = block.counts[source - 1] if source else 0
         return self._place(source, block.starts[source] + chosen - before)
 
-    def block_shards(self, lane: int, number: int) -> list[tuple[int, int]]:
-        """Return the (source, shard)s that a block of the lane reads; none beyond its end."""
-        if number * self._order.shuffle_window >= self.lane_length(lane):
+    def block_shards(self, stream: int, number: int) -> list[tuple[int, int]]:
+        """Return the (source, shard)s that a block of the stream reads; none beyond its end."""
+        if number * self._order.shuffle_window >= self.stream_length(stream):
             return []
-        block = self._block(lane, number)
+        block = self._block(stream, number)
         counts = np.diff(block.counts, prepend=0).tolist()  # of each source
         found: list[tuple[int, int]] = []
         for source, (start, count) in enumerate(zip(block.starts, counts, strict=True)):
@@ -127,18 +127,18 @@ class EpochOrder:
                 at = min(at + of_source.shard_sizes[place.shard] - place.row, end_of_turn)
         return found
 
-    def _counts(self, lane: int) -> list[int]:
-        """Return how many samples the lane reads of each source."""
-        return [int(cuts[lane + 1] - cuts[lane]) for cuts in self._cuts]
+    def _counts(self, stream: int) -> list[int]:
+        """Return how many samples the stream reads of each source."""
+        return [int(cuts[stream + 1] - cuts[stream]) for cuts in self._cuts]
 
-    def _block(self, lane: int, number: int) -> _Block:
-        window, counts = self._order.shuffle_window, self._counts(lane)
+    def _block(self, stream: int, number: int) -> _Block:
+        window, counts = self._order.shuffle_window, self._counts(stream)
         start = number * window
         size = min(window, sum(counts) - start)
         before, after = shares(counts, start), shares(counts, start + size)
-        starts = [int(cuts[lane]) + b for cuts, b in zip(self._cuts, before, strict=True)]
+        starts = [int(cuts[stream]) + b for cuts, b in zip(self._cuts, before, strict=True)]
         sizes = np.array(after) - np.array(before)
-        seed = (self._seed, self._epoch, 2, lane, number)
+        seed = (self._seed, self._epoch, 2, stream, number)
         return _Block(number, starts, np.cumsum(sizes).tolist(), _permutation(seed, size).tolist())
 
     def _place(self, source: int, at: int) -> Place:
@@ -155,13 +155,13 @@ class EpochOrder:
         sizes = np.array(self._order.sources[source].shard_sizes, np.int64)
         shards = _permutation((self._seed, turn, 0, source), len(sizes))
         starts = np.cumsum(sizes[shards]) - sizes[shards]
-        # Begun anywhere: the lanes cut even a single shard at new places.
+        # Begun anywhere: the streams cut even a single shard at new places.
         offset = int(_raw((self._seed, turn, 1, source), 1)[0]) % int(sizes.sum())
         return _Ring(shards.tolist(), starts.tolist(), offset)
 
 
 def shares(counts: Sequence[int], position: int) -> list[int]:
-    """Return how many of the first `position` samples of a lane come from each source.
+    """Return how many of the first `position` samples of a stream come from each source.
 
     Spread evenly: each source has its share of all that the ones before it left, rounded down.
     So no share ever shrinks as the position grows, and in the end each source has all of its own.
@@ -175,13 +175,13 @@ def shares(counts: Sequence[int], position: int) -> list[int]:
     return result
 
 
-def _cuts(total: int, lanes: int, taken: int) -> NDArray[np.int64]:
-    """Cut `total` samples into lanes; the longer ones take turns, so that lanes stay in step.
+def _cuts(total: int, streams: int, taken: int) -> NDArray[np.int64]:
+    """Cut `total` samples into streams; the longer ones take turns, so that streams stay in step.
 
-    `taken` samples were cut before, of any data set: as if dealt to the lanes one by one.
+    `taken` samples were cut before, of any data set: as if dealt to the streams one by one.
     """
-    length, longer = divmod(total, lanes)
-    lengths = length + ((np.arange(lanes) - taken) % lanes < longer)
+    length, longer = divmod(total, streams)
+    lengths = length + ((np.arange(streams) - taken) % streams < longer)
     return np.concatenate([[0], np.cumsum(lengths)])
 
 

@@ -16,17 +16,21 @@ class Prefetcher:
         """Start nothing; `active` tells whether any shard is remote."""
         self.active = any(reader.is_remote for reader in readers)
         self._readers = readers
-        self._at: dict[int, tuple[int, int]] = {}  # lane -> its epoch and block
+        self._at: dict[int, tuple[int, int]] = {}  # stream -> its epoch and block
         self._wanted: queue.SimpleQueue[tuple[int, int]] | None = None
 
-    def enter(self, lane: int, epochs: Callable[[int], EpochOrder], epoch: int, block: int) -> None:
-        """Note that a lane reads in this block; if it is new there, copy the next one's shards."""
-        if self._at.get(lane) == (epoch, block):
+    def enter(
+        self, stream: int, epochs: Callable[[int], EpochOrder], epoch: int, block: int
+    ) -> None:
+        """Note that a stream reads in this block; in a new one, copy the next one's shards."""
+        if self._at.get(stream) == (epoch, block):
             return
-        self._at[lane] = epoch, block
+        self._at[stream] = epoch, block
         order = epochs(epoch)
-        following = order.block_shards(lane, block + 1) or epochs(epoch + 1).block_shards(lane, 0)
-        for source, shard in order.block_shards(lane, block) + following:
+        following = order.block_shards(stream, block + 1) or epochs(epoch + 1).block_shards(
+            stream, 0
+        )
+        for source, shard in order.block_shards(stream, block) + following:
             self.want(source, shard)
 
     def want(self, source: int, shard: int) -> None:

@@ -1,6 +1,6 @@
-"""What the stream hands out, and how the samples of a lane become tensors.
+"""What the stream hands out, and how the samples of a stream become tensors.
 
-Shapes: k samples of one lane, b on this rank, h = w pixels, l tokens, L lanes, W ranks.
+Shapes: k samples of one stream, b on this rank, h = w pixels, l tokens, L streams, W ranks.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Part:
-    """One lane's share of a batch."""
+    """One stream's share of a batch."""
 
     images: Tensor | None  # uint8 (k, 3, h, w); None if they lie in the batch's slot
     tokens: NDArray[np.int64]  # (k, l)
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's rows of a global batch, in lane order."""
+    """This rank's rows of a global batch, in stream order."""
 
     images: Tensor
     """uint8 (b, 3, h, w), RGB."""
@@ -66,13 +66,13 @@ class Batch:
     """int64 (b, 2): how often the data set was read before (its epoch, where the weight is 1), and
     the sample's number, counted through all data sets."""
     state: NDArray[np.int64]
-    """(L/W, 2): epoch and next position of this rank's lanes after this batch."""
+    """(L/W, 2): epoch and next position of this rank's streams after this batch."""
     skipped: tuple[Skipped, ...]
     """Bad samples passed over on the way to this batch."""
 
 
 def join_parts(parts: Sequence[Part], images: Tensor | None, pad_id: int) -> Batch:
-    """Join the parts of the rank's lanes; tokens are padded to the longest of all.
+    """Join the parts of the rank's streams; tokens are padded to the longest of all.
 
     `images` are those of the whole batch, uint8 (b, 3, h, w), if the parts hold none.
     """

@@ -1,7 +1,7 @@
-"""A worker's lanes: each reads its own samples in its own order, and skips the bad ones.
+"""A worker's streams: each reads its own samples in its own order, and skips the bad ones.
 
 Which caption and which crop a sample gets is drawn from (seed, turn, sample), never from the
-worker or the rank; so a lane yields the same wherever it is read.
+worker or the rank; so a stream yields the same wherever it is read.
 """
 
 import struct
@@ -88,14 +88,14 @@ class _Draws:
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """The lanes of one rank; called in a worker, it yields the parts of that worker's lanes."""
+class RankStreams:
+    """The streams of one rank; called in a worker, it yields the parts of that worker's streams."""
 
     sets: Sequence[TrainSet]
     order: Order
-    first: int  # this rank's first lane
-    state: NDArray[np.int64]  # (L/W, 2): where this rank's lanes stand
-    part_size: int  # samples that a lane gives to a batch
+    first: int  # this rank's first stream
+    state: NDArray[np.int64]  # (L/W, 2): where this rank's streams stand
+    part_size: int  # samples that a stream gives to a batch
     transform: Transform
     tokenizer: Tokenizer
     slots: torch.Tensor | None = None
@@ -105,7 +105,7 @@ class Lanes:
     def __call__(
         self, worker: int, num_workers: int
     ) -> Generator[tuple[Part, ...], int | None, None]:
-        """Yield the parts of this worker's lanes, batch by batch, for ever.
+        """Yield the parts of this worker's streams, batch by batch, for ever.
 
         What is sent is the slot that takes the images of the next batch. Without one, its parts
         hold them.
@@ -113,14 +113,14 @@ class Lanes:
         numbers = range(worker, len(self.state), num_workers)
         readers = self._readers(len(numbers))
         prefetcher = Prefetcher(readers)
-        # Lanes stand in one epoch or on both sides of its end; more only with many bad samples.
+        # Streams stand in one epoch or on both sides of its end; more only with many bad samples.
         epochs = lru_cache(maxsize=4)(self.order.epoch)
-        lanes = [_Lane(self, readers, prefetcher, epochs, number) for number in numbers]
+        streams = [_Stream(self, readers, prefetcher, epochs, number) for number in numbers]
         slot = None
         try:
             while True:
                 rooms = self._rooms(slot, numbers)
-                parts = [lane.part(room) for lane, room in zip(lanes, rooms, strict=True)]
+                parts = [stream.part(room) for stream, room in zip(streams, rooms, strict=True)]
                 if slot is not None:
                     parts = [replace(part, images=None) for part in parts]
                 slot = yield tuple(parts)
@@ -128,34 +128,34 @@ class Lanes:
             for reader in readers:
                 reader.close()
 
-    def _rooms(self, slot: int | None, lanes: range) -> Iterator[torch.Tensor]:
-        """Yield the room of each lane's images, uint8 (k, h, w, 3)."""
+    def _rooms(self, slot: int | None, streams: range) -> Iterator[torch.Tensor]:
+        """Yield the room of each stream's images, uint8 (k, h, w, 3)."""
         side = self.transform.size if self.read_images else 0
-        for lane in lanes:
+        for stream in streams:
             if slot is None or self.slots is None:
                 # Channels last: as decoders write them, and as convolutions like to read them.
                 yield torch.empty((self.part_size, side, side, 3), dtype=torch.uint8)
             else:
-                yield self.slots[slot, lane * self.part_size : (lane + 1) * self.part_size]
+                yield self.slots[slot, stream * self.part_size : (stream + 1) * self.part_size]
 
-    def _readers(self, lanes: int) -> list[ShardReader]:
-        """Open nothing yet; shuffling reads from all the shards of a lane's block at once."""
+    def _readers(self, streams: int) -> list[ShardReader]:
+        """Open nothing yet; shuffling reads from all the shards of a stream's block at once."""
         readers = []
         for a_set, source in zip(self.sets, self.order.sources, strict=True):
             in_block = self.order.shuffle_window * source.per_epoch // self.order.per_epoch
             shards_a_block = 2 + in_block * len(source.shard_sizes) // source.num_samples
             most = max(2, MAX_OPEN_SHARDS // len(self.sets))
-            max_open = min(most, lanes * shards_a_block)
+            max_open = min(most, streams * shards_a_block)
             readers.append(ShardReader(a_set.index, a_set.split, max_open=max_open))
         return readers
 
 
-class _Lane:
+class _Stream:
     """One reading position."""
 
     def __init__(
         self,
-        plan: Lanes,
+        plan: RankStreams,
         readers: Sequence[ShardReader],
         prefetcher: Prefetcher,
         epochs: Callable[[int], EpochOrder],
@@ -163,7 +163,7 @@ class _Lane:
     ) -> None:
         self._plan, self._readers, self._epochs = plan, readers, epochs
         self._prefetcher = prefetcher
-        self._lane = plan.first + number
+        self._stream = plan.first + number
         self._epoch, self._position = plan.state[number].tolist()
         self._skipped: list[Skipped] = []
         self._bad_in_a_row = 0
@@ -172,7 +172,7 @@ class _Lane:
         self._first = np.cumsum([0, *sizes[:-1]]).tolist()  # number of each set's first sample
 
     def part(self, images: torch.Tensor) -> Part:
-        """Read on, and return this lane's share of the next batch; `images` takes the pixels."""
+        """Read on, and return this stream's share of the next batch; `images` takes the pixels."""
         samples = self._good_samples(images.numpy())
         ids = np.array(
             [(sample.image_id, image_id(sample.caption)) for sample in samples], np.int64
@@ -231,13 +231,13 @@ class _Lane:
     def _skip(self, bad: _Bad) -> None:
         """Note a bad sample.
 
-        Raises UserError if a whole lane has no other.
+        Raises UserError if a whole stream has no other.
         """
         (_, _, shard, row), reader = bad.place, self._readers[bad.place.source]
         name = reader.shard_name(shard)
         self._skipped.append(Skipped(reader.key(shard, row), name, bad.reason, bad.epoch))
         self._bad_in_a_row += 1
-        if self._bad_in_a_row >= self._epochs(bad.epoch).lane_length(self._lane):
+        if self._bad_in_a_row >= self._epochs(bad.epoch).stream_length(self._stream):
             sets = "; ".join(str(a_set) for a_set in self._plan.sets)
             raise UserError(
                 f"{sets}: {self._bad_in_a_row} samples in a row cannot be used (the last: "
@@ -246,11 +246,11 @@ class _Lane:
 
     def _advance(self) -> tuple[int, Place]:
         """Return the epoch and place of this position, and step to the next one."""
-        while self._position >= self._epochs(self._epoch).lane_length(self._lane):
+        while self._position >= self._epochs(self._epoch).stream_length(self._stream):
             self._epoch, self._position = self._epoch + 1, 0
-        place = self._epochs(self._epoch).lane_sample(self._lane, self._position)
+        place = self._epochs(self._epoch).stream_sample(self._stream, self._position)
         if self._prefetcher.active:
             block = self._position // self._plan.order.shuffle_window
-            self._prefetcher.enter(self._lane, self._epochs, self._epoch, block)
+            self._prefetcher.enter(self._stream, self._epochs, self._epoch, block)
         self._position += 1
         return self._epoch, place

@@ -12,7 +12,7 @@ from dist_vse.data.decode import Transform
 from dist_vse.data.order import ORDER_FORMAT, Order, Source
 from dist_vse.data.samples import Batch, Tokenizer, join_parts
 from dist_vse.data.shared_buffers import Slots
-from dist_vse.data.streams import Lanes, TrainSet
+from dist_vse.data.streams import RankStreams, TrainSet
 from dist_vse.data.workers import run_workers
 
 SAMPLES_AHEAD = 64
@@ -23,7 +23,7 @@ def train_batches(
     *,
     seed: int,
     global_batch_size: int,
-    lanes: int,
+    streams: int,
     shuffle_window: int,
     size: int,
     crop: str,
@@ -42,34 +42,34 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's rows of one global batch after the other, for ever.
 
-    Each of the L lanes gives N/L samples to a batch, and rank r reads lanes r L/W to (r+1) L/W:
+    Each of the L streams gives N/L samples to a batch, and rank r reads streams r L/W to (r+1) L/W:
     concatenated over the ranks, the batches are the same for every W that divides L and for any
     number of workers. An epoch holds each good sample once (or `weight` times, on average, where
-    several sets are mixed); batches cross its end, lane by lane.
+    several sets are mixed); batches cross its end, stream by stream.
     `crop` is "random" or "center" (`squash`: not cropped), to `size` pixels. `state` (L, 2) is
     all ranks' `Batch.state` in rank order, of any W: the stream goes on there, if it was written
     in this `state_format`. Without `read_images` the batches' images have no pixels.
 
     Raises UserError: at once for too few samples or a state that does not fit; later for a
-    missing shard, a lane without a single good sample, or too little shared memory.
+    missing shard, a stream without a single good sample, or too little shared memory.
     """
-    assert global_batch_size % lanes == 0, (global_batch_size, lanes)
-    assert lanes % (world_size * max(1, num_workers)) == 0, (lanes, world_size, num_workers)
-    order = Order(tuple(map(_source, sets)), seed, lanes, shuffle_window)
+    assert global_batch_size % streams == 0, (global_batch_size, streams)
+    assert streams % (world_size * max(1, num_workers)) == 0, (streams, world_size, num_workers)
+    order = Order(tuple(map(_source, sets)), seed, streams, shuffle_window)
     where = "; ".join(map(str, sets))
-    _check_samples(where, order.per_epoch, lanes, global_batch_size)
-    state = np.zeros((lanes, 2), np.int64) if state is None else state
+    _check_samples(where, order.per_epoch, streams, global_batch_size)
+    state = np.zeros((streams, 2), np.int64) if state is None else state
     _check_state(where, order, state, state_format)
-    rank_lanes = lanes // world_size
+    rank_streams = streams // world_size
     rows = global_batch_size // world_size
     # One batch is made while another waits; more where batches are small.
     prefetch = max(2, -(-SAMPLES_AHEAD * max(1, num_workers) // rows))
-    plan = Lanes(
+    plan = RankStreams(
         sets=sets,
         order=order,
-        first=rank * rank_lanes,
-        state=state[rank * rank_lanes : (rank + 1) * rank_lanes],
-        part_size=global_batch_size // lanes,
+        first=rank * rank_streams,
+        state=state[rank * rank_streams : (rank + 1) * rank_streams],
+        part_size=global_batch_size // streams,
         transform=Transform(
             size,
             crop == "random",
@@ -91,7 +91,7 @@ def _source(a_set: TrainSet) -> Source:
     return Source(sizes, a_set.per_epoch)
 
 
-def _batches(plan: Lanes, rows: int, num_workers: int, prefetch: int) -> Iterator[Batch]:
+def _batches(plan: RankStreams, rows: int, num_workers: int, prefetch: int) -> Iterator[Batch]:
     slots = None
     if num_workers and plan.read_images:
         # Beside those under way, one is handed out and one is still held. They are made with the
@@ -103,13 +103,15 @@ def _batches(plan: Lanes, rows: int, num_workers: int, prefetch: int) -> Iterato
     workers = max(1, num_workers)
     while True:
         of_workers = [next(items) for _ in range(workers)]
-        # Workers take the lanes in turn.
-        parts = [of_workers[lane % workers][lane // workers] for lane in range(len(plan.state))]
+        # Workers take the streams in turn.
+        parts = [
+            of_workers[stream % workers][stream // workers] for stream in range(len(plan.state))
+        ]
         yield join_parts(parts, slots.take() if slots else None, plan.tokenizer.pad_id)
 
 
-def _check_samples(where: str, num_samples: int, lanes: int, global_batch_size: int) -> None:
-    for name, needed in (("data.lanes", lanes), ("global_batch_size", global_batch_size)):
+def _check_samples(where: str, num_samples: int, streams: int, global_batch_size: int) -> None:
+    for name, needed in (("data.num_streams", streams), ("global_batch_size", global_batch_size)):
         if num_samples < needed:
             raise UserError(
                 f"{where}: an epoch has {num_samples} samples, fewer than {name} ({needed}); "
@@ -118,23 +120,23 @@ def _check_samples(where: str, num_samples: int, lanes: int, global_batch_size: 
 
 
 def _check_state(where: str, order: Order, state: NDArray[np.int64], state_format: int) -> None:
-    """Check that the positions are those of this data set, these lanes and this order."""
+    """Check that the positions are those of this data set, these streams and this order."""
     if state_format != ORDER_FORMAT and len(order.sources) > 1:
         raise UserError(
             f"{where}: this version mixes data sets in another order than the one that wrote the "
             "checkpoint; end the run with that version, or begin anew in another output_dir"
         )
-    if state.shape != (order.lanes, 2):
+    if state.shape != (order.streams, 2):
         raise UserError(
-            f"the checkpoint's stream has {len(state)} lanes, but data.lanes is {order.lanes}; "
-            f"resume with data.lanes={len(state)}"
+            f"the checkpoint has {len(state)} streams, but data.num_streams is {order.streams}; "
+            f"resume with data.num_streams={len(state)}"
         )
     for epoch in np.unique(state[:, 0]).tolist():
         epoch_order = order.epoch(epoch)
-        for lane in np.flatnonzero(state[:, 0] == epoch).tolist():
-            position, length = int(state[lane, 1]), epoch_order.lane_length(lane)
+        for stream in np.flatnonzero(state[:, 0] == epoch).tolist():
+            position, length = int(state[stream, 1]), epoch_order.stream_length(stream)
             if not 0 <= position <= length:
                 raise UserError(
-                    f"{where}: lane {lane} has {length} samples, but the checkpoint's stream "
+                    f"{where}: stream {stream} has {length} samples, but the checkpoint's stream "
                     f"stands at {position}; resume with the data set that the run began with"
                 )

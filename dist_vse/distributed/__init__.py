@@ -1,9 +1,9 @@
 """Processes and what they send each other. The collectives are named here as well."""
 
 from dist_vse.distributed.collectives import (
-    Exchange,
-    Gathering,
-    Reduction,
+    AsyncAllGather,
+    AsyncReduce,
+    AsyncSendRecv,
     all_gather,
     all_gather_object,
     all_gather_rows,
@@ -19,16 +19,16 @@ from dist_vse.distributed.collectives import (
     gather_rows,
     is_main_process,
     process_group,
+    raise_on_all_ranks,
     rank,
     reduce_scatter_rows,
-    same_verdict,
     world_size,
 )
 
 __all__ = [
-    "Exchange",
-    "Gathering",
-    "Reduction",
+    "AsyncAllGather",
+    "AsyncReduce",
+    "AsyncSendRecv",
     "all_gather",
     "all_gather_object",
     "all_gather_rows",
@@ -44,8 +44,8 @@ __all__ = [
     "gather_rows",
     "is_main_process",
     "process_group",
+    "raise_on_all_ranks",
     "rank",
     "reduce_scatter_rows",
-    "same_verdict",
     "world_size",
 ]

@@ -143,7 +143,7 @@ def all_gather_rows(x: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-class Gathering:
+class AsyncAllGather:
     """Equally many rows of all ranks, under way to all ranks while this rank works on.
 
     Every rank starts its collectives in the same order.
@@ -163,7 +163,7 @@ class Gathering:
         return gathered
 
 
-class Reduction:
+class AsyncReduce:
     """A tensor on its way to its sum over the ranks, in place, while this rank works on.
 
     With an `owner` only that rank gets the sum, for fewer bytes; what the others are left with is
@@ -183,7 +183,7 @@ class Reduction:
         self._work.wait()
 
 
-class Exchange:
+class AsyncSendRecv:
     """A message to one rank and another from one rank, under way while this rank works on.
 
     Every rank starts its exchanges in the same order. An empty message is not sent.
@@ -276,7 +276,7 @@ def barrier() -> None:
 
 
 @contextlib.contextmanager
-def same_verdict() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """End the block alike on every rank: a UserError on one rank is raised on all of them.
 
     Costs one number's reduction where nothing is wrong, and every rank must run the same block.

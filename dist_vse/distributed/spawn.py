@@ -22,11 +22,11 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> Any:
 
     A UserError, which all ranks must raise alike, is raised here.
     """
-    return run_teams([Team(fn, world_size, args)])[0]
+    return run_rank_groups([RankGroup(fn, world_size, args)])[0]
 
 
 @dataclass(frozen=True)
-class Team:
+class RankGroup:
     """A process group of its own, and what all of its ranks call."""
 
     fn: Callable[..., Any]
@@ -34,7 +34,7 @@ class Team:
     args: Sequence[Any]
 
 
-def run_teams(teams: Sequence[Team], *, start_method: str = "spawn") -> list[Any]:
+def run_rank_groups(teams: Sequence[RankGroup], *, start_method: str = "spawn") -> list[Any]:
     """Run several groups at the same time; return what every group's rank 0 returned.
 
     `start_method` is one of multiprocessing's.
@@ -61,7 +61,7 @@ def run_teams(teams: Sequence[Team], *, start_method: str = "spawn") -> list[Any
     return values
 
 
-def _start(team: Team, result: Path, start_method: str) -> ProcessContext:
+def _start(team: RankGroup, result: Path, start_method: str) -> ProcessContext:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

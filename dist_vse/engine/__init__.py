@@ -17,7 +17,7 @@ class Engine(Protocol):
     """The model with its optimizer, as the train step sees them."""
 
     module: DualEncoder
-    most_graphs: int | None
+    max_live_graphs: int | None
     """Largest number of forwards that may wait for their backward; None is no bound."""
 
     def __call__(self, **inputs: Tensor) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_vse.distributed import Reduction, rank, world_size
+from dist_vse.distributed import AsyncReduce, rank, world_size
 
 BUCKET = 1 << 20  # elements; a larger share is a bucket of its own
 
@@ -67,7 +67,7 @@ class _Bucket:
         self._shares, self._owner = shares, shares[0].owner
         self._parameters = {id(share.parameter) for share in shares}
         self._message: Tensor | None = None
-        self._reduction: Reduction | None = None
+        self._reduction: AsyncReduce | None = None
 
     def is_complete(self, arrived: set[int]) -> bool:
         return self._parameters <= arrived
@@ -76,7 +76,7 @@ class _Bucket:
         # A copy: a gradient may lie in memory that the backward goes on reading.
         gradients = [share.gradient().to(share.wire) for share in self._shares]
         self._message = torch.cat(gradients)
-        self._reduction = Reduction(self._message, self._owner)
+        self._reduction = AsyncReduce(self._message, self._owner)
 
     def receive(self) -> None:
         assert self._reduction is not None and self._message is not None, "not sent"

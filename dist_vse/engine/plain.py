@@ -20,7 +20,7 @@ class PlainEngine:
         self.module = module
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        self.most_graphs: int | None = None
+        self.max_live_graphs: int | None = None
 
     def __call__(self, **inputs: Tensor) -> Any:
         """Run the model's forward."""

@@ -63,7 +63,7 @@ def zero_config(
     return config
 
 
-def most_graphs(stage: int, *, coalesce: bool) -> int | None:
+def max_live_graphs(stage: int, *, coalesce: bool) -> int | None:
     """Return how many chunks' graphs may stand at once; None is no bound.
 
     ZeRO 3 that reduces at every chunk gives wrong gradients, without a word, where two or more
@@ -100,7 +100,7 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module = module
         self.stage = stage
-        self.most_graphs = most_graphs(stage, coalesce=coalesce)
+        self.max_live_graphs = max_live_graphs(stage, coalesce=coalesce)
         # One reduction for all chunks, at the price of whole gradients in memory for the step,
         # which ZeRO 0 and 1 hold anyway.
         self.coalesce = coalesce or stage < 2
@@ -154,7 +154,7 @@ class ZeroEngine:
             group["lr"] = rate
 
     @contextlib.contextmanager
-    def whole_parameters(self, *, changed: bool = False) -> Iterator[None]:
+    def gathered_parameters(self, *, changed: bool = False) -> Iterator[None]:
         """Hold every parameter whole on every rank inside the block (ZeRO 3 splits them).
 
         `changed` says that the block gives them new values, the same on all ranks.
@@ -190,7 +190,7 @@ class ZeroEngine:
 
         For a fresh engine; the world size and stage may be others. Every rank calls this.
         """
-        with self.whole_parameters(changed=True):
+        with self.gathered_parameters(changed=True):
             self.module.load_state_dict(weights)
         pieces = self._pieces()
         with torch.no_grad():

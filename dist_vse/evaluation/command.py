@@ -47,13 +47,13 @@ def eval_run(
     how: dict[str, Any] = {"protocol": protocol, "recalls": recalls, "bootstrap": bootstrap}
     with distributed.process_group():
         here = distributed.device()
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             task = _open(location, split=split, data=data, protocol=protocol)
             tokenizer = run_tokenizer(task.config, task.run_dir, build=False)
             model = run_model(task.config, tokenizer).to(here)
         batches = build_eval_batches(task.config, task.index, tokenizer, split)
         untrained = evaluate(model, batches, here, **{**how, "bootstrap": 0})
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             checkpoint = load_trained(task.run_dir, model, task.asked)
         batches = build_eval_batches(task.config, task.index, tokenizer, split)
         trained = evaluate(model, batches, here, **how, allow_collapse=False)
@@ -63,7 +63,7 @@ def eval_run(
             "chance": trained.chance,
         }
         where = {"checkpoint": checkpoint.name, "split": split, "protocol": protocol}
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             if distributed.is_main_process():
                 _save(task, {**where, "data": task.index.fingerprint(), **results}, trained)
         if distributed.is_main_process():

@@ -98,7 +98,7 @@ def embed(model: Encoders, batches: Iterable[EvalBatch], device: torch.device) -
     texts: list[Tensor] = []
     rows: list[Tensor] = []
     ids: list[Tensor] = []
-    with distributed.same_verdict(), torch.no_grad(), _eval_mode(model):
+    with distributed.raise_on_all_ranks(), torch.no_grad(), _eval_mode(model):
         for batch in batches:
             images.append(model.encode_images(batch.images.to(device)))
             # In pieces: an image may have any number of captions.
@@ -147,7 +147,7 @@ def score(
     for features that are not finite and for a split that is not the protocol's; for collapsed
     features too unless they are allowed, as in a training that may recover: then it is a warning.
     """
-    with distributed.same_verdict():
+    with distributed.raise_on_all_ranks():
         if distributed.is_main_process():
             for warning in check_features(split.image_features, split.text_features):
                 if not allow_collapse:

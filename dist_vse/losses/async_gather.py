@@ -19,14 +19,14 @@ class Ahead:
     def __init__(self, transport: str, *, rounded: bool = False) -> None:
         self.rounded = rounded
         self._wanted = transport == "gather" and distributed.world_size() > 1
-        self._under_way: list[distributed.Gathering] = []
+        self._under_way: list[distributed.AsyncAllGather] = []
 
     def send(self, text_features: Tensor) -> None:
         """Start to gather a chunk's features (c, d); chunks come in the order of their rows."""
         if self._wanted:
             features = text_features.detach()
             self._under_way.append(
-                distributed.Gathering(features.bfloat16() if self.rounded else features)
+                distributed.AsyncAllGather(features.bfloat16() if self.rounded else features)
             )
 
     def take(self) -> Tensor | None:

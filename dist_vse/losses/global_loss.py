@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from dist_vse import distributed
 from dist_vse.losses.async_gather import Ahead
 from dist_vse.losses.hardest import Hardest
-from dist_vse.losses.layout import Twins
+from dist_vse.losses.layout import DuplicatePairs
 from dist_vse.losses.pairwise import Hinges, Sigmoid
 from dist_vse.losses.positives import OwnPairs, Positives
 from dist_vse.losses.preflight import Survey, refuse, take_survey
@@ -53,7 +53,7 @@ def global_loss(
     text_ids: Tensor | None = None,
     margin: float = 0.2,
     hardness: float = 1.0,
-    twins: str = "exclude",
+    duplicates: str = "mask",
     transport: str = "gather",
     memory_gib: float = 0.25,
     bf16_products: bool = False,
@@ -70,7 +70,7 @@ def global_loss(
     not fit together or that differ between the ranks, the same on all of them.
     """
     ids = [x for x in (image_ids, text_ids) if x is not None]
-    fault = _find_fault(name, image_features, text_features, ids, hardness, twins, transport)
+    fault = _find_fault(name, image_features, text_features, ids, hardness, duplicates, transport)
     if fault is None and ahead is not None and ahead.rounded:
         fault = _find_rounding(name, bf16_products=bf16_products)
     if fault is not None:
@@ -87,7 +87,7 @@ def global_loss(
         inputs = rows, columns, bias.to(dtype)
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         setting = _Setting(
-            name, margin, hardness, twins, transport, bf16_products,
+            name, margin, hardness, duplicates, transport, bf16_products,
             embedding=rows.shape[1], precision=str(dtype), num_ids=len(ids), gradient=keep,
             sent_ahead=ahead is not None,
         )  # fmt: skip
@@ -119,7 +119,7 @@ class _Setting:
     name: str
     margin: float
     hardness: float
-    twins: str
+    duplicates: str
     transport: str
     bf16_products: bool
     embedding: int
@@ -165,14 +165,14 @@ def _build_sweep(
     budget: int,
 ) -> Sweep:
     rows, columns = rows.detach(), columns.detach()
-    layout, twins_are_positive = survey.layout, setting.twins == "positive"
+    layout, duplicates_are_positive = survey.layout, setting.duplicates == "positive"
     positives = Positives(
         rows,
         columns,
         own,
         layout,
-        Twins(layout.gather(torch.stack(list(ids), 1)), layout) if ids else None,
-        average_twins=twins_are_positive,
+        DuplicatePairs(layout.gather(torch.stack(list(ids), 1)), layout) if ids else None,
+        average_duplicates=duplicates_are_positive,
     )
     rounded = travels_rounded(setting.name, bf16_products=setting.bf16_products)
     travelling = columns.bfloat16() if rounded else columns
@@ -181,7 +181,7 @@ def _build_sweep(
         if setting.transport == "ring" and len(layout.counts) > 1
         else Gather(travelling, layout, ahead.take() if ahead is not None else None)
     )
-    positives.include_twins(carrier)
+    positives.include_duplicates(carrier)
     dense, sparse = _build_terms(setting, positives, survey, bias)
     return Sweep(
         rows,
@@ -189,7 +189,7 @@ def _build_sweep(
         positives,
         dense=dense,
         sparse=sparse,
-        twins_are_candidates=setting.name in ON_LOGITS and twins_are_positive,
+        duplicates_are_candidates=setting.name in ON_LOGITS and duplicates_are_positive,
         tile=tile,
         budget=budget,
         bf16=setting.bf16_products,
@@ -238,13 +238,13 @@ def _find_fault(
     text_features: Tensor,
     ids: Sequence[Tensor],
     hardness: float,
-    twins: str,
+    duplicates: str,
     transport: str,
 ) -> str | None:
     """Say what is wrong with arguments, if anything is."""
     for what, value, choices in (
         ("loss", name, (*ON_LOGITS, *HINGES)),
-        ("twins", twins, ("exclude", "positive")),
+        ("duplicates", duplicates, ("mask", "positive")),
         ("transport", transport, ("gather", "ring")),
     ):
         if value not in choices:

@@ -1,4 +1,4 @@
-"""Where every rank's rows lie in the global batch, and which pairs of it are twins."""
+"""Where every rank's rows lie in the global batch, and which pairs of it are duplicates."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -52,25 +52,25 @@ class Layout:
         return distributed.reduce_scatter_rows(padded.flatten(0, 1))[: self.counts[self.rank]]
 
 
-class Twins:
+class DuplicatePairs:
     """Pairs i != j of the global batch that share an image or a caption.
 
-    Few rows have twins in an ordinary batch, so only those are ever compared. `ids` is int64
-    (N, k): what a row shares in any of the k columns makes a twin.
+    Few rows have duplicates in an ordinary batch, so only those are ever compared. `ids` is int64
+    (N, k): what a row shares in any of the k columns makes a duplicate.
     """
 
     def __init__(self, ids: Tensor, layout: Layout) -> None:
         self.ids = ids
         self.offset = layout.own.start
-        self.family = _family_sizes(ids)  # (N,): a row, and all of its twins
-        self.flagged = (self.family > 1).nonzero().view(-1)
+        self.group_sizes = _group_sizes(ids)  # (N,): a row, and all of its duplicates
+        self.flagged = (self.group_sizes > 1).nonzero().view(-1)
         self._sorted: list[int] = self.flagged.tolist()
 
     def __bool__(self) -> bool:
         return bool(self._sorted)
 
     def pairs(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor] | None:
-        """Return where the twins lie in a tile: rows of this rank times columns of all."""
+        """Return where the duplicates lie in a tile: rows of this rank times columns of all."""
         left = self._within(rows.start + self.offset, rows.stop + self.offset)
         right = self._within(columns.start, columns.stop)
         if not len(left) or not len(right):
@@ -83,14 +83,14 @@ class Twins:
         return left[i] - (rows.start + self.offset), right[j] - columns.start
 
     def related(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Tell which pairs (rows, columns) of the global batch are twins, or own pairs."""
+        """Tell which pairs (rows, columns) of the global batch are duplicates, or own pairs."""
         return (self.ids[rows].unsqueeze(1) == self.ids[columns].unsqueeze(0)).any(2)
 
     def _within(self, start: int, stop: int) -> Tensor:
         return self.flagged[bisect_left(self._sorted, start) : bisect_left(self._sorted, stop)]
 
 
-def _family_sizes(ids: Tensor) -> Tensor:
+def _group_sizes(ids: Tensor) -> Tensor:
     """Count for each row the rows that share any id with it, itself included."""
     codes, sizes = [], torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     for column in ids.unbind(1):

@@ -16,7 +16,7 @@ class Sigmoid:
     """SigLIP: every pair is a yes or no. https://arxiv.org/abs/2303.15343
 
     With z a pair's logit plus the bias, a negative gives softplus(z) and a positive softplus(-z).
-    The latter is softplus(z) - z: so twins that are positives are like negatives in the tiles,
+    The latter is softplus(z) - z: so duplicates that are positives are like negatives in the tiles,
     and pull with 1 outside of them.
     """
 
@@ -40,9 +40,13 @@ class Sigmoid:
 
     def conclude(self) -> Tensor:
         own = self.positives.own.similarities
-        # A mean over the positives times their number, less the own one: the sum of the twins.
-        twins = self.positives.rows / self.positives.row_share - own + self._num_twins() * self.bias
-        return (self.row_sums + softplus(-own - self.bias, threshold=EXACT) - twins).sum()
+        # A mean over the positives times their number, less the own one: the sum of the duplicates.
+        duplicates = (
+            self.positives.rows / self.positives.row_share
+            - own
+            + self._num_duplicates() * self.bias
+        )
+        return (self.row_sums + softplus(-own - self.bias, threshold=EXACT) - duplicates).sum()
 
     def weigh(self, tile: Tile) -> Tensor:
         weights = tile.values.sigmoid_()
@@ -54,11 +58,11 @@ class Sigmoid:
 
     def take_bias_grad(self) -> Tensor:
         """Return this rank's share of the gradient in the bias (1,), after a backward sweep."""
-        grad = self._weight_sum - (self.own_pull + self._num_twins()).sum()
+        grad = self._weight_sum - (self.own_pull + self._num_duplicates()).sum()
         self._weight_sum = torch.zeros_like(self.bias)
         return grad
 
-    def _num_twins(self) -> Tensor:
+    def _num_duplicates(self) -> Tensor:
         return 1 / self.positives.row_share - 1  # (b,)
 
 

@@ -1,7 +1,7 @@
 """The pairs that belong together: their similarities, and how they pull on the features.
 
-A row's positive is its own pair, or the mean over its own pair and its twins where twins count
-as positives; so too a column's. b rows on this rank, N on all.
+A row's positive is its own pair, or the mean over its own pair and its duplicates where those
+count as positives; so too a column's. b rows on this rank, N on all.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.losses.layout import Layout, Twins
+from dist_vse.losses.layout import DuplicatePairs, Layout
 from dist_vse.losses.tiles import ranges
 from dist_vse.losses.transport import Block, Transport
 
@@ -45,25 +45,25 @@ class Positives:
         columns: Tensor,
         own: OwnPairs,
         layout: Layout,
-        twins: Twins | None,
+        duplicates: DuplicatePairs | None,
         *,
-        average_twins: bool,
+        average_duplicates: bool,
     ) -> None:
         self._rows, self._columns = rows, columns  # (b, d) each
         self.layout = layout
-        self.twins = twins
+        self.duplicates = duplicates
         self.own = own
         self.rows = self.own_columns = own.similarities  # (b,) means
-        self.average_twins = average_twins and twins is not None and bool(twins)
+        self.average_duplicates = average_duplicates and duplicates is not None and bool(duplicates)
         # What each of a row's (column's) positives weighs in its mean: (b,) and (N,).
         self.column_share = self.rows.new_ones(()).expand(layout.total)
-        if self.average_twins and twins is not None:
-            self.column_share = 1 / twins.family.to(self.rows.dtype)
+        if self.average_duplicates and duplicates is not None:
+            self.column_share = 1 / duplicates.group_sizes.to(self.rows.dtype)
         self.row_share = self.column_share[layout.own]
 
-    def include_twins(self, transport: Transport) -> None:
-        """Take the twins into the means: a pass over the blocks, but only over the twins."""
-        if not self.average_twins:
+    def include_duplicates(self, transport: Transport) -> None:
+        """Take the duplicates into the means: a pass over the blocks, over duplicates alone."""
+        if not self.average_duplicates:
             return
         rows = self.own.similarities.clone()
         columns = rows.new_zeros(self.layout.total)
@@ -86,7 +86,7 @@ class Positives:
         row_grad.addcmul_(self._columns, pull.unsqueeze(1), value=-1)
         column_grad.addcmul_(self._rows, pull.unsqueeze(1), value=-1)
 
-    def add_twins_gradient(
+    def add_duplicates_gradient(
         self,
         block: Block,
         row_pull: Tensor,
@@ -94,8 +94,8 @@ class Positives:
         row_grad: Tensor,
         column_grad: Tensor,
     ) -> None:
-        """Add the pull (b,) and (N,) of twins to the gradients of rows and the block's columns."""
-        if not self.average_twins:
+        """Add the pull (b,) and (N,) of duplicates to the gradients of rows and columns."""
+        if not self.average_duplicates:
             return
         for i, j in self._pairs(block):
             pull = -(row_pull[i] + column_pull[j]).unsqueeze(1)
@@ -104,11 +104,11 @@ class Positives:
             column_grad.index_add_(0, local, self._rows[i] * pull)
 
     def _pairs(self, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the twins among a block's columns: rows here, columns of the global batch."""
-        assert self.twins is not None
+        """Yield the duplicates among a block's columns: rows here, columns of the global batch."""
+        assert self.duplicates is not None
         for columns in ranges(block.columns.start, block.columns.stop, CHUNK):
             for rows in ranges(0, len(self._rows), CHUNK):
-                pairs = self.twins.pairs(rows, columns)
+                pairs = self.duplicates.pairs(rows, columns)
                 if pairs is not None:
                     for i, j in zip(*(index.split(CHUNK) for index in pairs), strict=True):
                         yield i + rows.start, j + columns.start

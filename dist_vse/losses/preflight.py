@@ -32,7 +32,7 @@ class Survey:
 def take_survey(
     own: OwnPairs, log_scale: Tensor, bias: Tensor, settings: Mapping[str, object]
 ) -> Survey:
-    """Exchange a few numbers a rank; the host waits for the device here.
+    """AsyncSendRecv a few numbers a rank; the host waits for the device here.
 
     Raises UserError, the same on every rank, where a rank refused its arguments or where
     log_scale (1,), bias (1,) or the settings differ between ranks.

@@ -1,9 +1,9 @@
-"""The losses as their papers write them: dense, on one process. The oracle for dist_vse.contrast.
+"""The losses as their papers write them: dense, on one process. The oracle of the tests.
 
 These hold the whole N x N matrix, so they are for reading, tests and `dist-vse verify`; training
-uses dist_vse.contrast. N pairs: row i is image i, column j caption j; s = image_features @
-text_features.T. A `positive` mask tells the pairs that belong together (the diagonal, and twins
-where they count as positives), `negative` those that do not; a pair may be neither.
+uses `global_loss`. N pairs: row i is image i, column j caption j; s = image_features @
+text_features.T. A `positive` mask tells the pairs that belong together (the diagonal, and
+duplicates where they count as positives), `negative` those that do not; a pair may be neither.
 """
 
 import torch
@@ -22,14 +22,14 @@ def dense_loss(
     text_ids: Tensor | None = None,
     margin: float = 0.2,
     hardness: float = 1.0,
-    twins: str = "exclude",
+    duplicates: str = "mask",
 ) -> Tensor:
     """Return the loss called `name` of N pairs: features (N, d), log_scale and bias (1,), ids (N,).
 
-    Arguments as for `dist_vse.contrast.global_loss`, which equals it on any number of ranks.
+    Arguments as for `dist_vse.losses.global_loss`, which equals it on any number of ranks.
     """
     s = image_features @ text_features.T  # (N, N)
-    positive, negative = pair_masks(len(s), image_ids, text_ids, twins, s.device)
+    positive, negative = pair_masks(len(s), image_ids, text_ids, duplicates, s.device)
     scale = log_scale.exp()
     if name == "convse":
         return convse(s * scale, positive, negative)
@@ -45,18 +45,18 @@ def dense_loss(
 
 
 def pair_masks(
-    count: int, image_ids: Tensor | None, text_ids: Tensor | None, twins: str, on: torch.device
+    count: int, image_ids: Tensor | None, text_ids: Tensor | None, duplicates: str, on: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return which pairs (N, N) are positives and which are negatives.
 
-    Twins are pairs i != j of equal image or caption id: `exclude` makes them neither.
+    Duplicates are pairs i != j of equal image or caption id: `mask` makes them neither.
     """
     own = torch.eye(count, dtype=torch.bool, device=on)
     same = own.clone()
     for ids in (image_ids, text_ids):
         if ids is not None:
             same |= ids.view(-1, 1) == ids.view(1, -1)
-    return (same if twins == "positive" else own), ~same
+    return (same if duplicates == "positive" else own), ~same
 
 
 def convse(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

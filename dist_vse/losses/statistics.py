@@ -24,7 +24,7 @@ def summarize(
 
     The sweep's similarities are cosines times `scale` (1,).
     """
-    layout, twins = sweep.positives.layout, sweep.positives.twins
+    layout, duplicates = sweep.positives.layout, sweep.positives.duplicates
     pairs = sweep.positives.own
     own = pairs.similarities / scale
     hardest = (sweep.terms[0].hardest() / scale).clamp(min=-1)  # without a negative: -1
@@ -40,7 +40,7 @@ def summarize(
     ]
     joined = distributed.all_reduce_sum(torch.stack([x.double() for x in sums]))
     positive, hard, active, alignment, near = joined[1:] / max(1, layout.total)
-    masked = (twins.family - 1).sum() if twins is not None else joined.new_zeros(())
+    masked = (duplicates.group_sizes - 1).sum() if duplicates is not None else joined.new_zeros(())
     return joined[0], {
         "positive_similarity": positive,
         "hardest_similarity": hard,

@@ -20,7 +20,7 @@ class Term(Protocol):
 
     own_pull: Tensor  # (b,) minus the gradient in the similarities of own pairs
     row_pull: Tensor  # (b,) and
-    column_pull: Tensor  # (N,): their sum is the same for a pair of twins that are positives
+    column_pull: Tensor  # (N,): their sum is the same for a pair of duplicates that are positives
 
     def see(self, tile: Tile) -> None:
         """Take a tile into the statistics."""
@@ -52,9 +52,10 @@ class Sparse(Term, Protocol):
 class Sweep:
     """Runs one or two terms over all pairs of this rank's rows with the global batch's columns.
 
-    Own pairs are -inf in the tiles: what they give is a matter of b numbers, not of b x N. Twins
-    are -inf as well, unless they are positives and the terms count those as candidates. Up to
-    `budget` bytes of prepared tiles are kept from the forward sweep for the backward one.
+    Own pairs are -inf in the tiles: what they give is a matter of b numbers, not of b x N.
+    Duplicates are -inf as well, unless they are positives and the terms count those as
+    candidates. Up to `budget` bytes of prepared tiles are kept from the forward sweep for the
+    backward one.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Sweep:
         *,
         dense: Dense | None,
         sparse: Sparse | None,
-        twins_are_candidates: bool,
+        duplicates_are_candidates: bool,
         tile: int,
         budget: int,
         bf16: bool,
@@ -75,7 +76,7 @@ class Sweep:
         self.positives = positives
         self.dense = dense
         self.sparse = sparse
-        self.twins_are_candidates = twins_are_candidates
+        self.duplicates_are_candidates = duplicates_are_candidates
         self.height, self.width = tile_shape(tile, dense=dense is not None)
         self.budget = budget
         self.products = Products(rows, bf16=bf16)
@@ -129,7 +130,7 @@ class Sweep:
             row_grad += of_rows
             column_grad += of_columns
         for term in self.terms:
-            self.positives.add_twins_gradient(
+            self.positives.add_duplicates_gradient(
                 block, term.row_pull, term.column_pull, row_grad, column_grad
             )
         return row_grad, column_grad
@@ -169,9 +170,9 @@ class Sweep:
         here = block.within(columns)
         tile = self._tile(rows, columns, self.products.similarities(rows, operand[here]), spare)
         self._hide_own_entries(tile)
-        if tile.twins is not None and not self.twins_are_candidates:
-            tile.values[tile.twins] = float("-inf")
-            tile.twins = None
+        if tile.duplicates is not None and not self.duplicates_are_candidates:
+            tile.values[tile.duplicates] = float("-inf")
+            tile.duplicates = None
         if self.dense is not None:
             self.dense.prepare(tile)
         return tile
@@ -197,13 +198,13 @@ class Sweep:
         return self.rows.new_empty(height * min(self.width, self.positives.layout.total))
 
     def _tile(self, rows: slice, columns: slice, values: Tensor, spare: Tensor) -> Tile:
-        twins = self.positives.twins
+        duplicates = self.positives.duplicates
         return Tile(
             values,
             spare[: values.numel()].view(values.shape) if self.dense is not None else spare,
             rows,
             columns,
-            twins.pairs(rows, columns) if twins is not None else None,
+            duplicates.pairs(rows, columns) if duplicates is not None else None,
         )
 
 

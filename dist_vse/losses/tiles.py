@@ -43,12 +43,14 @@ class Tile:
     spare: Tensor  # as large, for intermediate results
     rows: slice
     columns: slice
-    twins: tuple[Tensor, Tensor] | None  # indices of twins that are candidates, if any are here
+    duplicates: (
+        tuple[Tensor, Tensor] | None
+    )  # indices of duplicates that are candidates, if any are here
 
     def negative_maxima(self, value: float) -> Tensor:
-        """Return each row's maximum (rows,), with `value` in place of twins."""
-        if self.twins is None:
+        """Return each row's maximum (rows,), with `value` in place of duplicates."""
+        if self.duplicates is None:
             return self.values.amax(1)
         negatives = self.values.clone()
-        negatives[self.twins] = value
+        negatives[self.duplicates] = value
         return negatives.amax(1)

@@ -77,7 +77,7 @@ class Ring:
                 held = pending.wait()
 
     def collect(self, contribute: Contribute) -> Tensor:
-        travelling: distributed.Exchange | None = None
+        travelling: distributed.AsyncSendRecv | None = None
         for turn, block in enumerate(self.blocks()):
             gradient = contribute(block)
             if travelling is not None:
@@ -90,10 +90,10 @@ class Ring:
     def _owner(self, turn: int) -> int:
         return (self.layout.rank + turn) % len(self.layout.counts)
 
-    def _pass_on(self, held: Tensor, next_turn: int) -> distributed.Exchange:
+    def _pass_on(self, held: Tensor, next_turn: int) -> distributed.AsyncSendRecv:
         """Send to the rank before this one; receive what this rank holds in its next turn."""
         rows = self.layout.counts[self._owner(next_turn)]
-        return distributed.Exchange(
+        return distributed.AsyncSendRecv(
             held,
             held.new_empty((rows, held.shape[1])),
             destination=self._owner(-1),

@@ -42,7 +42,7 @@ class Progress:
 
     step: int
     samples_seen: int
-    lanes: list[list[int]]  # (L, 2): epoch and position of every lane of the stream
+    streams: list[list[int]]  # (L, 2): epoch and position of every stream of the stream
     order: int = ORDER_FORMAT  # of the stream, in which these are positions
 
 
@@ -61,7 +61,7 @@ def snapshot(engine: ZeroEngine) -> dict[str, Tensors]:
     if random.cuda is not None:
         own[_RANDOM_CUDA] = random.cuda.clone()
     files = {_rank_file(distributed.rank()): own}
-    with engine.whole_parameters():
+    with engine.gathered_parameters():
         if distributed.is_main_process():
             files[WEIGHTS] = _whole_weights(engine.module)
     return files
@@ -135,7 +135,7 @@ def load_latest(folder: Path, engine: ZeroEngine) -> Progress | None:
     if there are checkpoints and none is whole, or if it doesn't fit the model.
     """
     path = None
-    with distributed.same_verdict(), writing(folder):
+    with distributed.raise_on_all_ranks(), writing(folder):
         if distributed.is_main_process():
             path = _set_damaged_aside(folder)
     path = distributed.broadcast_object(path)
@@ -143,7 +143,7 @@ def load_latest(folder: Path, engine: ZeroEngine) -> Progress | None:
         return None
     manifest = read_manifest(path)
     world_size, stage = manifest["world_size"], manifest["zero_stage"]
-    with distributed.same_verdict():
+    with distributed.raise_on_all_ranks():
         engine.load(_read_weights(path, engine.module), rank_files(path, world_size))
     if (world_size, stage) != (distributed.world_size(), engine.stage):
         logger.info(
@@ -156,7 +156,7 @@ def load_latest(folder: Path, engine: ZeroEngine) -> Progress | None:
     else:  # nobody's place is taken exactly: draw anew, not again what was drawn at the start
         torch.manual_seed(torch.initial_seed() + 7919 * manifest["step"])
     order = manifest.get("order", 1)
-    return Progress(manifest["step"], manifest["samples_seen"], manifest["lanes"], order)
+    return Progress(manifest["step"], manifest["samples_seen"], manifest["streams"], order)
 
 
 def _set_damaged_aside(folder: Path) -> Path | None:

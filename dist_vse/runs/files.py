@@ -14,7 +14,7 @@ SCALE_NAME = "scale.json"  # what `dist-vse submit --scale` measured
 CHECKPOINTS = "checkpoints"
 TRACE_NAME = "profile.json"  # what `profile=true` writes
 ENVIRONMENT_NAME = "environment.jsonl"  # versions, machine and data of each start
-LIFE_NAME = "life.json"  # which start of the run may write
+LEASE_NAME = "lease.json"  # which start of the run may write
 
 
 def drop_lines_after(path: Path, step: int) -> list[str]:

@@ -38,7 +38,7 @@ class Recorder:
         self.path = run_dir / METRICS_NAME
         self.last_recall: float | None = None
         self.writer: Any = None
-        with distributed.same_verdict(), writing(self.path):
+        with distributed.raise_on_all_ranks(), writing(self.path):
             if distributed.is_main_process():
                 from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -62,7 +62,7 @@ class Recorder:
 
     def close(self) -> None:
         """Flush what is not written yet; every rank calls this."""
-        with distributed.same_verdict(), writing(self.path):
+        with distributed.raise_on_all_ranks(), writing(self.path):
             if self.writer is not None:
                 self.writer.close()
         self.trackers = tell(self.trackers, lambda tracker: tracker.finish())

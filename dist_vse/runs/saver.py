@@ -12,7 +12,7 @@ from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress, Receipts
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.common.errors import UserError, writing
-from dist_vse.runs.lease import Fence
+from dist_vse.runs.lease import Lease
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Saver:
     """Writes the run's checkpoints; every rank has one and calls it at the same steps."""
 
     def __init__(
-        self, folder: Path, fence: Fence, *, keep_last: int, keep_best: int, minutes: float
+        self, folder: Path, lease: Lease, *, keep_last: int, keep_best: int, minutes: float
     ) -> None:
         self.folder = folder
-        self.fence = fence
+        self.lease = lease
         self.keep_last, self.keep_best, self.minutes = keep_last, keep_best, minutes
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._last = time.monotonic()
-        self._ending = f".life-{fence.life}-{fence.token}{checkpoint.TEMPORARY}"
+        self._ending = f".life-{lease.life}-{lease.token}{checkpoint.TEMPORARY}"
         if distributed.is_main_process():
             # Of former lives only: another rank of this one may be writing already.
             for leftover in folder.glob(f"*{checkpoint.TEMPORARY}"):
@@ -62,12 +62,12 @@ class Saver:
         self.finish()
         final = self.folder / f"step-{progress.step:06d}"
         temporary = self.folder / f"{final.name}{self._ending}"
-        world_size, stage, life = distributed.world_size(), engine.stage, self.fence.life
+        world_size, stage, life = distributed.world_size(), engine.stage, self.lease.life
 
         def publish(receipts: Receipts) -> None:
             more = {"world_size": world_size, "zero_stage": stage, "score": score, "life": life}
             checkpoint.seal(temporary, progress, receipts, **more)
-            self.fence.check()  # as late as can be: what is before it may hang on a lost node
+            self.lease.check()  # as late as can be: what is before it may hang on a lost node
             checkpoint.publish(temporary, final)
             checkpoint.prune(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
 
@@ -84,7 +84,7 @@ class Saver:
     def finish(self) -> None:
         """Wait until all ranks have written, and publish the checkpoint; every rank calls this.
 
-        Raises UserError alike on every rank if one can't write (a full disk), TakenOver if a
+        Raises UserError alike on every rank if one can't write (a full disk), LostLease if a
         later start of the run has taken it over.
         """
         pending, self._pending = self._pending, None
@@ -92,10 +92,10 @@ class Saver:
             return
         receipts: Receipts = {}
         try:
-            with distributed.same_verdict(), writing(self.folder):
+            with distributed.raise_on_all_ranks(), writing(self.folder):
                 receipts = self._written(pending)
             parts = distributed.all_gather_object(receipts)
-            with distributed.same_verdict(), writing(self.folder):
+            with distributed.raise_on_all_ranks(), writing(self.folder):
                 if distributed.is_main_process():
                     pending.publish({name: r for part in parts for name, r in part.items()})
         except UserError:
@@ -104,9 +104,9 @@ class Saver:
             raise
 
     def _written(self, pending: _Pending) -> Receipts:
-        """Wait for this rank's files. Raises OSError, and TakenOver if another start is why."""
+        """Wait for this rank's files. Raises OSError, and LostLease if another start is why."""
         try:
             return pending.writing.result()
         except OSError:
-            self.fence.check()  # another start removes the folder in which we write
+            self.lease.check()  # another start removes the folder in which we write
             raise

@@ -1,4 +1,4 @@
-"""The ledger of a run's bad samples: which were left out, why, and how many may be."""
+"""The skipped_log of a run's bad samples: which were left out, why, and how many may be."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from dist_vse.runs.files import drop_lines_after
 from dist_vse.data.samples import Skipped
 
 
-class Ledger:
+class SkippedLog:
     """Collects every rank's bad samples in one file, and ends the run where they are too many."""
 
     def __init__(self, path: Path, start_step: int, *, share: float, per_epoch: int) -> None:
@@ -20,7 +20,7 @@ class Ledger:
         self._path, self._share, self._per_epoch = path, share, per_epoch
         self._pending: list[tuple[int, Skipped]] = []
         lines: list[str] = []
-        with distributed.same_verdict(), writing(path):
+        with distributed.raise_on_all_ranks(), writing(path):
             if distributed.is_main_process():
                 lines = drop_lines_after(path, start_step)
         epochs = [json.loads(line)["epoch"] for line in lines]
@@ -43,7 +43,7 @@ class Ledger:
         ]
         self._pending = []
         noted.sort(key=lambda entry: entry[0])
-        with distributed.same_verdict(), writing(self._path):
+        with distributed.raise_on_all_ranks(), writing(self._path):
             if distributed.is_main_process():
                 self._append(noted)
         self._bad.update(sample.epoch for _, sample in noted)

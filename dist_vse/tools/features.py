@@ -33,7 +33,7 @@ def features_run(config_path: str, overrides: Sequence[str]) -> int:
     """Read the command line's config and write the features; return the exit code."""
     setup_logging()
     with distributed.process_group():
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             config = load_config(config_path, overrides)
         make_features(config)
     return 0
@@ -45,7 +45,7 @@ def make_features(config: TrainConfig) -> None:
     Features of the same key that are there already are left alone. Raises UserError if the config
     names no folder, or for a sample that cannot be used.
     """
-    with distributed.same_verdict():
+    with distributed.raise_on_all_ranks():
         if config.data.features is None:
             raise UserError("give data.features=DIR, the folder to write the features into")
         folder = Path(config.data.features)
@@ -67,7 +67,7 @@ def _write(config: TrainConfig, index: Index, folder: Path, key: Key) -> None:
         "world_size": distributed.world_size(),
     }
     split = config.data.train_split
-    with distributed.same_verdict():
+    with distributed.raise_on_all_ranks():
         trunk = build_image_trunk(config.model.image, grad_checkpointing=False).eval()
         folder.mkdir(parents=True, exist_ok=True)
         batches = eval_batches(

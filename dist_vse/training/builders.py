@@ -21,7 +21,7 @@ from dist_vse.data.streams import TrainSet
 from dist_vse.data.train_stream import train_batches
 from dist_vse.engine.launcher_conflicts import conflicts
 from dist_vse.engine.optimizer import ADAM_EPS, build_optimizer
-from dist_vse.engine.zero import ZeroEngine, most_graphs, zero_config
+from dist_vse.engine.zero import ZeroEngine, max_live_graphs, zero_config
 from dist_vse.losses.async_gather import Ahead
 from dist_vse.losses.global_loss import global_loss
 from dist_vse.losses.registry import travels_rounded
@@ -50,7 +50,7 @@ def choose_chunks(config: TrainConfig, model: DualEncoder) -> Chunking:
         rank_batch_size=config.global_batch_size // distributed.world_size(),
         chunk_size=chunk_size,
         keep_graphs=keep_graphs,
-        most_graphs=most_graphs(config.engine.zero_stage, coalesce=config.engine.coalesce),
+        max_live_graphs=max_live_graphs(config.engine.zero_stage, coalesce=config.engine.coalesce),
         memory_gib=config.cache.memory_gib,
         bf16=config.engine.precision == "bf16",
     )
@@ -87,7 +87,7 @@ def build_train_batches(
         sets,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
-        lanes=data.lanes,
+        streams=data.num_streams,
         shuffle_window=data.shuffle_window,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
@@ -98,7 +98,7 @@ def build_train_batches(
         flip=data.flip,
         color_jitter=data.color_jitter,
         tokenizer=tokenizer,
-        state=np.array(progress.lanes, dtype=np.int64) if progress.lanes else None,
+        state=np.array(progress.streams, dtype=np.int64) if progress.streams else None,
         state_format=progress.order,
         read_images=data.features is None,
     )
@@ -170,7 +170,7 @@ def build_loss(
             text_ids=text_ids,
             margin=loss.margin,
             hardness=warmup_share(samples_seen, loss.warmup_samples),
-            twins=loss.twins,
+            duplicates=loss.duplicates,
             transport=loss.transport,
             memory_gib=loss.memory_gib,
             bf16_products=loss.bf16_products,

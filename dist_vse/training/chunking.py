@@ -48,14 +48,14 @@ def choose_chunking(
     rank_batch_size: int,
     chunk_size: int | None,
     keep_graphs: int | None,
-    most_graphs: int | None,
+    max_live_graphs: int | None,
     memory_gib: float,
     bf16: bool,
 ) -> Chunking:
     """Return this rank's choice where a number is None (see `agree`).
 
-    `memory_gib` is for activations; 0 is half of what is free. `most_graphs` bounds the choice of
-    kept graphs. Raises UserError if not even the smallest chunk fits.
+    `memory_gib` is for activations; 0 is half of what is free. `max_live_graphs` bounds the
+    choice of kept graphs. Raises UserError if not even the smallest chunk fits.
     """
     budget = memory_gib * GIB if memory_gib else _free_bytes(model)
     if chunk_size is None:
@@ -67,7 +67,7 @@ def choose_chunking(
         graph = _try(model, pairs, chunk_size, bf16)
         # Where memory has no room for one graph, the second pass has none either: 1 is no loss.
         fitting = max(1, int(budget // max(1, graph.held))) if graph else 1
-        keep_graphs = min(num_chunks, fitting, most_graphs or num_chunks)
+        keep_graphs = min(num_chunks, fitting, max_live_graphs or num_chunks)
     return Chunking(chunk_size, keep_graphs)
 
 

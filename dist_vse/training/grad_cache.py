@@ -20,7 +20,7 @@ from dist_vse.common.random_state import RandomState, random_state, replay
 from dist_vse.distributed import all_reduce_mean, device
 from dist_vse.engine import Engine
 from dist_vse.models.dual_encoder import frozen_statistics
-from dist_vse.training.prefetch_to_device import Chunk, uploaded
+from dist_vse.training.prefetch_to_device import Chunk, prefetch_to_device
 
 LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(image_features (b, d), text_features (b, d), log_scale (1,), bias (1,)) -> the rank's loss."""
@@ -53,13 +53,15 @@ def train_step(
     anything is updated, if it is not finite.
     """
     graphs = min(keep_graphs, len(chunks))
-    assert engine.most_graphs is None or graphs <= engine.most_graphs, f"keep_graphs={graphs}"
+    assert engine.max_live_graphs is None or graphs <= engine.max_live_graphs, (
+        f"keep_graphs={graphs}"
+    )
 
     # Pass 1: embeddings only, with a graph where it is kept.
     step_timer.begin("encode")
     first_kept = len(chunks) - graphs
     encoded: list[_Encoded] = []
-    for i, chunk in enumerate(uploaded(chunks, device())):
+    for i, chunk in enumerate(prefetch_to_device(chunks, device())):
         encoded.append(_encode(engine, chunk, keep_graph=i >= first_kept))
         if announce is not None:
             announce(encoded[i].outputs[1])
@@ -71,7 +73,7 @@ def train_step(
     # graphs go first, so that their memory is free for the others. BatchNorm's statistics have
     # moved in pass 1, once.
     step_timer.begin("second_pass")
-    again = uploaded(reversed(chunks[:first_kept]), device())
+    again = prefetch_to_device(reversed(chunks[:first_kept]), device())
     with engine.accumulation(), frozen_statistics(engine.module):
         for i in reversed(range(len(chunks))):
             outputs = _outputs(engine, encoded[i], again)

@@ -9,7 +9,7 @@ Chunk = dict[str, Tensor]
 """What the model's forward takes, by keyword; on the host until its turn."""
 
 
-def uploaded(chunks: Iterable[Chunk], device: torch.device) -> Iterator[Chunk]:
+def prefetch_to_device(chunks: Iterable[Chunk], device: torch.device) -> Iterator[Chunk]:
     """Yield the chunks on the device; a GPU copies the next one while it works on this one."""
     if device.type != "cuda":
         for chunk in chunks:

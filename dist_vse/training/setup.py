@@ -21,7 +21,7 @@ from dist_vse.runs.folder import (
     run_tokenizer,
     write_config,
 )
-from dist_vse.runs.lease import Fence, claim
+from dist_vse.runs.lease import Lease, acquire
 from dist_vse.runs.metrics import Meter
 from dist_vse.runs.trackers import check_trackers
 from dist_vse.training.builders import build_meter, choose_chunks, open_run_features, wrap_model
@@ -40,7 +40,7 @@ class Run:
     engine: ZeroEngine
     keep_graphs: int
     features: Features | None
-    fence: Fence
+    lease: Lease
     meter: Meter
 
 
@@ -49,7 +49,7 @@ def set_up(config: TrainConfig) -> Run:
 
     Every rank calls this. Raises UserError alike on every rank.
     """
-    with distributed.same_verdict():
+    with distributed.raise_on_all_ranks():
         check_trackers(config.trackers)
         index = read_index(config.data.index)
         index.split(config.data.eval_split)
@@ -59,7 +59,7 @@ def set_up(config: TrainConfig) -> Run:
             if distributed.is_main_process():
                 run_tokenizer(config, prepare_run_dir(config), build=True)
     run_dir = Path(config.output_dir)
-    with distributed.same_verdict():
+    with distributed.raise_on_all_ranks():
         tokenizer = run_tokenizer(config, run_dir, build=False)
         if config.chunk_size == AUTO:  # a resumed run has found it before
             config = replace(config, chunk_size=open_run(run_dir).chunk_size)
@@ -74,9 +74,9 @@ def set_up(config: TrainConfig) -> Run:
     rows, graphs = chunking.chunk_size, chunking.keep_graphs
     logger.info("%d pairs a chunk, %d chunks keep their graphs", rows, graphs)
     engine = wrap_model(config, model)
-    with distributed.same_verdict(), writing(run_dir):
-        fence = claim(run_dir) if distributed.is_main_process() else None
-    fence = distributed.broadcast_object(fence)
+    with distributed.raise_on_all_ranks(), writing(run_dir):
+        lease = acquire(run_dir) if distributed.is_main_process() else None
+    lease = distributed.broadcast_object(lease)
     return Run(
-        config, run_dir, index, train_sets, tokenizer, engine, graphs, features, fence, meter
+        config, run_dir, index, train_sets, tokenizer, engine, graphs, features, lease, meter
     )

@@ -93,7 +93,11 @@ def test_a_file_that_is_no_mapping_is_refused_or_empty(tmp_path: Path, content: 
             2,
             r"world size \(2\) times chunk_size \(20\) = 40; nearest: 80, 120",
         ),
-        ([], 3, r"data.lanes \(8\) must be a multiple of the world size \(3\).* nearest: 6, 9"),
+        (
+            [],
+            3,
+            r"data.num_streams \(8\) must be a multiple of the world size \(3\).* nearest: 6, 9",
+        ),
         (["data.num_workers=3"], 2, r"data.num_workers \(3\); nearest: 6, 12"),
     ],
 )

@@ -21,7 +21,7 @@ from tests.support.datasets import write_dataset
 from tests.support.streams import open_rank, rows_of
 
 SHARDS = [11, 17, 8, 14, 23]
-BATCH, LANES, STEPS, KILLS = 16, 4, 40, 30
+BATCH, STREAMS, STEPS, KILLS = 16, 4, 40, 30
 LONGEST = 8  # steps until a kill
 SPAWN = multiprocessing.get_context("forkserver")
 
@@ -46,7 +46,7 @@ def _read(folder: Path, log: Path, rank: int, life: Life, tell: Callable[[int], 
         world_size=world_size,
         num_workers=int(rank == life.with_worker),
         global_batch_size=BATCH,
-        lanes=LANES,
+        streams=STREAMS,
         shuffle_window=16,
         state=state,
     )

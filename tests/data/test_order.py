@@ -1,4 +1,4 @@
-"""The epoch's order: each sample once, lanes in step, local, and the same for ever."""
+"""The epoch's order: each sample once, streams in step, local, and the same for ever."""
 
 from collections import Counter
 
@@ -11,40 +11,42 @@ from dist_vse.data.order import Order, Place, Source, shares
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
-def plain(sizes: tuple[int, ...], seed: int, lanes: int, window: int) -> Order:
+def plain(sizes: tuple[int, ...], seed: int, streams: int, window: int) -> Order:
     """The order of one data set, read once an epoch."""
-    return Order((Source(sizes, sum(sizes)),), seed, lanes, window)
+    return Order((Source(sizes, sum(sizes)),), seed, streams, window)
 
 
 def places(order: Order, epoch: int, number: int) -> list[Place]:
     whole = order.epoch(epoch)
-    return [whole.lane_sample(number, position) for position in range(whole.lane_length(number))]
+    return [
+        whole.stream_sample(number, position) for position in range(whole.stream_length(number))
+    ]
 
 
-def lane(order: Order, epoch: int, number: int) -> list[tuple[int, int]]:
+def stream(order: Order, epoch: int, number: int) -> list[tuple[int, int]]:
     return [(place.shard, place.row) for place in places(order, epoch, number)]
 
 
 def epoch_samples(order: Order, epoch: int) -> list[tuple[int, int]]:
-    return [sample for number in range(order.lanes) for sample in lane(order, epoch, number)]
+    return [sample for number in range(order.streams) for sample in stream(order, epoch, number)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(SIZES, st.integers(1, 9), st.integers(1, 50), st.integers(-5, 5), st.integers(0, 4))
 def test_every_sample_stands_once_in_an_epoch(
-    sizes: list[int], lanes: int, window: int, seed: int, epoch: int
+    sizes: list[int], streams: int, window: int, seed: int, epoch: int
 ) -> None:
-    lanes = min(lanes, sum(sizes))
-    samples = epoch_samples(plain(tuple(sizes), seed, lanes, window), epoch)
+    streams = min(streams, sum(sizes))
+    samples = epoch_samples(plain(tuple(sizes), seed, streams, window), epoch)
     assert Counter(samples) == Counter((s, row) for s, n in enumerate(sizes) for row in range(n))
 
 
 @settings(max_examples=60, deadline=None)
 @given(SIZES, st.integers(1, 9), st.integers(1, 12))
-def test_lanes_stay_in_step_to_one_sample(sizes: list[int], lanes: int, epochs: int) -> None:
-    order = plain(tuple(sizes), 0, min(lanes, sum(sizes)), 7)
+def test_lanes_stay_in_step_to_one_sample(sizes: list[int], streams: int, epochs: int) -> None:
+    order = plain(tuple(sizes), 0, min(streams, sum(sizes)), 7)
     lengths = np.array(
-        [[order.epoch(e).lane_length(n) for n in range(order.lanes)] for e in range(epochs)]
+        [[order.epoch(e).stream_length(n) for n in range(order.streams)] for e in range(epochs)]
     )
     assert np.ptp(lengths, axis=1).max() <= 1
     assert np.ptp(lengths.sum(axis=0)) <= 1
@@ -60,7 +62,7 @@ def test_a_mixtures_longer_lanes_take_turns() -> None:
     ]
     for sources, lengths in mixtures:
         whole = Order(sources, 0, 6, 4).epoch(0)
-        assert [whole.lane_length(n) for n in range(6)] == lengths
+        assert [whole.stream_length(n) for n in range(6)] == lengths
 
 
 MIXTURES = st.lists(st.tuples(SIZES, st.integers(1, 30)), min_size=1, max_size=4)
@@ -69,14 +71,14 @@ MIXTURES = st.lists(st.tuples(SIZES, st.integers(1, 30)), min_size=1, max_size=4
 @settings(max_examples=60, deadline=None)
 @given(MIXTURES, st.integers(1, 9), st.integers(1, 6))
 def test_lanes_of_a_mixture_stay_in_step_too(
-    mixture: list[tuple[list[int], int]], lanes: int, epochs: int
+    mixture: list[tuple[list[int], int]], streams: int, epochs: int
 ) -> None:
-    """So no lane is empty, and no more batches than needed cross an epoch's end."""
+    """So no stream is empty, and no more batches than needed cross an epoch's end."""
     sources = tuple(Source(tuple(sizes), taken) for sizes, taken in mixture)
     total = sum(source.per_epoch for source in sources)
-    order = Order(sources, 0, min(lanes, total), 7)
+    order = Order(sources, 0, min(streams, total), 7)
     lengths = np.array(
-        [[order.epoch(e).lane_length(n) for n in range(order.lanes)] for e in range(epochs)]
+        [[order.epoch(e).stream_length(n) for n in range(order.streams)] for e in range(epochs)]
     )
     assert (lengths.sum(axis=1) == total).all()
     assert lengths.min() >= 1
@@ -86,10 +88,10 @@ def test_lanes_of_a_mixture_stay_in_step_too(
 
 def test_positions_are_random_access() -> None:
     order = plain((30, 11, 54), 3, 4, 8)
-    straight = lane(order, 1, 2)
+    straight = stream(order, 1, 2)
     shuffled = order.epoch(1)
     for position in np.random.default_rng(0).permutation(len(straight)).tolist():
-        assert shuffled.lane_sample(2, position)[2:] == straight[position]
+        assert shuffled.stream_sample(2, position)[2:] == straight[position]
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -103,21 +105,21 @@ def test_epochs_and_seeds_differ() -> None:
 
 def test_a_single_shard_is_cut_at_new_places_in_every_epoch() -> None:
     order = plain((64,), 0, 4, 16)
-    assert len({frozenset(lane(order, epoch, 0)) for epoch in range(8)}) > 4
+    assert len({frozenset(stream(order, epoch, 0)) for epoch in range(8)}) > 4
 
 
 def test_a_lane_reads_few_shards_at_a_time() -> None:
     order = plain((50,) * 40, 0, 4, 100)
-    samples = lane(order, 0, 1)
+    samples = stream(order, 0, 1)
     assert len(samples) == 500
     for start in range(0, 500, 100):  # a block of 100 on a line of shards of 50 touches at most 3
         assert len({shard for shard, _ in samples[start : start + 100]}) <= 3
 
 
 def test_the_window_shuffles() -> None:
-    rows = [row for _, row in lane(plain((1000,), 0, 1, 1000), 0, 0)]
+    rows = [row for _, row in stream(plain((1000,), 0, 1, 1000), 0, 0)]
     assert abs(np.corrcoef(rows, range(1000))[0, 1]) < 0.15
-    unshuffled = lane(plain((1000,), 0, 1, 1), 0, 0)
+    unshuffled = stream(plain((1000,), 0, 1, 1), 0, 0)
     steps = np.diff([row for _, row in unshuffled]) % 1000
     assert (steps == 1).all()
 
@@ -125,10 +127,10 @@ def test_the_window_shuffles() -> None:
 def test_the_order_never_changes() -> None:
     """A checkpoint of an earlier version must go on where it stood: these numbers are frozen."""
     order = plain((3, 5, 4), 7, 2, 4)
-    assert lane(order, 0, 0) == [(0, 0), (1, 4), (1, 3), (1, 2), (0, 2), (0, 1)]
-    assert lane(order, 5, 1) == [(1, 4), (0, 0), (1, 3), (0, 1), (2, 0), (0, 2)]
+    assert stream(order, 0, 0) == [(0, 0), (1, 4), (1, 3), (1, 2), (0, 2), (0, 1)]
+    assert stream(order, 5, 1) == [(1, 4), (0, 0), (1, 3), (0, 1), (2, 0), (0, 2)]
     odd = plain((3, 5, 4), 7, 5, 4)
-    assert [lane(odd, 3, number) for number in range(5)] == [
+    assert [stream(odd, 3, number) for number in range(5)] == [
         [(0, 0), (0, 1)],
         [(2, 0), (0, 2), (2, 1)],
         [(2, 2), (1, 0), (2, 3)],
@@ -176,12 +178,12 @@ def test_shares_grow_one_by_one_to_all(counts: list[int]) -> None:
 
 def test_a_blocks_shards_are_those_that_its_samples_lie_in() -> None:
     for seed in range(6):
-        # A lane reads the second data set through the ends of its turns, within shards.
+        # A stream reads the second data set through the ends of its turns, within shards.
         order = Order((Source((30, 11, 54), 95), Source((9, 3, 2, 9), 230)), seed, 4, 16)
         whole = order.epoch(seed)
         for number in range(4):
-            of_lane = places(order, seed, number)
-            for block in range(-(-len(of_lane) // 16)):
-                own = {(p.source, p.shard) for p in of_lane[block * 16 : block * 16 + 16]}
+            of_stream = places(order, seed, number)
+            for block in range(-(-len(of_stream) // 16)):
+                own = {(p.source, p.shard) for p in of_stream[block * 16 : block * 16 + 16]}
                 assert own == set(whole.block_shards(number, block))
-            assert whole.block_shards(number, -(-len(of_lane) // 16)) == []
+            assert whole.block_shards(number, -(-len(of_stream) // 16)) == []

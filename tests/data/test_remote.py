@@ -69,14 +69,14 @@ def _stream(folder: Path, num_workers: int, steps: int) -> list[list[int]] | str
         world_size=distributed.world_size(),
         num_workers=num_workers,
         global_batch_size=12,
-        lanes=2,
+        streams=2,
         shuffle_window=9,
         **PLAIN,
     )
     rows = []
     try:
         for _ in range(steps):
-            with distributed.same_verdict():
+            with distributed.raise_on_all_ranks():
                 batch = next(batches)
             rows += batch.origin.tolist()
     except UserError as error:
@@ -128,7 +128,7 @@ def test_the_next_blocks_shards_are_copied_ahead(
     monkeypatch.setenv("DIST_VSE_CACHE", str(tmp_path / "cache"))
     index = remote_index(server.url)
     batches = open_rank(
-        [TrainSet(index, "train")], global_batch_size=1, lanes=1, shuffle_window=9, **PLAIN
+        [TrainSet(index, "train")], global_batch_size=1, streams=1, shuffle_window=9, **PLAIN
     )
     next(batches)
     wait_for_copies(tmp_path / "cache", 3)  # of 4; blocks touch two or three

@@ -9,7 +9,7 @@ import pytest
 
 from dist_vse.data.index import Index
 from dist_vse.data.streams import TrainSet
-from dist_vse.tools.bench.order import BATCH, LANES, count
+from dist_vse.tools.bench.order import BATCH, STREAMS, count
 from tests.support.datasets import Sample, write_shards
 from tests.support.streams import open_rank
 
@@ -34,7 +34,7 @@ def _count(index: Index, world_size: int, num_workers: int) -> tuple[int, int, s
             world_size=world_size,
             num_workers=num_workers,
             global_batch_size=BATCH,
-            lanes=LANES,
+            streams=STREAMS,
             shuffle_window=256,
             read_images=False,
         )

@@ -94,7 +94,7 @@ def test_a_mixture_is_read_by_weight(tmp_path: Path) -> None:
     first = write_dataset(tmp_path / "a", {"train": [20, 12]}, size=16)
     second = write_dataset(tmp_path / "b", {"train": [9, 8, 7]}, size=16)
     sets = [TrainSet(first, "train"), TrainSet(second, "train", 0.5)]
-    options: dict[str, Any] = {"sets": sets, "lanes": 4, "global_batch_size": 11 * 4}
+    options: dict[str, Any] = {"sets": sets, "streams": 4, "global_batch_size": 11 * 4}
     steps = take(start(first, **options), 8)  # eight epochs of 32 + 12
     seen = Counter(tuple(row) for (batch,) in steps for row in batch.origin.tolist())
     assert seen == Counter(
@@ -111,12 +111,12 @@ def test_a_mixture_is_read_by_weight(tmp_path: Path) -> None:
     start(first, state=np.zeros((4, 2), np.int64), state_format=1, **alone)  # as it ever was
 
 
-def test_small_sets_of_a_mixture_fill_all_lanes(tmp_path: Path) -> None:
-    """Each alone has fewer samples than there are lanes."""
+def test_small_sets_of_a_mixture_fill_all_streams(tmp_path: Path) -> None:
+    """Each alone has fewer samples than there are streams."""
     sets = [
         TrainSet(write_dataset(tmp_path / name, {"train": 3}, size=16), "train") for name in "ab"
     ]
-    (stream,) = start(sets[0].index, sets=sets, lanes=6, global_batch_size=6)
+    (stream,) = start(sets[0].index, sets=sets, streams=6, global_batch_size=6)
     for _ in range(3):
         assert sorted(next(stream).origin[:, 1].tolist()) == list(range(6))
 

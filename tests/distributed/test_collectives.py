@@ -54,7 +54,7 @@ def test_ragged_rows_keep_rank_order() -> None:
 
 def _gather_while_working() -> bool:
     rows = [torch.full((1 << 18, 4), float(distributed.rank() + 2 * i)) for i in range(4)]
-    under_way = [distributed.Gathering(x) for x in rows]  # 4 MiB each: not there at once
+    under_way = [distributed.AsyncAllGather(x) for x in rows]  # 4 MiB each: not there at once
     return all(
         torch.equal(gathering.wait()[rank], torch.full_like(rows[i], rank + 2 * i))
         for i, gathering in reversed(list(enumerate(under_way)))
@@ -68,7 +68,7 @@ def test_gatherings_under_way_are_whole_when_they_were_waited_for() -> None:
 
 def _one_rank_fails() -> str:
     try:
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             if distributed.rank() == 1:
                 raise UserError("shard x is broken")
     except UserError as error:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_vse import distributed
-from dist_vse.distributed import Reduction
+from dist_vse.distributed import AsyncReduce
 from dist_vse.engine import gradient_reduction
 from dist_vse.engine.gradient_reduction import GradientReduction, Share, find_shares
 from dist_vse.engine.optimizer import build_optimizer
@@ -20,7 +20,7 @@ from tests.support.tiny import tiny_batch, tiny_model
 
 def _reduced(owner: int | None) -> Tensor:
     x = torch.full((3,), 1.0 + distributed.rank())
-    Reduction(x, owner).wait()
+    AsyncReduce(x, owner).wait()
     return x
 
 

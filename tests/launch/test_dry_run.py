@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 GOLDEN = ROOT / "tests" / "launch" / "golden"
 CLUSTERS = {path.stem: path for path in sorted((ROOT / "configs" / "clusters").glob("*.yaml"))}
 CLUSTERS["every_option"] = GOLDEN / "every_option.yaml"
-BATCH = ["global_batch_size=1024", "chunk_size=32", "data.lanes=32"]
+BATCH = ["global_batch_size=1024", "chunk_size=32", "data.num_streams=32"]
 
 
 def _plan(cluster: Path, folder: Path, inherited: Mapping[str, str] | None = None) -> Plan:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_vse.common.errors import UserError
-from dist_vse.runs.lease import TakenOver
+from dist_vse.runs.lease import LostLease
 from launch import control, follow, slurm
 from launch.job import Job
 from launch.runs import find_runs, table
@@ -103,7 +103,7 @@ def mend_it() -> int:
 
 def lose_the_run() -> int:
     """End as a former life of a job does."""
-    raise TakenOver("taken")
+    raise LostLease("taken")
 
 
 def _run_on_slurm(folder: Path, work: object) -> subprocess.CompletedProcess[str]:
@@ -155,7 +155,7 @@ def _noted_run(folder: Path, **values: object) -> Path:
     note = {"job_id": "7", "scheduler": "slurm", "logs": str(logs), "num_ranks": 2, "host": "h"}
     (folder / "run" / "submit" / "job.json").write_text(json.dumps(note | values))
     for rank in (0, 1):
-        error = "Traceback\n  File\ndist_vse.errors.UserError: no room; make some"
+        error = "Traceback\n  File\ndist_vse.common.errors.UserError: no room; make some"
         cloudpickle_dump(("error", error), logs.with_name(f"7_{rank}_result.pkl"))
     return folder / "run"
 

@@ -88,7 +88,7 @@ def fail_before_joining() -> int:
     from dist_vse import distributed
 
     if os.environ["RANK"] == "1":
-        raise UserError("lanes are wrong; take 8")
+        raise UserError("streams are wrong; take 8")
     with distributed.process_group(timeout_s=600):
         return 0
 
@@ -154,7 +154,7 @@ def test_a_failed_rank_ends_the_job_and_is_named(
     job = launch_job(fail_before_joining)
     assert follow.follow(job, poll_s=0.05) == 2  # long before rank 0's ten minutes are over
     log = job.task(1).paths.stderr
-    expected = f"error: job {job.job_id}, rank 1: lanes are wrong; take 8 (log: {log})\n"
+    expected = f"error: job {job.job_id}, rank 1: streams are wrong; take 8 (log: {log})\n"
     assert capfd.readouterr().err == expected
 
 
@@ -183,7 +183,7 @@ def test_training_by_the_config_as_it_was_submitted(
     config_path = tmp_path / "run.yaml"
     config_path.write_text(
         f"{{output_dir: {tmp_path}/run, global_batch_size: 8, chunk_size: 2, total_steps: 3,"
-        f" log_every: 1, data: {{index: {tmp_path}/data, lanes: 4, num_workers: 0}},"
+        f" log_every: 1, data: {{index: {tmp_path}/data, streams: 4, num_workers: 0}},"
         " model: {embed_dim: 8, image: {name: test_vit, size: 32},"
         " text: {width: 64, depth: 1, max_tokens: 8}}}"
     )
@@ -227,7 +227,10 @@ def test_the_batch_script_is_the_one_that_submitit_sends(
         ("{scheduler: local, nodes: 2}", r"nodes \(2\) must be 1 for local"),
         ("{scheduler: local, setup: [module load x]}", "run these lines in this shell"),
         ("{scheduler: local, container: docker run x}", "container .* is for Slurm only"),
-        ("processes_per_node: 3", r"data.lanes \(8\) must be a multiple of the world size \(3\)"),
+        (
+            "processes_per_node: 3",
+            r"data.num_streams \(8\) must be a multiple of the world size \(3\)",
+        ),
     ],
 )
 def test_wrong_cluster_files(config_path: Path, tmp_path: Path, text: str, message: str) -> None:

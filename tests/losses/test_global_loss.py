@@ -27,8 +27,8 @@ torch.set_num_threads(1)
     count=st.integers(1, 23),
     tile=st.integers(1, 30),
     temperature=st.sampled_from([1.0, 0.1, 0.02, 0.005]),
-    families=st.integers(1, 30),
-    twins=st.sampled_from(["exclude", "positive"]),
+    groups=st.integers(1, 30),
+    duplicates=st.sampled_from(["mask", "positive"]),
     hardness=st.sampled_from([0.0, 0.3, 1.0]),
     kept=st.sampled_from([0.0, 4e-7, 1.0]),
     seed=st.integers(0, 10_000),
@@ -38,15 +38,15 @@ def test_equals_the_dense_loss_in_float64(
     count: int,
     tile: int,
     temperature: float,
-    families: int,
-    twins: str,
+    groups: int,
+    duplicates: str,
     hardness: float,
     kept: float,
     seed: int,
 ) -> None:
     case = Case(
-        name, count, temperature=temperature, families=families, twins=twins, hardness=hardness,
-        seed=seed,
+        name, count, temperature=temperature, groups=groups, duplicates=duplicates,
+        hardness=hardness, seed=seed,
     )  # fmt: skip
     ours = gradients(global_loss, case, tile=tile, memory_gib=kept)
     assert error(ours, gradients(dense_loss, case)) < 1e-10
@@ -54,17 +54,17 @@ def test_equals_the_dense_loss_in_float64(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_dense_loss_in_float32(name: str) -> None:
-    for temperature, twins in itertools.product((0.1, 0.01), ("exclude", "positive")):
-        case = Case(name, 70, temperature=temperature, twins=twins, families=60, width=64)
+    for temperature, duplicates in itertools.product((0.1, 0.01), ("mask", "positive")):
+        case = Case(name, 70, temperature=temperature, duplicates=duplicates, groups=60, width=64)
         exact = gradients(dense_loss, case)
         ours = gradients(global_loss, case, dtype=torch.float32, tile=16)
-        assert error(ours, exact) < 1e-5, (temperature, twins)
+        assert error(ours, exact) < 1e-5, (temperature, duplicates)
 
 
 def test_equals_the_dense_loss_where_torch_has_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_onednn", None)
     for name in ("convse", "convse++"):
-        case = Case(name, 70, families=60, width=64)
+        case = Case(name, 70, groups=60, width=64)
         ours = gradients(global_loss, case, dtype=torch.float32, tile=16)
         assert error(ours, gradients(dense_loss, case)) < 1e-5, name
 
@@ -86,7 +86,7 @@ def test_onednns_products_get_no_features_with_gaps(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kept_tile_changes_nothing(name: str) -> None:
-    case = Case(name, 40, families=35)
+    case = Case(name, 40, groups=35)
     without = gradients(global_loss, case, dtype=torch.float32, tile=16, memory_gib=0)
     for gib in (32 * 12 * 4 / 2**30, 1.0):
         kept = gradients(global_loss, case, dtype=torch.float32, tile=16, memory_gib=gib)
@@ -166,9 +166,9 @@ def test_the_hardest_among_copies_is_the_first_for_any_tile() -> None:
 
 @pytest.mark.parametrize("tile", [None, 512, 200, 64])
 def test_the_hardest_is_found_in_blocks_of_any_size(tile: int | None) -> None:
-    """Whole tiles and cut ones, strips of several, and twins among what is searched."""
-    for families in (10**6, 611):
-        case = Case("convse++", 1111, families=families, width=16)
+    """Whole tiles and cut ones, strips of several, and duplicates among what is searched."""
+    for groups in (10**6, 611):
+        case = Case("convse++", 1111, groups=groups, width=16)
         ours = gradients(global_loss, case, tile=tile)
         assert error(ours, gradients(dense_loss, case)) < 1e-10
 
@@ -202,20 +202,20 @@ def test_the_gradient_can_be_taken_twice() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_statistics_equal_their_definitions(name: str) -> None:
-    case = Case(name, 40, families=33)
+    case = Case(name, 40, groups=33)
     stats = case.output(tile=16).stats
     s = case.images @ case.texts.T
     own = torch.eye(40, dtype=torch.bool)
-    twins = (case.ids.view(-1, 1) == case.ids) & ~own
-    hardest = s.masked_fill(own | twins, -1).amax(1)
+    duplicates = (case.ids.view(-1, 1) == case.ids) & ~own
+    hardest = s.masked_fill(own | duplicates, -1).amax(1)
     expected = {
         "positive_similarity": s.diag().mean(),
         "hardest_similarity": hardest.mean(),
         "active_share": (hardest > s.diag() - 0.2).double().mean(),
         "alignment": (case.images - case.texts).square().sum(1).mean(),
         "uniformity": (_closeness(case.images) / 2 + _closeness(case.texts) / 2).log(),
-        "masked_pairs": twins.sum().double(),
-        "masked_share": twins.sum() / (40 * 39),
+        "masked_pairs": duplicates.sum().double(),
+        "masked_share": duplicates.sum() / (40 * 39),
         "temperature": torch.tensor(0.1),
     }
     assert stats.keys() == expected.keys()

@@ -43,10 +43,10 @@ def _compare(
     """Return the error of each case against one process in float64."""
     counts = shares[distributed.world_size()]
     errors = {}
-    for name, transport, twins, (temperature, hardness, tile, kept) in itertools.product(
+    for name, transport, duplicates, (temperature, hardness, tile, kept) in itertools.product(
         names,
         ("gather", "ring"),
-        ("exclude", "positive"),
+        ("mask", "positive"),
         ((0.1, 1.0, 3, 0.0), (0.005, 0.4, 4, 1.0), (0.1, 0.0, 64, 0.0)),
     ):
         case = Case(
@@ -54,14 +54,14 @@ def _compare(
             sum(counts),
             temperature=temperature,
             hardness=hardness,
-            twins=twins,
-            families=8,
+            duplicates=duplicates,
+            groups=8,
         )
         exact = gradients(dense_loss, case)
         _take_part(case, counts)
         options: dict[str, Any] = {"transport": transport, "tile": tile, "memory_gib": kept}
         ours = _whole(gradients(global_loss, case, dtype=dtype, **options))
-        errors[f"{name} {transport} {twins} t={temperature} h={hardness}"] = error(ours, exact)
+        errors[f"{name} {transport} {duplicates} t={temperature} h={hardness}"] = error(ours, exact)
     return errors
 
 
@@ -153,7 +153,7 @@ def test_a_bad_rank_is_seen_by_all() -> None:
 
 
 def _statistics() -> dict[str, float]:
-    case = Case("convse", 12, families=8)
+    case = Case("convse", 12, groups=8)
     _take_part(case, EVEN[distributed.world_size()])
     return {key: value.item() for key, value in case.output(tile=5).stats.items()}
 
@@ -170,15 +170,15 @@ def test_statistics_are_those_of_the_global_batch() -> None:
 def _in_bf16(counts: tuple[int, ...]) -> dict[str, float]:
     """Return how far bfloat16 products are from one process in float64, captions rounded before."""
     errors = {}
-    for name, transport, twins in itertools.product(
-        ON_LOGITS, ("gather", "ring"), ("exclude", "positive")
+    for name, transport, duplicates in itertools.product(
+        ON_LOGITS, ("gather", "ring"), ("mask", "positive")
     ):
-        case = Case(name, sum(counts), width=64, twins=twins, families=8)
+        case = Case(name, sum(counts), width=64, duplicates=duplicates, groups=8)
         exact = gradients(dense_loss, case)[1:3]  # the features'
         _take_part(case, counts)
         options: dict[str, Any] = {"transport": transport, "tile": 3, "bf16_products": True}
         ours = _whole(gradients(global_loss, case, dtype=torch.float32, **options))[1:3]
-        errors[f"{name} {transport} {twins}"] = error(ours, exact)
+        errors[f"{name} {transport} {duplicates}"] = error(ours, exact)
     return errors
 
 

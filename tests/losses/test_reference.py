@@ -86,7 +86,7 @@ def test_a_single_pair_has_no_negatives(name: str) -> None:
         assert not grad.any()
 
 
-def test_excluded_twins_are_as_if_they_were_not_there() -> None:
+def test_excluded_duplicates_are_as_if_they_were_not_there() -> None:
     images, texts = features(5)
     ids = torch.tensor([7, 8, 9, 10, 7])
     logits = images @ texts.T / 0.1
@@ -97,7 +97,7 @@ def test_excluded_twins_are_as_if_they_were_not_there() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
-def test_positive_twins_average_the_log_probabilities() -> None:
+def test_positive_duplicates_average_the_log_probabilities() -> None:
     images, texts = features(4)
     logits = images @ texts.T / 0.1
     rows, columns = logits.log_softmax(1), logits.log_softmax(0)
@@ -111,7 +111,7 @@ def test_positive_twins_average_the_log_probabilities() -> None:
         log_scale(0.1),
         BIAS,
         text_ids=torch.tensor([1, 2, 3, 1]),
-        twins="positive",
+        duplicates="positive",
     )
     torch.testing.assert_close(loss, expected.mean(), rtol=1e-12, atol=0)
 

@@ -155,7 +155,7 @@ def learn(folder: Path, start: str, *overrides: str) -> None:
         f"output_dir={folder / 'run'}",
         *("global_batch_size=16", "chunk_size=4", "total_steps=3", "engine.zero_stage=3"),
         *("optim.lr=1e-4", "loss.name=siglip", "loss.learn_temperature=true", "log_every=1"),
-        f"data.lanes={config.data.lanes}",
+        f"data.num_streams={config.data.num_streams}",
         *overrides,
     ]
     assert train.run(load_config(None, given)) == 0

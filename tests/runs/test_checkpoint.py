@@ -34,7 +34,7 @@ SOURCES = [(1, 0), (2, 2), (4, 3)]
 
 
 def _parameters(engine: ZeroEngine) -> Tensor:
-    with engine.whole_parameters():
+    with engine.gathered_parameters():
         return torch.cat([p.detach().flatten().clone() for p in engine.module.parameters()])
 
 
@@ -82,7 +82,7 @@ def _load_everywhere(folders: list[Path], name: str) -> dict[tuple[int, int], tu
                 torch.equal(expected[key], found[key]) for key in expected
             )
             weights = load_file(path / checkpoint.WEIGHTS)
-            with engine.whole_parameters():
+            with engine.gathered_parameters():
                 same &= all(
                     torch.equal(weights[k], v) for k, v in engine.module.state_dict().items()
                 )

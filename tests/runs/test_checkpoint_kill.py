@@ -53,7 +53,7 @@ def test_thirty_kills_of_two_ranks_while_saving_leave_a_good_checkpoint(tmp_path
         manifest = checkpoint.read_manifest(newest)
         step = manifest["step"]
         assert step >= 2 and newest.name == f"step-{step:06d}"
-        assert (manifest["samples_seen"], manifest["lanes"]) == (step * B, [[step, step]])
+        assert (manifest["samples_seen"], manifest["streams"]) == (step * B, [[step, step]])
         names = {checkpoint.WEIGHTS, "rank-0.safetensors", "rank-1.safetensors"}
         assert set(manifest["files"]) == names
         for file in names:

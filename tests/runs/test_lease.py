@@ -10,8 +10,8 @@ import pytest
 from dist_vse import distributed
 from dist_vse.runs import lease
 from dist_vse.common.errors import UserError
-from dist_vse.runs.lease import TakenOver
-from dist_vse.runs.files import LIFE_NAME
+from dist_vse.runs.lease import LostLease
+from dist_vse.runs.files import LEASE_NAME
 from tests.support.distributed import run_distributed
 
 
@@ -20,14 +20,14 @@ def test_a_former_life_of_a_job_can_not_claim_its_run(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    held = lease.claim(tmp_path)
+    held = lease.acquire(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    with pytest.raises(TakenOver, match="this life of it, a former one, ends"):
-        lease.claim(tmp_path)
+    with pytest.raises(LostLease, match="this life of it, a former one, ends"):
+        lease.acquire(tmp_path)
     held.check()
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    lease.claim(tmp_path)
-    with pytest.raises(TakenOver, match="job 8"):
+    lease.acquire(tmp_path)
+    with pytest.raises(LostLease, match="job 8"):
         held.check()
 
 
@@ -37,50 +37,50 @@ def test_of_two_claims_that_fall_together_one_holds(
 ) -> None:
     replace, inner = os.replace, []
 
-    def claim_meanwhile(source: Any, target: Any) -> None:
+    def acquire_meanwhile(source: Any, target: Any) -> None:
         monkeypatch.setattr(os, "replace", replace)
         if last == "outer":
-            inner.append(lease.claim(tmp_path))
+            inner.append(lease.acquire(tmp_path))
             replace(source, target)
         else:
             replace(source, target)
-            inner.append(lease.claim(tmp_path))
+            inner.append(lease.acquire(tmp_path))
 
-    monkeypatch.setattr(os, "replace", claim_meanwhile)
+    monkeypatch.setattr(os, "replace", acquire_meanwhile)
     if last == "inner":
-        with pytest.raises(TakenOver):
-            lease.claim(tmp_path)
+        with pytest.raises(LostLease):
+            lease.acquire(tmp_path)
         inner[0].check()
         return
-    outer = lease.claim(tmp_path)
+    outer = lease.acquire(tmp_path)
     assert outer.life == inner[0].life  # both read the same note
     outer.check()
-    with pytest.raises(TakenOver):
+    with pytest.raises(LostLease):
         inner[0].check()
 
 
 @pytest.mark.parametrize("content", [b"", b'{"life": 3, "tok', b"3", b"\xff"])
 def test_a_cut_note_lets_nobody_write_and_anybody_start(tmp_path: Path, content: bytes) -> None:
-    held = lease.claim(tmp_path)
-    (tmp_path / LIFE_NAME).write_bytes(content)
-    with pytest.raises(UserError, match=f"{LIFE_NAME}: missing or cut") as told:
+    held = lease.acquire(tmp_path)
+    (tmp_path / LEASE_NAME).write_bytes(content)
+    with pytest.raises(UserError, match=f"{LEASE_NAME}: missing or cut") as told:
         held.check()
-    assert not isinstance(told.value, TakenOver)  # nobody goes on with this run
-    lease.claim(tmp_path).check()
-    with pytest.raises(TakenOver):
+    assert not isinstance(told.value, LostLease)  # nobody goes on with this run
+    lease.acquire(tmp_path).check()
+    with pytest.raises(LostLease):
         held.check()
-    assert {path.name for path in tmp_path.iterdir()} == {LIFE_NAME}
-    assert json.loads((tmp_path / LIFE_NAME).read_text())["life"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {LEASE_NAME}
+    assert json.loads((tmp_path / LEASE_NAME).read_text())["life"] == 1
 
 
 def _be_taken_over(folder: Path) -> tuple[type, str]:
     held = distributed.broadcast_object(
-        lease.claim(folder) if distributed.is_main_process() else None
+        lease.acquire(folder) if distributed.is_main_process() else None
     )
     if distributed.is_main_process():
-        lease.claim(folder)
+        lease.acquire(folder)
     try:
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             if distributed.is_main_process():
                 held.check()
     except UserError as error:
@@ -91,4 +91,4 @@ def _be_taken_over(folder: Path) -> tuple[type, str]:
 def test_every_rank_can_tell_that_its_run_was_taken_over(tmp_path: Path) -> None:
     first, second = run_distributed(_be_taken_over, 2, tmp_path)
     assert first == second
-    assert first[0] is TakenOver and "(on rank 0)" in first[1]
+    assert first[0] is LostLease and "(on rank 0)" in first[1]

@@ -98,7 +98,7 @@ def _lose_the_folder_to_a_later_life(folder: Path) -> tuple[str, bool]:
     try:
         saver.finish()
     except UserError as error:
-        return str(error), isinstance(error, lease.TakenOver)
+        return str(error), isinstance(error, lease.LostLease)
     finally:
         checkpoint.write_files = write_files
     return "", False
@@ -152,7 +152,7 @@ def _be_taken_over_while_saving(folder: Path) -> str:
 
     def slow_seal(*args: Any, **more: Any) -> None:
         seal(*args, **more)
-        lease.claim(folder)
+        lease.acquire(folder)
 
     checkpoint.seal = slow_seal
     saver.start(engine, Progress(1, 1, []), score=None)
@@ -172,7 +172,7 @@ def test_a_life_that_is_taken_over_while_it_saves_publishes_nothing(tmp_path: Pa
 
 
 def test_leftovers_of_other_lives_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    held = lease.claim(tmp_path)
+    held = lease.acquire(tmp_path)
     own, other = (f"step-000007.life-1-{token}.tmp" for token in (held.token, "0" * 16))
     for name in (own, other):
         (tmp_path / name).mkdir()

@@ -113,8 +113,8 @@ def test_untouched_images_keep_their_bytes(pairs: Path, options: tuple[str, ...]
     out = pairs.parent / "out"
     _shard("jsonl", pairs, out, "--max-bad", "8", "--workers", "1", *options)
     assert _stored(out) == {name: (extension, data) for name, (data, extension) in GOOD.items()}
-    ledger = map(json.loads, (out / "skipped.jsonl").read_text().splitlines())
-    reasons = {entry["key"]: entry["reason"] for entry in ledger}
+    skipped_log = map(json.loads, (out / "skipped.jsonl").read_text().splitlines())
+    reasons = {entry["key"]: entry["reason"] for entry in skipped_log}
     assert reasons.keys() == {*BAD, "missing"}
     for name, (_, reason) in BAD.items():
         with pytest.raises(AssertionError, match=reason):

@@ -222,8 +222,8 @@ def test_the_fate_of_odd_samples(tmp_path: Path) -> None:
         {"key": "2", "captions": ["null in the JSON"]},
         {"key": "3", "captions": ["one", "eins"], "languages": ["en", "de"]},
     ]
-    ledger = (tmp_path / "skipped.jsonl").read_text().splitlines()
-    reasons = {entry["key"]: entry["reason"] for entry in map(json.loads, ledger)}
+    skipped_log = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    reasons = {entry["key"]: entry["reason"] for entry in map(json.loads, skipped_log)}
     assert reasons.keys() == {"4", "5", "6", "7", "8"}
     assert reasons["5"] == "no caption"
     assert reasons["6"] == "the image file is empty (0 bytes)"

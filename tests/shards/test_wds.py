@@ -1,4 +1,4 @@
-"""No sample of a tar gets lost: all come out, or stand in the ledger."""
+"""No sample of a tar gets lost: all come out, or stand in the skipped_log."""
 
 import json
 from pathlib import Path

@@ -16,7 +16,7 @@ NAMES = ("convse", "convse++", "info_nce", "vse0", "vse++", "siglip")
 class Case:
     """A whole batch of pairs in float64, of which a rank may take a part.
 
-    Image and caption ids repeat after `families` rows, where the batch is longer.
+    Image and caption ids repeat after `groups` rows, where the batch is longer.
     """
 
     def __init__(
@@ -26,8 +26,8 @@ class Case:
         *,
         width: int = 6,
         temperature: float = 0.1,
-        families: int = 10**6,
-        twins: str = "exclude",
+        groups: int = 10**6,
+        duplicates: str = "mask",
         hardness: float = 1.0,
         seed: int = 0,
     ) -> None:
@@ -35,13 +35,13 @@ class Case:
         made = torch.randn(2, count, width, generator=generator, dtype=torch.float64)
         made[1] += made[0]
         self.images, self.texts = functional.normalize(made, dim=2).unbind()
-        self.ids = torch.arange(count) % families
-        self.text_ids = torch.arange(count) % (families + 3)
+        self.ids = torch.arange(count) % groups
+        self.text_ids = torch.arange(count) % (groups + 3)
         self.part = slice(0, count)
         self.name = name
         self.log_scale = torch.tensor([-math.log(temperature)], dtype=torch.float64)
         self.bias = torch.tensor([-2.0], dtype=torch.float64)
-        self.options: dict[str, Any] = {"twins": twins, "hardness": hardness}
+        self.options: dict[str, Any] = {"duplicates": duplicates, "hardness": hardness}
 
     def to(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.images.to(dtype), self.texts.to(dtype)

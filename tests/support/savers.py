@@ -45,7 +45,7 @@ def open_saver(
     folder: Path, *, keep_last: int = 2, keep_best: int = 0, minutes: float = 0
 ) -> Saver:
     """Claim the folder for all ranks, as a new life of a run does."""
-    held = lease.claim(folder) if distributed.is_main_process() else None
+    held = lease.acquire(folder) if distributed.is_main_process() else None
     held = distributed.broadcast_object(held)
     return Saver(folder, held, keep_last=keep_last, keep_best=keep_best, minutes=minutes)
 
@@ -67,7 +67,7 @@ class TellingEngine:
     def dump_optimizer(self) -> dict[str, Tensor]:
         return {"optim/a/0": torch.full((250_000,), float(self.step))}
 
-    def whole_parameters(self) -> Any:
+    def gathered_parameters(self) -> Any:
         return contextlib.nullcontext()
 
     def load(self, weights: dict[str, Tensor], files: Sequence[Path]) -> None:

@@ -11,7 +11,7 @@ from dist_vse.data.streams import TrainSet
 from dist_vse.data.train_stream import train_batches
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
 
-BATCH, LANES = 48, 12
+BATCH, STREAMS = 48, 12
 PLAIN = {"crop": "center", "min_crop_area": 1.0, "flip": False, "color_jitter": 0.0}
 
 
@@ -22,7 +22,7 @@ def open_rank(
     settings: dict[str, Any] = {
         "seed": 0,
         "global_batch_size": BATCH,
-        "lanes": LANES,
+        "streams": STREAMS,
         "shuffle_window": 64,
         "size": 8,
         "crop": "random",

@@ -14,11 +14,11 @@ from dist_vse.models.tokenizer import WordTokenizer
 from dist_vse.tools.bench import watch as watching
 from dist_vse.tools.bench.contest_data import CONTEXT, Model, write_data, write_words
 from dist_vse.tools.bench.contestants import (
-    LANES,
     OUR_STEP,
     OURS,
     PEER,
     PEER_STEP,
+    STREAMS,
     Setting,
     Task,
     train,
@@ -143,7 +143,7 @@ def test_a_child_of_a_rank_counts_once_it_is_no_copy_about_to_run_a_command(
 @pytest.mark.timeout(120)
 def test_ours_trains_and_is_watched(setting: Setting) -> None:
     # More pairs than there are samples, as the search for the largest batch has.
-    watched = train(setting, Task(OURS, 4 * LANES, 2, 3))
+    watched = train(setting, Task(OURS, 4 * STREAMS, 2, 3))
     assert len(watched.step_at) == 3
     assert 0 < watched.seconds_a_step(1) < 100
     assert watched.rank_bytes > 200 * 2**20  # a process with torch in it
@@ -153,7 +153,7 @@ def test_ours_trains_and_is_watched(setting: Setting) -> None:
 @needs_peer
 @pytest.mark.timeout(120)
 def test_open_clips_own_main_trains_and_is_watched(setting: Setting) -> None:
-    watched = train(setting, Task(PEER, 4 * LANES, 2, 3))
+    watched = train(setting, Task(PEER, 4 * STREAMS, 2, 3))
     assert len(watched.step_at) == 3
     assert watched.rank_bytes > 200 * 2**20
 

@@ -203,7 +203,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["configs/debug_cpu.yaml", "--gpus", "8", "4096", "--batch", "8192", "--out", str(out)]
     assert cli.main(["plan", *words]) == 0
     printed = capsys.readouterr().out
-    assert "8 GPUs: " in printed and "chunk_size=" in printed and "data.lanes=4096" in printed
+    assert "8 GPUs: " in printed and "chunk_size=" in printed and "data.num_streams=4096" in printed
     written = json.loads(out.read_text())
     assert [row["world_size"] for row in written["plans"]] == [8, 4096]
     assert all(row["fits"] for row in written["plans"])

@@ -25,7 +25,12 @@ from tests.support.distributed import run_distributed
 CASES: list[list[str]] = [
     ["loss.learn_temperature=true", "engine.zero_stage=3", "optim.clip_norm=2"],
     ["loss.name=convse++", "loss.warmup_samples=100", "model.head_hidden=2048"],
-    ["loss.name=siglip", "loss.twins=positive", "engine.zero_stage=2", "engine.coalesce=false"],
+    [
+        "loss.name=siglip",
+        "loss.duplicates=positive",
+        "engine.zero_stage=2",
+        "engine.coalesce=false",
+    ],
     ["loss.name=info_nce", "loss.transport=ring", "engine.precision=bf16", "chunk_size=auto"],
     ["loss.temperature=0.005", "loss.bf16_products=true", "cache.keep_graphs=0"],
 ]

@@ -24,7 +24,7 @@ def _choose(
     rank_batch_size: int = 96,
     chunk_size: int | None = None,
     keep_graphs: int | None = None,
-    most_graphs: int | None = None,
+    max_live_graphs: int | None = None,
 ) -> Chunking:
     return choose_chunking(
         tiny_model(dropout=0.1),
@@ -32,7 +32,7 @@ def _choose(
         rank_batch_size=rank_batch_size,
         chunk_size=chunk_size,
         keep_graphs=keep_graphs,
-        most_graphs=most_graphs,
+        max_live_graphs=max_live_graphs,
         memory_gib=memory_gib,
         bf16=False,
     )
@@ -74,7 +74,7 @@ def test_as_many_graphs_are_kept_as_fit() -> None:
     assert _choose(3.5 * graph, chunk_size=8).keep_graphs == 3
     assert _choose(0.5 * graph, chunk_size=8).keep_graphs == 1
     assert _choose(100 * graph, chunk_size=8).keep_graphs == 12  # all of them
-    assert _choose(100 * graph, chunk_size=8, most_graphs=1).keep_graphs == 1
+    assert _choose(100 * graph, chunk_size=8, max_live_graphs=1).keep_graphs == 1
     assert _choose(100 * graph, chunk_size=96).keep_graphs == 1
     assert _choose(0, chunk_size=8).keep_graphs == 12  # half of what is free is enough
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dist_vse.training.prefetch_to_device import Chunk, uploaded
+from dist_vse.training.prefetch_to_device import Chunk, prefetch_to_device
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -12,7 +12,8 @@ def test_chunks_arrive_in_order_and_whole(device: str) -> None:
     if device == "cuda":
         chunks = [{name: value.pin_memory() for name, value in chunk.items()} for chunk in chunks]
     found = [
-        chunk["images"].double().sum().item() for chunk in uploaded(chunks, torch.device(device))
+        chunk["images"].double().sum().item()
+        for chunk in prefetch_to_device(chunks, torch.device(device))
     ]
     assert found == [12 * i for i in range(5)]
 
@@ -27,6 +28,6 @@ def test_no_more_chunks_are_on_the_device_than_the_next(device: str, ahead: int)
         taken.append(i)
         return {"tokens": torch.zeros(1)}
 
-    coming = uploaded(map(take, range(5)), torch.device(device))
+    coming = prefetch_to_device(map(take, range(5)), torch.device(device))
     next(coming)
     assert len(taken) == 1 + ahead

@@ -124,7 +124,7 @@ def _error(
         loss_fn = _loss(loss_name, ahead)
         train_step(engine, loss_fn, chunks, keep_graphs=kept, announce=ahead.send)
     if isinstance(engine, ZeroEngine):
-        with engine.whole_parameters():
+        with engine.gathered_parameters():
             found = _parameters(engine.module)
     else:
         found = _parameters(engine.module)

@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from dist_vse.common.memory import Storages
+from dist_vse.common.memory import TensorMemoryTracker
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.losses.global_loss import global_loss
 from dist_vse.runs.metrics import peak_memory_gib
@@ -16,7 +16,7 @@ from dist_vse.training.grad_cache import train_step
 class _WeighingEngine(PlainEngine):
     """Notes how much a chunk's forward and backward add to what was allocated before them."""
 
-    storages: Storages
+    storages: TensorMemoryTracker
     own = 0  # bytes, at most
     outside = 0  # bytes that stood before a chunk was encoded, at most
 
@@ -49,11 +49,11 @@ def weigh(load: Workload, batch: int, chunk_size: int) -> dict[str, Any]:
     def info_nce(*outputs: Tensor) -> Tensor:
         return global_loss("info_nce", *outputs, memory_gib=0).loss
 
-    engine.storages = Storages()
+    engine.storages = TensorMemoryTracker()
     train_step(engine, info_nce, chunks[:2], keep_graphs=0)  # optimizer states are made here
     engine.own = engine.outside = 0
     resident = peak_memory_gib()
-    with Storages() as engine.storages:
+    with TensorMemoryTracker() as engine.storages:
         train_step(engine, info_nce, chunks, keep_graphs=0)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return {

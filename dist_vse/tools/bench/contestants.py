@@ -15,7 +15,7 @@ from dist_vse.tools.bench.watch import Watched, watch
 OURS, PEER = "dist_vse", "OpenCLIP"
 LEARNING_RATE, WEIGHT_DECAY, BETAS = 5e-4, 0.2, (0.9, 0.98)
 MIN_CROP_AREA = 0.9  # OpenCLIP's default
-LANES = 8
+STREAMS = 8
 OUR_STEP = re.compile(r"\bstep +\d+/\d+ ")
 PEER_STEP = re.compile(r"\bTrain Epoch: ")
 READ_AHEAD = 2  # batches a worker: PyTorch's default, which OpenCLIP keeps
@@ -83,7 +83,7 @@ def write_our_config(path: Path, setting: Setting, task: Task) -> None:
             "eval_split": "train",  # of val/
             # OpenCLIP goes through its shards again where an epoch wants more samples.
             "mix": [{"index": str(shards.root), "weight": -(-task.global_batch // samples)}],
-            "lanes": LANES,
+            "streams": STREAMS,
             "num_workers": setting.workers,
             "min_crop_area": MIN_CROP_AREA,
         },

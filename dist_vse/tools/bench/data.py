@@ -101,7 +101,7 @@ def _ours(index: Index, workers: int, args: argparse.Namespace) -> Batches:
         [TrainSet(index, "train")],
         seed=0,
         global_batch_size=args.batch_size,
-        lanes=2 * workers,
+        streams=2 * workers,
         shuffle_window=1024,
         size=SIZE,
         crop="random",

@@ -32,7 +32,7 @@ from dist_vse.tools.bench.peer_data import peer_loader, require_peer
 from dist_vse.tools.bench.tars import write_tars
 
 SHARDS, LEAST, MOST = 20, 300, 700
-BATCH, LANES = 240, 24  # both multiples of every W times workers
+BATCH, STREAMS = 240, 24  # both multiples of every W times workers
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,7 +93,7 @@ def _stream(index: Index, rank: int, world_size: int, workers: int) -> Iterator[
         [TrainSet(index, "train")],
         seed=0,
         global_batch_size=BATCH,
-        lanes=LANES,
+        streams=STREAMS,
         shuffle_window=256,
         size=8,
         crop="random",

@@ -9,7 +9,7 @@ from dist_vse.data.eval_stream import captions
 from dist_vse.models.tokenizer import build_tokenizer
 from dist_vse.runs.folder import open_train_sets, run_model
 from dist_vse.tools.bench.contest_data import CONTEXT, MODEL
-from dist_vse.tools.bench.contestants import LANES, OURS, PEER, Setting, Task, write_our_config
+from dist_vse.tools.bench.contestants import OURS, PEER, STREAMS, Setting, Task, write_our_config
 
 Size = dict[str, int]
 
@@ -42,7 +42,7 @@ def _peer_model(setting: Setting) -> nn.Module:
 
 def _our_model(setting: Setting) -> nn.Module:
     path = setting.folder / "config.yaml"
-    write_our_config(path, setting, Task(OURS, LANES, 1, 1))
+    write_our_config(path, setting, Task(OURS, STREAMS, 1, 1))
     config = load_config(path)
     (a_set,) = open_train_sets(config)
     words = build_tokenizer(config.model.text, lambda: captions(a_set.index, a_set.split), None)

@@ -19,7 +19,7 @@ from rich.table import Table
 from dist_vse.common.errors import UserError
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.tools.bench.contest_data import CONTEXT, HEAD_WIDTH, SHARDS, Model, write_data
-from dist_vse.tools.bench.contestants import LANES, OURS, PEER, Setting, Task, train
+from dist_vse.tools.bench.contestants import OURS, PEER, STREAMS, Setting, Task, train
 from dist_vse.tools.bench.largest import Largest, largest_batch
 from dist_vse.tools.bench.parity import model_sizes
 from dist_vse.tools.bench.peer_data import require_peer
@@ -70,11 +70,11 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("workers", "rounds", "most"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} ({getattr(args, name)}) must be at least 0")
-    unit = args.processes * args.chunks * LANES
+    unit = args.processes * args.chunks * STREAMS
     if args.batch < 1 or args.batch % unit:
         raise UserError(
             f"--batch ({args.batch}) must be a multiple of --processes ({args.processes}) times "
-            f"--chunks ({args.chunks}) times {LANES} = {unit}"
+            f"--chunks ({args.chunks}) times {STREAMS} = {unit}"
         )
     readers = args.processes * max(1, args.workers)
     if SHARDS % readers:

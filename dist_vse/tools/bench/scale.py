@@ -16,7 +16,7 @@ from rich.console import Console
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.log import setup_logging
-from dist_vse.distributed.spawn import Team, run_teams
+from dist_vse.distributed.spawn import RankGroup, run_rank_groups
 from dist_vse.engine.zero import IMPORTS
 from dist_vse.runs.environment import describe_environment
 from dist_vse.tools.bench.checks import at_least_one, writable
@@ -84,8 +84,8 @@ def _on_this_machine(cases: Sequence[Case], effort: Effort) -> list[Row]:
     teams = []
     for turn, ((size, runs), members) in enumerate(groups.items()):
         turns = Turns(barrier, turn, len(groups))
-        teams += [Team(measure, size, (members, effort, turns))] * runs
-    results = iter(run_teams(teams, start_method=START))
+        teams += [RankGroup(measure, size, (members, effort, turns))] * runs
+    results = iter(run_rank_groups(teams, start_method=START))
     rows: dict[int, Row] = {}
     for (_, runs), members in groups.items():
         several = [next(results) for _ in range(runs)]

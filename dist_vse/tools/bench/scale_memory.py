@@ -8,7 +8,7 @@ import torch
 
 from dist_vse import distributed
 from dist_vse.common import step_timer
-from dist_vse.common.memory import Storages
+from dist_vse.common.memory import TensorMemoryTracker
 
 T = TypeVar("T")
 
@@ -100,5 +100,5 @@ def _heap() -> Iterator[_Heap]:
     if distributed.device().type == "cuda":
         yield _CudaHeap()
         return
-    with Storages() as storages:
+    with TensorMemoryTracker() as storages:
         yield storages

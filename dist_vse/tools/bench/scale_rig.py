@@ -77,7 +77,7 @@ class Rig:
 
 def build_rig(config: TrainConfig, *, stream: bool) -> Rig:
     """Build the model and its engine, and batches: of the config's data, or made-up ones."""
-    with distributed.same_verdict():
+    with distributed.raise_on_all_ranks():
         tokenizer = _tokenizer(config, stream)
         model = (
             run_model(config, tokenizer)
@@ -100,7 +100,7 @@ def build_rig(config: TrainConfig, *, stream: bool) -> Rig:
     batches: Iterator[Batch]
     if stream:
         assert tokenizer is not None
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             sets = open_train_sets(config)
             batches = build_train_batches(config, sets, tokenizer, Progress(0, 0, []))
     else:

@@ -157,7 +157,7 @@ def _messages(rounds: int) -> dict[str, float]:
 
     def exchange(x: Tensor) -> None:
         other = 1 - distributed.rank()
-        distributed.Exchange(x, torch.empty_like(x), destination=other, source=other).wait()
+        distributed.AsyncSendRecv(x, torch.empty_like(x), destination=other, source=other).wait()
 
     small = seconds(distributed.gather_rows, SMALL)
     copied = seconds(distributed.gather_rows, LARGE) - small

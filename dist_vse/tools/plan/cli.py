@@ -170,7 +170,7 @@ def _plan(
     for plan in plans:
         console.print(f"{plan.settings.world_size:,} GPUs: {explain(plan, work)}")
         if plan.fits and not args.as_configured:
-            console.print(f"    {as_overrides(plan)}{_lanes(config, plan)}", soft_wrap=True)
+            console.print(f"    {as_overrides(plan)}{_streams(config, plan)}", soft_wrap=True)
     _write(
         args.out,
         {
@@ -182,10 +182,10 @@ def _plan(
     return 0 if any(plan.fits for plan in plans) else 1
 
 
-def _lanes(config: "TrainConfig", plan: "Plan") -> str:
+def _streams(config: "TrainConfig", plan: "Plan") -> str:
     """Return the override that so many ranks need of the stream, if any."""
     needed = plan.settings.world_size * max(1, config.data.num_workers)
-    return "" if config.data.lanes % needed == 0 else f" data.lanes={needed}"
+    return "" if config.data.num_streams % needed == 0 else f" data.num_streams={needed}"
 
 
 def _row(plan: "Plan") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_vse.common.memory import Storages
+from dist_vse.common.memory import TensorMemoryTracker
 from dist_vse.config import TrainConfig
 from dist_vse.engine.gradient_reduction import BUCKET
 from dist_vse.engine.zero import PERSISTENT
@@ -178,9 +178,9 @@ class _Tally(TorchDispatchMode):
 
 
 @contextmanager
-def _counting() -> Iterator[tuple[_Tally, Storages]]:
+def _counting() -> Iterator[tuple[_Tally, TensorMemoryTracker]]:
     tally = _Tally()
-    with Storages() as storages, tally.flops, tally:
+    with TensorMemoryTracker() as storages, tally.flops, tally:
         yield tally, storages
 
 

@@ -77,7 +77,7 @@ def run_embed(args: argparse.Namespace) -> int:
     from dist_vse.tools.search.gallery import origin
 
     with distributed.process_group():
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             check_suffix(args.out)
             index, model = open_data(args.model, args.data), open_model(args.model)
             index.split(args.split)
@@ -85,7 +85,7 @@ def run_embed(args: argparse.Namespace) -> int:
                 check_output(args.out)
         found = embed_split(model, index, args.split)
         check_finite(found.image_features, found.text_features)
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             if distributed.is_main_process():
                 files = write(found, args.out, origin(model.model, index, args.split))
                 print(f"wrote {', '.join(map(str, files))}")

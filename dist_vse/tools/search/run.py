@@ -58,7 +58,7 @@ def search(
         raise UserError(f"{sheet}: give a sheet that ends in .html or .png")
     find = faiss_top_k if faiss else top_k
     with distributed.process_group():
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             if faiss:
                 check_faiss()
             index, model = open_data(location, data), open_model(location)
@@ -85,7 +85,7 @@ def search(
                 [*texts, *map(str, images)], scores.tolist(), rows.tolist(), strict=True
             )
         ]
-        with distributed.same_verdict():
+        with distributed.raise_on_all_ranks():
             if distributed.is_main_process():
                 _show(found, index, split, images, sheet)
     return found

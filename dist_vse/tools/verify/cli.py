@@ -66,7 +66,7 @@ def _join_group(args: argparse.Namespace) -> int:
 
     with distributed.process_group():
         try:
-            with distributed.same_verdict():
+            with distributed.raise_on_all_ranks():
                 check = _choose_check(args)
                 world_size = distributed.world_size()
                 if args.processes not in (None, world_size):

@@ -47,7 +47,7 @@ def build_dense_loss(config: TrainConfig, batch: Batch, *, rounded: bool = False
             text_ids=batch.text_ids.to(here),
             margin=loss.margin,
             hardness=warmup_share(samples_seen(config), loss.warmup_samples),
-            twins=loss.twins,
+            duplicates=loss.duplicates,
         ).view(())
 
     return fn

@@ -82,13 +82,13 @@ def _losses() -> dict[str, Loss]:
 
 
 def _exact(config: TrainConfig) -> dict[str, Tensor]:
-    batch = make_batch(config.global_batch_size, twins=False)  # OpenCLIP knows of none
+    batch = make_batch(config.global_batch_size, duplicates=False)  # OpenCLIP knows of none
     model = small_model(config, frozen=(False, False)).double()
     return model_gradients(config, model, batch)[1]
 
 
 def _under_ddp(config: TrainConfig, loss: Loss) -> dict[str, Tensor]:
-    batch = make_batch(config.global_batch_size, twins=False)
+    batch = make_batch(config.global_batch_size, duplicates=False)
     here = distributed.device()
     count = config.global_batch_size // distributed.world_size()
     rows = slice(distributed.rank() * count, (distributed.rank() + 1) * count)

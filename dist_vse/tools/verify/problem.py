@@ -81,8 +81,8 @@ def small_model(config: TrainConfig, *, frozen: tuple[bool, bool]) -> DualEncode
     return model.to(distributed.device())
 
 
-def make_batch(total: int, *, twins: bool = True) -> Batch:
-    """Draw a global batch of `total` pairs; `twins` gives its first rows some among its last."""
+def make_batch(total: int, *, duplicates: bool = True) -> Batch:
+    """Draw a global batch of `total` pairs; `duplicates` repeats its first rows at its end."""
     generator = torch.Generator().manual_seed(0)
     # A coarse pattern of its own for each image, so that features differ.
     coarse = torch.rand(total, 3, 4, 4, generator=generator).mul_(255)
@@ -90,7 +90,7 @@ def make_batch(total: int, *, twins: bool = True) -> Batch:
     tokens = torch.randint(1, VOCABULARY, (total, TOKENS), generator=generator)
     tokens[::3, TOKENS // 2 :] = PAD
     image_ids, text_ids = (torch.arange(total) for _ in range(2))
-    if twins and total >= 4:
+    if duplicates and total >= 4:
         image_ids[-1] = image_ids[0]
         text_ids[-2] = text_ids[1]
     return Batch(

@@ -94,7 +94,7 @@ def _take_step(
     chunks = make_chunks(engine.module, share, config)
     kept = kept_graphs(config)
     loss = train_step(engine, loss_fn, chunks, keep_graphs=kept, announce=ahead.send)
-    with engine.whole_parameters():
+    with engine.gathered_parameters():
         return loss, _copy(engine.module)
 
 
