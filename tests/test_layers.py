@@ -27,7 +27,7 @@ LAYERS = (
 LEVEL = {name: level for level, name in enumerate(LAYERS)}
 
 OWNERS = {
-    "torch.distributed": {"dist_vse/distributed/collectives.py", "dist_vse/distributed/gloo.py"},
+    "torch.distributed": {"dist_vse/distributed/"},
     "deepspeed": {"dist_vse/engine/"},
     "timm": {"dist_vse/models/"},
     "transformers": {"dist_vse/models/"},

@@ -1,27 +1,30 @@
-"""Processes and what they send each other. The collectives are named here as well."""
+"""The process group and what its ranks send each other, as `distributed.NAME`."""
 
+from dist_vse.distributed.agreement import (
+    any_rank,
+    any_rank_each,
+    raise_on_all_ranks,
+)
 from dist_vse.distributed.collectives import (
     AsyncAllGather,
     AsyncReduce,
     AsyncSendRecv,
-    all_gather,
     all_gather_object,
     all_gather_rows,
     all_reduce_max,
     all_reduce_mean,
     all_reduce_min,
     all_reduce_sum,
-    any_rank,
-    any_rank_each,
     barrier,
     broadcast_object,
-    device,
     gather_rows,
+    reduce_scatter_rows,
+)
+from dist_vse.distributed.group import (
+    device,
     is_main_process,
     process_group,
-    raise_on_all_ranks,
     rank,
-    reduce_scatter_rows,
     world_size,
 )
 
@@ -29,7 +32,6 @@ __all__ = [
     "AsyncAllGather",
     "AsyncReduce",
     "AsyncSendRecv",
-    "all_gather",
     "all_gather_object",
     "all_gather_rows",
     "all_reduce_max",

@@ -1,0 +1,68 @@
+"""The process group: joining it, and which of its processes this one is.
+
+Everything here also works in one process without a group.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_vse.distributed import launcher_env, watchdog
+
+
+def rank() -> int:
+    """Return this process's number, 0 to W - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return W, the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Tell whether this is rank 0, which writes and prints."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Return the device of this process: its own GPU where there is one, else the CPU."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def process_group(timeout_s: float | None = None) -> Iterator[None]:
+    """Join the group that the launcher describes (or a group of one), and leave it at the end.
+
+    A rank that waits for another one longer than `timeout_s` seconds fails; the default is in
+    the environment's DIST_VSE_HANG_S, else half an hour. Raises UserError if the launcher's
+    description is not complete, or promises a GPU that is not there.
+    """
+    launcher_env.check_accelerator()
+    place: dict[str, Any] = {}  # in the environment
+    if "RANK" in os.environ:
+        launcher_env.check_described()
+    else:
+        launcher_env.check_alone()
+        store = dist.HashStore()  # type: ignore[attr-defined]  # needs no port
+        place = {"store": store, "rank": 0, "world_size": 1}
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device().type == "cuda":
+        launcher_env.check_gpus()
+        torch.cuda.set_device(device())
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    if timeout_s is None:
+        timeout_s = watchdog.limit_s()
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s), **place)
+    try:
+        yield
+    finally:
+        # Without it gloo's threads may abort the process after all work was done.
+        dist.destroy_process_group()
