@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dist_vse import distributed
-from dist_vse.engine.zero import ZeroEngine
 from dist_vse.common.errors import UserError, first_line, writing
 from dist_vse.common.log import logger
 from dist_vse.common.random_state import RandomState, random_state, restore
 from dist_vse.data.order import ORDER_FORMAT
+from dist_vse.engine.zero import ZeroEngine
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"

@@ -5,20 +5,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dist_vse.runs import checkpoint
-from dist_vse.config import (TrainConfig, dump_config, flat_config, load_config)
+from dist_vse.common.errors import UserError
+from dist_vse.common.log import logger
+from dist_vse.config import TrainConfig, dump_config, flat_config, load_config
 from dist_vse.config.checks import AUTO
 from dist_vse.config.sections import LEAST_LEARNED
-from dist_vse.common.errors import UserError
+from dist_vse.data.eval_stream import captions
 from dist_vse.data.index import read_index
-from dist_vse.common.log import logger
+from dist_vse.data.streams import TrainSet
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.pretrained import pretrained_tokenizer, read_start
 from dist_vse.models.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
-from dist_vse.runs.files import (CHECKPOINTS, CONFIG_NAME, METRICS_NAME, VOCABULARY_NAME)
-from dist_vse.data.eval_stream import captions
-from dist_vse.data.streams import TrainSet
+from dist_vse.runs import checkpoint
+from dist_vse.runs.files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, VOCABULARY_NAME
 
 _MAY_CHANGE = (
     "total_steps",

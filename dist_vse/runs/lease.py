@@ -1,8 +1,8 @@
 """One life of a run at a time: an older start that still lives somewhere can't write any more.
 
 A lost node may come back after its job was started again elsewhere: both lives would write into
-the same folder. Each start notes itself in `lease.json`, and who isn't noted there stops. Two starts
-at once may take the same number: a random token tells whose note it is.
+the same folder. Each start notes itself in `lease.json`, and who isn't noted there stops. Two
+starts at once may take the same number: a random token tells whose note it is.
 """
 
 import json

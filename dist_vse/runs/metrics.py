@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from dist_vse import distributed
-from dist_vse.common.step_timer import Clock
 from dist_vse.common.errors import writing
 from dist_vse.common.log import logger
+from dist_vse.common.step_timer import Clock
 from dist_vse.runs.files import METRICS_NAME, drop_lines_after
 from dist_vse.runs.trackers import start_trackers, tell
 

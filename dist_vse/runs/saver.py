@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_vse import distributed
+from dist_vse.common.errors import UserError, writing
+from dist_vse.engine.zero import ZeroEngine
 from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress, Receipts
-from dist_vse.engine.zero import ZeroEngine
-from dist_vse.common.errors import UserError, writing
 from dist_vse.runs.lease import Lease
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError, writing
-from dist_vse.runs.files import drop_lines_after
 from dist_vse.data.samples import Skipped
+from dist_vse.runs.files import drop_lines_after
 
 
 class SkippedLog:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.runs import checkpoint
-from dist_vse.runs.checkpoint import Progress
-from dist_vse.engine.zero import ZeroEngine
 from dist_vse.common.errors import UserError
 from dist_vse.data.order import ORDER_FORMAT
+from dist_vse.engine.zero import ZeroEngine
+from dist_vse.runs import checkpoint
+from dist_vse.runs.checkpoint import Progress
 from tests.support.distributed import run_distributed
 from tests.support.savers import (
     B,

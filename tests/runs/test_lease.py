@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from dist_vse import distributed
-from dist_vse.runs import lease
 from dist_vse.common.errors import UserError
-from dist_vse.runs.lease import LostLease
+from dist_vse.runs import lease
 from dist_vse.runs.files import LEASE_NAME
+from dist_vse.runs.lease import LostLease
 from tests.support.distributed import run_distributed
 
 

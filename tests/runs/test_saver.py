@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from dist_vse import distributed
+from dist_vse.common.errors import UserError
 from dist_vse.runs import checkpoint, lease
 from dist_vse.runs.checkpoint import Progress
-from dist_vse.common.errors import UserError
 from dist_vse.runs.saver import Saver
 from tests.support.distributed import run_distributed
 from tests.support.savers import B, build_engine, folder_names, open_saver, save_steps, take_step

@@ -9,9 +9,9 @@ import pytest
 
 from dist_vse import train
 from dist_vse.common import log
-from dist_vse.runs import trackers
-from dist_vse.config import load_config
 from dist_vse.common.errors import UserError
+from dist_vse.config import load_config
+from dist_vse.runs import trackers
 from dist_vse.runs.metrics import Recorder
 from tests.support.datasets import write_dataset
 from tests.support.distributed import run_distributed
