@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+from dist_vse.common.version import __version__
+
 if TYPE_CHECKING:
     from dist_vse.tools.export.load import Embedder
 
-__all__ = ["load"]
-__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
 
 
 def load(folder: str, device: str = "cpu") -> "Embedder":

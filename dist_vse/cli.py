@@ -15,8 +15,8 @@ import dist_vse.tools.search.cli
 import dist_vse.tools.verify.cli
 import launch.cli
 import shards.cli
-from dist_vse import __version__
 from dist_vse.common.errors import UserError
+from dist_vse.common.version import __version__
 
 _Arguments = Callable[[argparse.ArgumentParser], None]
 _Run = Callable[[argparse.Namespace], int]

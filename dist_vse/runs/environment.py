@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from dist_vse import __version__, distributed
+from dist_vse import distributed
+from dist_vse.common.version import __version__
 from dist_vse.data.index import INDEX_NAME
 from dist_vse.runs.files import ENVIRONMENT_NAME
 

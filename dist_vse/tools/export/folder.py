@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_vse import __version__
 from dist_vse.common.errors import UserError
+from dist_vse.common.version import __version__
 from dist_vse.config import ImageConfig, ModelConfig, TextConfig
 
 DESCRIPTION = "dist_vse.json"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from dist_vse import __version__
 from dist_vse.common.files import check_output, replaced
+from dist_vse.common.version import __version__
 from dist_vse.data.index import Index
 from dist_vse.tools.report import sections
 from dist_vse.tools.report.images import open_data, thumbnails
