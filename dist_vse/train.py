@@ -196,7 +196,7 @@ def _log(run: Run, progress: Progress, statistics: dict[str, Tensor], recorder: 
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen}
     values |= {name: number.item() for name, number in statistics.items()}
     values |= {**run.meter.rates(), "memory_gib": peak_memory_gib()}
-    with distributed.raise_on_all_ranks():  # a full disk, or a later start of the run
+    with distributed.raise_on_all_ranks():  # a full disk, or a later attempt
         if distributed.is_main_process():
             run.lease.check()
         recorder.write("train", progress.step, values)

@@ -105,7 +105,7 @@ def test_a_chunk_size_found_by_trying_is_written_down_and_changes_nothing(
     assert run_distributed(_run, 2, given) == [0, 0]
     assert read_losses(tmp_path / "auto") == read_losses(tmp_path / "given")
     assert _same(_weights(tmp_path / "auto"), _weights(tmp_path / "given"))
-    # A later life keeps to it, whatever fits then.
+    # A later attempt keeps it, whatever fits then.
     later = _overrides(shards, tmp_path / "auto", *more, *auto, "total_steps=8")
     assert run_distributed(_run, 2, later) == [0, 0]
     assert load_config(tmp_path / "auto" / "config.yaml").chunk_size == chunk_size

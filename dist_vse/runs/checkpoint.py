@@ -93,7 +93,7 @@ def seal(temporary: Path, progress: Progress, receipts: Receipts, **more: Any) -
 
 def publish(temporary: Path, final: Path) -> None:
     """Turn a sealed folder into a checkpoint, in one rename. Raises OSError."""
-    if final.exists():  # a former life's, which appeared after this one had begun
+    if final.exists():  # an earlier attempt's, which appeared after this one had begun
         _remove(final)
     os.rename(temporary, final)
     _flush(final.parent)

@@ -6,19 +6,19 @@ from pathlib import Path
 
 CONFIG_NAME = "config.yaml"  # the whole resolved config
 VOCABULARY_NAME = "vocabulary.json"  # of text encoders from scratch
-METRICS_NAME = "metrics.jsonl"  # a line a log step and a line an evaluation
-SKIPPED_NAME = "skipped.jsonl"  # a line a bad sample that training left out
-EXAMPLES_NAME = "examples.json"  # queries with their best answers, for the report
+METRICS_NAME = "metrics.jsonl"  # one line for each log step and each evaluation
+SKIPPED_NAME = "skipped.jsonl"  # one line for each bad sample that training skipped
+EXAMPLES_NAME = "examples.json"  # queries with their best results, for the report
 RESULT_NAME = "eval-{split}.json"  # what `dist-vse eval` measured
 SCALE_NAME = "scale.json"  # what `dist-vse submit --scale` measured
 CHECKPOINTS = "checkpoints"
 TRACE_NAME = "profile.json"  # what `profile=true` writes
-ENVIRONMENT_NAME = "environment.jsonl"  # versions, machine and data of each start
-LEASE_NAME = "lease.json"  # which start of the run may write
+ENVIRONMENT_NAME = "environment.jsonl"  # versions, machine and data of each attempt
+LEASE_NAME = "lease.json"  # which attempt may write
 
 
 def drop_lines_after(path: Path, step: int) -> list[str]:
-    """Forget what a former life wrote after the step that this one starts from.
+    """Remove what an earlier attempt wrote after the step from which this one goes on.
 
     Returns the lines that are left; none where there is no file.
     """
@@ -29,10 +29,10 @@ def drop_lines_after(path: Path, step: int) -> list[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the last line of a killed run may be cut
+            continue  # the last line of a killed run may be cut short
         if record["step"] <= step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")  # a kill in the middle must not cost the history
+    temporary = path.with_suffix(".tmp")  # a kill in the middle must not lose the history
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)
     return kept

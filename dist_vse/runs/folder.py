@@ -39,7 +39,7 @@ _MAY_CHANGE = (
     "cache.keep_graphs",
     "cache.memory_gib",
 )
-"""Settings of a run that a resumed life may change without changing what was learned so far."""
+"""Settings of a run that a later attempt may change without changing what was learned so far."""
 
 
 def prepare_run_dir(config: TrainConfig) -> Path:

@@ -1,8 +1,9 @@
-"""One life of a run at a time: an older start that still lives somewhere can't write any more.
+"""One attempt of a run writes at a time; an older one that is still alive is locked out.
 
-A lost node may come back after its job was started again elsewhere: both lives would write into
-the same folder. Each start notes itself in `lease.json`, and who isn't noted there stops. Two
-starts at once may take the same number: a random token tells whose note it is.
+A lost node may come back after its job was started again elsewhere. Both attempts would then write
+into the same folder. So each attempt takes a lease by writing a random token to `lease.json`, and
+exits without writing once it finds another token there. The number of the attempt does not decide:
+two attempts that start at once may take the same one.
 """
 
 import json
@@ -19,52 +20,52 @@ from dist_vse.runs.files import LEASE_NAME
 
 
 class LostLease(UserError):  # noqa: N818  # not a user's error to mend
-    """Another start of the run holds it: this one must end, and the run goes on."""
+    """Another attempt holds the run: this one must exit, and the run goes on."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right of one start of a run to write into its folder."""
+    """The right of one attempt to write into the run's folder."""
 
     path: Path
-    life: int
+    attempt: int
     token: str
 
     def check(self) -> None:
-        """Raise LostLease if another start has taken the run over, UserError without a note."""
-        noted = _read(self.path)
-        if not noted:
+        """Raise LostLease if another attempt holds the run, UserError if the file is missing."""
+        found = _read(self.path)
+        if not found:
             raise UserError(
-                f"{self.path}: missing or cut, so nobody knows which start of the run may write; "
-                "this one ends without saving: start it again"
+                f"{self.path}: missing or cut short, so this attempt can't know whether it may "
+                "write; it exits without saving; start the run again"
             )
-        if noted.get("token") != self.token:
+        if found.get("token") != self.token:
             raise LostLease(
-                f"{self.path.parent}: a later start of this run has taken it over "
-                f"({_describe(noted)}); this one ends without saving"
+                f"{self.path.parent}: a later attempt of this run has taken it over "
+                f"({_describe(found)}); this one exits without saving"
             )
 
 
 def acquire(run_dir: Path) -> Lease:
-    """Make this start the only one that may write; rank 0 calls this.
+    """Make this attempt the only one that may write; rank 0 calls this.
 
-    A note that is cut counts for none: no other start's token equals the new one. Raises LostLease
-    if the Slurm job has been queued again since this life of it began, or if another start claims
-    the run in the same moment.
+    A file that is cut short counts as none: no other attempt's token equals the new one. Raises
+    LostLease if the Slurm job was queued again after this attempt began, or if another attempt
+    takes the lease at the same moment.
     """
     path = run_dir / LEASE_NAME
-    noted = _read(path)
-    if not noted and path.exists():
-        logger.warning("%s is cut: replaced", path)
+    found = _read(path)
+    if not found and path.exists():
+        logger.warning("%s is cut short: replaced", path)
     job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if job is not None and noted.get("job") == job and noted.get("restarts", 0) > restarts:
+    if job is not None and found.get("job") == job and found.get("restarts", 0) > restarts:
         raise LostLease(
-            f"{run_dir}: this job has been started again since ({_describe(noted)}); this life of "
-            "it, a former one, ends"
+            f"{run_dir}: this job was started again ({_describe(found)}); this earlier attempt "
+            "exits without writing"
         )
-    lease = Lease(path, noted.get("life", 0) + 1, secrets.token_hex(8))
+    lease = Lease(path, found.get("attempt", 0) + 1, secrets.token_hex(8))
     mine = {
-        "life": lease.life,
+        "attempt": lease.attempt,
         "token": lease.token,
         "job": job,
         "restarts": restarts,
@@ -75,21 +76,21 @@ def acquire(run_dir: Path) -> Lease:
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(mine, file)
         file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave an empty note behind the rename
+        os.fsync(file.fileno())  # else a power cut may leave an empty file behind the rename
     os.replace(temporary, path)
     lease.check()
     return lease
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the note; an empty one where it is missing or cut."""
+    """Return what the file says; nothing where it is missing or cut short."""
     try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return noted if isinstance(noted, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
-def _describe(noted: dict[str, Any]) -> str:
-    job = f"job {noted['job']}, " if noted.get("job") else ""
-    return f"{job}process {noted.get('process')} on {noted.get('host')}"
+def _describe(holder: dict[str, Any]) -> str:
+    job = f"job {holder['job']}, " if holder.get("job") else ""
+    return f"{job}process {holder.get('process')} on {holder.get('host')}"

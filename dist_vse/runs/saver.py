@@ -1,4 +1,4 @@
-"""Saving beside the training: it stops for a copy to host memory, files are written meanwhile."""
+"""Saving in the background: training stops for a copy to host memory, a thread writes the files."""
 
 import shutil
 import time
@@ -37,9 +37,9 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         self._last = time.monotonic()
-        self._ending = f".life-{lease.life}-{lease.token}{checkpoint.TEMPORARY}"
+        self._ending = f".attempt-{lease.attempt}-{lease.token}{checkpoint.TEMPORARY}"
         if distributed.is_main_process():
-            # Of former lives only: another rank of this one may be writing already.
+            # Not of this attempt: another of its ranks may be writing already.
             for leftover in folder.glob(f"*{checkpoint.TEMPORARY}"):
                 if not leftover.name.endswith(self._ending):
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -57,17 +57,22 @@ class Saver:
     def start(self, engine: ZeroEngine, progress: Progress, *, score: float | None) -> None:
         """Copy the state and begin to write it; the checkpoint appears with `settle`.
 
-        Raises UserError if the one before could not be written.
+        Raises UserError if the previous checkpoint could not be written.
         """
         self.finish()
         final = self.folder / f"step-{progress.step:06d}"
         temporary = self.folder / f"{final.name}{self._ending}"
-        world_size, stage, life = distributed.world_size(), engine.stage, self.lease.life
+        world_size, stage, attempt = distributed.world_size(), engine.stage, self.lease.attempt
 
         def publish(receipts: Receipts) -> None:
-            more = {"world_size": world_size, "zero_stage": stage, "score": score, "life": life}
+            more = {
+                "world_size": world_size,
+                "zero_stage": stage,
+                "score": score,
+                "attempt": attempt,
+            }
             checkpoint.seal(temporary, progress, receipts, **more)
-            self.lease.check()  # as late as can be: what is before it may hang on a lost node
+            self.lease.check()  # as late as possible: a lost node may hang in what comes before
             checkpoint.publish(temporary, final)
             checkpoint.prune(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
 
@@ -77,15 +82,15 @@ class Saver:
         self._last = time.monotonic()
 
     def settle(self, *, writing: bool) -> None:
-        """Publish what was written; `writing` tells, alike on all ranks, whether any still does."""
+        """Publish what was written, unless `writing`: whether any rank, as all of them know, is."""
         if self._pending is not None and not writing:
             self.finish()
 
     def finish(self) -> None:
         """Wait until all ranks have written, and publish the checkpoint; every rank calls this.
 
-        Raises UserError alike on every rank if one can't write (a full disk), LostLease if a
-        later start of the run has taken it over.
+        Raises on every rank: UserError if one can't write (a full disk), LostLease if a later
+        attempt has taken the run over.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -104,9 +109,9 @@ class Saver:
             raise
 
     def _written(self, pending: _Pending) -> Receipts:
-        """Wait for this rank's files. Raises OSError, and LostLease if another start is why."""
+        """Wait for this rank's files. Raises OSError, or LostLease if another attempt is why."""
         try:
             return pending.writing.result()
         except OSError:
-            self.lease.check()  # another start removes the folder in which we write
+            self.lease.check()  # another attempt removes the folder in which we write
             raise

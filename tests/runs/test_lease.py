@@ -1,4 +1,4 @@
-"""One start of a run at a time may write, however the starts fall together."""
+"""One attempt of a run at a time may write, whenever the attempts start."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from dist_vse.runs.lease import LostLease
 from tests.support.distributed import run_distributed
 
 
-def test_a_former_life_of_a_job_can_not_claim_its_run(
+def test_an_earlier_attempt_of_a_job_can_not_take_the_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     held = lease.acquire(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    with pytest.raises(LostLease, match="this life of it, a former one, ends"):
+    with pytest.raises(LostLease, match="this earlier attempt exits without writing"):
         lease.acquire(tmp_path)
     held.check()
     monkeypatch.setenv("SLURM_JOB_ID", "8")
@@ -32,7 +32,7 @@ def test_a_former_life_of_a_job_can_not_claim_its_run(
 
 
 @pytest.mark.parametrize("last", ["outer", "inner"])
-def test_of_two_claims_that_fall_together_one_holds(
+def test_of_two_attempts_at_the_same_moment_one_holds_the_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
     replace, inner = os.replace, []
@@ -53,24 +53,26 @@ def test_of_two_claims_that_fall_together_one_holds(
         inner[0].check()
         return
     outer = lease.acquire(tmp_path)
-    assert outer.life == inner[0].life  # both read the same note
+    assert outer.attempt == inner[0].attempt  # both read the same file
     outer.check()
     with pytest.raises(LostLease):
         inner[0].check()
 
 
-@pytest.mark.parametrize("content", [b"", b'{"life": 3, "tok', b"3", b"\xff"])
-def test_a_cut_note_lets_nobody_write_and_anybody_start(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b'{"attempt": 3, "tok', b"3", b"\xff"])
+def test_a_file_cut_short_lets_nobody_write_and_anybody_start(
+    tmp_path: Path, content: bytes
+) -> None:
     held = lease.acquire(tmp_path)
     (tmp_path / LEASE_NAME).write_bytes(content)
-    with pytest.raises(UserError, match=f"{LEASE_NAME}: missing or cut") as told:
+    with pytest.raises(UserError, match=f"{LEASE_NAME}: missing or cut short") as told:
         held.check()
     assert not isinstance(told.value, LostLease)  # nobody goes on with this run
     lease.acquire(tmp_path).check()
     with pytest.raises(LostLease):
         held.check()
     assert {path.name for path in tmp_path.iterdir()} == {LEASE_NAME}
-    assert json.loads((tmp_path / LEASE_NAME).read_text())["life"] == 1
+    assert json.loads((tmp_path / LEASE_NAME).read_text())["attempt"] == 1
 
 
 def _be_taken_over(folder: Path) -> tuple[type, str]:

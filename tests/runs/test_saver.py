@@ -1,4 +1,4 @@
-"""Saving during training: beside it, what is kept, one life at a time, one verdict."""
+"""Saving in the background: what is kept, one attempt at a time, one error on all ranks."""
 
 import shutil
 import signal
@@ -43,7 +43,7 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_no_half_of_it(
         patch.setattr(shutil, "rmtree", be_killed)
         save_steps(tmp_path, 3)
     assert [path.name for path in checkpoint.steps(tmp_path)] == ["step-000002", "step-000003"]
-    open_saver(tmp_path)  # the next life
+    open_saver(tmp_path)  # the next attempt
     assert folder_names(tmp_path) == ["step-000002", "step-000003"]
 
 
@@ -60,8 +60,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert kept == ["step-000002", "step-000004", "step-000006"]
 
 
-def _save_in_two_lives(folder: Path) -> tuple[str, list[str]]:
-    """Return what the older life is told, and the checkpoints of both."""
+def _save_in_two_attempts(folder: Path) -> tuple[str, list[str]]:
+    """Return what the older attempt is told, and the checkpoints of both."""
     engine = build_engine(0)
     orphan = open_saver(folder)
     orphan.start(engine, Progress(1, 1, []), score=None)
@@ -78,19 +78,19 @@ def _save_in_two_lives(folder: Path) -> tuple[str, list[str]]:
     return told, folder_names(folder)
 
 
-def test_an_older_life_can_not_save_any_more(tmp_path: Path) -> None:
-    ((told, folders),) = run_distributed(_save_in_two_lives, 1, tmp_path)
-    assert "a later start of this run has taken it over" in told
+def test_an_older_attempt_can_not_save_any_more(tmp_path: Path) -> None:
+    ((told, folders),) = run_distributed(_save_in_two_attempts, 1, tmp_path)
+    assert "a later attempt of this run has taken it over" in told
     assert folders == ["step-000001", "step-000003"]
 
 
-def _lose_the_folder_to_a_later_life(folder: Path) -> tuple[str, bool]:
-    """Return what a life is told whose files a later one removes, and whether it can tell why."""
+def _lose_the_folder_to_a_later_attempt(folder: Path) -> tuple[str, bool]:
+    """Return the error of an attempt whose files a later one removes, and whether it says why."""
     engine, saver, write_files = build_engine(0), open_saver(folder), checkpoint.write_files
 
     def slow_write(temporary: Path, files: Any) -> Any:
         temporary.mkdir()
-        open_saver(folder)  # removes the leftovers of all other lives
+        open_saver(folder)  # removes the leftovers of all other attempts
         (temporary / checkpoint.WEIGHTS).touch()
 
     checkpoint.write_files = slow_write
@@ -104,10 +104,10 @@ def _lose_the_folder_to_a_later_life(folder: Path) -> tuple[str, bool]:
     return "", False
 
 
-def test_a_life_whose_files_a_later_one_removes_tells_that_it_was_taken_over(
+def test_an_attempt_whose_files_a_later_one_removes_says_that_it_was_taken_over(
     tmp_path: Path,
 ) -> None:
-    ((told, taken_over),) = run_distributed(_lose_the_folder_to_a_later_life, 1, tmp_path)
+    ((told, taken_over),) = run_distributed(_lose_the_folder_to_a_later_attempt, 1, tmp_path)
     assert taken_over, told
 
 
@@ -147,7 +147,7 @@ def test_training_goes_on_while_the_files_of_a_checkpoint_are_written(tmp_path: 
 
 
 def _be_taken_over_while_saving(folder: Path) -> str:
-    """Return what a life is told that a later one replaces while its manifest is written."""
+    """Return the error of an attempt that a later one replaces while it writes its manifest."""
     engine, saver, seal = build_engine(0), open_saver(folder), checkpoint.seal
 
     def slow_seal(*args: Any, **more: Any) -> None:
@@ -165,15 +165,15 @@ def _be_taken_over_while_saving(folder: Path) -> str:
     return ""
 
 
-def test_a_life_that_is_taken_over_while_it_saves_publishes_nothing(tmp_path: Path) -> None:
+def test_an_attempt_that_is_taken_over_while_it_saves_publishes_nothing(tmp_path: Path) -> None:
     (told,) = run_distributed(_be_taken_over_while_saving, 1, tmp_path)
-    assert "a later start of this run has taken it over" in told
+    assert "a later attempt of this run has taken it over" in told
     assert not list(tmp_path.glob("step-*"))
 
 
-def test_leftovers_of_other_lives_are_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_leftovers_of_other_attempts_are_removed_and_nothing_else(tmp_path: Path) -> None:
     held = lease.acquire(tmp_path)
-    own, other = (f"step-000007.life-1-{token}.tmp" for token in (held.token, "0" * 16))
+    own, other = (f"step-000007.attempt-1-{token}.tmp" for token in (held.token, "0" * 16))
     for name in (own, other):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank-1.safetensors").write_bytes(b"written by a faster rank")

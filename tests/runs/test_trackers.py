@@ -18,11 +18,11 @@ from tests.support.distributed import run_distributed
 from tests.support.runs import CONFIG, read_logged, read_losses
 
 
-def learn(folder: Path, names: str, lives: list[int]) -> None:
+def learn(folder: Path, names: str, attempts: list[int]) -> None:
     import os
 
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    for total_steps in lives:
+    for total_steps in attempts:
         overrides = [
             f"data.index={folder / 'shards'}",
             f"output_dir={folder / 'run'}",
@@ -41,7 +41,7 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
     run_dir = tmp_path / "run"
     client = mlflow.MlflowClient((run_dir / "mlruns").as_uri())
     (experiment,) = client.search_experiments(filter_string="name = 'tried'")
-    (run,) = client.search_runs([experiment.experiment_id])  # one, of both lives and both ranks
+    (run,) = client.search_runs([experiment.experiment_id])  # one, of both attempts and both ranks
     assert run.info.run_id == json.loads((run_dir / "trackers.json").read_text())["mlflow"]
     assert run.info.status == "FINISHED"
     want = [*zip(read_logged(run_dir, "step"), read_losses(run_dir), strict=True)]
@@ -57,7 +57,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     name = json.loads((run_dir / "trackers.json").read_text())["wandb"]
     files = list((run_dir / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
-    assert len(files) == 2  # a file a life, of one run
+    assert len(files) == 2  # one file for each attempt
     assert all(b"train/loss" in file.read_bytes() for file in files)
 
 

@@ -239,7 +239,7 @@ def test_a_job_that_may_not_be_queued_again_saves_and_ends(
 
 
 @pytest.mark.timeout(300)
-def test_an_orphan_of_a_former_life_can_not_write(
+def test_an_orphan_of_an_earlier_attempt_can_not_write(
     cluster: Cluster, data: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
     plan = _plan(data, tmp_path, 1, ", failures: 1")
@@ -259,7 +259,7 @@ def test_an_orphan_of_a_former_life_can_not_write(
     assert cluster.job(job.job_id, "Restarts") == "1"
     assert not [*plan.jobs.glob("f*-*")], "failures-JOB or final-JOB"
     assert follow.report(job) == 0
-    assert "a later start of this run has taken it over" in _log(job, 0)
+    assert "a later attempt of this run has taken it over" in _log(job, 0)
     _assert_exact(tmp_path, undisturbed[1])
 
 

@@ -44,7 +44,7 @@ def take_step(engine: ZeroEngine, step: int) -> None:
 def open_saver(
     folder: Path, *, keep_last: int = 2, keep_best: int = 0, minutes: float = 0
 ) -> Saver:
-    """Claim the folder for all ranks, as a new life of a run does."""
+    """Claim the folder for all ranks, as a new attempt of a run does."""
     held = lease.acquire(folder) if distributed.is_main_process() else None
     held = distributed.broadcast_object(held)
     return Saver(folder, held, keep_last=keep_last, keep_best=keep_best, minutes=minutes)
@@ -75,7 +75,7 @@ class TellingEngine:
 
 
 def save_steps(folder: Path, *steps: int, keep_best: int = 0) -> None:
-    """Save as one life of a run does, keeping two."""
+    """Save as one attempt of a run does, keeping two."""
     engine, saver = TellingEngine(), open_saver(folder, keep_best=keep_best)
     for step in steps:
         engine.tell(step)
