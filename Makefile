@@ -1,13 +1,15 @@
-# make demo   the whole way on real pairs: shards, training in two processes, evaluation, report
-# make test   all tests
-# make lint   ruff and the type checker
+# make demo    the whole way on real pairs: shards, training in two processes, evaluation, report
+# make check   lint and the fast tests, about three minutes on two cores: for every edit
+# make test    all tests
+# make lint    ruff and the type checker
+# make graph   draw docs/images/imports.svg again, after an import was added or removed
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 LOSS ?= convse
 
-.PHONY: demo test lint
+.PHONY: demo check test lint graph
 
 demo: .venv/demo.installed
 	$(BIN)/python demo/openmoji.py $(DEMO)/openmoji
@@ -18,6 +20,9 @@ demo: .venv/demo.installed
 	$(BIN)/dist-vse eval $(DEMO)/$(LOSS) --split test
 	$(BIN)/dist-vse report $(DEMO)/$(LOSS)
 
+check: lint
+	$(BIN)/pytest -n 2 -m "not slow"
+
 test: .venv/dev.installed
 	$(BIN)/pytest -n 2
 
@@ -25,6 +30,9 @@ lint: .venv/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+graph: .venv/dev.installed
+	$(BIN)/python -m tests.support.import_graph docs/images/imports.svg
 
 # One stamp a set of extras; it is made again when the dependencies change.
 .venv/%.installed: pyproject.toml | $(BIN)/python

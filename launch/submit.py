@@ -16,6 +16,7 @@ from typing import Any
 from dist_vse.common.errors import UserError
 from dist_vse.config import dump_config, load_config
 from dist_vse.runs.files import SCALE_NAME
+from dist_vse.runs.trackers import check_tracker_names
 from launch import control, local, slurm
 from launch.cluster import ClusterConfig, load_cluster
 from launch.code import code_folder, pin
@@ -96,6 +97,7 @@ def plan_submission(
     if not isinstance(cluster, ClusterConfig):
         cluster = load_cluster(cluster)
     config.check_world_size(cluster.world_size)
+    check_tracker_names(config.trackers)
     scheduler = cluster.scheduler
     if scheduler == "auto":
         scheduler = "slurm" if shutil.which("sbatch") else "local"

@@ -7,9 +7,8 @@ rest is derived. Only `train.main` and the builders see a config: a component ta
 from dataclasses import dataclass, field
 
 from dist_vse.common.errors import UserError
-from dist_vse.config.checks import AUTO, at_least, check, number_or_auto, one_of
+from dist_vse.config.checks import AUTO, at_least, check, number_or_auto
 from dist_vse.config.sections import (
-    TRACKERS,
     CacheConfig,
     DataConfig,
     EngineConfig,
@@ -34,7 +33,7 @@ class TrainConfig:
     where there is dropout, other chunks draw other numbers."""
     total_steps: int = 1000
     trackers: list[str] = field(default_factory=list)
-    """Where metrics go beside metrics.jsonl and TensorBoard: `wandb`, `mlflow`. Both can stay
+    """Where metrics go besides metrics.jsonl and TensorBoard: `wandb`, `mlflow`. Both can stay
     offline (WANDB_MODE=offline; MLflow writes into the run's folder)."""
     project: str = "dist_vse"
     """The trackers' name of the project (MLflow: experiment) that the run belongs to."""
@@ -68,8 +67,6 @@ class TrainConfig:
         number_or_auto(1, chunk_size=self.chunk_size)
         at_least(1, total_steps=self.total_steps, log_every=self.log_every)
         at_least(1, keep_checkpoints=self.keep_checkpoints)
-        for tracker in self.trackers:
-            one_of("trackers", tracker, TRACKERS)
         image, whole = self.model.image, self.model.pretrained is not None
         check(
             whole or image.weights is not None or not image.frozen,

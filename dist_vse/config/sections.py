@@ -9,7 +9,6 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("fp32", "bf16")
 LEAST_LEARNED = 0.01  # temperature, as CLIP bounds it
-TRACKERS = ("wandb", "mlflow")
 TEXT_KINDS = ("gru", "transformer", "pretrained")
 
 

@@ -16,7 +16,7 @@ from dist_vse.common.errors import writing
 from dist_vse.common.log import logger
 from dist_vse.common.step_timer import Clock
 from dist_vse.runs.files import METRICS_NAME, drop_lines_after
-from dist_vse.runs.trackers import start_trackers, tell
+from dist_vse.runs.trackers import Tracker, call_trackers, start_trackers
 
 GIB = 2**30
 
@@ -34,7 +34,7 @@ class Recorder:
         settings: dict[str, object] | None = None,
     ) -> None:
         """Start the writers; `trackers` get the `settings` too. Raises UserError if one can't."""
-        self.trackers: list[Any] = []
+        self.trackers: list[Tracker] = []
         self.path = run_dir / METRICS_NAME
         self.last_recall: float | None = None
         self.writer: Any = None
@@ -58,14 +58,16 @@ class Recorder:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, step)
-        self.trackers = tell(self.trackers, lambda tracker: tracker.log(numbers, step=step))
+        self.trackers = call_trackers(
+            self.trackers, lambda tracker: tracker.log(numbers, step=step)
+        )
 
     def close(self) -> None:
         """Flush what is not written yet; every rank calls this."""
         with distributed.raise_on_all_ranks(), writing(self.path):
             if self.writer is not None:
                 self.writer.close()
-        self.trackers = tell(self.trackers, lambda tracker: tracker.finish())
+        self.trackers = call_trackers(self.trackers, lambda tracker: tracker.finish())
 
 
 class Meter:

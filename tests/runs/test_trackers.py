@@ -13,6 +13,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
 from dist_vse.runs import trackers
 from dist_vse.runs.metrics import Recorder
+from launch.submit import plan_submission
 from tests.support.datasets import write_dataset
 from tests.support.distributed import run_distributed
 from tests.support.runs import CONFIG, read_logged, read_losses
@@ -61,12 +62,56 @@ def test_wandb_offline(tmp_path: Path) -> None:
     assert all(b"train/loss" in file.read_bytes() for file in files)
 
 
+class Diary:
+    """The smallest tracker: a text file in the run's folder."""
+
+    name = "diary"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, values: dict[str, float], *, step: int) -> None:
+        if "train/loss" in values:  # evaluations come too
+            with self.path.open("a") as file:
+                file.write(f"{step} {values['train/loss']}\n")
+
+    def finish(self) -> None:
+        with self.path.open("a") as file:
+            file.write("finished\n")
+
+
+def start_diary(run: trackers.TrackedRun) -> tuple[trackers.Tracker, str]:
+    path = run.run_dir / "diary.txt"
+    if run.run_id is None:
+        path.write_text(f"{run.project}: {run.settings['loss.name']}\n")
+    return Diary(path), "volume 1"
+
+
+def learn_with_a_diary(folder: Path, attempts: list[int]) -> None:
+    trackers.TRACKERS["diary"] = trackers.TrackerSpec(start_diary, package=None)
+    learn(folder, "diary", attempts)
+
+
+def test_a_new_tracker_is_one_function_and_its_name(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "shards", {"train": [60, 50, 40], "val": [8]})
+    run_distributed(learn_with_a_diary, 2, tmp_path, [2, 3])
+    run_dir = tmp_path / "run"
+    first, second, third = read_losses(run_dir)
+    assert (run_dir / "diary.txt").read_text().splitlines() == [
+        "tried: convse",  # written once: the second attempt gets the first one's id
+        *(f"1 {first}", f"2 {second}", "finished"),
+        *(f"3 {third}", "finished"),
+    ]
+
+
 def test_a_tracker_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"wandb is not installed; pip install 'dist_vse\[wandb\]'"):
         trackers.check_trackers(["wandb"])
     with pytest.raises(UserError, match="trackers='wand' is unknown; did you mean 'wandb'"):
-        load_config(None, ["trackers=[wand]"])
+        trackers.check_trackers(["wand"])
+    with pytest.raises(UserError, match="trackers='wand' is unknown"):  # before it is queued
+        plan_submission(CONFIG, ["trackers=[wand]"])
 
 
 def lose_the_store(folder: Path) -> tuple[list[int], list[str]]:

@@ -35,7 +35,7 @@ LEFT, TOP, WIDTH = 28, 28, 1030
 # Dots have three sizes, so that the picture changes when the structure does, not with every import.
 DOTS = ((1, 3.0, "1 module"), (2, 4.5, "2 to 9 modules"), (10, 6.5, "10 or more"))
 STYLE = """
-  .page { fill: #ffffff; stroke: #d8dee4 }
+  .page { fill: #f8fafc }
   .box { fill: #eaf1fb; stroke: #3b6fb6 }
   .line { stroke: #9fb4cf; stroke-width: 1.4; fill: none }
   .dot, .head { fill: #24528f }
@@ -43,7 +43,7 @@ STYLE = """
   .name { font-size: 13.5px; font-weight: 600; text-anchor: middle }
   .about { font-size: 12.5px; fill: #57677a }
   @media (prefers-color-scheme: dark) {
-    .page { fill: #0f1620; stroke: #2b3745 }
+    .page { fill: #0f1620 }
     .box { fill: #1b2b42; stroke: #6d9de0 }
     .line { stroke: #4d6382 }
     .dot, .head { fill: #9cc1f5 }
@@ -100,7 +100,7 @@ def draw(layers: Sequence[str], imports: Counter[tuple[str, str]]) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">',
             "<title>Which package of dist_vse imports which</title>",
             f"<style>{STYLE}</style>",
-            f'<rect class="page" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>',
+            f'<rect class="page" width="{WIDTH}" height="{height}" rx="8"/>',
             *(*lines, *dots, *boxes, *_legend(WIDTH - 310, height - TOP - 118)),
             "</svg>\n",
         ]
