@@ -4,6 +4,8 @@ import argparse
 import json
 import subprocess
 import sys
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from dist_vse.data.index import read_index
 from shards import cli
 from shards.budget import parse_budget
 from shards.options import parse_shard_size
+from shards.record import Record
+from shards.sources import SOURCES
 from tests.shards.test_sources import COCO
 from tests.support.datasets import draw, encode
 
@@ -46,6 +50,37 @@ def test_sharding_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert cells[-1] == "1"
     assert "skipped.jsonl" in out.replace("\n", "")
     assert read_index(tmp_path / "out").split("val").num_samples == 4
+
+
+def read_named(path: Path, *, split: str | None = None) -> Iterator[Record]:
+    """The smallest source: a folder of images whose names are their captions."""
+    for image in sorted(path.glob("*.png")):
+        yield Record(image, (image.stem.replace("-", " "),), split or "train", image.stem)
+
+
+def test_a_new_source_is_one_function_and_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SOURCES, "named", ("images named by their captions", read_named))
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(["a-red-square", "a-blue-cross"]):
+        (tmp_path / "in" / f"{name}.png").write_bytes(encode(draw(i)))
+    options = ("--split", "val", "--workers", "1")  # the command has an option a parameter
+    assert _shard("named", tmp_path / "in", tmp_path / "out", *options) == 0
+    index = read_index(tmp_path / "out")
+    assert [*index.splits] == ["val"]
+    captions = {}
+    with tarfile.open(next((tmp_path / "out").rglob("*.tar"))) as tar:
+        for member in tar:
+            if member.name.endswith(".json"):
+                captions[member.name] = json.load(tar.extractfile(member))["captions"]
+    assert captions == {
+        "a-blue-cross.json": ["a blue cross"],
+        "a-red-square.json": ["a red square"],
+    }
+    with pytest.raises(SystemExit):
+        _shard("--help")
+    assert "images named by their captions" in capsys.readouterr().out
 
 
 def test_karpathy_from_end_to_end(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def alpha_beta(link: LinkConfig, num_bytes: float) -> float:
 
 
 def loss_collectives(settings: Settings, width: int) -> list[Collective]:
-    """Return those of the loss: features, statistics, gradients (`contrast/`)."""
+    """Return those of the loss: features, statistics, gradients (`losses/`)."""
     total = float(settings.global_batch)
     numbers = FP32 * total  # one a row of the batch
     small = [
