@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -34,25 +34,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("record").add_argument("out", type=Path)
-    compare = commands.add_parser("compare")
-    compare.add_argument("records", type=Path, nargs=2)
+    comparison = commands.add_parser("compare")
+    comparison.add_argument("records", type=Path, nargs=2)
     args = parser.parse_args()
     if args.command == "record":
         args.out.write_text(json.dumps(record(), indent=1) + "\n")
         return 0
     before, after = (json.loads(path.read_text()) for path in args.records)
-    different = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    for key in different:
-        print(f"{key}: {before.get(key)} -> {after.get(key)}")
+    different = compare(before, after)
+    for line in different:
+        print(line)
     print(f"{len(before)} and {len(after)} entries, {len(different)} differ")
     return 1 if different else 0
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return a line for each entry of two records that differs, or that only one of them has."""
+    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
 
 
 def record() -> dict[str, Any]:
     """Return everything, by name."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     multiprocessing.set_forkserver_preload(IMPORTS)
-    with tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp):
+    with tempfile.TemporaryDirectory() as tmp, _working_in(tmp):
         _write_pairs(Path("pairs"))
         _in_process(_shard, 1)
         found: dict[str, Any] = {"shards": _digest(sorted(Path("shards").glob("*.tar")))}
@@ -68,6 +74,16 @@ def record() -> dict[str, Any]:
         _in_process(_evaluate, 1)
         found["eval"] = _digest([Path("W1-convse-1-1/eval-val.json")])
     return found
+
+
+@contextlib.contextmanager
+def _working_in(folder: str) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _losses(world_size: int, name: str, chunks: int, stage: int) -> list[float]:
@@ -148,19 +164,21 @@ def _hash_batches() -> None:
     import numpy as np
     import torch
 
-    from dist_vse.index import read_index
-    from dist_vse.stream import TrainSet, train_batches
+    from dist_vse.data.index import read_index
+    from dist_vse.data.streams import TrainSet
+    from dist_vse.data.train_stream import train_batches
 
-    def tokenizer(captions: Sequence[str]) -> torch.Tensor:
+    def tokenize(captions: Sequence[str]) -> torch.Tensor:
         rows = [(list(caption.encode()) + [0] * 12)[:12] for caption in captions]
         return torch.tensor(rows)
 
-    tokenizer.pad_id = 0  # type: ignore[attr-defined]
+    tokenizer: Any = tokenize
+    tokenizer.pad_id = 0
     batches = train_batches(
         [TrainSet(read_index("shards"), "train")],
         seed=3,
         global_batch_size=BATCH,
-        lanes=8,
+        streams=8,
         shuffle_window=16,
         size=32,
         crop="random",

@@ -212,7 +212,7 @@ _COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
         dist_vse.tools.plan.cli.run,
     ),
     "bench": (
-        "measure against the best peer",
+        "measure speed, memory and traffic of training steps",
         dist_vse.tools.bench.cli.add_arguments,
         dist_vse.tools.bench.cli.run,
     ),

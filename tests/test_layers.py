@@ -31,9 +31,9 @@ OWNERS = {
     "deepspeed": {"dist_vse/engine/"},
     "timm": {"dist_vse/models/"},
     "transformers": {"dist_vse/models/"},
-    "webdataset": {"dist_vse/data/", "dist_vse/tools/bench/"},
+    "webdataset": {"dist_vse/data/"},
     "submitit": {"launch/"},
-    "open_clip": {"dist_vse/tools/bench/", "dist_vse/tools/verify/", "dist_vse/models/pretrained/"},
+    "open_clip": {"dist_vse/tools/verify/", "dist_vse/models/pretrained/"},
 }
 
 # Cycles that still have to go.

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.order import BATCH, STREAMS, count
 from dist_vse.data.index import Index
 from dist_vse.data.streams import TrainSet
-from dist_vse.tools.bench.order import BATCH, STREAMS, count
 from tests.support.datasets import Sample, write_shards
 from tests.support.streams import open_rank
 

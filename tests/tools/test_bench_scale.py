@@ -131,10 +131,10 @@ def test_memory_is_told_apart_at_the_borders_of_the_parts() -> None:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One measurement on one and two processes, with the independent runs."""
     out = tmp_path_factory.mktemp("scale") / "scale.json"
-    effort = ["--processes", "1", "2", "--rounds", "1", "--steps", "1"]
+    budget = ["--processes", "1", "2", "--rounds", "1", "--steps", "1"]
     vary = ["--vary", "loss.transport=ring"]
     page = ["--page", str(out.with_suffix(".html"))]
-    assert main(["bench", "scale", *TINY, *effort, *vary, *page, "--out", str(out)]) == 0
+    assert main(["bench", "scale", *TINY, *budget, *vary, *page, "--out", str(out)]) == 0
     return out
 
 
@@ -179,9 +179,9 @@ def test_torchruns_processes_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "scale.json"
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=2"]
     torchrun += [f"--master_port={free_port()}", "-m", "dist_vse.cli", "bench", "scale"]
-    effort = ["--rounds", "1", "--steps", "1", "--out", str(out)]
+    budget = ["--rounds", "1", "--steps", "1", "--out", str(out)]
     done = subprocess.run(
-        [*torchrun, *TINY, *effort],
+        [*torchrun, *TINY, *budget],
         env={**os.environ, "DS_ACCELERATOR": "cpu"},
         cwd=ROOT,
         capture_output=True,

@@ -16,8 +16,8 @@ from dist_vse import cli
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
 from dist_vse.tools.bench.scale_cases import SMALL
+from dist_vse.tools.bench.scale_harness import StepHarness, build_harness
 from dist_vse.tools.bench.scale_memory import weigh
-from dist_vse.tools.bench.scale_rig import Rig, build_rig
 from dist_vse.tools.bench.traffic import bytes_sent_by_part
 from dist_vse.tools.plan import peers
 from dist_vse.tools.plan.check import check_rows, settings_of
@@ -72,9 +72,9 @@ def _measured(cases: list[list[str]]) -> list[tuple[dict[str, float], int]]:
     """Return what the real step sends by part, and the most that it holds."""
     found = []
     for words in cases:
-        build = partial(build_rig, case(words), stream=False)
-        rig, borders = weigh(build, Rig.step)
-        found.append((bytes_sent_by_part(rig.step), max(borders.most.values())))
+        build = partial(build_harness, case(words), stream=False)
+        harness, borders = weigh(build, StepHarness.step)
+        found.append((bytes_sent_by_part(harness.step), max(borders.most.values())))
     return found
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dist_vse.tools.bench.checks import at_least_one, writable
 from dist_vse.tools.bench.scale_cases import Case, plan_cases, share
 from dist_vse.tools.bench.scale_page import write_page
 from dist_vse.tools.bench.scale_rows import Row, compare, compare_with_baseline, join, together
-from dist_vse.tools.bench.scale_run import Effort, Turns, measure
+from dist_vse.tools.bench.scale_run import Budget, RoundRobin, measure
 from dist_vse.tools.bench.scale_tables import tables
 
 TABLE_WIDTH = 160
@@ -40,13 +41,13 @@ def run(args: argparse.Namespace) -> int:
         _finish(args, {**reports[0], "rows": join([report["rows"] for report in reports])})
         return 0
     if "RANK" not in os.environ:
-        _finish(args, _report(args, _on_this_machine(_plan(args, args.processes), _effort(args))))
+        _finish(args, _report(args, _on_this_machine(_plan(args, args.processes), _budget(args))))
         return 0
     setup_logging()
     with distributed.process_group():
         try:
             cases = _plan(args, [distributed.world_size()])
-            rows = measure(cases, _effort(args))
+            rows = measure(cases, _budget(args))
             if distributed.is_main_process():
                 _finish(args, _report(args, rows))
             code = 0
@@ -68,11 +69,11 @@ def _plan(args: argparse.Namespace, processes: Sequence[int]) -> list[Case]:
     return share(cases, args.task)
 
 
-def _effort(args: argparse.Namespace) -> Effort:
-    return Effort(args.rounds, args.steps, args.stream)
+def _budget(args: argparse.Namespace) -> Budget:
+    return Budget(args.rounds, args.steps, args.stream)
 
 
-def _on_this_machine(cases: Sequence[Case], effort: Effort) -> list[Row]:
+def _on_this_machine(cases: Sequence[Case], budget: Budget) -> list[Row]:
     """Start the processes of all cases; teams of one size, and independent runs, take turns."""
     # All are forked from one server, which has paid for the imports.
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -83,8 +84,8 @@ def _on_this_machine(cases: Sequence[Case], effort: Effort) -> list[Row]:
     barrier = multiprocessing.get_context(START).Barrier(sum(size * runs for size, runs in groups))
     teams = []
     for turn, ((size, runs), members) in enumerate(groups.items()):
-        turns = Turns(barrier, turn, len(groups))
-        teams += [RankGroup(measure, size, (members, effort, turns))] * runs
+        turns = RoundRobin(barrier, turn, len(groups))
+        teams += [RankGroup(measure, size, (members, budget, turns))] * runs
     results = iter(run_rank_groups(teams, start_method=START))
     rows: dict[int, Row] = {}
     for (_, runs), members in groups.items():
@@ -115,10 +116,12 @@ def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
-    for table in tables(rows):
-        console.print(table)
+    shown = tables(rows)
+    for table in shown:
+        console.print(table.as_rich())
     if args.out is not None:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        content = report | {"tables": [asdict(table) for table in shown]}
+        Path(args.out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         console.print(f"wrote {args.out}")
     if args.page is not None:
         write_page(report, Path(args.page))

@@ -9,7 +9,7 @@ from dist_vse.config import TrainConfig, load_config
 
 BASE, STRONG, WEAK, INDEPENDENT = "base", "strong", "weak", "independent"
 
-SMALL = (  # the model of `dist-vse bench cache`
+SMALL = (  # the default
     "model.image.name=vit_tiny_patch16_224",
     "model.image.size=48",
     "model.text.width=128",

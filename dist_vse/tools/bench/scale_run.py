@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from threading import BrokenBarrierError
 from typing import Any
 
@@ -21,14 +22,14 @@ from dist_vse.common.errors import UserError
 from dist_vse.config import TrainConfig
 from dist_vse.runs.metrics import synchronize
 from dist_vse.tools.bench.scale_cases import Case
+from dist_vse.tools.bench.scale_harness import StepHarness, build_harness
 from dist_vse.tools.bench.scale_memory import memory_parts, weigh
-from dist_vse.tools.bench.scale_rig import Rig, build_rig
 from dist_vse.tools.bench.traffic import bytes_sent_by_part
 from dist_vse.training.flops import Flops, peak_flops
 
 
 @dataclass(frozen=True)
-class Effort:
+class Budget:
     """How much is measured."""
 
     rounds: int
@@ -39,7 +40,7 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Turns:
+class RoundRobin:
     """Lets teams of processes work one after another; who waits leaves the cores to the others."""
 
     barrier: Any  # of multiprocessing, for the processes of all teams
@@ -56,13 +57,13 @@ class Turns:
         self.barrier.wait()
 
 
-def measure(cases: Sequence[Case], effort: Effort, turns: Turns | None = None) -> Any:
+def measure(cases: Sequence[Case], budget: Budget, turns: RoundRobin | None = None) -> Any:
     """Measure the cases in turn; return a row each (on every rank; rank 0's are complete).
 
     Returns None where another team has failed. Raises UserError alike on every rank.
     """
     try:
-        return _measure(cases, effort, turns)
+        return _measure(cases, budget, turns)
     except BrokenBarrierError:
         return None
     except UserError:
@@ -71,34 +72,37 @@ def measure(cases: Sequence[Case], effort: Effort, turns: Turns | None = None) -
         raise
 
 
-def _measure(cases: Sequence[Case], effort: Effort, turns: Turns | None) -> list[dict[str, Any]]:
+def _measure(
+    cases: Sequence[Case], budget: Budget, turns: RoundRobin | None
+) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{} for _ in cases]
     steps: list[list[dict[str, float]]] = [[] for _ in cases]
-    for number in turns.rounds(effort.rounds) if turns else range(effort.rounds):
+    for number in turns.rounds(budget.rounds) if turns else range(budget.rounds):
         for case, row, taken in zip(cases, rows, steps, strict=True):
             if number == 0:
-                rig = _first_visit(case, effort, row)
+                harness = _first_visit(case, budget, row)
             else:
-                rig = build_rig(case.config, stream=effort.stream)
-                rig.step()
-            taken += [_time(rig) for _ in range(effort.steps)]
-            del rig
+                harness = build_harness(case.config, stream=budget.stream)
+                harness.step()
+            taken += [_time(harness) for _ in range(budget.steps)]
+            del harness
             gc.collect()
     for row, taken in zip(rows, steps, strict=True):
         row |= _summary(row, taken)
     return rows
 
 
-def _first_visit(case: Case, effort: Effort, row: dict[str, Any]) -> Rig:
+def _first_visit(case: Case, budget: Budget, row: dict[str, Any]) -> StepHarness:
     """Build the case and describe it, with its memory and its traffic."""
-    rig, borders = weigh(lambda: build_rig(case.config, stream=effort.stream), Rig.step)
-    row |= _describe(case, rig, effort.stream)
-    row["memory_bytes"] = memory_parts(borders, **rig.known_bytes())
-    row["sent_bytes"] = bytes_sent_by_part(rig.step)
-    return rig
+    build = partial(build_harness, case.config, stream=budget.stream)
+    harness, borders = weigh(build, StepHarness.step)
+    row |= _describe(case, harness, budget.stream)
+    row["memory_bytes"] = memory_parts(borders, **harness.known_bytes())
+    row["sent_bytes"] = bytes_sent_by_part(harness.step)
+    return harness
 
 
-def _time(rig: Rig) -> dict[str, float]:
+def _time(harness: StepHarness) -> dict[str, float]:
     """Take a step; return its seconds on this rank by part, and as a whole under "whole".
 
     It ends when the slowest rank has: the others' wait for it belongs to no part, but to the whole.
@@ -108,15 +112,15 @@ def _time(rig: Rig) -> dict[str, float]:
     watch = step_timer.Clock(distributed.device())
     with step_timer.listening(watch):
         started = time.perf_counter()
-        rig.step()
+        harness.step()
         synchronize()
         distributed.barrier()
         whole = time.perf_counter() - started
         return {**watch.read(), "whole": whole}
 
 
-def _describe(case: Case, rig: Rig, stream: bool) -> dict[str, Any]:
-    config = rig.config
+def _describe(case: Case, harness: StepHarness, stream: bool) -> dict[str, Any]:
+    config = harness.config
     hosts = distributed.all_gather_object(socket.gethostname())
     return {
         "series": case.series,
@@ -127,15 +131,15 @@ def _describe(case: Case, rig: Rig, stream: bool) -> dict[str, Any]:
         "runs": case.runs,
         "global_batch": config.global_batch_size,
         "chunk_size": config.fixed_chunk_size,
-        "keep_graphs": rig.keep_graphs,
+        "keep_graphs": harness.keep_graphs,
         "zero_stage": config.engine.zero_stage,
         "coalesce": config.engine.coalesce,
         "precision": config.engine.precision,
         "loss": config.loss.name,
         "transport": config.loss.transport,
         "embedding": config.model.embed_dim,
-        "parameters": rig.num_parameters(),
-        "flops_per_pair": vars(rig.flops),
+        "parameters": harness.num_parameters(),
+        "flops_per_pair": vars(harness.flops),
     }
 
 

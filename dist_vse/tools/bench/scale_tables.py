@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-
 from dist_vse.common.step_timer import OTHER, PARTS
 from dist_vse.tools.bench.scale_rows import label
+from dist_vse.tools.bench.table import Table
 
 Row = dict[str, Any]
 MIB = 2**20
@@ -20,14 +19,11 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def _speed(rows: Sequence[Row]) -> Table:
-    table = _table("speed", rows, "s a step", "pairs/s", "efficiency", "of independent runs")
     baseline = any("of_baseline" in row for row in rows)
     mfu = any(row.get("mfu") for row in rows)
-    if mfu:
-        table.add_column("MFU", justify="right")
-    if baseline:
-        table.add_column("x baseline", justify="right")
-        table.add_column("memory x baseline", justify="right")
+    headings = ["s a step", "pairs/s", "efficiency", "of independent runs"]
+    headings += ["MFU"] * mfu + ["x baseline", "memory x baseline"] * baseline
+    table = _table("speed", rows, *headings)
     for row in rows:
         cells = [f"{row['step_seconds']:.3f}", f"{row['pairs_per_s']:,.0f}"]
         cells += [_share(row["efficiency"]), _share(row.get("of_independent"))]
@@ -63,11 +59,7 @@ def _memory(rows: Sequence[Row]) -> Table:
 def _table(title: str, rows: Sequence[Row], *headings: str) -> Table:
     base = rows[0]
     settings = f"chunks of {base['chunk_size']}, {base['loss']}, ZeRO {base['zero_stage']}"
-    table = Table(title=f"{title} ({settings})")
-    table.add_column("row")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
+    return Table(f"{title} ({settings})", ("row", *headings))
 
 
 def _share(value: float | None) -> str:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.order import count_ours, worker_memory
 from dist_vse.data.index import Index
-from dist_vse.tools.bench.order import count_ours, worker_memory
 from tests.support.datasets import write_dataset
 
 

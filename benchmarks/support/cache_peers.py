@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.support.open_clip_loss import peer_loss
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.models.dual_encoder import DualEncoder
-from dist_vse.tools.bench.peer import peer_loss
 
 Step = Callable[[], Any]
 

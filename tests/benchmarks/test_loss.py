@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dist_vse.cli import main
-from dist_vse.tools.bench.peer import peer_version
+from benchmarks.__main__ import main
+from benchmarks.support.open_clip_loss import peer_version
 
 
 def test_bench_loss_writes_times_traffic_errors_and_memory(tmp_path: Path) -> None:
     out = tmp_path / "loss.json"
     arguments = [
-        "bench",
         "loss",
         "--rows",
         "96",
@@ -59,7 +58,7 @@ def test_bench_loss_writes_times_traffic_errors_and_memory(tmp_path: Path) -> No
 def test_options_that_make_no_sense_are_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "loss", *arguments]) == 2
+    assert main(["loss", *arguments]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert error.count("\n") == 1

@@ -1,60 +1,52 @@
-"""`dist-vse bench cache`: a step with gradient caching against one without, and the peers' steps.
+"""Time a step with gradient caching, one without, and the peers' steps.
 
 Every case runs in the same processes, in turn, so that a slow moment of the machine meets all; a
 time is the slowest rank's, and the median over the repeats. K chunks a rank.
 """
 
 import argparse
-import json
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.result import Result
+from benchmarks.support.cache_memory import memory_table, weigh
+from benchmarks.support.cache_peers import Step, check_checkout, grad_cache_step, open_clip_step
+from benchmarks.support.workload import Workload, make_model, make_optimizer, make_pairs
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.global_loss import global_loss
-from dist_vse.tools.bench.cache_memory import memory_table, weigh
-from dist_vse.tools.bench.cache_model import Workload, make_model, make_optimizer, make_pairs
-from dist_vse.tools.bench.cache_peers import Step, check_checkout, grad_cache_step, open_clip_step
-from dist_vse.tools.bench.checks import at_least_one, writable
-from dist_vse.tools.bench.peer import peer_version
+from dist_vse.tools.bench.checks import at_least_one
+from dist_vse.tools.bench.table import Table
 from dist_vse.training.grad_cache import train_step
 
 WHOLE, WHOLE_FROZEN = "uncached", "frozen image trunk, uncached"
 OPEN_CLIP, GRAD_CACHE = "OpenCLIP, accum_freq", "GradCache library"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure what `args` ask for, print tables, and write the numbers as JSON."""
+def run(args: argparse.Namespace) -> Result:
+    """Measure what `args` ask for."""
     _check(args)
     load = Workload(args.image, args.size, args.text_width, args.text_depth, args.tokens, args.dim)
     report: dict[str, Any] = {
-        "torch": torch.__version__,
-        "open_clip": peer_version(),
         "processes": args.processes,
         "threads_per_process": 1,
         "workload": vars(load) | {"parameters": _size(load)},
     }
-    console = Console()
+    tables = []
     if args.repeats:
         report["speed"] = run_on_ranks(_measure, args.processes, load, args)
-        console.print(_table(report["speed"]))
+        tables.append(_table(report["speed"]))
     if args.memory:
         report["memory"] = [run_on_ranks(weigh, 1, load, n, args.chunk) for n in args.memory]
-        console.print(memory_table(report["memory"]))
-    if args.out is not None:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        console.print(f"wrote {args.out}")
-    return 0
+        tables.append(memory_table(report["memory"]))
+    return Result(report, tables)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -70,7 +62,6 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.grad_cache is not None:
         check_checkout(args.grad_cache)
-    writable("--out", args.out)
 
 
 def _size(load: Workload) -> dict[str, int]:
@@ -147,10 +138,9 @@ def _info_nce(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor) ->
 def _table(result: dict[str, Any]) -> Table:
     seconds = {case: statistics.median(taken) for case, taken in result["seconds"].items()}
     table = Table(
-        title=f"a step, global batch {result['global_batch']}, K = {result['chunks']} chunks"
+        f"a step, global batch {result['global_batch']}, K = {result['chunks']} chunks",
+        ("case", "s", "/ uncached", "x OpenCLIP", "x GradCache"),
     )
-    for heading in ("case", "s", "/ uncached", "x OpenCLIP", "x GradCache"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
     for case, taken in seconds.items():
         frozen = case.startswith("frozen")
         whole = seconds[WHOLE_FROZEN if frozen else WHOLE]

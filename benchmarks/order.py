@@ -1,4 +1,4 @@
-"""`dist-vse bench order`: what an epoch misses and repeats, beside OpenCLIP's; a worker's memory.
+"""Count what an epoch misses and repeats, here and with OpenCLIP; weigh a worker's memory.
 
 20 shards of 300 to 700 samples are read by W ranks with some workers each. Ours must show every
 sample once, in the same global batches whoever reads; OpenCLIP's pipeline is counted as it is,
@@ -8,7 +8,6 @@ and with --dataset-resampled.
 import argparse
 import hashlib
 import io
-import json
 import multiprocessing
 import re
 import tempfile
@@ -20,25 +19,25 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.result import Result
+from benchmarks.support.open_clip_pipeline import peer_loader, require_peer
+from benchmarks.support.tars import write_tars
 from dist_vse.data.index import Index, Split
 from dist_vse.data.samples import Batch
 from dist_vse.data.streams import TrainSet
 from dist_vse.data.train_stream import train_batches
 from dist_vse.models.tokenizer import WordTokenizer
-from dist_vse.tools.bench.peer_data import peer_loader, require_peer
-from dist_vse.tools.bench.tars import write_tars
+from dist_vse.tools.bench.table import Table
 
 SHARDS, LEAST, MOST = 20, 300, 700
 BATCH, STREAMS = 240, 24  # both multiples of every W times workers
 
 
-def run(args: argparse.Namespace) -> int:
-    """Count what `args` ask for, print a table, and write the numbers as JSON."""
-    report: dict[str, Any] = {"open_clip": require_peer(), "rows": []}
-    console = Console()
+def run(args: argparse.Namespace) -> Result:
+    """Count what `args` ask for."""
+    require_peer()
+    report: dict[str, Any] = {"rows": []}
     sizes = np.random.default_rng(0).integers(LEAST, MOST + 1, SHARDS).tolist()
     with tempfile.TemporaryDirectory() as folder:
         index = write_tars(Path(folder), _numbered(sum(sizes)), "png", sizes)
@@ -52,17 +51,14 @@ def run(args: argparse.Namespace) -> int:
                     row[name] = _count_peer(index, world_size, workers, resampled)
                 report["rows"].append(row)
         report |= {"samples": sum(sizes), "different_orders": len(batches)}
-        console.print(_table(report))
-        console.print(f"ours: {len(batches)} order of global batches in {len(report['rows'])} runs")
+        tables = [_table(report)]
         if args.memory_samples:
             report["memory"] = worker_memory(index, args.memory_samples)
-            console.print(
-                f"a worker's memory over {args.memory_samples:,} samples, MiB, by tenths: "
-                + " ".join(f"{number / 2**20:.0f}" for number in report["memory"])
-            )
-    if args.out is not None:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+            title = f"a worker's memory over {args.memory_samples:,} samples, by tenths"
+            tables.append(Table(title, ("tenth", "MiB")))
+            for tenth, number in enumerate(report["memory"], 1):
+                tables[-1].add_row(str(tenth), f"{number / 2**20:.0f}")
+    return Result(report, tables)
 
 
 def count_ours(index: Index, world_size: int, workers: int) -> tuple[int, int, str]:
@@ -166,9 +162,12 @@ def worker_memory(index: Index, num_samples: int) -> list[int]:
 
 def _table(report: dict[str, Any]) -> Table:
     total = report["samples"]
-    table = Table(title=f"one epoch of {total:,} samples in {SHARDS} shards: unseen / repeated")
-    for name in ("ranks", "workers", "ours", "OpenCLIP", "OpenCLIP, resampled"):
-        table.add_column(name, justify="right")
+    table = Table(
+        f"one epoch of {total:,} samples in {SHARDS} shards: unseen / repeated",
+        ("ranks", "workers", "ours", "OpenCLIP", "OpenCLIP, resampled"),
+        note=f"ours: {report['different_orders']} order of global batches in "
+        f"{len(report['rows'])} runs",
+    )
     for row in report["rows"]:
         shares = [
             " / ".join(f"{100 * number / total:.1f} %" for number in row[name])

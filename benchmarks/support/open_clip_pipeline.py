@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from benchmarks.support.open_clip_loss import peer_version
 from dist_vse.common.errors import UserError
-from dist_vse.tools.bench.peer import peer_version
 
 ENDLESS = 10**8  # samples: the pipeline repeats its shards until an epoch has as many
 

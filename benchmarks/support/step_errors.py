@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.support.cache_peers import open_clip_step
+from benchmarks.support.workload import Workload, make_model, make_pairs
 from dist_vse import distributed
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.losses.global_loss import global_loss
 from dist_vse.losses.reference import dense_loss
-from dist_vse.tools.bench.cache_model import Workload, make_model, make_pairs
-from dist_vse.tools.bench.cache_peers import open_clip_step
 from dist_vse.training.grad_cache import train_step
 
 LOAD = Workload("test_vit", 32, text_width=64, text_depth=1, num_tokens=8, embedding=16)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from dist_vse.cli import main
-from dist_vse.tools.bench.shard_peers import shard_writer, write_photographs
+from benchmarks.__main__ import main
+from benchmarks.support.shard_peers import shard_writer, write_photographs
 
 
 @pytest.mark.timeout(120)
 def test_the_benchmark_runs_and_tells(tmp_path: Path) -> None:
     out = tmp_path / "numbers.json"
     sizes = ("--images", "6", "--resized", "4", "--repeats", "1")
-    assert main(["bench", "shard", str(tmp_path / "work"), *sizes, "--out", str(out)]) == 0
+    assert main(["shard", str(tmp_path / "work"), *sizes, "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["results"]
     assert [(row["photographs"], row["against"].split(",")[0]) for row in rows] == [
         ("6 untouched", "tar cf"),

@@ -8,9 +8,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import import_path
+from benchmarks.support.run_training import TrainingRun, run_training
+from benchmarks.support.trainer_data import CONTEXT, MODEL, Model, tar_paths
 from dist_vse.data.index import read_index
-from dist_vse.tools.bench.contest_data import CONTEXT, MODEL, Model, tar_paths
-from dist_vse.tools.bench.watch import Watched, watch
 
 OURS, PEER = "dist_vse", "OpenCLIP"
 LEARNING_RATE, WEIGHT_DECAY, BETAS = 5e-4, 0.2, (0.9, 0.98)
@@ -25,7 +26,7 @@ READ_AHEAD = 2  # batches a worker: PyTorch's default, which OpenCLIP keeps
 class Setting:
     """What does not change between two tasks."""
 
-    folder: Path  # what `contest_data.write_data` made
+    folder: Path  # what `trainer_data.write_data` made
     model: Model
     processes: int
     workers: int  # a process
@@ -47,7 +48,7 @@ class Task:
         return self.steps + READ_AHEAD * max(1, setting.workers) + 1
 
 
-def train(setting: Setting, task: Task) -> Watched:
+def train(setting: Setting, task: Task) -> TrainingRun:
     """Run one training under torchrun, in a folder that is removed at its end.
 
     Raises UserError if it fails.
@@ -57,7 +58,7 @@ def train(setting: Setting, task: Task) -> Watched:
         ours = task.trainer == OURS
         program = _our_program(setting, task, cwd) if ours else _peer_program(setting, task)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        return watch(
+        return run_training(
             [sys.executable, *launcher, str(setting.processes), "-m", "--", *program],
             OUR_STEP if ours else PEER_STEP,
             steps=task.steps,
@@ -145,15 +146,19 @@ def _peer_program(setting: Setting, task: Task) -> list[str]:
     }
     pairs = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     flags = ["--local-loss", "--gather-with-grad"]  # without them its gradient is another
-    return ["dist_vse.tools.bench.open_clip_main", str(setting.folder / "peer"), *pairs, *flags]
+    return ["benchmarks.support.open_clip_main", str(setting.folder / "peer"), *pairs, *flags]
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",  # torchrun's own choice, which it tells of otherwise
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
+    return (
+        os.environ
+        | import_path()
+        | {
+            "OMP_NUM_THREADS": "1",  # torchrun's own choice, which it tells of otherwise
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
+    )

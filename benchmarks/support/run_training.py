@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.support.memory import status_bytes
 from dist_vse.common.errors import UserError
-from dist_vse.tools.bench.memory import status_bytes
 
 LOOK_S = 0.1  # between two looks at the memory
 YOUNG_S = 1.0  # of age; a rank's child that is younger may be a copy of it, about to run a command
@@ -25,7 +25,7 @@ TAIL = 80  # lines of a failed training that are shown
 
 
 @dataclass(frozen=True)
-class Watched:
+class TrainingRun:
     """A training that has taken its steps."""
 
     step_at: list[float]  # seconds on one clock; item k - 1 for step k
@@ -37,7 +37,7 @@ class Watched:
         return (self.step_at[-1] - self.step_at[warm_up - 1]) / (len(self.step_at) - warm_up)
 
 
-def watch(
+def run_training(
     command: Sequence[str],
     step: re.Pattern[str],
     *,
@@ -45,7 +45,7 @@ def watch(
     cwd: Path,
     environment: Mapping[str, str],
     timeout_s: float,
-) -> Watched:
+) -> TrainingRun:
     """Run a launcher's command until it has taken `steps`; lines that `step` matches are these.
 
     What it would do after them is cut off.
@@ -85,7 +85,7 @@ def watch(
         raise UserError(f"{' '.join(command)}: {code}\n{''.join(lines[-TAIL:])}")
     of_ranks = [peak for is_rank, peak in peaks.values() if is_rank]
     of_workers = [peak for is_rank, peak in peaks.values() if not is_rank]
-    return Watched(step_at, max(of_ranks), max(of_workers, default=0))
+    return TrainingRun(step_at, max(of_ranks), max(of_workers, default=0))
 
 
 def _keep_looking(process: "subprocess.Popen[str]", peaks: dict[int, tuple[bool, int]]) -> None:

@@ -1,33 +1,31 @@
-"""`dist-vse bench shard`: sharding against tar, webdataset.ShardWriter and img2dataset.
+"""Time sharding against tar, webdataset.ShardWriter and img2dataset.
 
 Every way is a whole command (with its start) that reads the same photographs from the disk and
 writes shards of 500; the ways take turns, and the file system is synced before each, untimed.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks import import_path
+from benchmarks.result import Result
+from benchmarks.support.shard_peers import img2dataset_command, write_photographs
 from dist_vse.common.errors import UserError
-from dist_vse.tools.bench.shard_peers import img2dataset_command, write_photographs
+from dist_vse.tools.bench.table import Table
 
 MAX_SIDE = 256
 _ENVIRONMENT = {"NO_ALBUMENTATIONS_UPDATE": "1"}  # img2dataset's would ask the network
 _OURS = "import sys; from dist_vse.cli import main; sys.exit(main())"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Time all ways and print a table of them.
+def run(args: argparse.Namespace) -> Result:
+    """Time all ways.
 
     Raises UserError for a way that fails.
     """
@@ -43,11 +41,7 @@ def run(args: argparse.Namespace) -> int:
         results += _compare(
             seconds, f"{images:,} {f'to {max_side} px' if max_side else 'untouched'}"
         )
-    _print_table(results)
-    if args.out is not None:
-        report = {"webdataset": metadata.version("webdataset"), "results": results}
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return Result({"results": results}, [_table(results)])
 
 
 def _compare(seconds: dict[str, list[float]], photographs: str) -> list[dict[str, object]]:
@@ -64,12 +58,12 @@ def _compare(seconds: dict[str, list[float]], photographs: str) -> list[dict[str
     ]
 
 
-def _print_table(results: list[dict[str, object]]) -> None:
+def _table(results: list[dict[str, object]]) -> Table:
     columns = ("photographs", "against", "seconds", "our_seconds", "theirs_by_ours")
-    table = Table(*(column.replace("_", " ") for column in columns))
+    table = Table("sharding", [column.replace("_", " ") for column in columns])
     for row in results:
         table.add_row(*(str(row[column]) for column in columns))
-    Console(width=140).print(table)
+    return table
 
 
 _PAIRS = {  # the peer and its command, and ours to set against it
@@ -86,7 +80,7 @@ def _ways(pairs: Path, out: Path, max_side: int, img2dataset: str | None) -> dic
     peer = [
         sys.executable,
         "-m",
-        "dist_vse.tools.bench.shard_peers",
+        "benchmarks.support.shard_peers",
         str(pairs),
         str(out),
         str(max_side),
@@ -113,7 +107,11 @@ def _time(name: str, command: list[str], out: Path) -> float:
     start = time.monotonic()
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=os.environ | _ENVIRONMENT
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=os.environ | import_path() | _ENVIRONMENT,
         )
     except OSError as error:
         raise UserError(

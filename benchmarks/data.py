@@ -1,4 +1,4 @@
-"""`dist-vse bench data`: decoded, augmented, tokenised pairs a second, and OpenCLIP's pipeline's.
+"""Measure decoded, augmented, tokenised pairs a second, and those of OpenCLIP's pipeline.
 
 Both read the same tars, crop alike and split words by our tokenizer (OpenCLIP's own is slower);
 ours yields uint8 (the model normalises on its device), OpenCLIP's float32. The pipelines run in
@@ -7,14 +7,11 @@ pipeline can beat.
 """
 
 import argparse
-import json
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +20,18 @@ import numpy as np
 import psutil
 import simplejpeg
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.result import Result
+from benchmarks.support.open_clip_pipeline import peer_loader, require_peer
+from benchmarks.support.photos import SUBJECTS, photographs
+from benchmarks.support.tars import write_tars
 from dist_vse.data.decode import Transform, decode_image, random_box
 from dist_vse.data.index import Index
 from dist_vse.data.reader import ShardReader
 from dist_vse.data.streams import TrainSet
 from dist_vse.data.train_stream import train_batches
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
-from dist_vse.tools.bench.peer_data import peer_loader, require_peer
-from dist_vse.tools.bench.photos import SUBJECTS, photographs
-from dist_vse.tools.bench.tars import write_tars
+from dist_vse.tools.bench.table import Table
 
 SIZE = 224
 SHARDS = 4
@@ -45,10 +42,9 @@ BATCHES_AHEAD = 4  # a worker: more than either pipeline makes ahead
 Batches = Iterator[Any]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure what `args` ask for, print a table, and write the numbers as JSON."""
-    version = require_peer()
-    console = Console()
+def run(args: argparse.Namespace) -> Result:
+    """Measure what `args` ask for."""
+    require_peer()
     torch.set_num_threads(1)  # the trainer's; the workers have one anyway
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -56,10 +52,6 @@ def run(args: argparse.Namespace) -> int:
         index = write_tars(folder, photographs(sum(sizes)), "jpg", sizes)
         images = _images(index)
         report: dict[str, Any] = {
-            "open_clip": version,
-            **{name: metadata.version(name) for name in ("simplejpeg", "torch", "webdataset")},
-            "opencv": cv2.__version__,
-            "cores": len(os.sched_getaffinity(0)),
             "photographs": len(images),
             "mean_kilobytes": sum(map(len, images)) / len(images) / 1000,
             "min_crop_area": args.min_crop_area,
@@ -69,16 +61,13 @@ def run(args: argparse.Namespace) -> int:
         for workers in args.workers:
             rates = _measure(index, images, workers, args)
             report["rates"].append({"workers": workers, **rates})
-    console.print(_table(report))
-    if args.out is not None:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return Result(report, [_table(report)])
 
 
 def _measure(
     index: Index, images: list[bytes], workers: int, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Return images a second, the median of the rounds, of each contestant."""
+    """Return images a second, the median of the rounds, of each pipeline."""
     ours, peer = (start(index, workers, args) for start in (_ours, _peer))
     rounds: dict[str, Callable[[], float]] = {
         "ours": lambda: _rate(ours, workers, args),
@@ -221,14 +210,13 @@ def _difference(images: list[bytes], min_crop_area: float) -> float:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    table = Table(
-        title=f"{report['photographs']} photographs of 640x480, "
-        f"{report['mean_kilobytes']:.0f} KB, crops of {report['min_crop_area']:.0%} and more; "
-        f"{report['cores']} cores; pixels {report['difference']:.2f} % from the full decode"
-    )
     columns = "workers", "ours, a second", "OpenCLIP", "ratio", "bare loop, as many processes"
-    for name in (*columns, "share of it"):
-        table.add_column(name, justify="right")
+    table = Table(
+        f"{report['photographs']} photographs of 640x480, "
+        f"{report['mean_kilobytes']:.0f} KB, crops of {report['min_crop_area']:.0%} and more; "
+        f"pixels {report['difference']:.2f} % from the full decode",
+        (*columns, "share of it"),
+    )
     for rates in report["rates"]:
         table.add_row(
             str(rates["workers"]),

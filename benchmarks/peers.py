@@ -1,64 +1,54 @@
-"""`dist-vse bench peers`: OpenCLIP's trainer and ours, end to end, on the same shards and model.
+"""Run OpenCLIP's trainer and ours, end to end, on the same shards and model.
 
 Both run as their users run them, under torchrun: from tars to updated weights, in processes of one
-thread. The trainings take turns over the rounds. docs/peers.md tells what is held equal.
+thread. The trainings take turns over the rounds. docs/peers.md says what is held equal.
 """
 
 import argparse
-import json
-import os
 import statistics
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.result import Result
+from benchmarks.support.max_batch import Largest, largest_batch
+from benchmarks.support.model_size import model_sizes
+from benchmarks.support.open_clip_pipeline import require_peer
+from benchmarks.support.step_errors import step_errors
+from benchmarks.support.trainer_data import CONTEXT, HEAD_WIDTH, SHARDS, Model, write_data
+from benchmarks.support.trainers import OURS, PEER, STREAMS, Setting, Task, train
 from dist_vse.common.errors import UserError
 from dist_vse.distributed.spawn import run_on_ranks
-from dist_vse.tools.bench.contest_data import CONTEXT, HEAD_WIDTH, SHARDS, Model, write_data
-from dist_vse.tools.bench.contestants import OURS, PEER, STREAMS, Setting, Task, train
-from dist_vse.tools.bench.largest import Largest, largest_batch
-from dist_vse.tools.bench.parity import model_sizes
-from dist_vse.tools.bench.peer_data import require_peer
-from dist_vse.tools.bench.step_errors import step_errors
+from dist_vse.tools.bench.table import Table
 
 GIB = 2**30
 MEMORY_STEPS = 2  # the second one meets the optimizer's states
-VERSIONS = ("open_clip_torch", "webdataset", "torch", "deepspeed", "timm", "simplejpeg")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure what `args` ask for, print tables, and write the numbers as JSON."""
+def run(args: argparse.Namespace) -> Result:
+    """Measure what `args` ask for; each training's speed is printed when it ends."""
     _check(args)
     require_peer()
-    console = Console()
+    tables = []
     model = Model(args.image, args.size, args.text_width, args.text_depth, args.dim)
     with tempfile.TemporaryDirectory() as name:
         setting = Setting(Path(name), model, args.processes, args.workers, args.timeout)
         write_data(setting.folder, model, args.photographs)
         report: dict[str, Any] = {
-            "versions": {name: metadata.version(name) for name in VERSIONS},
-            "cores": len(os.sched_getaffinity(0)),
-            "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
             "options": {k: v for k, v in vars(args).items() if isinstance(v, str | int | float)},
             "tokens": CONTEXT,
             "models": model_sizes(setting),
         }
-        console.print(_models_line(report["models"]))
+        tables.append(_models_table(report["models"]))
         if args.rounds:
-            report["speed"] = _measure_speed(setting, args, console)
+            report["speed"] = _measure_speed(setting, args)
             errors = run_on_ranks(step_errors, args.processes, args.chunks)
             report["gradient_errors"] = errors
-            console.print(_speed_table(report["speed"], errors, args))
+            tables.append(_speed_table(report["speed"], errors, args))
         if args.most:
             report["largest"] = _measure_largest(setting, args)
-            console.print(_largest_table(report["largest"], args))
-    if args.out is not None:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+            tables.append(_largest_table(report["largest"], args))
+    return Result(report, tables)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -100,9 +90,7 @@ def _tasks(args: argparse.Namespace) -> dict[str, Task]:
     }
 
 
-def _measure_speed(
-    setting: Setting, args: argparse.Namespace, console: Console
-) -> list[dict[str, Any]]:
+def _measure_speed(setting: Setting, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row a training: its seconds a step, by round, and its peaks of memory.
 
     Each one is told when it ends: all of them take minutes.
@@ -114,12 +102,12 @@ def _measure_speed(
     }
     for _ in range(args.rounds):
         for name, task in tasks.items():
-            watched = train(setting, task)
+            training = train(setting, task)
             row = rows[name]
-            row["seconds"].append(watched.seconds_a_step(args.warm_up))
-            console.print(f"{name}: {row['seconds'][-1]:.2f} s a step")
+            row["seconds"].append(training.seconds_a_step(args.warm_up))
+            print(f"{name}: {row['seconds'][-1]:.2f} s a step", flush=True)
             for kind in ("rank_bytes", "worker_bytes"):
-                row[kind] = max(row.get(kind, 0), getattr(watched, kind))
+                row[kind] = max(row.get(kind, 0), getattr(training, kind))
     return list(rows.values())
 
 
@@ -152,23 +140,21 @@ def _measure_largest(setting: Setting, args: argparse.Namespace) -> dict[str, An
     return {name: vars(largest) for name, largest in found.items()}
 
 
-def _models_line(sizes: dict[str, dict[str, int]]) -> str:
-    return "\n".join(
-        f"{name}: {size['parameters']:,} parameters, "
-        f"{size['forward_flops'] / 1e6:,.1f} MFLOP a pair forward"
-        for name, size in sizes.items()
-    )
+def _models_table(sizes: dict[str, dict[str, int]]) -> Table:
+    table = Table("the two models", ("trainer", "parameters", "MFLOP a pair forward"))
+    for name, size in sizes.items():
+        table.add_row(name, f"{size['parameters']:,}", f"{size['forward_flops'] / 1e6:,.1f}")
+    return table
 
 
 def _speed_table(
     rows: list[dict[str, Any]], errors: dict[str, Any], args: argparse.Namespace
 ) -> Table:
+    columns = ("pairs/s", "x OpenCLIP", "a rank's peak", "a worker's")
     table = Table(
-        title=f"global batch {args.batch}, {args.processes} processes, {args.workers} workers each"
+        f"global batch {args.batch}, {args.processes} processes, {args.workers} workers each",
+        ("case", *columns, "gradient: towers", "temperature"),
     )
-    columns = "pairs/s", "x OpenCLIP", "a rank's peak", "a worker's"
-    for heading in ("case", *columns, "gradient: towers", "temperature"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
     seconds = {row["case"]: statistics.median(row["seconds"]) for row in rows}
     for row in rows:
         peer = next(r for r in rows if r["trainer"] == PEER and r["chunks"] == row["chunks"])
@@ -184,9 +170,10 @@ def _speed_table(
 
 
 def _largest_table(found: dict[str, Any], args: argparse.Namespace) -> Table:
-    table = Table(title=f"largest global batch tried within {args.limit_gib:g} GiB a process")
-    for heading in ("trainer", "global batch", "x OpenCLIP", "a rank's peak", "by the line"):
-        table.add_column(heading, justify="left" if heading == "trainer" else "right")
+    table = Table(
+        f"largest global batch tried within {args.limit_gib:g} GiB a process",
+        ("trainer", "global batch", "x OpenCLIP", "a rank's peak", "by the line"),
+    )
     for name, row in found.items():
         table.add_row(
             name,

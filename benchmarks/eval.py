@@ -1,4 +1,4 @@
-"""`dist-vse bench eval`: ranks of random unit features, and VSE++'s way to them.
+"""Time retrieval on random unit features: by tiles, and VSE++'s way.
 
 The peer is written from the formulas of VSE++'s evaluation (https://arxiv.org/abs/1707.05612),
 in NumPy as there: every query is multiplied with the gallery, sorted, and its right answers are
@@ -7,7 +7,6 @@ looked up in the order. A second peer multiplies once, keeps the matrix, and sor
 
 import argparse
 import ctypes
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.result import Result
+from benchmarks.support.memory import status_bytes
 from dist_vse.evaluation.retrieval import own_pairs, rank_all
-from dist_vse.tools.bench.memory import status_bytes
+from dist_vse.tools.bench.table import Table
 
 CAPTIONS = 5
 MB = 1e6
@@ -67,8 +66,8 @@ WAYS: dict[str, Way] = {
 }
 
 
-def run(args: argparse.Namespace) -> int:
-    """Time and weigh the ways in turn, check that they agree, print a table; return 0."""
+def run(args: argparse.Namespace) -> Result:
+    """Time and weigh the ways in turn, check that they agree."""
     images, texts = _features(args.images, args.dim)
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     peaks = dict.fromkeys(WAYS, 0)
@@ -83,18 +82,13 @@ def run(args: argparse.Namespace) -> int:
     median = {name: statistics.median(times) for name, times in seconds.items()}
     ours = median[next(iter(WAYS))]
     title = f"{len(images):,} images x {len(texts):,} captions, d = {args.dim}"
-    table = Table(title=f"{title}, {torch.get_num_threads()} threads")
-    for heading in ("", "seconds", "times ours", "memory beyond the features, MB"):
-        table.add_column(heading, justify="right" if heading else "left")
+    columns = ("", "seconds", "times ours", "memory beyond the features, MB")
+    table = Table(f"{title}, {torch.get_num_threads()} threads", columns)
     for name in WAYS:
         took, megabytes = median[name], peaks[name] / MB
         table.add_row(name, f"{took:.2f}", f"{took / ours:.1f}", f"{megabytes:,.0f}")
-    Console().print(table)
-    if args.out is not None:
-        content = {"images": len(images), "texts": len(texts), "dim": args.dim}
-        content |= {"seconds": seconds, "peak_bytes": peaks}
-        Path(args.out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return 0
+    figures = {"images": len(images), "texts": len(texts), "dim": args.dim}
+    return Result(figures | {"seconds": seconds, "peak_bytes": peaks}, [table])
 
 
 def _features(num_images: int, dim: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """OpenCLIP's own trainer with a model config of ours, which its command line has no option for.
 
-`torchrun ... -m dist_vse.tools.bench.open_clip_main FOLDER [options]`: FOLDER
+`torchrun ... -m benchmarks.support.open_clip_main FOLDER [options]`: FOLDER
 holds the config; everything after it goes to OpenCLIP's `main` as it is.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_vse.tools.bench.peer_data import mend_reader
+from benchmarks.support.open_clip_pipeline import mend_reader
 
 
 def main(arguments: list[str]) -> None:

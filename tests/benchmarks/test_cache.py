@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_vse.cli import main
+from benchmarks.__main__ import main
+from benchmarks.cache import _info_nce
+from benchmarks.support.cache_memory import weigh
+from benchmarks.support.cache_peers import open_clip_step
+from benchmarks.support.workload import Workload, make_model, make_pairs
 from dist_vse.engine.plain import PlainEngine
-from dist_vse.tools.bench.cache import _info_nce
-from dist_vse.tools.bench.cache_memory import weigh
-from dist_vse.tools.bench.cache_model import Workload, make_model, make_pairs
-from dist_vse.tools.bench.cache_peers import open_clip_step
 from dist_vse.training.grad_cache import train_step
 from tests.support.distributed import run_distributed
 
@@ -61,9 +61,7 @@ def test_memory_is_told_apart_by_what_it_is_for() -> None:
 def test_the_command_times_every_case_and_writes_the_numbers(tmp_path: Path) -> None:
     out = tmp_path / "cache.json"
     small = ["--image", "test_vit", "--size", "32", "--text-width", "64", "--processes", "1"]
-    assert (
-        main(["bench", "cache", "--batch", "32", "--repeats", "1", *small, "--out", str(out)]) == 0
-    )
+    assert main(["cache", "--batch", "32", "--repeats", "1", *small, "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert len(report["speed"]["seconds"]) == 9
     assert all(len(s) == 1 and s[0] > 0 for s in report["speed"]["seconds"].values())
@@ -81,5 +79,5 @@ def test_the_command_times_every_case_and_writes_the_numbers(tmp_path: Path) -> 
 def test_options_that_make_no_sense_are_one_line(
     option: str, value: str, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "cache", option, value]) == 2
+    assert main(["cache", option, value]) == 2
     assert capsys.readouterr().err.startswith(f"error: {told}")

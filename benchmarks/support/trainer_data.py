@@ -9,11 +9,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.support.photos import photographs
+from benchmarks.support.tars import write_tars
 from dist_vse.data.eval_stream import captions
 from dist_vse.data.index import read_index
 from dist_vse.models.tokenizer import END, PAD, SPECIALS, WordTokenizer, build_vocabulary
-from dist_vse.tools.bench.photos import photographs
-from dist_vse.tools.bench.tars import write_tars
 
 CONTEXT = 20  # tokens: the longest caption has as many, so that neither trainer pads more
 SHARDS = 8  # OpenCLIP wants one a worker at least

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.support.workload import Workload, make_model, make_optimizer, make_pairs
 from dist_vse.common.memory import TensorMemoryTracker
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.losses.global_loss import global_loss
 from dist_vse.runs.metrics import peak_memory_gib
-from dist_vse.tools.bench.cache_model import Workload, make_model, make_optimizer, make_pairs
+from dist_vse.tools.bench.table import Table
 from dist_vse.training.grad_cache import train_step
 
 
@@ -70,11 +70,10 @@ def weigh(load: Workload, batch: int, chunk_size: int) -> dict[str, Any]:
 
 def memory_table(results: list[dict[str, Any]]) -> Table:
     """Return the table of what `weigh` returned for several batches."""
-    table = Table(title=f"memory of a step in one process, chunks of {results[0]['chunk']} pairs")
+    title = f"memory of a step in one process, chunks of {results[0]['chunk']} pairs"
+    columns = ("batch", "a chunk's forward and backward", "/ smallest batch's")
+    table = Table(title, (*columns, "features and cache", "inputs", "process's peak"))
     parts = ("model", "features", "input", "process_peak")
-    titles = ("batch", "a chunk's forward and backward", "/ smallest batch's", "features and cache")
-    for heading in (*titles, "inputs", "process's peak"):
-        table.add_column(heading, justify="right")
     for result in results:
         model, *others = (f"{result[f'{part}_bytes'] / 2**20:.1f} MiB" for part in parts)
         ratio = result["model_bytes"] / results[0]["model_bytes"]

@@ -1,4 +1,4 @@
-"""`dist-vse bench loss`: the losses over the global batch, against OpenCLIP's, on this machine.
+"""Time the losses over the global batch, and OpenCLIP's loss, on this machine.
 
 Every case runs in the same processes, in turn, so that a slow moment of the machine meets all;
 a time is the slowest rank's, and the median over the repeats. b rows on a rank, N on all,
@@ -6,28 +6,26 @@ d embedding.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.result import Result
+from benchmarks.support.lower_bound import bare_steps
+from benchmarks.support.memory import measure_memory
+from benchmarks.support.open_clip_loss import peer_loss
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.losses.global_loss import global_loss
 from dist_vse.losses.reference import dense_loss
-from dist_vse.tools.bench.bare import bare_steps
-from dist_vse.tools.bench.checks import at_least_one, writable
-from dist_vse.tools.bench.memory import measure_memory
-from dist_vse.tools.bench.peer import peer_loss, peer_version
+from dist_vse.tools.bench.checks import at_least_one
+from dist_vse.tools.bench.table import Table
 from dist_vse.tools.bench.traffic import bytes_sent
 
 Step = Callable[[], Any]
@@ -36,13 +34,10 @@ KEPT_MIB = 64  # of tiles, in the case between none and all
 EXACT_ROWS = 512  # of a rank, for the error beside float64
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure what `args` ask for, print tables, and write the numbers as JSON."""
+def run(args: argparse.Namespace) -> Result:
+    """Measure what `args` ask for."""
     _check(args)
-    console = Console()
     report: dict[str, Any] = {
-        "torch": torch.__version__,
-        "open_clip": peer_version(),
         "processes": args.processes,
         "threads_per_process": 1,
         "embedding": args.dim,
@@ -52,18 +47,13 @@ def run(args: argparse.Namespace) -> int:
     for rows in args.rows:
         result = run_on_ranks(_measure_speed, args.processes, rows, args.dim, args.repeats)
         report["speed"].append(result)
-        console.print(_speed_table(result))
     for total in args.memory:
         for name in ("convse", "convse++", "OpenCLIP"):
             result = measure_memory(name, total, args.memory_dim, args.processes)
             if result is not None:
                 report["memory"].append(result)
-    if report["memory"]:
-        console.print(_memory_table(report["memory"]))
-    if args.out is not None:
-        Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        console.print(f"wrote {args.out}")
-    return 0
+    tables = [_speed_table(speed) for speed in report["speed"]]
+    return Result(report, tables + [_memory_table(report["memory"])] * bool(report["memory"]))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -79,7 +69,6 @@ def _check(args: argparse.Namespace) -> None:
                 f"--memory ({total}) must be a multiple of --processes ({args.processes}); "
                 f"nearest: {near}"
             )
-    writable("--out", args.out)
 
 
 def make_features(rows: int, width: int) -> list[Tensor]:
@@ -170,11 +159,10 @@ def _errors(features: list[Tensor], options: dict[str, dict[str, Any]]) -> dict[
 def _speed_table(result: dict[str, Any]) -> Table:
     seconds, sent, error = result["seconds"], result["sent_bytes"], result["error"]
     table = Table(
-        title=f"forward and backward, {result['rows_per_rank']} rows a rank, "
-        f"N = {result['global_batch']}, d = {result['embedding']}"
+        f"forward and backward, {result['rows_per_rank']} rows a rank, "
+        f"N = {result['global_batch']}, d = {result['embedding']}",
+        ("case", "ms", "x OpenCLIP", "/ limit", "MiB sent", "error"),
     )
-    for heading in ("case", "ms", "x OpenCLIP", "/ limit", "MiB sent", "error"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
     peer = seconds.get("OpenCLIP")
     for case in dict.fromkeys([*seconds, *error]):
         taken, limit = seconds.get(case), _limit(case, result)
@@ -188,7 +176,7 @@ def _speed_table(result: dict[str, Any]) -> Table:
         )
     telemetry = seconds["bare telemetry"] / seconds["convse"]
     whole = seconds["bare product, torch.mm"] + seconds["bare collectives"]
-    table.caption = (
+    table.note = (
         "limit: the bare float32 products of the case, in tiles that nobody looks at, and its bare "
         f"collectives; convse++ takes {seconds['convse++'] / whole:.2f} of its product as one "
         "torch.mm and the collectives; error: of the gradient, beside float64; "
@@ -216,9 +204,8 @@ def _limit(case: str, result: dict[str, Any]) -> float | None:
 
 
 def _memory_table(results: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"peak memory of a rank, d = {results[0]['embedding']}")
-    for heading in ("loss", "N", "peak MiB", "of it not features, MiB", "s"):
-        table.add_column(heading, justify="left" if heading == "loss" else "right")
+    columns = ("loss", "N", "peak MiB", "of it not features, MiB", "s")
+    table = Table(f"peak memory of a rank, d = {results[0]['embedding']}", columns)
     for result in results:
         own = result["own_bytes"]
         table.add_row(

@@ -10,8 +10,7 @@ from dist_vse.config import ImageConfig, ModelConfig, TextConfig
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
-
-VOCABULARY = 8192
+from dist_vse.tools.bench.scale_harness import VOCABULARY
 
 
 @dataclass(frozen=True)

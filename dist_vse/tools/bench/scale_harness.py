@@ -19,7 +19,6 @@ from dist_vse.models.build import build_model
 from dist_vse.models.tokenizer import Tokenizer
 from dist_vse.runs.checkpoint import Progress
 from dist_vse.runs.folder import open_train_sets, run_model, run_tokenizer
-from dist_vse.tools.bench.cache_model import VOCABULARY
 from dist_vse.training.builders import (
     build_ahead,
     build_loss,
@@ -32,9 +31,11 @@ from dist_vse.training.chunking import agree
 from dist_vse.training.flops import Flops, count_flops
 from dist_vse.training.grad_cache import train_step
 
+VOCABULARY = 8192  # of a text encoder from scratch, on made-up pairs
+
 
 @dataclass(frozen=True)
-class Rig:
+class StepHarness:
     """A run without its folder: what takes steps."""
 
     config: TrainConfig
@@ -75,7 +76,7 @@ class Rig:
         return sum(_size(p) for p in self.engine.module.parameters())
 
 
-def build_rig(config: TrainConfig, *, stream: bool) -> Rig:
+def build_harness(config: TrainConfig, *, stream: bool) -> StepHarness:
     """Build the model and its engine, and batches: of the config's data, or made-up ones."""
     with distributed.raise_on_all_ranks():
         tokenizer = _tokenizer(config, stream)
@@ -105,7 +106,7 @@ def build_rig(config: TrainConfig, *, stream: bool) -> Rig:
             batches = build_train_batches(config, sets, tokenizer, Progress(0, 0, []))
     else:
         batches = itertools.repeat(_made_up(config))
-    return Rig(config, wrap_model(config, model), batches, chunking.keep_graphs, flops)
+    return StepHarness(config, wrap_model(config, model), batches, chunking.keep_graphs, flops)
 
 
 def _tokenizer(config: TrainConfig, stream: bool) -> Tokenizer | None:

@@ -8,12 +8,15 @@ import psutil
 import pytest
 import torch
 
-from dist_vse.cli import main
-from dist_vse.common.errors import UserError
-from dist_vse.models.tokenizer import WordTokenizer
-from dist_vse.tools.bench import watch as watching
-from dist_vse.tools.bench.contest_data import CONTEXT, Model, write_data, write_words
-from dist_vse.tools.bench.contestants import (
+from benchmarks.__main__ import main
+from benchmarks.support import run_training as running
+from benchmarks.support.max_batch import largest_batch
+from benchmarks.support.model_size import model_sizes
+from benchmarks.support.open_clip_loss import peer_version
+from benchmarks.support.run_training import TrainingRun, run_training
+from benchmarks.support.step_errors import step_errors
+from benchmarks.support.trainer_data import CONTEXT, Model, write_data, write_words
+from benchmarks.support.trainers import (
     OUR_STEP,
     OURS,
     PEER,
@@ -23,11 +26,8 @@ from dist_vse.tools.bench.contestants import (
     Task,
     train,
 )
-from dist_vse.tools.bench.largest import largest_batch
-from dist_vse.tools.bench.parity import model_sizes
-from dist_vse.tools.bench.peer import peer_version
-from dist_vse.tools.bench.step_errors import step_errors
-from dist_vse.tools.bench.watch import Watched, watch
+from dist_vse.common.errors import UserError
+from dist_vse.models.tokenizer import WordTokenizer
 from tests.support.distributed import run_distributed
 
 needs_peer = pytest.mark.skipif(peer_version() is None, reason="needs open_clip_torch")
@@ -35,7 +35,7 @@ needs_peer = pytest.mark.skipif(peer_version() is None, reason="needs open_clip_
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    folder = tmp_path_factory.mktemp("contest") / "data"
+    folder = tmp_path_factory.mktemp("trainers") / "data"
     model = Model("test_vit", 32, text_width=64, text_depth=1, dim=16)
     write_data(folder, model, 24)
     return Setting(folder, model, processes=1, workers=0, timeout_s=100)
@@ -56,7 +56,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 def test_options_that_make_no_sense_are_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "peers", *arguments]) == 2
+    assert main(["peers", *arguments]) == 2
     assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
 
 
@@ -91,8 +91,8 @@ def test_the_search_ends_at_its_bound_and_where_nothing_fits() -> None:
 
 
 def test_a_trainings_end_is_told_apart_from_a_failure(tmp_path: Path) -> None:
-    def run(program: str, timeout_s: float = 30.0) -> Watched:
-        return watch(
+    def run(program: str, timeout_s: float = 30.0) -> TrainingRun:
+        return run_training(
             [sys.executable, "-c", program],
             re.compile("^step"),
             steps=2,
@@ -120,8 +120,8 @@ def test_a_training_is_ended_with_its_ranks_once_it_has_taken_its_steps(tmp_path
     )
     command = [sys.executable, "-c", launcher]
     step = re.compile("^step")
-    watched = watch(command, step, steps=2, cwd=tmp_path, environment={}, timeout_s=50.0)
-    assert len(watched.step_at) == 2 and watched.rank_bytes > 0
+    training = run_training(command, step, steps=2, cwd=tmp_path, environment={}, timeout_s=50.0)
+    assert len(training.step_at) == 2 and training.rank_bytes > 0
     pid = int((tmp_path / "pid").read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
@@ -131,31 +131,31 @@ def test_a_training_is_ended_with_its_ranks_once_it_has_taken_its_steps(tmp_path
 def test_a_child_of_a_rank_counts_once_it_is_no_copy_about_to_run_a_command(
     young_s: float, counts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "YOUNG_S", young_s)
+    monkeypatch.setattr(running, "YOUNG_S", young_s)
     rank = "import os, time; os.fork() and print('step', flush=True); time.sleep(600)"
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
     command = [sys.executable, "-c", launcher]
     step = re.compile("^step")
-    watched = watch(command, step, steps=1, cwd=tmp_path, environment={}, timeout_s=50.0)
-    assert watched.rank_bytes > 0 and (watched.worker_bytes > 0) == counts
+    training = run_training(command, step, steps=1, cwd=tmp_path, environment={}, timeout_s=50.0)
+    assert training.rank_bytes > 0 and (training.worker_bytes > 0) == counts
 
 
 @pytest.mark.timeout(120)
-def test_ours_trains_and_is_watched(setting: Setting) -> None:
+def test_ours_trains_and_is_measured(setting: Setting) -> None:
     # More pairs than there are samples, as the search for the largest batch has.
-    watched = train(setting, Task(OURS, 4 * STREAMS, 2, 3))
-    assert len(watched.step_at) == 3
-    assert 0 < watched.seconds_a_step(1) < 100
-    assert watched.rank_bytes > 200 * 2**20  # a process with torch in it
-    assert watched.worker_bytes < 100 * 2**20  # no data worker
+    training = train(setting, Task(OURS, 4 * STREAMS, 2, 3))
+    assert len(training.step_at) == 3
+    assert 0 < training.seconds_a_step(1) < 100
+    assert training.rank_bytes > 200 * 2**20  # a process with torch in it
+    assert training.worker_bytes < 100 * 2**20  # no data worker
 
 
 @needs_peer
 @pytest.mark.timeout(120)
-def test_open_clips_own_main_trains_and_is_watched(setting: Setting) -> None:
-    watched = train(setting, Task(PEER, 4 * STREAMS, 2, 3))
-    assert len(watched.step_at) == 3
-    assert watched.rank_bytes > 200 * 2**20
+def test_open_clips_own_main_trains_and_is_measured(setting: Setting) -> None:
+    training = train(setting, Task(PEER, 4 * STREAMS, 2, 3))
+    assert len(training.step_at) == 3
+    assert training.rank_bytes > 200 * 2**20
 
 
 @needs_peer

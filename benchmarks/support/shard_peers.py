@@ -1,4 +1,4 @@
-"""What `bench shard` is measured against, and the photographs that all of them read."""
+"""What sharding is measured against, and the photographs that all of them read."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dist_vse.tools.bench.photos import photographs
+from benchmarks.support.photos import photographs
 
 DISTINCT = 64  # photographs that are made; the files repeat them
 

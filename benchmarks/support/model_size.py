@@ -1,15 +1,15 @@
-"""How alike the two models of `dist-vse bench peers` are: parameters, and FLOPs of a forward."""
+"""How alike the two models of `peers` are: parameters, and FLOPs of a forward."""
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.support.trainer_data import CONTEXT, MODEL
+from benchmarks.support.trainers import OURS, PEER, STREAMS, Setting, Task, write_our_config
 from dist_vse.config import load_config
 from dist_vse.data.eval_stream import captions
 from dist_vse.models.tokenizer import build_tokenizer
 from dist_vse.runs.folder import open_train_sets, run_model
-from dist_vse.tools.bench.contest_data import CONTEXT, MODEL
-from dist_vse.tools.bench.contestants import OURS, PEER, STREAMS, Setting, Task, write_our_config
 
 Size = dict[str, int]
 

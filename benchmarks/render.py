@@ -1,0 +1,69 @@
+"""Render benchmarks/results/ as the pages of docs/benchmarks/: one page a folder, a file a section.
+
+A new measurement is a new JSON file (`python -m benchmarks NAME --out FILE`, or `dist-vse bench
+scale --out FILE`), and no edit of prose. A result may have a "title" and "notes" of its own.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import ROOT
+
+RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks"
+MADE = "<!-- Made by `python -m benchmarks render` from benchmarks/results/{}/; do not edit. -->"
+
+
+def render() -> None:
+    """Write every page anew; one whose results are gone is removed."""
+    PAGES.mkdir(parents=True, exist_ok=True)
+    pages = render_pages()
+    for path in PAGES.glob("*.md"):
+        if path.name not in pages:
+            path.unlink()
+    for name, text in pages.items():
+        (PAGES / name).write_text(text, encoding="utf-8")
+
+
+def render_pages() -> dict[str, str]:
+    """Return the text of every page by its file's name."""
+    folders = sorted(path for path in RESULTS.iterdir() if path.is_dir())
+    return {f"{folder.name}.md": _page(folder) for folder in folders}
+
+
+def _page(folder: Path) -> str:
+    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    name = folder.name
+    parts = [MADE.format(name), f"# Measured: {name}", f"What is measured: [{name}](../{name}.md)."]
+    return "\n\n".join([*parts, *map(_section, results)]) + "\n"
+
+
+def _section(result: dict[str, Any]) -> str:
+    parts = [f"## {result.get('title') or result['benchmark']}"]
+    if result.get("command"):
+        parts.append(f"```\n{result['command']}\n```")
+    parts.append(_measured_on(result))
+    parts += [markdown(**table) for table in result["tables"]]
+    parts += result.get("notes", [])
+    return "\n\n".join(parts)
+
+
+def _measured_on(result: dict[str, Any]) -> str:
+    """Say in one line when, on what, and with which versions."""
+    machine, versions = result["machine"], result.get("versions", {})
+    words = [result["date"], machine.get("cpu"), f"{machine['cores']} cores"]
+    words.append(machine.get("gpu") or machine.get("device"))
+    words += [f"{name} {version}" for name, version in versions.items()]
+    words += [f"{name}={value}" for name, value in result.get("environment", {}).items()]
+    return ", ".join(word for word in words if word) + "."
+
+
+def markdown(title: str, columns: list[str], rows: list[list[str]], note: str = "") -> str:
+    """Return a table as Markdown, its title above and its note below."""
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    return "\n\n".join(part for part in (title and f"**{title}**", table, note) if part)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
