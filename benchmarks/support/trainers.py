@@ -84,7 +84,7 @@ def write_our_config(path: Path, setting: Setting, task: Task) -> None:
             "eval_split": "train",  # of val/
             # OpenCLIP goes through its shards again where an epoch wants more samples.
             "mix": [{"index": str(shards.root), "weight": -(-task.global_batch // samples)}],
-            "streams": STREAMS,
+            "num_streams": STREAMS,
             "num_workers": setting.workers,
             "min_crop_area": MIN_CROP_AREA,
         },

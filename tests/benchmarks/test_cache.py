@@ -62,7 +62,7 @@ def test_the_command_times_every_case_and_writes_the_numbers(tmp_path: Path) -> 
     out = tmp_path / "cache.json"
     small = ["--image", "test_vit", "--size", "32", "--text-width", "64", "--processes", "1"]
     assert main(["cache", "--batch", "32", "--repeats", "1", *small, "--out", str(out)]) == 0
-    report = json.loads(out.read_text())
+    report = json.loads(out.read_text())["figures"]
     assert len(report["speed"]["seconds"]) == 9
     assert all(len(s) == 1 and s[0] > 0 for s in report["speed"]["seconds"].values())
 

@@ -26,7 +26,7 @@ def test_bench_loss_writes_times_traffic_errors_and_memory(tmp_path: Path) -> No
         "8",
     ]
     assert main([*arguments, "--out", str(out)]) == 0
-    report = json.loads(out.read_text())
+    report = json.loads(out.read_text())["figures"]
     (speed,) = report["speed"]
     assert speed["global_batch"] == 192
     assert all(seconds > 0 for seconds in speed["seconds"].values())

@@ -9,7 +9,7 @@ def test_equal_records_have_no_difference() -> None:
 
 def test_the_last_bit_and_a_missing_entry_are_differences() -> None:
     before = {"a": [0.1], "b": "x", "gone": 1}
-    after = {"a": [0.1 + 2**-55], "b": "x", "new": 2}
+    after = {"a": [0.1 + 2**-56], "b": "x", "new": 2}
     assert compare(before, after) == [
         "a: [0.1] -> [0.10000000000000002]",
         "gone: 1 -> None",

@@ -15,7 +15,7 @@ def test_the_benchmark_runs_and_tells(tmp_path: Path) -> None:
     out = tmp_path / "numbers.json"
     sizes = ("--images", "6", "--resized", "4", "--repeats", "1")
     assert main(["shard", str(tmp_path / "work"), *sizes, "--out", str(out)]) == 0
-    rows = json.loads(out.read_text())["results"]
+    rows = json.loads(out.read_text())["figures"]["results"]
     assert [(row["photographs"], row["against"].split(",")[0]) for row in rows] == [
         ("6 untouched", "tar cf"),
         ("6 untouched", "webdataset.ShardWriter"),
