@@ -9,6 +9,8 @@ import pytest
 
 from tests.slurm.cluster import obstacle
 
+FAST = "not slow"  # what `make check` selects
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,14 +26,18 @@ multiprocessing.set_forkserver_preload(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` the Slurm tests, which mostly wait, run beside all others; both in order."""
-    from xdist.scheduler import LoadScopeScheduling
+    """With `-n 2`, run the Slurm tests, which mostly wait, beside all others, both in order.
+
+    Without the slow tests each file goes to whichever process is free.
+    """
+    from xdist.scheduler import LoadFileScheduling, LoadScopeScheduling
 
     class TwoStreams(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return "slurm" if "/slurm/" in nodeid else "others"
 
-    return TwoStreams(config, log)
+    fast = config.option.markexpr == FAST
+    return LoadFileScheduling(config, log) if fast else TwoStreams(config, log)
 
 
 @pytest.hookimpl(trylast=True)

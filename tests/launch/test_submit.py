@@ -183,7 +183,7 @@ def test_training_by_the_config_as_it_was_submitted(
     config_path = tmp_path / "run.yaml"
     config_path.write_text(
         f"{{output_dir: {tmp_path}/run, global_batch_size: 8, chunk_size: 2, total_steps: 3,"
-        f" log_every: 1, data: {{index: {tmp_path}/data, streams: 4, num_workers: 0}},"
+        f" log_every: 1, data: {{index: {tmp_path}/data, num_streams: 4, num_workers: 0}},"
         " model: {embed_dim: 8, image: {name: test_vit, size: 32},"
         " text: {width: 64, depth: 1, max_tokens: 8}}}"
     )
