@@ -20,6 +20,8 @@ from dist_vse.data.streams import TrainSet
 from tests.support.datasets import write_dataset
 from tests.support.streams import open_rank, rows_of
 
+pytestmark = pytest.mark.slow
+
 SHARDS = [11, 17, 8, 14, 23]
 BATCH, STREAMS, STEPS, KILLS = 16, 4, 40, 30
 LONGEST = 8  # steps until a kill

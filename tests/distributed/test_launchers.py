@@ -33,6 +33,7 @@ def _launch(run_dir: Path, data: Path, *launcher: str) -> tuple[list[float], byt
     return read_losses(run_dir), weights, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_way_to_start_gives_the_same_weights(data: Path, tmp_path: Path) -> None:
     deepspeed = tmp_path / "deepspeed.json"

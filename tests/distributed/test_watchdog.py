@@ -86,6 +86,7 @@ def test_only_standing_still_ends_the_process(monkeypatch: pytest.MonkeyPatch) -
     assert _looks_until_the_end(monkeypatch, again) == len(again)
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_never_comes_ends_with_one_line(tmp_path: Path) -> None:
     write_dataset(tmp_path, {"train": [64], "val": [8]})
     settings = (f"data.index={tmp_path}", f"output_dir={tmp_path / 'run'}")

@@ -12,6 +12,8 @@ from dist_vse.evaluation.command import eval_run
 from tests.support.distributed import run_distributed
 from tests.support.runs import trained_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -43,6 +43,7 @@ def examine(
     return run
 
 
+@pytest.mark.slow
 def test_a_run_that_can_start(examine: Examine, tmp_path: Path) -> None:
     code, lines = examine()
     assert code == 0, lines

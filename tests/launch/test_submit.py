@@ -158,6 +158,7 @@ def test_a_failed_rank_ends_the_job_and_is_named(
     assert capfd.readouterr().err == expected
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_is_named(
     launch_job: Launch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +177,7 @@ def test_ctrl_c_asks_a_local_job_to_stop(
     assert "asked the job to save and stop" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_by_the_config_as_it_was_submitted(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_wrong_value_is_told_before_anything_starts(tmp_path: Path, one_proces
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_local_sweep_and_its_table(tmp_path: Path, one_process: Path) -> None:
     write_dataset(tmp_path / "data", {"train": [64], "val": [16]})
@@ -77,6 +78,7 @@ def test_a_local_sweep_and_its_table(tmp_path: Path, one_process: Path) -> None:
     assert "last checkpoint: step-000002" in said
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_job_that_measures_steps_and_trains_nothing(tmp_path: Path, one_process: Path) -> None:
     run = [f"output_dir={tmp_path}/run", "global_batch_size=16", "chunk_size=8"]
@@ -88,6 +90,7 @@ def test_a_job_that_measures_steps_and_trains_nothing(tmp_path: Path, one_proces
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_cancel_saves_and_the_code_is_pinned(
     tmp_path: Path, one_process: Path, capsys: pytest.CaptureFixture[str]

@@ -65,7 +65,7 @@ def _compare(
     return errors
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ragged_ranks_equal_one_process_in_float64(world_size: int) -> None:
     for errors in run_distributed(_compare, world_size, RAGGED, torch.float64, NAMES):
         assert len(errors) == 6 * 2 * 2 * 3
@@ -77,7 +77,7 @@ def test_one_pair_on_two_ranks() -> None:
         assert max(errors.values()) < 1e-10, errors
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_even_ranks_equal_one_process(world_size: int) -> None:
     for errors in run_distributed(_compare, world_size, EVEN, torch.float64, NAMES):
         assert max(errors.values()) < 1e-10, errors
@@ -203,6 +203,7 @@ def _floats_sent(name: str, transport: str, bf16: bool) -> float:
     return bytes_sent(step) / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("transport", ["gather", "ring"])
 def test_only_one_side_is_sent(transport: str, bf16: bool) -> None:

@@ -161,6 +161,7 @@ def learn(folder: Path, start: str, *overrides: str) -> None:
     assert train.run(load_config(None, given)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["hf-clip", "open_clip-siglip"])
 def test_trains_under_zero_3_and_exports(folders: Path, tmp_path: Path, start: str) -> None:
     """Two ranks with two chunks each, and an unequal share of the evaluation."""

@@ -16,6 +16,8 @@ from dist_vse.runs.checkpoint import Progress
 from tests.support.distributed import run_distributed
 from tests.support.savers import B, TellingEngine, open_saver
 
+pytestmark = pytest.mark.slow
+
 
 def _save_for_ever(folder: Path) -> None:
     """Save without end, as training does."""

@@ -30,6 +30,8 @@ from tests.support.distributed import run_distributed
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ROOT / "configs" / "debug_cpu.yaml"
 STEPS = 20  # of 32 pairs: each of the 640 samples once
 SETTINGS = (

@@ -16,6 +16,8 @@ from tests.slurm.cluster import Cluster
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ROOT / "configs" / "debug_cpu.yaml"
 CLUSTER = ROOT / "configs" / "clusters" / "slurm_cpu.yaml"
 STEPS = 20

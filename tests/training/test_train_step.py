@@ -204,6 +204,7 @@ def test_activation_checkpointing_changes_no_number() -> None:
     assert torch.equal(*trained)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="nothing can be compiled without g++")
 def test_compiled_trunks_train_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -219,6 +220,7 @@ def test_compiled_trunks_train_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # it did compile
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="nothing can be compiled without g++")
 def test_compiled_trunks_draw_the_same_dropout_in_both_passes(

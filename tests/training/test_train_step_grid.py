@@ -137,14 +137,16 @@ def _cases() -> Iterator[tuple[str, int, int]]:
             yield loss_name, num_chunks, kept
 
 
-def _errors_of_the_grid() -> dict[tuple[Any, ...], float]:
+def _errors_of_the_grid(
+    stages: tuple[int | None, ...], cases: list[tuple[str, int, int]]
+) -> dict[tuple[Any, ...], float]:
     # With no parameter kept whole, ZeRO 3 gathers and drops each of them at every module.
     zero.PERSISTENT = 0 if distributed.world_size() < 4 else zero.PERSISTENT
     gradient_reduction.BUCKET = 2_000  # elements, so that there are many buckets
     errors: dict[tuple[Any, ...], float] = {}
-    for stage in STAGES:
+    for stage in stages:
         engine, start = _engine(stage), _model().state_dict()
-        for case in _cases():
+        for case in cases:
             if isinstance(engine, ZeroEngine):
                 engine.load(start, [])  # SGD has no state
             else:
@@ -164,14 +166,25 @@ def _errors_beside_the_grid() -> dict[tuple[Any, ...], float]:
     return errors
 
 
+def test_some_cases_equal_one_process_with_the_whole_batch() -> None:
+    cases = [("convse", 4, 1), ("convse++", 1, 1)]
+    for errors in run_distributed(_errors_of_the_grid, 2, (None, 1, 3), cases):
+        assert not {case: error for case, error in errors.items() if not error < 1e-5}
+        assert len(errors) == 3 * 2
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_parameters_equal_one_process_with_the_whole_batch(world_size: int) -> None:
-    for errors in run_distributed(_errors_of_the_grid, world_size, timeout=380):
+    for errors in run_distributed(
+        _errors_of_the_grid, world_size, STAGES, [*_cases()], timeout=380
+    ):
         assert not {case: error for case, error in errors.items() if not error < 1e-5}
         assert len(errors) == len(STAGES) * len(LOSSES) * (2 + 3 * 3)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_so_do_clipping_and_a_reduction_at_every_chunk() -> None:
     for errors in run_distributed(_errors_beside_the_grid, 2, timeout=180):
