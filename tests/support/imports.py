@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-FOLDERS = ("dist_vse", "launch", "shards")
+FOLDERS = ("dist_vse", "launch", "shards", "benchmarks", "demo")
 Graph = Mapping[str, set[str]]  # a node to the nodes that it imports
 
 
