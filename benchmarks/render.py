@@ -1,7 +1,8 @@
 """Render benchmarks/results/ as the pages of docs/benchmarks/: one page a folder, a file a section.
 
 A new measurement is a new JSON file (`python -m benchmarks NAME --out FILE`, or `dist-vse bench
-scale --out FILE`), and no edit of prose. A result may have a "title" and "notes" of its own.
+scale --out FILE`), and no edit of prose. A person may add a "title" and "notes" on how it is
+measured, which stay when it is measured again, and "remarks" on these figures, which don't.
 """
 
 import json
@@ -34,24 +35,26 @@ def render_pages() -> dict[str, str]:
 def _page(folder: Path) -> str:
     results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
     name = folder.name
-    parts = [MADE.format(name), f"# Measured: {name}", f"What is measured: [{name}](../{name}.md)."]
-    return "\n\n".join([*parts, *map(_section, results)]) + "\n"
+    parts = [MADE.format(name), f"# Measured: {name}", f"What it is about: [{name}](../{name}.md)."]
+    return "\n\n".join([*parts, *map(section, results)]) + "\n"
 
 
-def _section(result: dict[str, Any]) -> str:
+def section(result: dict[str, Any]) -> str:
+    """Return the Markdown of one result."""
     parts = [f"## {result.get('title') or result['benchmark']}"]
     if result.get("command"):
         parts.append(f"```\n{result['command']}\n```")
     parts.append(_measured_on(result))
-    parts += [markdown(**table) for table in result["tables"]]
     parts += result.get("notes", [])
+    parts += [markdown(**table) for table in result["tables"]]
+    parts += result.get("remarks", [])
     return "\n\n".join(parts)
 
 
 def _measured_on(result: dict[str, Any]) -> str:
     """Say in one line when, on what, and with which versions."""
     machine, versions = result["machine"], result.get("versions", {})
-    words = [result["date"], machine.get("cpu"), f"{machine['cores']} cores"]
+    words = [result["date"] or "date not noted", machine.get("cpu"), f"{machine['cores']} cores"]
     words.append(machine.get("gpu") or machine.get("device"))
     words += [f"{name} {version}" for name, version in versions.items()]
     words += [f"{name}={value}" for name, value in result.get("environment", {}).items()]

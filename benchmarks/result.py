@@ -15,7 +15,7 @@ from dist_vse.runs.environment import describe_environment
 from dist_vse.tools.bench.table import Table
 
 PEERS = ("open_clip_torch", "simplejpeg", "opencv-python-headless")
-KEPT = ("title", "notes")  # what a person wrote into the file stays when it is measured again
+KEPT = ("title", "notes")  # written by a person; remarks on the figures go with the figures
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.render import section
 from dist_vse.cli import main
 from dist_vse.common import step_timer
 from dist_vse.common.errors import UserError
@@ -136,6 +137,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     page = ["--page", str(out.with_suffix(".html"))]
     assert main(["bench", "scale", *TINY, *budget, *vary, *page, "--out", str(out)]) == 0
     return out
+
+
+def test_a_measurement_can_be_rendered(measured: Path) -> None:
+    report = json.loads(measured.read_text())
+    assert report["command"].startswith("dist-vse bench scale ")
+    text = section(report)
+    assert "## scale" in text and text.count("| row |") == 3
+    assert f"torch {torch.__version__.split('+')[0]}" in text
 
 
 def test_a_measurement_has_all_parts(measured: Path) -> None:

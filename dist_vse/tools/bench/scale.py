@@ -5,6 +5,7 @@ import datetime
 import json
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -102,10 +103,18 @@ def _report(args: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "settings": list(args.settings),
+        "command": _command(args),
         "rounds": args.rounds,
         "steps": args.steps,
         "rows": rows,
     }
+
+
+def _command(args: argparse.Namespace) -> str:
+    words = [*args.settings, "--processes", *map(str, args.processes)]
+    words += ["--vary", *args.vary] * bool(args.vary) + ["--stream"] * args.stream
+    words += ["--rounds", str(args.rounds), "--steps", str(args.steps)]
+    return shlex.join(["dist-vse", "bench", "scale", *words])
 
 
 def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
