@@ -19,6 +19,7 @@ from benchmarks.support.cache_peers import Step, check_checkout, grad_cache_step
 from benchmarks.support.workload import Workload, make_model, make_optimizer, make_pairs
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
+from dist_vse.config import EngineConfig
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.global_loss import global_loss
@@ -121,7 +122,7 @@ def _our_step(
     frozen_image: bool = False,
 ) -> Step:
     model = make_model(load, frozen_image=frozen_image)
-    engine = ZeroEngine(model, make_optimizer(model), stage=1, rank_batch_size=len(pairs[0]))
+    engine = ZeroEngine(model, make_optimizer(model), EngineConfig(), rank_batch_size=len(pairs[0]))
 
     def step() -> None:
         images, tokens = (x.chunk(num_chunks) for x in pairs)

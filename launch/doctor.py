@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import TrainConfig, load_config
+from dist_vse.config.optimizers import state_tensors
 from dist_vse.data.index import Index, Shard, is_remote, read_index
 from launch.cluster import ClusterConfig, load_cluster
 from launch.probe import GIB, Probe
@@ -67,7 +68,8 @@ class Checkup:
         config, size = self.config, self.cluster.world_size
         whole, trained = self.sizes
         share = [size if config.engine.zero_stage >= least else 1 for least in (3, 2, 1)]
-        numbers = whole / share[0] + trained / share[1] + trained * (1 + self._moments) / share[2]
+        kept = state_tensors(config.optim)
+        numbers = whole / share[0] + trained / share[1] + trained * (1 + kept) / share[2]
         return 4 * numbers / GIB
 
     @functools.cached_property
@@ -89,15 +91,7 @@ class Checkup:
             settings = settings.changed(chunk_size=1)
         work = count_work(config, vocabulary=self.tokenizer.vocab_size)
         peak = fullest(moments(work, settings, Place(on_cpu=not self.cluster.gpus_per_node)))
-        share = size if config.engine.zero_stage >= 1 else 1
-        unused = (2 - self._moments) * work.gradient_bytes / share  # the plan's optimizer is Adam
-        return max(self.states_gib, (peak.total - unused) / GIB)
-
-    @property
-    def _moments(self) -> int:
-        """How many numbers the optimizer keeps for each that it trains."""
-        optim = self.config.optim
-        return {"adamw": 2, "adam": 2, "sgd": int(optim.momentum > 0)}[optim.name]
+        return max(self.states_gib, peak.total / GIB)
 
 
 def doctor(
@@ -201,7 +195,7 @@ def _disk(checkup: Checkup) -> str:
     folder = _writable(config)
     whole, trained = checkup.sizes
     kept = config.keep_checkpoints + config.keep_best + 1  # one more while it is being written
-    needed = 4 * (whole + 2 * trained) * kept / GIB
+    needed = 4 * (whole + state_tensors(config.optim) * trained) * kept / GIB
     free = shutil.disk_usage(folder).free / GIB
     words = f"{kept} checkpoints take {needed:.2f} GiB, {folder} has {free:.2f}"
     if needed > free:

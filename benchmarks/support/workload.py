@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.config import ImageConfig, ModelConfig, TextConfig
+from dist_vse.config import ImageConfig, ModelConfig, OptimConfig, TextConfig
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
@@ -51,9 +51,7 @@ def make_model(load: Workload, *, frozen_image: bool = False) -> DualEncoder:
 
 def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     """Build AdamW, as every peer here uses it."""
-    return build_optimizer(
-        model, name="adamw", lr=1e-4, weight_decay=0.01, betas=(0.9, 0.999), momentum=0.0
-    )
+    return build_optimizer(model, OptimConfig(name="adamw", lr=1e-4))
 
 
 def make_pairs(load: Workload, rows: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The configuration of a run."""
 
 from dist_vse.config.load import dump_config, flat_config, load_config, load_yaml
+from dist_vse.config.optimizers import OptimConfig
 from dist_vse.config.schema import TrainConfig
 from dist_vse.config.sections import (
     CacheConfig,
@@ -10,7 +11,6 @@ from dist_vse.config.sections import (
     LossConfig,
     MixConfig,
     ModelConfig,
-    OptimConfig,
     TextConfig,
 )
 

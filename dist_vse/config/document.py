@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import ModuleType
 from typing import get_args, get_type_hints
 
-from dist_vse.config import schema, sections
+from dist_vse.config import optimizers, schema, sections
 from dist_vse.config.schema import TrainConfig
 
 _HEAD = """# Settings of a run
@@ -18,7 +18,8 @@ file, or behind it as `key=value`.
 
 def document() -> str:
     """Return every setting with its default and its docstring, as Markdown."""
-    return "\n".join([_HEAD, *tables(TrainConfig, "The run", docstrings(sections, schema))])
+    words = docstrings(sections, optimizers, schema)
+    return "\n".join([_HEAD, *tables(TrainConfig, "The run", words)])
 
 
 def tables(

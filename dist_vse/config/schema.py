@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 from dist_vse.common.errors import UserError
 from dist_vse.config.checks import AUTO, at_least, check, number_or_auto
+from dist_vse.config.optimizers import OptimConfig
 from dist_vse.config.sections import (
     CacheConfig,
     DataConfig,
     EngineConfig,
     LossConfig,
     ModelConfig,
-    OptimConfig,
 )
 
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from dist_vse.config.checks import at_least, check, number_or_auto, one_of, share
 
 LOSSES = ("convse", "convse++", "info_nce", "vse0", "vse++", "siglip")
-OPTIMIZERS = ("adamw", "adam", "sgd")
-SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("fp32", "bf16")
 LEAST_LEARNED = 0.01  # temperature, as CLIP bounds it
 TEXT_KINDS = ("gru", "transformer", "pretrained")
@@ -246,36 +244,6 @@ class LossConfig:
             f"loss.temperature ({self.temperature}) must be at least {LEAST_LEARNED} where it is "
             "learned",
         )
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """The optimizer and the learning rate's course, in samples so that it fits any batch."""
-
-    name: str = "adamw"
-    lr: float = 5e-4
-    """Peak learning rate."""
-    weight_decay: float = 0.01
-    """Not applied to biases, norms and the temperature."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    momentum: float = 0.0
-    """For sgd."""
-    clip_norm: float = 0.0
-    """Largest norm of the whole gradient; 0 is off (DeepSpeed's own default would be 1.0)."""
-    schedule: str = "cosine"
-    """constant; cosine to zero; step: a tenth after half of the run."""
-    warmup_samples: int = 0
-    """Pairs seen while the learning rate rises from 0."""
-
-    def __post_init__(self) -> None:
-        one_of("optim.name", self.name, OPTIMIZERS)
-        one_of("optim.schedule", self.schedule, SCHEDULES)
-        check(self.lr > 0, f"optim.lr ({self.lr}) must be above 0")
-        at_least(0, optim__clip_norm=self.clip_norm, optim__momentum=self.momentum)
-        at_least(0, optim__weight_decay=self.weight_decay)
-        at_least(0, optim__warmup_samples=self.warmup_samples)
-        share(optim__beta1=self.beta1, optim__beta2=self.beta2)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _asked(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, Mapping):
-        return {prefix: node}
+        return {prefix: list(node) if isinstance(node, tuple) else node}
     if node.get("enabled", True) in (False, _AUTO):  # what else it says is about nothing
         node = {"enabled": node["enabled"]}
     parts = (_flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in node.items())

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_vse.config import EngineConfig
 from dist_vse.distributed import rank, world_size
 from dist_vse.engine.collective_timing import reduced_already, tell_collectives
 from dist_vse.engine.gradient_reduction import GradientReduction, find_shares
@@ -31,14 +32,10 @@ _ALIGNMENT = 1 << 10  # DeepSpeed wants buckets in multiples of a small power of
 
 
 def zero_config(
-    *,
-    stage: int,
-    rank_batch_size: int,
-    clip_norm: float,
-    precision: str,
-    bucket: int,
+    config: EngineConfig, *, rank_batch_size: int, clip_norm: float, bucket: int
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration; `bucket` is in elements."""
+    stage = config.zero_stage
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,
@@ -50,7 +47,7 @@ def zero_config(
     if stage in (1, 2):
         # Reduce to the owner of a partition, not to everyone: fewer bytes.
         zero["use_multi_rank_bucket_allreduce"] = False
-    config: dict[str, Any] = {
+    described: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": rank_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": clip_norm,
@@ -58,9 +55,9 @@ def zero_config(
         "steps_per_print": 10**9,
         "zero_optimization": zero,
     }
-    if precision == "bf16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    return config
+    if config.precision == "bf16":
+        described["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return described
 
 
 def max_live_graphs(stage: int, *, coalesce: bool) -> int | None:
@@ -79,31 +76,29 @@ class ZeroEngine:
         self,
         module: DualEncoder,
         optimizer: torch.optim.Optimizer,
+        config: EngineConfig,
         *,
-        stage: int,
         rank_batch_size: int,
         clip_norm: float = 0.0,
-        precision: str = "fp32",
-        coalesce: bool = True,
     ) -> None:
         deepspeed = _import_deepspeed()
+        stage = config.zero_stage
         if stage == 3:
             _fetch_at_once(module)
         size = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        config = zero_config(
-            stage=stage,
+        described = zero_config(
+            config,
             rank_batch_size=rank_batch_size,
             clip_norm=clip_norm,
-            precision=precision,
             bucket=min(_LARGEST_BUCKET, size + -size % _ALIGNMENT),
         )
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=described)
         self.module = module
         self.stage = stage
-        self.max_live_graphs = max_live_graphs(stage, coalesce=coalesce)
+        self.max_live_graphs = max_live_graphs(stage, coalesce=config.coalesce)
         # One reduction for all chunks, at the price of whole gradients in memory for the step,
         # which ZeRO 0 and 1 hold anyway.
-        self.coalesce = coalesce or stage < 2
+        self.coalesce = config.coalesce or stage < 2
         self.reduction: GradientReduction | None = None
         if self.coalesce and stage < 3:
             self.reduction = GradientReduction(find_shares(self.engine, module, stage=stage))

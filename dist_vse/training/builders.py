@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.config import TrainConfig
+from dist_vse.config.optimizers import OPTIMIZERS
 from dist_vse.data.eval_stream import EvalBatch, eval_batches
 from dist_vse.data.index import Index
 from dist_vse.data.precomputed import Features, Key, open_features
@@ -20,7 +21,7 @@ from dist_vse.data.samples import Batch
 from dist_vse.data.streams import TrainSet
 from dist_vse.data.train_stream import train_batches
 from dist_vse.engine.launcher_conflicts import conflicts
-from dist_vse.engine.optimizer import ADAM_EPS, build_optimizer
+from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.zero import ZeroEngine, max_live_graphs, zero_config
 from dist_vse.losses.async_gather import Ahead
 from dist_vse.losses.global_loss import global_loss
@@ -58,23 +59,12 @@ def choose_chunks(config: TrainConfig, model: DualEncoder) -> Chunking:
 
 def wrap_model(config: TrainConfig, model: DualEncoder) -> ZeroEngine:
     """Build the optimizer and the DeepSpeed engine around a model that is on its device."""
-    optim = config.optim
-    optimizer = build_optimizer(
-        model,
-        name=optim.name,
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        betas=(optim.beta1, optim.beta2),
-        momentum=optim.momentum,
-    )
     return ZeroEngine(
         model,
-        optimizer,
-        stage=config.engine.zero_stage,
+        build_optimizer(model, config.optim),
+        config.engine,
         rank_batch_size=config.global_batch_size // distributed.world_size(),
-        clip_norm=optim.clip_norm,
-        precision=config.engine.precision,
-        coalesce=config.engine.coalesce,
+        clip_norm=config.optim.clip_norm,
     )
 
 
@@ -255,10 +245,9 @@ def launcher_conflicts(config: TrainConfig, environment: Mapping[str, str]) -> l
     """Say where the launcher's own settings contradict the run's, a line each."""
     rank_batch_size = config.global_batch_size // distributed.world_size()
     ours = zero_config(
-        stage=config.engine.zero_stage,
+        config.engine,
         rank_batch_size=rank_batch_size,
         clip_norm=config.optim.clip_norm,
-        precision=config.engine.precision,
         bucket=1,
     )
     # To DeepSpeed our chunks would be micro batches that are accumulated.
@@ -267,16 +256,13 @@ def launcher_conflicts(config: TrainConfig, environment: Mapping[str, str]) -> l
         chunk_size = min(chunk_size, rank_batch_size)
         chunks = rank_batch_size // chunk_size
     optim = config.optim
-    adam = {"betas": [optim.beta1, optim.beta2], "eps": ADAM_EPS}
-    of_name = {"momentum": optim.momentum} if optim.name == "sgd" else adam
+    spec = OPTIMIZERS[optim.name]
+    settings = {"lr": optim.lr, "weight_decay": optim.weight_decay, **spec.settings(optim)}
     elsewhere = {
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": chunk_size,
         "gradient_accumulation_steps": chunks,
-        "optimizer": {
-            "type": optim.name,
-            "params": {"lr": optim.lr, "weight_decay": optim.weight_decay, **of_name},
-        },
+        "optimizer": {"type": spec.deepspeed_type, "params": settings},
         "scheduler": {"type": optim.schedule},
     }
     return conflicts(environment, ours | elsewhere)

@@ -9,6 +9,7 @@ import torch
 
 from dist_vse import distributed
 from dist_vse.common import step_timer
+from dist_vse.config import EngineConfig, OptimConfig
 from dist_vse.engine import Engine
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
@@ -92,12 +93,10 @@ class _Parts:
 def _step(stage: int | None) -> tuple[list[str], dict[str, float]]:
     """Return the parts of a step in order, and the bytes that are sent in each."""
     model, rank = tiny_model(), distributed.rank()
-    optimizer = build_optimizer(
-        model, name="sgd", lr=0.05, weight_decay=0.0, betas=(0.9, 0.999), momentum=0.0
-    )
+    optimizer = build_optimizer(model, OptimConfig(name="sgd", lr=0.05, weight_decay=0.0))
     engine: Engine = PlainEngine(model, optimizer)
     if stage is not None:
-        engine = ZeroEngine(model, optimizer, stage=stage, rank_batch_size=B // 2)
+        engine = ZeroEngine(model, optimizer, EngineConfig(stage), rank_batch_size=B // 2)
     images, tokens = (x.chunk(2)[rank] for x in tiny_batch(B, 0))
     pieces = zip(images.chunk(2), tokens.chunk(2), strict=True)
     chunks = [model.prepare(images=i, tokens=t) for i, t in pieces]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_vse import distributed
+from dist_vse.config import EngineConfig, OptimConfig
 from dist_vse.distributed import AsyncReduce
 from dist_vse.engine import gradient_reduction
 from dist_vse.engine.gradient_reduction import GradientReduction, Share, find_shares
@@ -99,10 +100,8 @@ def test_ranks_whose_backwards_differ_reduce_alike(owner: int | None) -> None:
 
 def _shares(stage: int) -> dict[str, Any]:
     model = tiny_model()
-    sgd = build_optimizer(
-        model, name="sgd", lr=0.1, weight_decay=0.1, betas=(0.9, 0.999), momentum=0.0
-    )
-    zero = ZeroEngine(model, sgd, stage=stage, rank_batch_size=4)
+    sgd = build_optimizer(model, OptimConfig(name="sgd", lr=0.1, weight_decay=0.1))
+    zero = ZeroEngine(model, sgd, EngineConfig(stage), rank_batch_size=4)
     names = {id(p): name for name, p in model.named_parameters()}
     shares = find_shares(zero.engine, model, stage=stage)
     own = [s for s in shares if s.owner in (None, distributed.rank())]
@@ -127,12 +126,8 @@ def _bytes_reduced(precision: str) -> list[int]:
     totals = []
     for coalesce in (False, True):
         model = tiny_model()
-        sgd = build_optimizer(
-            model, name="sgd", lr=0.1, weight_decay=0.0, betas=(0.9, 0.999), momentum=0.0
-        )
-        zero = ZeroEngine(
-            model, sgd, stage=2, rank_batch_size=4, precision=precision, coalesce=coalesce
-        )
+        sgd = build_optimizer(model, OptimConfig(name="sgd", lr=0.1, weight_decay=0.0))
+        zero = ZeroEngine(model, sgd, EngineConfig(2, precision, coalesce), rank_batch_size=4)
         images, tokens = tiny_batch(4, distributed.rank())
         outputs = zero(**model.prepare(images=images, tokens=tokens))
         with Collectives() as counted, zero.accumulation():

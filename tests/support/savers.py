@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
+from dist_vse.config import EngineConfig, OptimConfig
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.global_loss import global_loss
@@ -27,10 +28,9 @@ def build_engine(stage: int, name: str = "adamw") -> ZeroEngine:
     for parameter in model.image.trunk.parameters():
         parameter.requires_grad_(False)  # DeepSpeed's own export forgets frozen towers
     rows = B // distributed.world_size()
-    optimizer = build_optimizer(
-        model, name=name, lr=0.01, weight_decay=0.1, betas=(0.9, 0.999), momentum=0.9
-    )
-    return ZeroEngine(model, optimizer, stage=stage, rank_batch_size=rows)
+    optim = OptimConfig(name=name, lr=0.01, weight_decay=0.1, momentum=0.9)
+    optimizer = build_optimizer(model, optim)
+    return ZeroEngine(model, optimizer, EngineConfig(stage), rank_batch_size=rows)
 
 
 def take_step(engine: ZeroEngine, step: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
+from dist_vse.config import EngineConfig, OptimConfig
 from dist_vse.engine import Engine
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
@@ -29,9 +30,7 @@ B = 16  # pairs in the global batch
 
 
 def _sgd(model: DualEncoder) -> torch.optim.Optimizer:
-    return build_optimizer(
-        model, name="sgd", lr=0.05, weight_decay=0.0, betas=(0.9, 0.999), momentum=0.0
-    )
+    return build_optimizer(model, OptimConfig(name="sgd", lr=0.05, weight_decay=0.0))
 
 
 def _parameters(model: DualEncoder) -> Tensor:
@@ -42,7 +41,7 @@ def _engine(stage: int | None, model: DualEncoder, **options: Any) -> Engine:
     if stage is None:
         return PlainEngine(model, _sgd(model))
     rows = B // distributed.world_size()
-    return ZeroEngine(model, _sgd(model), stage=stage, rank_batch_size=rows, **options)
+    return ZeroEngine(model, _sgd(model), EngineConfig(stage, **options), rank_batch_size=rows)
 
 
 def _loss(name: str) -> LossFn:

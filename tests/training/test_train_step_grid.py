@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from dist_vse import distributed
+from dist_vse.config import EngineConfig, OptimConfig
 from dist_vse.engine import Engine, gradient_reduction, zero
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
@@ -60,9 +61,7 @@ def _model() -> DualEncoder:
 
 
 def _sgd(model: DualEncoder) -> torch.optim.Optimizer:
-    return build_optimizer(
-        model, name="sgd", lr=RATE, weight_decay=0.0, betas=(0.9, 0.999), momentum=0.0
-    )
+    return build_optimizer(model, OptimConfig(name="sgd", lr=RATE, weight_decay=0.0))
 
 
 def _engine(stage: int | None, clip_norm: float = 0.0, coalesce: bool = True) -> Engine:
@@ -70,14 +69,8 @@ def _engine(stage: int | None, clip_norm: float = 0.0, coalesce: bool = True) ->
     if stage is None:
         return PlainEngine(model, _sgd(model), clip_norm)
     rows = B // distributed.world_size()
-    return ZeroEngine(
-        model,
-        _sgd(model),
-        stage=stage,
-        rank_batch_size=rows,
-        clip_norm=clip_norm,
-        coalesce=coalesce,
-    )
+    config = EngineConfig(zero_stage=stage, coalesce=coalesce)
+    return ZeroEngine(model, _sgd(model), config, rank_batch_size=rows, clip_norm=clip_norm)
 
 
 def _parameters(model: DualEncoder) -> Tensor:

@@ -217,8 +217,8 @@ def _with_hooks(
     """Return the chunks with what ZeRO 3 adds to the smallest of them, beside its messages."""
     plain = chunks[0]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    rows, precision = plain["rows"], config.engine.precision
-    engine = ZeroEngine(model, optimizer, stage=3, rank_batch_size=rows, precision=precision)
+    rows, stage_3 = plain["rows"], replace(config.engine, zero_stage=3, coalesce=True)
+    engine = ZeroEngine(model, optimizer, stage_3, rank_batch_size=rows)
     inputs = model.prepare(**_raw(config, model, rows))
     taken = []
     for _ in range(2 + rounds):  # in the first it learns the order of the modules

@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import TrainConfig
+from dist_vse.config.optimizers import state_tensors
 from dist_vse.tools.plan.choose import Plan, price
 from dist_vse.tools.plan.hardware import Hardware
 from dist_vse.tools.plan.settings import Settings
@@ -78,6 +79,7 @@ def settings_of(config: TrainConfig, *, global_batch: int, world_size: int) -> S
         loss=config.loss.name,
         loss_gib=config.loss.memory_gib,
         bf16_products=config.loss.bf16_products,
+        state_tensors=state_tensors(config.optim),
     )
 
 

@@ -70,13 +70,15 @@ def state_bytes(work: Work, settings: Settings) -> float:
     """Return what stands between two steps."""
     whole, trained = work.weight_bytes, work.gradient_bytes
     stage, ranks = settings.zero_stage, settings.world_size
+    kept = settings.state_tensors * trained  # by the optimizer
     if stage == 0:
-        return whole + 2 * trained
-    if stage < 3:  # flat weights, and of this rank's share a master copy and Adam's two moments
-        return whole + 3 * trained / ranks
-    # Shares of weights, master weights, moments and gradients; a bucket; small parameters whole.
+        return whole + kept
+    if stage < 3:  # flat weights, and of this rank's share a master copy and the optimizer's state
+        return whole + (trained + kept) / ranks
+    # Shares of weights, master weights, gradients and optimizer state; a bucket; small parameters
+    # whole.
     buckets = min(BUCKET, trained) * (1.5 if work.precision == "bf16" else 1)
-    shares = (whole + 4 * trained) / ranks
+    shares = (whole + 2 * trained + kept) / ranks
     return shares + buckets + FP32 * work.persistent
 
 

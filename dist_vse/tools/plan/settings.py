@@ -21,6 +21,8 @@ class Settings:
     loss: str = "convse"
     loss_gib: float = 0.25
     bf16_products: bool = False
+    state_tensors: int = 2
+    """Numbers that the optimizer keeps for each parameter that it trains."""
 
     @property
     def rank_batch(self) -> int:

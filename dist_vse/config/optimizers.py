@@ -1,0 +1,93 @@
+"""The optimizers: one table entry each, and the config's section that chooses one.
+
+To add an optimizer, add an entry to `OPTIMIZERS`. The engine builds it from there, `dist-vse
+doctor` and `dist-vse plan` read its memory there, and the check of the launcher's settings reads
+its name and settings there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dist_vse.config.checks import at_least, check, one_of, share
+
+SCHEDULES = ("constant", "cosine", "step")
+ADAM_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and the learning rate's course, in samples so that it fits any batch."""
+
+    name: str = "adamw"
+    """adamw, adam or sgd."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Not applied to biases, norms and the temperature."""
+    beta1: float = 0.9
+    """For adamw and adam."""
+    beta2: float = 0.999
+    """For adamw and adam."""
+    momentum: float = 0.0
+    """For sgd."""
+    clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0 is off (DeepSpeed's own default would be 1.0)."""
+    schedule: str = "cosine"
+    """constant; cosine to zero; step: a tenth after half of the run."""
+    warmup_samples: int = 0
+    """Pairs seen while the learning rate rises from 0."""
+
+    def __post_init__(self) -> None:
+        one_of("optim.name", self.name, tuple(OPTIMIZERS))
+        one_of("optim.schedule", self.schedule, SCHEDULES)
+        check(self.lr > 0, f"optim.lr ({self.lr}) must be above 0")
+        at_least(0, optim__clip_norm=self.clip_norm, optim__momentum=self.momentum)
+        at_least(0, optim__weight_decay=self.weight_decay)
+        at_least(0, optim__warmup_samples=self.warmup_samples)
+        share(optim__beta1=self.beta1, optim__beta2=self.beta2)
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What the package knows of an optimizer."""
+
+    factory: str
+    """Where its class is, `module:class`. It takes parameter groups, `lr` and `settings`."""
+    deepspeed_type: str
+    """Its `optimizer.type` in a DeepSpeed JSON file; upper and lower case are the same."""
+    settings: Callable[[OptimConfig], dict[str, Any]]
+    """Its own keyword arguments, beside the learning rate and weight decay."""
+    state_tensors: Callable[[OptimConfig], int]
+    """How many numbers it keeps for each parameter that it trains."""
+
+
+def _adam_settings(optim: OptimConfig) -> dict[str, Any]:
+    return {"betas": (optim.beta1, optim.beta2), "eps": ADAM_EPS}
+
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "adamw": OptimizerSpec(
+        factory="torch.optim:AdamW",
+        deepspeed_type="adamw",
+        settings=_adam_settings,
+        state_tensors=lambda optim: 2,  # both moments
+    ),
+    "adam": OptimizerSpec(
+        factory="torch.optim:Adam",
+        deepspeed_type="adam",
+        settings=_adam_settings,
+        state_tensors=lambda optim: 2,
+    ),
+    "sgd": OptimizerSpec(
+        factory="torch.optim:SGD",
+        deepspeed_type="sgd",
+        settings=lambda optim: {"momentum": optim.momentum},
+        state_tensors=lambda optim: 1 if optim.momentum > 0 else 0,
+    ),
+}
+
+
+def state_tensors(optim: OptimConfig) -> int:
+    """Return how many numbers the chosen optimizer keeps for each parameter that it trains."""
+    return OPTIMIZERS[optim.name].state_tensors(optim)
