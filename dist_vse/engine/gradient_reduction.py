@@ -1,4 +1,4 @@
-"""Gradients on their way to other ranks while the last backward of a step still runs.
+"""Gradients averaged over the ranks while the last backward of a step still runs.
 
 As PyTorch's DDP does it (Li et al., 2020, https://arxiv.org/abs/2006.15704): the gradients lie in
 buckets, in the reverse of the model's order, which is about the order of the backward. A bucket is
@@ -10,26 +10,25 @@ backward does not use holds back its bucket and those behind it, until the backw
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_vse.distributed import AsyncReduce, rank, world_size
 
-BUCKET = 1 << 20  # elements; a larger share is a bucket of its own
+BUCKET = 1 << 20  # elements; a larger slice is a bucket of its own
 
 
 @dataclass(frozen=True)
-class Share:
-    """Elements `start` to `start + length` of a flattened parameter, which go the same way."""
+class GradientSlice:
+    """Elements `start` to `start + length` of a flattened parameter's gradient."""
 
     parameter: nn.Parameter
     start: int
     length: int
     owner: int | None
-    """The rank that needs their gradient; None for all."""
-    wire: torch.dtype
+    """The rank that needs their average; None for all."""
+    wire_dtype: torch.dtype
     """The type that they are sent in."""
 
     def gradient(self) -> Tensor:
@@ -39,33 +38,12 @@ class Share:
         return self.parameter.grad.view(-1)[self.start : self.start + self.length]
 
 
-def find_shares(engine: Any, module: nn.Module, *, stage: int) -> list[Share]:
-    """List what is reduced under ZeRO 0, 1 or 2, from the insides of a DeepSpeed engine.
-
-    In the order of the model's parameters.
-    """
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    if stage == 0:
-        return [Share(p, 0, p.numel(), None, p.dtype) for p in trainable]
-    zero, shares = engine.optimizer, defaultdict[int, list[Share]](list)
-    for number, group in enumerate(zero.bit16_groups):
-        for parameter in group:
-            key = zero.get_param_id(parameter)
-            owners = zero.param_to_partition_ids[number][key]
-            starts = sorted((zero.grad_start_offset[number][o][key], o) for o in owners)
-            ends = [start for start, _ in starts[1:]] + [parameter.numel()]
-            wire = getattr(parameter, "comm_dtype", parameter.dtype)  # lower under autocast
-            for (start, owner), end in zip(starts, ends, strict=True):
-                shares[id(parameter)].append(Share(parameter, start, end - start, owner, wire))
-    return [share for parameter in trainable for share in shares[id(parameter)]]
-
-
 class _Bucket:
-    """Shares that are sent as one message."""
+    """Slices that are sent as one message."""
 
-    def __init__(self, shares: Sequence[Share]) -> None:
-        self._shares, self._owner = shares, shares[0].owner
-        self._parameters = {id(share.parameter) for share in shares}
+    def __init__(self, slices: Sequence[GradientSlice]) -> None:
+        self._slices, self._owner = slices, slices[0].owner
+        self._parameters = {id(item.parameter) for item in slices}
         self._message: Tensor | None = None
         self._reduction: AsyncReduce | None = None
 
@@ -74,7 +52,7 @@ class _Bucket:
 
     def send(self) -> None:
         # A copy: a gradient may lie in memory that the backward goes on reading.
-        gradients = [share.gradient().to(share.wire) for share in self._shares]
+        gradients = [item.gradient().to(item.wire_dtype) for item in self._slices]
         self._message = torch.cat(gradients)
         self._reduction = AsyncReduce(self._message, self._owner)
 
@@ -82,25 +60,27 @@ class _Bucket:
         assert self._reduction is not None and self._message is not None, "not sent"
         self._reduction.wait()
         if self._owner in (None, rank()):
-            parts = self._message.split([share.length for share in self._shares])
-            for share, part in zip(self._shares, parts, strict=True):
-                share.gradient().copy_(part)
+            averages = self._message.div_(world_size())
+            parts = averages.split([item.length for item in self._slices])
+            for item, part in zip(self._slices, parts, strict=True):
+                item.gradient().copy_(part)
         self._message = self._reduction = None
 
 
 class GradientReduction:
-    """Sums gradients over the ranks, each to its owner, beside a backward.
+    """Averages gradients over the ranks, each for its owner, beside a backward.
 
     Every rank calls `start`, runs the backward that completes the gradients, and calls `finish`.
     """
 
-    def __init__(self, shares: Sequence[Share]) -> None:
-        """Cut the shares, in the order of the model, into buckets."""
-        self._buckets = [_Bucket(bucket) for bucket in _buckets(list(reversed(shares)))]
+    def __init__(self, slices: Sequence[GradientSlice]) -> None:
+        """Put the slices, given in the order of the model, into buckets."""
+        self._slices = slices
+        self._buckets = [_Bucket(bucket) for bucket in _buckets(list(reversed(slices)))]
         self._arrived: set[int] = set()
         self._num_sent = 0
         self._started = False
-        for parameter in {id(s.parameter): s.parameter for s in shares}.values():
+        for parameter in {id(item.parameter): item.parameter for item in slices}.values():
             parameter.register_post_accumulate_grad_hook(self._arrive)
 
     def start(self) -> None:
@@ -110,7 +90,13 @@ class GradientReduction:
         self._started = world_size() > 1
 
     def finish(self) -> None:
-        """Send what is left and wait for all: `.grad` is the sum over the ranks on its owner."""
+        """Send what is left and wait for all: `.grad` is the average on its owner.
+
+        A parameter that took no part in the backward gets zeros.
+        """
+        if world_size() == 1:
+            for item in self._slices:
+                item.gradient()
         if not self._started:
             return
         self._started = False
@@ -130,15 +116,15 @@ class GradientReduction:
             self._num_sent += 1
 
 
-def _buckets(shares: Sequence[Share]) -> Iterator[list[Share]]:
-    """Yield the shares in buckets of one owner and type, about in the order given."""
-    open_buckets = defaultdict[tuple[int | None, torch.dtype], list[Share]](list)
-    for share in shares:
-        kind = share.owner, share.wire
-        if share.length >= BUCKET:
-            yield [share]
+def _buckets(slices: Sequence[GradientSlice]) -> Iterator[list[GradientSlice]]:
+    """Yield the slices in buckets of one owner and type, about in the order given."""
+    open_buckets = defaultdict[tuple[int | None, torch.dtype], list[GradientSlice]](list)
+    for item in slices:
+        kind = item.owner, item.wire_dtype
+        if item.length >= BUCKET:
+            yield [item]
             continue
-        open_buckets[kind].append(share)
+        open_buckets[kind].append(item)
         if sum(s.length for s in open_buckets[kind]) >= BUCKET:
             yield open_buckets.pop(kind)
     yield from open_buckets.values()

@@ -6,7 +6,6 @@ that silently change the numbers are always set: `gradient_clipping` (its defaul
 """
 
 import contextlib
-import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_vse.common.errors import UserError
+from dist_vse.common.log import logger
 from dist_vse.config import EngineConfig
 from dist_vse.distributed import rank, world_size
-from dist_vse.engine.collective_timing import reduced_already, tell_collectives
-from dist_vse.engine.gradient_reduction import GradientReduction, find_shares
-from dist_vse.engine.optimizer_state import Piece, dump_state, find_pieces, load_state
+from dist_vse.engine import deepspeed_internals as internals
+from dist_vse.engine.gradient_reduction import GradientReduction
+from dist_vse.engine.optimizer_state import Fragment, dump_state, load_state
 from dist_vse.models.dual_encoder import DualEncoder
 
 IMPORTS = ("torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.zero.stage3")
 """Slow to import; for a server of which ranks are forked."""
 PERSISTENT = 100_000  # elements: ZeRO 3 keeps smaller parameters whole on every rank
-_HELD = -1  # no module has this number
 _LARGEST_BUCKET = 1 << 26  # elements
 _ALIGNMENT = 1 << 10  # DeepSpeed wants buckets in multiples of a small power of two
 
@@ -94,15 +94,38 @@ class ZeroEngine:
         )
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=described)
         self.module = module
+        self.optimizer = optimizer
         self.stage = stage
         self.max_live_graphs = max_live_graphs(stage, coalesce=config.coalesce)
         # One reduction for all chunks, at the price of whole gradients in memory for the step,
         # which ZeRO 0 and 1 hold anyway.
         self.coalesce = config.coalesce or stage < 2
-        self.reduction: GradientReduction | None = None
-        if self.coalesce and stage < 3:
-            self.reduction = GradientReduction(find_shares(self.engine, module, stage=stage))
-            self.engine.enable_backward_allreduce = False  # once at the end instead
+        self.reduction = self._own_reduction() if self.coalesce and stage < 3 else None
+        self._check_state()
+
+    def _own_reduction(self) -> GradientReduction | None:
+        """Take the reduction over from DeepSpeed; None, with a line in the log, if that fails."""
+        try:
+            slices = internals.gradient_slices(self.engine, self.module, self.stage)
+            internals.take_over_reduction(self.engine, self.stage)
+        except internals.MissingInternalError as missing:
+            if rank() == 0:
+                logger.warning("%s: it reduces gradients by itself, after the backward", missing)
+            return None
+        return GradientReduction(slices)
+
+    def _check_state(self) -> None:
+        """Raise UserError if this DeepSpeed's state can't be read: better now than in an hour."""
+        try:
+            self._fragments()
+            if self.stage == 3:
+                with internals.keep_gathered(list(self.module.parameters())):
+                    pass
+        except internals.MissingInternalError as missing:
+            raise UserError(
+                f"{missing}: checkpoints can't be written or read; "
+                f"install deepspeed{internals.SUPPORTED}"
+            ) from missing
 
     def __call__(self, **inputs: Tensor) -> Any:
         """Run the model's forward (ZeRO 3 gathers parameters on the way)."""
@@ -111,32 +134,30 @@ class ZeroEngine:
     @contextlib.contextmanager
     def accumulation(self) -> Iterator[None]:
         """Hold the gradients of a step's backward calls together; reduce them once, at the end."""
-        if not self.coalesce:
+        with self._deferred_reduction():
             yield
-        elif self.reduction is None:
-            with self._reduction_at_the_end():
-                yield
-        else:  # DeepSpeed is left to divide by W and to put the sums in their places
-            with reduced_already(), self._reduction_at_the_end():
-                yield
+            if self.reduction is not None:
                 self.reduction.finish()
 
-    @contextlib.contextmanager
-    def _reduction_at_the_end(self) -> Iterator[None]:
-        """Hold back DeepSpeed's reduction until the block's end."""
-        if self.stage > 0:
-            with self.engine.coalesce_grad_reduction():
-                yield
-        else:
-            yield
-            self.engine.allreduce_gradients()
+    def _deferred_reduction(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which DeepSpeed (ZeRO 1 to 3) reduces nothing before its end.
+
+        Where the gradients are averages by then, it only puts them where its optimizer reads them.
+        """
+        if self.coalesce and self.stage > 0:
+            deferred: contextlib.AbstractContextManager[None] = (
+                self.engine.coalesce_grad_reduction()
+            )
+            return deferred
+        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`; the last call of a step lets them be reduced."""
-        if not self.coalesce:
+        if self.reduction is not None:
+            if last:
+                self.reduction.start()
+        elif not self.coalesce or self.stage == 0:
             self.engine.set_gradient_accumulation_boundary(last)
-        if last and self.reduction is not None:
-            self.reduction.start()
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> None:
@@ -145,7 +166,7 @@ class ZeroEngine:
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next step."""
-        for group in self.engine.optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
 
     @contextlib.contextmanager
@@ -160,25 +181,22 @@ class ZeroEngine:
         deepspeed = _import_deepspeed()
         modifier = 0 if changed else None
         parameters: list[Any] = list(self.module.parameters())
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier):
-            # Each forward would split again what it used, and the next one gather it: a rank with
-            # more batches than the others would wait for them for ever.
-            for parameter in parameters:
-                parameter.ds_active_sub_modules.add(_HELD)
-            try:
-                yield
-            finally:
-                for parameter in parameters:
-                    parameter.ds_active_sub_modules.discard(_HELD)
+        # Without `keep_gathered` each forward would split again what it used, and the next one
+        # gather it: a rank with more batches than the others would wait for them for ever.
+        with (
+            deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier),
+            internals.keep_gathered(parameters),
+        ):
+            yield
 
     def dump_optimizer(self) -> dict[str, Tensor]:
-        """Copy this rank's share of the optimizer's state to host memory; see `pieces`.
+        """Copy this rank's fragments of the optimizer's state to host memory, by name.
 
         Under ZeRO 0 all ranks hold all of it, and rank 0 alone gives it.
         """
         if self.stage == 0 and rank() > 0:
             return {}
-        return dump_state(self._pieces(), self.engine.basic_optimizer)
+        return dump_state(self._fragments(), self.optimizer)
 
     def load(self, weights: Mapping[str, Tensor], files: Sequence[Path]) -> None:
         """Take whole weights, and the optimizer's state out of all former ranks' `files`.
@@ -187,15 +205,16 @@ class ZeroEngine:
         """
         with self.gathered_parameters(changed=True):
             self.module.load_state_dict(weights)
-        pieces = self._pieces()
+        fragments = self._fragments()
         with torch.no_grad():
-            for piece in pieces:  # ZeRO's own copies of the parameters
-                values = weights[piece.name].view(-1)[piece.start : piece.start + piece.length]
-                piece.within(piece.flat).copy_(values)
-        load_state(pieces, self.engine.basic_optimizer, files)
+            for fragment in fragments:  # ZeRO's own copies of the parameters
+                end = fragment.start + fragment.length
+                values = weights[fragment.name].view(-1)[fragment.start : end]
+                fragment.within(fragment.flat).copy_(values)
+        load_state(fragments, self.optimizer, files)
 
-    def _pieces(self) -> list[Piece]:
-        return find_pieces(self.engine, self.module, stage=self.stage, rank=rank())
+    def _fragments(self) -> list[Fragment]:
+        return internals.state_fragments(self.engine, self.module, self.stage, rank())
 
 
 def _fetch_at_once(model: nn.Module) -> None:
@@ -214,15 +233,10 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
 
-    # The shared-memory operator serves inference only, and its build at first use needs a
-    # compiler, ninja and half a minute.
-    __compatible_ops__["deepspeed_shm_comm"] = False
-    tell_collectives(deepspeed.comm)
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(_is_news)
+    internals.skip_shared_memory_operator()
+    internals.time_collectives(deepspeed.comm)
+    internals.quiet_log()
     # It still calls collectives that PyTorch has renamed: nothing that a user can mend.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated")
     deepspeed.init_distributed(
@@ -231,8 +245,3 @@ def _import_deepspeed() -> Any:
         verbose=False,
     )
     return deepspeed
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Leave out the warning at optimizers that DeepSpeed has not tested: our tests use SGD."""
-    return "untested optimizer" not in record.getMessage()

@@ -27,6 +27,7 @@ from dist_vse.common.errors import UserError, first_line, writing
 from dist_vse.common.log import logger
 from dist_vse.common.random_state import RandomState, random_state, restore
 from dist_vse.data.order import ORDER_FORMAT
+from dist_vse.engine.deepspeed_internals import whole_shape
 from dist_vse.engine.zero import ZeroEngine
 
 WEIGHTS = "model.safetensors"
@@ -236,7 +237,7 @@ def _read_weights(path: Path, model: nn.Module) -> Tensors:
         weights = load_file(path / WEIGHTS)
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{path / WEIGHTS}: can't be read ({first_line(error)})") from error
-    wanted = {name: getattr(value, "ds_shape", value.shape) for name, value in _named(model)}
+    wanted = {name: whole_shape(value) for name, value in _named(model)}
     for name in sorted(wanted.keys() | weights.keys()):
         found = tuple(weights[name].shape) if name in weights else "nothing"
         expected = tuple(wanted[name]) if name in wanted else "nothing"

@@ -1,7 +1,5 @@
 """Gradients are reduced beside the last backward: each once, to its owner, in one order."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,9 +8,8 @@ from dist_vse import distributed
 from dist_vse.config import EngineConfig, OptimConfig
 from dist_vse.distributed import AsyncReduce
 from dist_vse.engine import gradient_reduction
-from dist_vse.engine.gradient_reduction import GradientReduction, Share, find_shares
+from dist_vse.engine.gradient_reduction import GradientReduction, GradientSlice
 from dist_vse.engine.optimizer import build_optimizer
-from dist_vse.engine.optimizer_state import find_pieces
 from dist_vse.engine.zero import ZeroEngine
 from tests.support.collectives import Collectives
 from tests.support.distributed import run_distributed
@@ -31,19 +28,20 @@ def test_a_reduction_gives_its_owner_the_sum(owner: int | None) -> None:
         assert owner not in (None, rank) or x.tolist() == [6.0] * 3
 
 
-def test_buckets_hold_every_share_once_and_one_owner_and_type_each(
+def test_buckets_hold_every_slice_once_and_one_owner_and_type_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gradient_reduction, "BUCKET", 10)
     parameters = [nn.Parameter(torch.zeros(size)) for size in (4, 30, 4, 3, 5, 12)]
     wires = [torch.bfloat16 if number == 3 else torch.float32 for number in range(6)]
     owners = [number % 2 for number in range(6)]
-    shares = [
-        Share(p, 0, p.numel(), o, w) for p, o, w in zip(parameters, owners, wires, strict=True)
+    slices = [
+        GradientSlice(p, 0, p.numel(), o, w)
+        for p, o, w in zip(parameters, owners, wires, strict=True)
     ]
-    buckets = list(gradient_reduction._buckets(shares))
-    assert sorted(map(id, shares)) == sorted(id(s) for bucket in buckets for s in bucket)
-    assert all(len({(s.owner, s.wire) for s in bucket}) == 1 for bucket in buckets)
+    buckets = list(gradient_reduction._buckets(slices))
+    assert sorted(map(id, slices)) == sorted(id(s) for bucket in buckets for s in bucket)
+    assert all(len({(s.owner, s.wire_dtype) for s in bucket}) == 1 for bucket in buckets)
     assert [[s.length for s in b] for b in buckets] == [[30], [4, 4, 5], [12], [3]]
 
 
@@ -62,8 +60,8 @@ class _Net(nn.Module):
         return x.sum()
 
 
-def _sums(owner: int | None) -> tuple[list[Tensor], list[Tensor], list[bool]]:
-    """Return the gradients' sums, what they should be, and if each was on its way in backward."""
+def _averages(owner: int | None) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+    """Return the averages, what they should be, and whether each was on its way in backward."""
     gradient_reduction.BUCKET = 6
     rank, net = distributed.rank(), _Net()
     own = {"swapped": rank == 1, "whole": rank == 0}
@@ -74,9 +72,9 @@ def _sums(owner: int | None) -> tuple[list[Tensor], list[Tensor], list[bool]]:
             p.grad = None
         net(x + step, **own).backward()
         alone += [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
-    expected = [distributed.all_reduce_sum(grad.clone()) for grad in alone[6:]]
+    expected = [distributed.all_reduce_mean(grad.clone()) for grad in alone[6:]]
     reduction = GradientReduction(
-        [Share(p, 0, p.numel(), owner, p.dtype) for p in net.parameters()]
+        [GradientSlice(p, 0, p.numel(), owner, p.dtype) for p in net.parameters()]
     )
     for step in range(2):
         for p in net.parameters():
@@ -90,35 +88,12 @@ def _sums(owner: int | None) -> tuple[list[Tensor], list[Tensor], list[bool]]:
 
 @pytest.mark.parametrize("owner", [None, 1])
 def test_ranks_whose_backwards_differ_reduce_alike(owner: int | None) -> None:
-    for rank, (sums, expected, sent) in enumerate(run_distributed(_sums, 3, owner)):
+    for rank, (found, expected, sent) in enumerate(run_distributed(_averages, 3, owner)):
         if owner in (None, rank):
-            assert len(sums) == len(expected) == 6
-            assert all(torch.allclose(a, b) for a, b in zip(sums, expected, strict=True))
+            assert len(found) == len(expected) == 6
+            assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
         # `seldom` comes first: where it is left out, nothing can be sent before the end.
         assert sent == [rank == 0] * len(sent)
-
-
-def _shares(stage: int) -> dict[str, Any]:
-    model = tiny_model()
-    sgd = build_optimizer(model, OptimConfig(name="sgd", lr=0.1, weight_decay=0.1))
-    zero = ZeroEngine(model, sgd, EngineConfig(stage), rank_batch_size=4)
-    names = {id(p): name for name, p in model.named_parameters()}
-    shares = find_shares(zero.engine, model, stage=stage)
-    own = [s for s in shares if s.owner in (None, distributed.rank())]
-    pieces = find_pieces(zero.engine, model, stage=stage, rank=distributed.rank())
-    return {
-        "covered": sum(s.length for s in shares),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "own": sorted((names[id(s.parameter)], s.start, s.length) for s in own),
-        "pieces": sorted((p.name, p.start, p.length) for p in pieces if p.length),
-    }
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_ranks_shares_are_the_pieces_that_it_updates(stage: int) -> None:
-    for found in run_distributed(_shares, 3, stage):
-        assert found["covered"] == found["trainable"]
-        assert found["own"] == found["pieces"]
 
 
 def _bytes_reduced(precision: str) -> list[int]:
