@@ -21,6 +21,7 @@ from benchmarks.support.memory import measure_memory
 from benchmarks.support.open_clip_loss import peer_loss
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
+from dist_vse.common.units import GIB
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.losses.global_loss import global_loss
 from dist_vse.losses.reference import dense_loss
@@ -89,7 +90,7 @@ def differentiate(features: list[Tensor], name: str, **options: Any) -> list[Ten
 
 def _measure_speed(rows: int, width: int, repeats: int) -> dict[str, Any]:
     features = make_features(rows, width)
-    everything = rows * rows * distributed.world_size() * 4 / 2**30
+    everything = rows * rows * distributed.world_size() * 4 / GIB
     options: dict[str, dict[str, Any]] = {
         "convse": {"name": "convse", "memory_gib": 0},
         f"convse, {KEPT_MIB} MiB kept": {"name": "convse", "memory_gib": KEPT_MIB / 1024},

@@ -18,10 +18,10 @@ from benchmarks.support.step_errors import step_errors
 from benchmarks.support.trainer_data import CONTEXT, HEAD_WIDTH, SHARDS, Model, write_data
 from benchmarks.support.trainers import OURS, PEER, STREAMS, Setting, Task, train
 from dist_vse.common.errors import UserError
+from dist_vse.common.units import GIB
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.tools.bench.table import Table
 
-GIB = 2**30
 MEMORY_STEPS = 2  # the second one meets the optimizer's states
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig, load_config
 from dist_vse.config.optimizers import state_tensors
 from dist_vse.data.index import Index, Shard, is_remote, read_index
 from launch.cluster import ClusterConfig, load_cluster
-from launch.probe import GIB, Probe
+from launch.probe import Probe
 from launch.rehearsal import for_minutes, rehearse
 from launch.submit import plan_submission
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.units import GIB
 
 if TYPE_CHECKING:
     import torch
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from benchmarks.support.workload import Workload, make_model, make_optimizer, make_pairs
 from dist_vse.common.memory import TensorMemoryTracker
+from dist_vse.common.units import GIB
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.losses.global_loss import global_loss
 from dist_vse.runs.metrics import peak_memory_gib
@@ -63,8 +64,8 @@ def weigh(load: Workload, batch: int, chunk_size: int) -> dict[str, Any]:
         "gradient_bytes": gradients,
         "features_bytes": engine.outside - gradients,  # these stand from the first backward on
         "input_bytes": images.nbytes + tokens.nbytes,
-        "process_peak_bytes": int(peak_memory_gib() * 2**30),
-        "process_peak_bytes_of_two_chunks": int(resident * 2**30),
+        "process_peak_bytes": int(peak_memory_gib() * GIB),
+        "process_peak_bytes_of_two_chunks": int(resident * GIB),
     }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.units import GIB
 from dist_vse.data.download import CHUNK_BYTES, GoneError, append_url
 from dist_vse.data.index import Shard
 
@@ -42,7 +43,7 @@ def cache_from_environment() -> Cache:
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Cache(
         Path(given) if given else user_cache / "dist_vse",
-        _number("DIST_VSE_CACHE_GIB", LIMIT_GIB) * 2**30,
+        _number("DIST_VSE_CACHE_GIB", LIMIT_GIB) * GIB,
         _number("DIST_VSE_STALL_S", STALL_S),
         RETRY_DELAYS_S,
     )

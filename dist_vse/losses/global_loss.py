@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dist_vse import distributed
+from dist_vse.common.units import GIB
 from dist_vse.losses.async_gather import Ahead
 from dist_vse.losses.hardest import Hardest
 from dist_vse.losses.layout import DuplicatePairs
@@ -31,8 +32,6 @@ from dist_vse.losses.statistics import summarize
 from dist_vse.losses.tiled import Dense, Sparse, Sweep
 from dist_vse.losses.tiles import default_tile
 from dist_vse.losses.transport import Gather, Ring, Transport
-
-GIB = 2**30
 
 
 class LossOutput(NamedTuple):

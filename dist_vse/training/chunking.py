@@ -17,9 +17,9 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger
 from dist_vse.common.memory import Allocated, measure
 from dist_vse.common.random_state import random_state, replay
+from dist_vse.common.units import GIB
 from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics
 
-GIB = 2**30
 FREE_SHARE = 0.5  # of the free memory; the rest is for data, features, and captions that are longer
 STATE_BYTES = 16  # a trainable parameter: its gradient, Adam's two moments, DeepSpeed's flat copy
 FIRST_TRY = 8  # pairs

@@ -9,8 +9,9 @@ from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.memory import measure
 from dist_vse.common.random_state import random_state
+from dist_vse.common.units import GIB
 from dist_vse.training import chunking
-from dist_vse.training.chunking import GIB, Chunking, Pairs, agree, choose_chunking
+from dist_vse.training.chunking import Chunking, Pairs, agree, choose_chunking
 from tests.support.distributed import run_distributed
 from tests.support.tiny import tiny_batch, tiny_model
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from dist_vse import distributed
 from dist_vse.common.errors import writing
 from dist_vse.common.step_timer import OTHER, Clock, begin, listening
+from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.engine.zero import ZeroEngine
@@ -42,7 +43,7 @@ def calibrate(config: TrainConfig, *, vocabulary: int, rounds: int) -> Hardware:
         name=f"{cores} cores of this machine",
         ranks_per_node=1 << 20,
         cores=cores,
-        memory_gib=psutil.virtual_memory().total / 2**30,
+        memory_gib=psutil.virtual_memory().total / GIB,
         process_gib=full["process_gib"],
         conv_tflops=full["fp32"],
         fp32_tflops=full["fp32"],
@@ -82,7 +83,7 @@ def fastest(work: Callable[[], Any], rounds: int) -> float:
 
 def _measure(config: TrainConfig, vocabulary: int, rounds: int) -> dict[str, Any]:
     model = build_for_plan(config, vocabulary, "cpu").train()
-    process_gib = (psutil.Process().memory_info().rss - _weights(model)) / 2**30
+    process_gib = (psutil.Process().memory_info().rss - _weights(model)) / GIB
     width = config.model.embed_dim
     rate = _products(width, torch.float32, rounds)
     chunks = _chunks(config, model, rounds)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.units import GIB
 from dist_vse.losses.registry import HARDEST
-from dist_vse.tools.plan.hardware import GIB, Hardware
+from dist_vse.tools.plan.hardware import Hardware
 from dist_vse.tools.plan.memory import Memory, Place, fullest, moments
 from dist_vse.tools.plan.seconds import Seconds, step_seconds
 from dist_vse.tools.plan.settings import Settings

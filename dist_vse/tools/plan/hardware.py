@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dist_vse.common.units import GIB
 from dist_vse.config.checks import at_least, check
 from dist_vse.config.load import load_yaml
 
-GIB = 2**30
 DEFAULT = "configs/hardware/a100_80g.yaml"
 
 

@@ -6,8 +6,9 @@ Cheng et al., Breaking the Memory Barrier, 2024, https://arxiv.org/abs/2410.1724
 
 from dataclasses import dataclass
 
+from dist_vse.common.units import GIB
 from dist_vse.tools.plan.memory import Place, loss_bytes
-from dist_vse.tools.plan.settings import GIB, Settings
+from dist_vse.tools.plan.settings import Settings
 from dist_vse.tools.plan.work import FP32
 
 WIDTH = 768

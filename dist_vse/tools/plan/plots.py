@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_vse.common.errors import writing
+from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig
 from dist_vse.tools.plan.check import settings_of
 from dist_vse.tools.plan.choose import Plan, price
-from dist_vse.tools.plan.hardware import GIB, Hardware
+from dist_vse.tools.plan.hardware import Hardware
 from dist_vse.tools.plan.loglog import Curve, draw
 from dist_vse.tools.plan.settings import Settings
 from dist_vse.tools.plan.work import FP32, Work

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from dist_vse.common.units import GIB
 from dist_vse.losses.registry import HARDEST, caption_bytes
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from dist_vse.common.units import GIB
 from dist_vse.tools.plan import peers
 from dist_vse.tools.plan.check import MEMORY_BOUND, TIME_BOUND, Checked
 from dist_vse.tools.plan.choose import Plan
-from dist_vse.tools.plan.hardware import GIB
 from dist_vse.tools.report.numbers import figure
 
 

@@ -1,0 +1,3 @@
+"""Units of measure that several parts share."""
+
+GIB = 2**30
