@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from xml.etree import ElementTree
 
 from demo.openmoji import WORKERS, split_of
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import atomic_write, sha256_of_file, write_text
 from shards.pool import ordered_map
 
 PACKAGES = ("tuxpaint-stamps-default", "openclipart-svg")
@@ -111,12 +111,11 @@ def draw(picture: Picture, folder: Path, size: int) -> tuple[str, str, tuple[str
                 rgba = image.convert("RGBA")
             white = Image.new("RGBA", (size, size), "white")
             white.alpha_composite(rgba, ((size - rgba.width) // 2, (size - rgba.height) // 2))
-            temporary = out.with_suffix(".tmp")
-            white.convert("RGB").save(temporary, "PNG")
-            os.replace(temporary, out)
+            with atomic_write(out) as temporary:
+                white.convert("RGB").save(temporary, "PNG")
         except (ValueError, OSError, Image.DecompressionBombError):
             return None
-    return out.name, hashlib.sha256(out.read_bytes()).hexdigest(), captions
+    return out.name, sha256_of_file(out), captions
 
 
 def write_mixed(out: Path, size: int) -> Path:
@@ -145,10 +144,7 @@ def write_mixed(out: Path, size: int) -> Path:
             }
         )
     path = out / "mixed.jsonl"
-    temporary = path.with_suffix(".tmp")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     for split in ("train", "val", "test"):
         print(f"{split}: {sum(line['split'] == split for line in lines):,} images")
     return path

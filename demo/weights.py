@@ -11,13 +11,13 @@ Both are Apache-2.0.
 
 import argparse
 import importlib.util
-import os
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,10 +50,9 @@ def write_efficientnet(out: Path) -> Path:
     weights = renamed(torch.load(source, map_location="cpu", weights_only=True), source)
     check_outputs(weights, source)
     out.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(weights, temporary, metadata={"format": "pt", "architecture": ARCHITECTURE})
-    temporary.chmod(0o644)  # safetensors makes a file for its owner alone
-    os.replace(temporary, path)
+    with atomic_write(path) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt", "architecture": ARCHITECTURE})
+        temporary.chmod(0o644)  # safetensors makes a file for its owner alone
     return path
 
 
@@ -112,9 +111,8 @@ def write_minilm(out: Path) -> Path:
     for source in sources:
         path = folder / source.name
         if not path.is_file():
-            temporary = path.with_name(path.name + ".tmp")
-            shutil.copyfile(source, temporary)
-            os.replace(temporary, path)
+            with atomic_write(path) as temporary:
+                shutil.copyfile(source, temporary)
     return folder
 
 

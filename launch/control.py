@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import write_json
 from dist_vse.runs.files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME
 from launch import slurm
 from launch.follow import log_pattern, rank_log, verdict
@@ -36,10 +37,7 @@ def note(folder: Path, job: Any, scheduler: str) -> None:
     """Note a job in its run's folder for submissions."""
     host = socket.gethostname()
     noted = Submitted(job.job_id, scheduler, log_pattern(job), job.num_tasks, host)
-    text = json.dumps(asdict(noted))
-    temporary = folder / f"{_NOTE}.{os.getpid()}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / _NOTE)
+    write_json(folder / _NOTE, asdict(noted), shared=True)
 
 
 def read_note(run_dir: Path) -> Submitted:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import write_text
 from dist_vse.config import dump_config, load_config
 from dist_vse.runs.files import SCALE_NAME
 from dist_vse.runs.trackers import check_tracker_names
@@ -153,9 +154,7 @@ def prepare(plan: Plan) -> Job:
     """
     control.check_free(plan.folder.parent)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    temporary = plan.config_path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(plan.config_text, encoding="utf-8")
-    os.replace(temporary, plan.config_path)
+    write_text(plan.config_path, plan.config_text, shared=True)
     port = free_port() if plan.scheduler == "local" else None
     config = str(plan.config_path)
     work: Train | Scale = Train(config)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import write_json_lines
 from dist_vse.data.index import is_remote
 
 COMMANDS_NAME = "commands.jsonl"
@@ -32,10 +33,7 @@ def note_command(folder: Path, args: argparse.Namespace, splits: Iterable[str]) 
         if owned:
             lines.append({"splits": owned, "options": old["options"]})
     lines.sort(key=lambda line: str(line["splits"]))
-    path = folder / COMMANDS_NAME
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_json_lines(folder / COMMANDS_NAME, lines)
 
 
 def read_commands(folder: Path) -> list[argparse.Namespace]:

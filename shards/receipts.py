@@ -6,12 +6,12 @@ may write: those that a kill leaves without a receipt are known as ours by it.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import write_json, write_json_lines
 from dist_vse.data.index import Shard
 
 RECEIPTS_NAME = "receipts.jsonl"
@@ -79,7 +79,7 @@ def append_receipt(folder: Path, receipt: Receipt) -> None:
 def write_receipts(folder: Path, receipts: Iterable[Receipt]) -> None:
     """Write all receipts, sorted by name, in place of those that are there."""
     ordered = sorted(receipts, key=lambda receipt: receipt.name)
-    _write_lines(folder / RECEIPTS_NAME, [asdict(receipt) for receipt in ordered])
+    write_json_lines(folder / RECEIPTS_NAME, [asdict(receipt) for receipt in ordered])
 
 
 def read_planned(folder: Path) -> dict[str, list[str]]:
@@ -103,21 +103,13 @@ def write_planned(folder: Path, planned: dict[str, list[str]]) -> None:
     if not planned:
         path.unlink(missing_ok=True)
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(planned, sort_keys=True), encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, planned, sort_keys=True)
 
 
 def write_skipped(folder: Path, skipped: Iterable[Skipped]) -> None:
     """Write the skipped samples, one a line; without any there is no such file."""
     lines = [asdict(entry) for entry in sorted(skipped, key=lambda entry: entry.key)]
     if lines:
-        _write_lines(folder / SKIPPED_NAME, lines)
+        write_json_lines(folder / SKIPPED_NAME, lines)
     else:
         (folder / SKIPPED_NAME).unlink(missing_ok=True)
-
-
-def _write_lines(path: Path, lines: list[dict[str, object]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)

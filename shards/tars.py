@@ -14,6 +14,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import atomic_write, sha256_of_file
 from dist_vse.data.index import Shard, image_id, is_remote, write_offsets
 from shards.bring import Advance, Maker, bring_to
 from shards.budget import Budget
@@ -25,7 +26,6 @@ from shards.pool import ordered_map
 from shards.receipts import Receipt, Skipped, read_receipts, shard_files, write_receipts
 from shards.remote import local_copy
 from shards.wds import Sample, read_samples
-from shards.write import digest_of, replace_file
 
 _STEM = re.compile(r"([^/\s|?&=]+)\.tar")
 FORMAT = 1  # of the side files; a new number makes all of them again
@@ -133,11 +133,12 @@ def index_tar(task: IndexTask, folder: Path) -> Receipt:
         with path.open("rb") as file:
             samples = read_samples(path, task.location)
             rows, lines, skipped = _side_files(samples, file.fileno(), task.location)
-        sha256, num_bytes = digest_of(path), path.stat().st_size
+        sha256, num_bytes = sha256_of_file(path), path.stat().st_size
     shard = Shard(task.name, len(rows), num_bytes, sha256, task.side)
     offsets, meta = folder / shard.offsets_name, folder / (shard.meta_name or "")
-    replace_file(meta, lambda file: file.writelines(lines))
-    replace_file(offsets, lambda file: write_offsets(file, rows))
+    with atomic_write(meta) as temporary:
+        temporary.write_bytes(b"".join(lines))
+    write_offsets(offsets, rows)
     return Receipt(
         name=task.name,
         split=task.split,
@@ -146,10 +147,10 @@ def index_tar(task: IndexTask, folder: Path) -> Receipt:
         num_captions=sum(len(json.loads(line)["captions"]) for line in lines),
         num_bytes=num_bytes,
         sha256=sha256,
-        offsets_sha256=digest_of(offsets),
+        offsets_sha256=sha256_of_file(offsets),
         skipped=skipped,
         side=task.side,
-        meta_sha256=digest_of(meta),
+        meta_sha256=sha256_of_file(meta),
     )
 
 
@@ -162,8 +163,8 @@ def is_indexed(task: IndexTask, folder: Path, receipt: Receipt) -> bool:
         and offsets.is_file()
         and meta.is_file()
         and _state(task) == receipt.fingerprint
-        and digest_of(offsets) == receipt.offsets_sha256
-        and digest_of(meta) == receipt.meta_sha256
+        and sha256_of_file(offsets) == receipt.offsets_sha256
+        and sha256_of_file(meta) == receipt.meta_sha256
     )
 
 
@@ -195,7 +196,7 @@ def _is_same(receipt: Receipt, folder: Path) -> bool:
     with local_copy(location, Path(tempfile.gettempdir())) as path:
         if not path.is_file():
             raise UserError(f"{path}: is missing; copy it there again")
-        return path.stat().st_size == receipt.num_bytes and digest_of(path) == receipt.sha256
+        return path.stat().st_size == receipt.num_bytes and sha256_of_file(path) == receipt.sha256
 
 
 def _side_files(

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.files import sha256_of_file
 from dist_vse.data.index import Index, Shard, image_id, read_index
 from shards.check import BadSampleError, check_captions, check_image
 from shards.pool import ordered_map
 from shards.read import Stored, local_tar, read_stored
 from shards.receipts import Receipt, read_receipts
-from shards.write import digest_of
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,19 @@ def _file_damage(index: Index, shard: Shard, tar: Path, receipt: Receipt | None)
         yield "the tar is missing"
     elif tar.stat().st_size != shard.num_bytes:
         yield f"{tar.stat().st_size:,} bytes where the index says {shard.num_bytes:,}"
-    elif digest_of(tar) != shard.sha256:
+    elif sha256_of_file(tar) != shard.sha256:
         yield "the bytes are not those of the index (SHA-256)"
     if shard.meta_name and not (index.root / shard.meta_name).is_file():
         yield f"{shard.meta_name} is missing"
     elif (
         shard.meta_name
         and receipt
-        and receipt.meta_sha256 != digest_of(index.root / shard.meta_name)
+        and receipt.meta_sha256 != sha256_of_file(index.root / shard.meta_name)
     ):
         yield f"{shard.meta_name} has other bytes than were written"
     try:
         index.offsets(shard)
-        if receipt and receipt.offsets_sha256 != digest_of(index.root / shard.offsets_name):
+        if receipt and receipt.offsets_sha256 != sha256_of_file(index.root / shard.offsets_name):
             yield f"{shard.offsets_name} has other bytes than were written"
     except (UserError, ValueError, EOFError) as error:  # NumPy's for a damaged file
         yield f"{shard.offsets_name} cannot be used ({first_line(error)})"

@@ -1,13 +1,11 @@
 """Make one shard: read, check and write its samples; or see that it is there already."""
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import atomic_write, sha256_of_file
 from dist_vse.data.index import image_id, offsets_name, write_offsets
 from shards.check import BadSampleError, check_captions, check_image
 from shards.plan import Fingerprint, Options, Task, fingerprint, image_state, sample_json
@@ -30,24 +28,19 @@ def write_shard(task: Task, folder: Path) -> Receipt:
     rows: list[Row] = []
     skipped: list[Skipped] = []
     num_captions = 0
-    temporary = folder / (task.name + ".tmp")
-    with (
-        _removed_on_error(temporary),
-        temporary.open("wb", buffering=0) as file,
-        TarWriter(file) as tar,
-    ):
-        for record in task.records:
-            state, meta = image_state(record.image), sample_json(record)
-            plan.add(record.image, state, meta)  # before the reading: a change is noticed next time
-            try:
-                rows.append(_add_sample(tar, record, state[0], meta, task.options))
-                num_captions += len(record.captions)
-            except BadSampleError as error:
-                skipped.append(Skipped(record.key, str(record.image), str(error)))
-        sha256 = tar.close()
     offsets = folder / offsets_name(task.name)
-    replace_file(offsets, lambda file: write_offsets(file, rows))
-    os.replace(temporary, folder / task.name)
+    with atomic_write(folder / task.name) as temporary:
+        with temporary.open("wb", buffering=0) as file, TarWriter(file) as tar:
+            for record in task.records:
+                state, meta = image_state(record.image), sample_json(record)
+                plan.add(record.image, state, meta)  # before the reading: a change shows next time
+                try:
+                    rows.append(_add_sample(tar, record, state[0], meta, task.options))
+                    num_captions += len(record.captions)
+                except BadSampleError as error:
+                    skipped.append(Skipped(record.key, str(record.image), str(error)))
+            sha256 = tar.close()
+        write_offsets(offsets, rows)  # before the tar: a tar that is there has its offsets
     return Receipt(
         name=task.name,
         split=task.split,
@@ -56,19 +49,9 @@ def write_shard(task: Task, folder: Path) -> Receipt:
         num_captions=num_captions,
         num_bytes=tar.num_bytes,
         sha256=sha256,
-        offsets_sha256=digest_of(offsets),
+        offsets_sha256=sha256_of_file(offsets),
         skipped=skipped,
     )
-
-
-@contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    """Remove the file if the body fails: on a full disk it would be in the way."""
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
 
 
 def is_whole(task: Task, folder: Path, receipt: Receipt) -> bool:
@@ -79,8 +62,8 @@ def is_whole(task: Task, folder: Path, receipt: Receipt) -> bool:
         and offsets.is_file()
         and tar.stat().st_size == receipt.num_bytes
         and fingerprint(task) == receipt.fingerprint
-        and digest_of(offsets) == receipt.offsets_sha256
-        and digest_of(tar) == receipt.sha256
+        and sha256_of_file(offsets) == receipt.offsets_sha256
+        and sha256_of_file(tar) == receipt.sha256
     )
 
 
@@ -169,20 +152,3 @@ def _read_bytes(image: Image) -> bytes:
         return bytes(cast(Path, image).read_bytes())  # fsspec's
     with open(path, "rb", buffering=0) as file:
         return file.read()
-
-
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file that appears at `path` by one rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-    os.replace(temporary, path)
-
-
-def digest_of(path: Path) -> str:
-    """Return the sha256 of a file, hex."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,17 +1,68 @@
-"""Files that a command writes for people: tried before the work, then whole or not at all."""
+"""Files that are written whole or not at all, and their checksums."""
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
+import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dist_vse.common.errors import writing
 
+READ_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, *, shared: bool = False, fsync: bool = False) -> Iterator[Path]:
+    """Yield a temporary path; after the block, rename that file to `path`.
+
+    With `shared`, other processes may write the same file at the same time: the temporary name is
+    unique. With `fsync`, the content is on the disk before the rename. Without, a power cut may
+    leave an empty file. If the block fails, the temporary file is removed. Raises OSError.
+    """
+    suffix = f".{secrets.token_hex(8)}.tmp" if shared else ".tmp"
+    temporary = path.with_name(path.name + suffix)
+    try:
+        yield temporary
+        if fsync:
+            fsync_path(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_text(path: Path, text: str, *, shared: bool = False, fsync: bool = False) -> None:
+    """Write a UTF-8 text file by `atomic_write`."""
+    with atomic_write(path, shared=shared, fsync=fsync) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(
+    path: Path,
+    content: object,
+    *,
+    indent: int | None = None,
+    sort_keys: bool = False,
+    shared: bool = False,
+    fsync: bool = False,
+) -> None:
+    """Write a JSON file by `atomic_write`, ASCII only."""
+    text = json.dumps(content, indent=indent, sort_keys=sort_keys) + "\n"
+    write_text(path, text, shared=shared, fsync=fsync)
+
+
+def write_json_lines(path: Path, records: Iterable[object]) -> None:
+    """Write one line of JSON a record by `atomic_write`, ASCII only."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
 
 def check_output(path: Path) -> None:
-    """Raise UserError unless a file can be written there; its folder is made."""
+    """Raise UserError unless a file can be written there. Makes its folder."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -21,18 +72,30 @@ def check_output(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; at the end of the block that file takes the name by one rename.
+def atomic_output(path: Path) -> Iterator[Path]:
+    """Do as `atomic_write` for a file that the user asked for, and make its folder.
 
-    Its folder is made. Raises UserError if the system refuses, and leaves no part behind.
+    Raises UserError if the system refuses.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with atomic_write(path) as temporary:
             yield temporary
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -13,7 +13,6 @@ columns count its bytes instead of the tar's.
 import difflib
 import hashlib
 import json
-import os
 import re
 import struct
 import sys
@@ -22,11 +21,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.files import atomic_write, write_json
 
 if TYPE_CHECKING:
     import numpy as np  # not here: sharding does without it
@@ -133,8 +133,8 @@ def offsets_name(shard_path: str) -> str:
     return Path(shard_path).name.removesuffix(".tar") + ".npy"
 
 
-def write_offsets(file: BinaryIO, rows: Iterable[tuple[int, ...]]) -> None:
-    """Write a side file: NumPy's format, version 1.0, of int64 (samples, 5).
+def write_offsets(path: Path, rows: Iterable[tuple[int, ...]]) -> None:
+    """Write a side file by one rename: NumPy's format, version 1.0, of int64 (samples, 5).
 
     Source: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
     """
@@ -143,8 +143,9 @@ def write_offsets(file: BinaryIO, rows: Iterable[tuple[int, ...]]) -> None:
         values.byteswap()
     shape = (len(values) // len(OFFSET_COLUMNS), len(OFFSET_COLUMNS))
     fields = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}"
-    file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + f"{fields:<117}\n".encode())
-    values.tofile(file)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + f"{fields:<117}\n".encode())
+        values.tofile(file)
 
 
 def is_remote(path: str) -> bool:
@@ -174,10 +175,7 @@ def write_index(index: Index) -> Path:
             {key: value for key, value in shard.items() if value != ""}
             for shard in splits[name]["shards"]
         ]
-    text = json.dumps({"format": FORMAT, "splits": splits}, indent=1, sort_keys=True) + "\n"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, {"format": FORMAT, "splits": splits}, indent=1, sort_keys=True)
     return path
 
 

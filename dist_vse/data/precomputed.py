@@ -6,7 +6,6 @@ of a batch, n samples of the split, d the trunk's features.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import atomic_write, write_json
 from dist_vse.common.log import logger
 
 MANIFEST = "features.json"
@@ -98,25 +98,22 @@ def write_part(folder: Path, number: int, rows: int, batches: Iterable[Tensor]) 
     if rows == 0:
         return None
     name = f"features-{number:05d}.npy"
-    temporary = folder / f"{name}.tmp"
     array: NDArray[np.float32] | None = None
     done = 0
-    for batch in batches:
-        if array is None:
-            shape = (rows, batch.shape[1])
-            array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
-        array[done : done + len(batch)] = batch.numpy()
-        done += len(batch)
-    assert done == rows and array is not None, (done, rows)
-    assert isinstance(array, np.memmap)
-    array.flush()
-    os.replace(temporary, folder / name)
+    with atomic_write(folder / name) as temporary:
+        for batch in batches:
+            if array is None:
+                shape = (rows, batch.shape[1])
+                array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+            array[done : done + len(batch)] = batch.numpy()
+            done += len(batch)
+        assert done == rows and array is not None, (done, rows)
+        assert isinstance(array, np.memmap)
+        array.flush()
     return Part(name, rows, (folder / name).stat().st_size)
 
 
 def write_manifest(folder: Path, key: Key, parts: list[Part]) -> None:
     """Make the parts a whole, in their order, by one rename."""
     content = {"format": FORMAT, "key": key, "parts": [asdict(part) for part in parts]}
-    temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    write_json(folder / MANIFEST, content, indent=1)

@@ -1,7 +1,6 @@
 """Copies of remote shards on the local disk: checked, shared by all processes of a machine."""
 
 import fcntl
-import hashlib
 import os
 import re
 import time
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import IO
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import sha256_of_file
 from dist_vse.common.units import GIB
-from dist_vse.data.download import CHUNK_BYTES, GoneError, append_url
+from dist_vse.data.download import GoneError, append_url
 from dist_vse.data.index import Shard
 
 RETRY_DELAYS_S = (1.0, 4.0, 16.0)
@@ -178,13 +178,10 @@ def _copy_once(shard: Shard, part: Path, stall_s: float) -> None:
         num_bytes = file.seek(0, os.SEEK_END)
         if num_bytes < shard.num_bytes:
             raise OSError(f"it ends after {num_bytes} of {shard.num_bytes} bytes")
-        file.seek(0)
-        digest = hashlib.sha256()
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    if digest.hexdigest() != shard.sha256:
+    digest = sha256_of_file(part)
+    if digest != shard.sha256:
         os.truncate(part, 0)
-        raise OSError(f"SHA-256 {digest.hexdigest()[:16]}, but the index has {shard.sha256[:16]}")
+        raise OSError(f"SHA-256 {digest[:16]}, but the index has {shard.sha256[:16]}")
 
 
 def _reserve(part: Path, num_bytes: int, cache: Cache) -> bool:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dist_vse import distributed
 from dist_vse.common.errors import writing
-from dist_vse.common.files import check_output, replaced
+from dist_vse.common.files import atomic_output, check_output
 from dist_vse.common.log import setup_logging
 from dist_vse.config import TrainConfig
 from dist_vse.data.index import Index, read_index
@@ -108,7 +108,7 @@ def _open(location: Path, *, split: str, data: str | None, protocol: str) -> _Ta
 
 
 def _save(task: _Task, content: dict[str, Any], trained: Evaluation) -> None:
-    with replaced(task.path) as temporary:
+    with atomic_output(task.path) as temporary:
         text = json.dumps({**content, "intervals": trained.intervals}, indent=1) + "\n"
         temporary.write_text(text, encoding="utf-8")
     if task.usual:

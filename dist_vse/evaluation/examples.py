@@ -1,13 +1,13 @@
 """Queries with their best answers, to look at: drawn at random, and the best and worst found."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_vse.common.files import write_text
 from dist_vse.evaluation.evaluate import Evaluation
 from dist_vse.evaluation.retrieval import Task, top_k
 
@@ -57,9 +57,7 @@ def save_examples(
         best, worst = _extremes(ranks, num_extremes, generator)
         content[f"{name}_best"] = [query(evaluation, row, k) for row in best]
         content[f"{name}_worst"] = [query(evaluation, row, k) for row in worst]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _extremes(ranks: Tensor, count: int, generator: torch.Generator) -> tuple[list[int], list[int]]:

@@ -7,7 +7,6 @@ ZeRO stage, score, size and checksum of every file). No file holds code: a stran
 is safe to load. Any number of processes at any ZeRO stage resumes from it.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError, first_line, writing
+from dist_vse.common.files import fsync_path, sha256_of_file
 from dist_vse.common.log import logger
 from dist_vse.common.random_state import RandomState, random_state, restore
 from dist_vse.data.order import ORDER_FORMAT
@@ -78,8 +78,8 @@ def write_files(folder: Path, files: Mapping[str, Tensors]) -> Receipts:
             save_file(tensors, path)
         except SafetensorError as error:  # it wraps the system's error
             raise OSError(first_line(error)) from error
-        _flush(path)
-        receipts[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        fsync_path(path)
+        receipts[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
     return receipts
 
 
@@ -88,8 +88,8 @@ def seal(temporary: Path, progress: Progress, receipts: Receipts, **more: Any) -
     description = {**asdict(progress), **more, "files": receipts}
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps(description, indent=1), encoding="utf-8")
-    _flush(manifest)
-    _flush(temporary)
+    fsync_path(manifest)
+    fsync_path(temporary)
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -97,7 +97,7 @@ def publish(temporary: Path, final: Path) -> None:
     if final.exists():  # an earlier attempt's, which appeared after this one had begun
         _remove(final)
     os.rename(temporary, final)
-    _flush(final.parent)
+    fsync_path(final.parent)
 
 
 def prune(folder: Path, *, keep_last: int, keep_best: int) -> None:
@@ -202,7 +202,7 @@ def find_fault(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != receipt["bytes"]:
             return f"{name} is cut"
-        if _sha256(file) != receipt["sha256"]:
+        if sha256_of_file(file) != receipt["sha256"]:
             return f"{name} has changed since it was written"
     return None
 
@@ -261,20 +261,3 @@ def _whole_weights(module: nn.Module) -> Tensors:
 
 def _rank_file(rank: int) -> str:
     return f"rank-{rank}.safetensors"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have a file's content, or a folder's names, reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,9 @@
 """The names in a run's folder, and its files of one JSON line a step."""
 
 import json
-import os
 from pathlib import Path
+
+from dist_vse.common.files import write_text
 
 CONFIG_NAME = "config.yaml"  # the whole resolved config
 VOCABULARY_NAME = "vocabulary.json"  # of text encoders from scratch
@@ -32,7 +33,5 @@ def drop_lines_after(path: Path, step: int) -> list[str]:
             continue  # the last line of a killed run may be cut short
         if record["step"] <= step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")  # a kill in the middle must not lose the history
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(line + "\n" for line in kept))  # a kill must not lose the history
     return kept

@@ -1,11 +1,11 @@
 """The run's folder: its config, its vocabulary, and the model that it holds."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import write_text
 from dist_vse.common.log import logger
 from dist_vse.config import TrainConfig, dump_config, flat_config, load_config
 from dist_vse.config.checks import AUTO
@@ -68,10 +68,7 @@ def prepare_run_dir(config: TrainConfig) -> Path:
 
 def write_config(config: TrainConfig) -> None:
     """Write the config into the run's folder; rank 0 calls this."""
-    path = Path(config.output_dir) / CONFIG_NAME
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(Path(config.output_dir) / CONFIG_NAME, dump_config(config))
 
 
 def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import write_json
 from dist_vse.common.log import logger
 from dist_vse.runs.files import LEASE_NAME
 
@@ -72,12 +73,7 @@ def acquire(run_dir: Path) -> Lease:
         "host": socket.gethostname(),
         "process": os.getpid(),
     }
-    temporary = path.with_suffix(f".{lease.token}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(mine, file)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave an empty file behind the rename
-    os.replace(temporary, path)
+    write_json(path, mine, shared=True, fsync=True)
     lease.check()
     return lease
 

@@ -11,14 +11,13 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from dist_vse.common.units import GIB
 from dist_vse import distributed
 from dist_vse.common.errors import writing
 from dist_vse.common.log import logger
 from dist_vse.common.step_timer import Clock
+from dist_vse.common.units import GIB
 from dist_vse.runs.files import METRICS_NAME, drop_lines_after
 from dist_vse.runs.trackers import Tracker, call_trackers, start_trackers
-
 
 
 class Recorder:

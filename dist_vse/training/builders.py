@@ -1,6 +1,5 @@
 """From the config to the parts: the only place beside `train` that sees a TrainConfig."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
+from dist_vse.common.files import sha256_of_file
 from dist_vse.config import TrainConfig
 from dist_vse.config.optimizers import OPTIMIZERS
 from dist_vse.data.eval_stream import EvalBatch, eval_batches
@@ -184,13 +184,9 @@ def build_meter(config: TrainConfig, model: DualEncoder) -> Meter:
 def feature_key(config: TrainConfig, index: Index) -> Key:
     """Return all that the outputs of the frozen image trunk depend on."""
     image, here = config.model.image, distributed.device().type
-    weights = hashlib.sha256()
-    with open(str(image.weights), "rb") as file:
-        while block := file.read(1 << 20):
-            weights.update(block)
     return {
         "model": image.name,
-        "weights": weights.hexdigest()[:16],
+        "weights": sha256_of_file(Path(str(image.weights)))[:16],
         "size": f"{image.size}{' squashed' * image.squash} {image.resampling}",
         "data": f"{index.fingerprint()} {config.data.train_split}",
         "precision": f"{config.engine.precision} {here}",

@@ -1,6 +1,5 @@
 """A trace of a few steps, for chrome://tracing or https://ui.perfetto.dev: `profile=true`."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from dist_vse import distributed
 from dist_vse.common import step_timer
+from dist_vse.common.files import atomic_write
 from dist_vse.common.log import logger
 
 BEFORE, TRACED = 3, 3
@@ -45,9 +45,8 @@ def profiled(path: Path | None) -> Iterator[Callable[[], None]]:
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(trace: Any) -> None:
-        temporary = path.with_suffix(".tmp.json")
-        trace.export_chrome_trace(str(temporary))
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            trace.export_chrome_trace(str(temporary))
         logger.info("wrote %s: a trace of %d steps", path, TRACED)
 
     activities = [ProfilerActivity.CPU]

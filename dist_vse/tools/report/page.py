@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from dist_vse.common.files import check_output, replaced
+from dist_vse.common.files import atomic_output, check_output
 from dist_vse.common.version import __version__
 from dist_vse.data.index import Index
 from dist_vse.tools.report import sections
@@ -61,7 +61,7 @@ def write_page(title: str, parts: Sequence[str], out: Path) -> Path:
 
     Raises UserError where it cannot be written.
     """
-    with replaced(out) as temporary:
+    with atomic_output(out) as temporary:
         temporary.write_text(document(title, "\n".join(parts)), encoding="utf-8")
     return out
 

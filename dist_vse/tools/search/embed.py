@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError, first_line
-from dist_vse.common.files import replaced
+from dist_vse.common.files import atomic_output
 from dist_vse.data.eval_stream import eval_batches
 from dist_vse.data.index import Index, read_index
 from dist_vse.evaluation.evaluate import Embedded, embed
@@ -88,19 +88,19 @@ def write_embeddings(found: Embedded, path: Path, origin: Origin) -> list[Path]:
     names = {"keys": found.keys, "captions": found.captions}
     if path.suffix == ".safetensors":
         told = {name: json.dumps(rows) for name, rows in names.items()}
-        with replaced(path) as temporary:
+        with atomic_output(path) as temporary:
             _write_safetensors(found, temporary, {**told, **origin})
         return [path]
     if path.suffix == ".parquet":
-        with replaced(path) as temporary:
+        with atomic_output(path) as temporary:
             _write_parquet(found, temporary, origin)
         return [path]
     images, texts, rows = (path.with_suffix(end) for end in (".images.npy", ".texts.npy", ".json"))
     for file, features in ((images, found.image_features), (texts, found.text_features)):
-        with replaced(file) as temporary, temporary.open("wb") as opened:
+        with atomic_output(file) as temporary, temporary.open("wb") as opened:
             np.save(opened, features.numpy())
     content = {**origin, **names, "image_of_text": found.image_of_text.tolist()}
-    with replaced(rows) as temporary:
+    with atomic_output(rows) as temporary:
         temporary.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
     return [images, texts, rows]
 

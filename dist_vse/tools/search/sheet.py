@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_vse.common.files import replaced
+from dist_vse.common.files import atomic_output
 from dist_vse.tools.report.style import STYLE
 from dist_vse.tools.search.picture import draw_sheet
 
@@ -21,7 +21,7 @@ def write_sheet(
     Queries in `from_images` are paths of images. By one rename; raises UserError where the file
     cannot be written.
     """
-    with replaced(path) as temporary:
+    with atomic_output(path) as temporary:
         if path.suffix == ".png":
             draw_sheet(found, pictures, path.name).save(temporary, "PNG")
         else:

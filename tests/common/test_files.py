@@ -1,0 +1,68 @@
+"""A file is written whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dist_vse.common import files
+from dist_vse.common.errors import UserError
+from dist_vse.common.files import atomic_output, atomic_write, sha256_of_file, write_json
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_failed_block_leaves_the_file_and_the_folder_as_they_were(
+    tmp_path: Path, shared: bool
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyError), atomic_write(path, shared=shared) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+def test_two_writers_of_a_shared_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with atomic_write(path, shared=True) as first, atomic_write(path, shared=True) as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert not path.exists()
+    assert path.read_text() == "first"  # whose block ends last
+
+
+def test_content_reaches_the_disk_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, calls = tmp_path / "a.json", []
+    replace = os.replace
+
+    def note_replace(source: Path, target: Path) -> None:
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(files, "fsync_path", lambda _: calls.append("fsync"))
+    write_json(path, {"a": 1}, fsync=True)
+    write_json(path, {"a": 1})
+    assert calls == ["fsync", "rename", "rename"]
+    assert path.read_text() == '{"a": 1}\n'
+
+
+def test_an_output_makes_its_folder_or_names_the_refusal(tmp_path: Path) -> None:
+    with atomic_output(tmp_path / "new" / "a.txt") as temporary:
+        temporary.write_text("a")
+    assert (tmp_path / "new" / "a.txt").read_text() == "a"
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="can't be written"),
+        atomic_output(tmp_path / "file" / "a.txt"),
+    ):
+        pass
+
+
+def test_the_checksum_is_that_of_sha256sum(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert sha256_of_file(path).startswith("ba7816bf8f01cfea414140de5dae2223b00361a396177a9c")
