@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError
-from shards.budget import Budget, parse_budget
+from shards.error_budget import Budget, parse_budget
 from shards.options import (
     add_output_options,
     add_run_options,
@@ -21,8 +21,8 @@ from shards.options import (
 from shards.sources import SOURCES
 
 if TYPE_CHECKING:
-    from shards.plan import Options
-    from shards.receipts import Receipt
+    from shards.build.plan import Options
+    from shards.manifest import Receipt
     from shards.record import Record
 
 
@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     """Shard a data set and print a table of it."""
-    from shards.guard import check_local
+    from shards.build.output_checks import check_local
     from shards.remote import local_copies
-    from shards.show import print_summary
+    from shards.tables import print_summary
 
     at_least_1(args, "workers")
     options, max_bad = output_options(args), parse_budget(args.max_bad)
@@ -91,10 +91,10 @@ def _write(
     args: argparse.Namespace, records: "Sequence[Record]", options: "Options", max_bad: Budget
 ) -> "list[Receipt]":
     """Bring OUT to hold the records."""
-    from shards.build import build_dataset
-    from shards.commands import note_command
-    from shards.guard import check_output
-    from shards.show import progress_bar
+    from shards.build.dataset import build_dataset
+    from shards.build.output_checks import check_output
+    from shards.command_log import note_command
+    from shards.tables import progress_bar
 
     splits = _wanted_splits(args, records)
     check_output(args.out, records, splits)
@@ -148,9 +148,9 @@ def _wanted_splits(args: argparse.Namespace, records: "Sequence[Record]") -> set
 
 def _index(args: argparse.Namespace) -> int:
     """Index tars and print a table of them."""
-    from shards.commands import note_command
-    from shards.show import print_summary, progress_bar
-    from shards.tars import find_tars, index_tars
+    from shards.command_log import note_command
+    from shards.index.existing import find_tars, index_tars
+    from shards.tables import print_summary, progress_bar
 
     at_least_1(args, "workers")
     max_bad = parse_budget(args.max_bad)
@@ -175,8 +175,8 @@ def _index(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     """Read a data set back; print what is wrong with it, or a table."""
     from dist_vse.data.index import read_index
-    from shards.show import print_findings, progress_bar
-    from shards.verify import verify_dataset
+    from shards.tables import print_findings, progress_bar
+    from shards.verify.dataset import verify_dataset
 
     at_least_1(args, "workers")
     splits = read_index(args.dir).splits.values()
@@ -201,8 +201,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _repair(args: argparse.Namespace) -> int:
     """Run again what made the data set: shards that are whole stay."""
-    from shards.commands import read_commands
-    from shards.tars import check_tars
+    from shards.command_log import read_commands
+    from shards.index.existing import check_tars
 
     at_least_1(args, "workers")
     for command in read_commands(args.dir):
@@ -218,8 +218,8 @@ def _repair(args: argparse.Namespace) -> int:
 def _stats(args: argparse.Namespace) -> int:
     """Print what is in a data set; draw a contact sheet if one is asked for."""
     from dist_vse.data.index import read_index
-    from shards.show import print_stats, progress_bar
-    from shards.stats import dataset_stats, write_contact_sheet
+    from shards.tables import print_stats, progress_bar
+    from shards.verify.stats import dataset_stats, write_contact_sheet
 
     at_least_1(args, "workers")
     splits = read_index(args.dir).splits.values()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dist_vse.common.errors import UserError
 
 if TYPE_CHECKING:
-    from shards.plan import Options
+    from shards.build.plan import Options
 
 _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "images": {"metavar": "DIR", "help": "where image paths start from [the file's folder]"},
@@ -109,14 +109,14 @@ def output_options(args: argparse.Namespace) -> "Options":
 
     Raises UserError for one that makes no sense.
     """
-    from shards.plan import Options
+    from shards.build.plan import Options
 
     at_least_1(args, "max_side", "quality")
     if args.quality is not None and args.quality > 100:
         raise UserError(f"--quality ({args.quality}) must be at most 100")
     recode = None
     if args.max_side or args.format:
-        from shards.recode import Recode
+        from shards.build.recode import Recode
 
         recode = Recode(args.max_side or 0, args.format or "", args.quality or 90)
     if args.quality is not None and (recode is None or args.format == "png"):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import INDEX_NAME, is_remote, read_index
-from shards.receipts import read_planned
+from shards.index.wds_reader import read_samples
+from shards.manifest import read_planned
 from shards.record import Member, Record
 from shards.sources.paths import existing
-from shards.wds import read_samples
 
 
 def read_tars(path: Path, *, split: str | None = None, name: str = "") -> Iterator[Record]:

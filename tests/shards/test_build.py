@@ -14,11 +14,11 @@ import webdataset
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import image_id, read_index
-from shards.budget import Budget
-from shards.build import build_dataset
-from shards.plan import Options
-from shards.receipts import Receipt
-from shards.recode import Recode
+from shards.build.dataset import build_dataset
+from shards.build.plan import Options
+from shards.build.recode import Recode
+from shards.error_budget import Budget
+from shards.manifest import Receipt
 from shards.record import Record
 from tests.support.datasets import draw, encode
 

@@ -14,7 +14,7 @@ import pytest
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
 from shards import cli
-from shards.budget import parse_budget
+from shards.error_budget import parse_budget
 from shards.options import parse_shard_size
 from shards.record import Record
 from shards.sources import SOURCES

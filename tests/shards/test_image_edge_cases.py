@@ -11,8 +11,8 @@ from PIL import ExifTags, Image
 
 from dist_vse.data.decode import Transform, decode_image
 from dist_vse.data.index import read_index
-from shards.check import check_image
-from shards.recode import Recode, recode_image
+from shards.build.recode import Recode, recode_image
+from shards.sample_checks import check_image
 from tests.shards.test_cli import _shard
 from tests.support.datasets import draw, encode
 

@@ -20,7 +20,7 @@ from dist_vse.data.eval_stream import captions, eval_batches
 from dist_vse.data.index import image_id, read_index
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
 from shards import cli
-from shards.wds import read_samples
+from shards.index.wds_reader import read_samples
 from tests.support.datasets import draw, encode
 
 IMG2DATASET = {"url": "http://x/1.jpg", "status": "success", "width": 32, "height": 32}

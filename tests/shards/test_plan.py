@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_vse.common.errors import UserError
-from shards.keys import MAX_CHARS, safe_key, safe_keys
-from shards.plan import Options, fingerprint, plan_shards
+from shards.build.keys import MAX_CHARS, safe_key, safe_keys
+from shards.build.plan import Options, fingerprint, plan_shards
 from shards.record import Member, Record
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
-from shards import bring
-from shards.receipts import Receipt
+from shards.build import sync
+from shards.manifest import Receipt
 from tests.shards.test_cli import _pairs, _shard
 from tests.shards.test_index import _img2dataset
 from tests.support.datasets import draw, encode
@@ -136,7 +136,7 @@ def test_what_a_killed_run_left_goes_once_no_task_names_it(
 ) -> None:
     """Cut before the second shard's receipt; another split comes between, then larger shards."""
     pairs, out, expected = _pairs(tmp_path / "in", 4), tmp_path / "out", tmp_path / "expected"
-    real, made = bring.append_receipt, list[str]()
+    real, made = sync.append_receipt, list[str]()
 
     def cut(folder: Path, receipt: Receipt) -> None:
         made.append(receipt.name)
@@ -144,7 +144,7 @@ def test_what_a_killed_run_left_goes_once_no_task_names_it(
             raise KeyboardInterrupt
         real(folder, receipt)
 
-    monkeypatch.setattr(bring, "append_receipt", cut)
+    monkeypatch.setattr(sync, "append_receipt", cut)
     with pytest.raises(KeyboardInterrupt):
         _shard("jsonl", pairs, out, "--shard-size", "1", *ONE)
     monkeypatch.undo()

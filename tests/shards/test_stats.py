@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dist_vse.common.errors import UserError
-from shards.stats import COLUMNS, GREY, THUMB, dataset_stats, shared_images
+from shards.verify.stats import COLUMNS, GREY, THUMB, dataset_stats, shared_images
 from tests.shards.test_cli import _shard
 from tests.shards.test_index import _tar
 from tests.support.datasets import Sample, draw, encode, make_sample, write_shards

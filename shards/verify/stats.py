@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.data.index import Index, Shard, read_index
-from shards.check import BadSampleError, decoding
 from shards.pool import ordered_map
-from shards.read import Stored, local_tar, read_stored
+from shards.sample_checks import BadSampleError, decoding
+from shards.verify.read import Stored, local_tar, read_stored
 
 THUMB, TEXT_LINES, COLUMNS = 160, 3, 8  # of a contact sheet: pixels, lines, thumbs
 LINE_CHARS, LINE_PIXELS = 26, 15

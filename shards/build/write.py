@@ -7,11 +7,11 @@ from typing import cast
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import atomic_write, sha256_of_file
 from dist_vse.data.index import image_id, offsets_name, write_offsets
-from shards.check import BadSampleError, check_captions, check_image
-from shards.plan import Fingerprint, Options, Task, fingerprint, image_state, sample_json
-from shards.receipts import Receipt, Skipped
+from shards.build.plan import Fingerprint, Options, Task, fingerprint, image_state, sample_json
+from shards.build.tar_writer import TarWriter
+from shards.manifest import Receipt, Skipped
 from shards.record import Image, Member, Record, local_path
-from shards.tar import TarWriter
+from shards.sample_checks import BadSampleError, check_captions, check_image
 
 _READ_BYTES = 1 << 20
 Row = tuple[int, int, int, int, int]
@@ -80,7 +80,7 @@ def _add_sample(
     if options.recode is None:
         image_offset, image_bytes, identity = _add_as_it_is(tar, record, num_bytes, options.decode)
     else:
-        from shards.recode import recode_image  # here: many a run changes no image
+        from shards.build.recode import recode_image  # here: many a run changes no image
 
         image, extension = recode_image(_read_image(record.image), options.recode)
         image_offset = tar.add(f"{record.key}.{extension}", image)

@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
 from dist_vse.data.jpeg import COLOURED, Pixels, decode_at, plain_size, scale_for
-from shards.check import EXTENSIONS, decoding
+from shards.sample_checks import EXTENSIONS, decoding
 
 ORIENTATION = ExifTags.Base.Orientation
 FORMATS = ("jpeg", "png", "webp")

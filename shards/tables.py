@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from shards.receipts import SKIPPED_NAME, Receipt
+from shards.manifest import SKIPPED_NAME, Receipt
 
 if TYPE_CHECKING:
-    from shards.stats import Stats
-    from shards.verify import Finding
+    from shards.verify.dataset import Finding
+    from shards.verify.stats import Stats
 
 FAULTS_SHOWN = 10  # of a shard
 BINS, BAR = 12, 50  # of a histogram: rows, characters
@@ -112,7 +112,7 @@ def print_findings(findings: "Sequence[Finding]", folder: Path) -> None:
 
 def print_stats(stats: "dict[str, Stats]") -> None:
     """Print a table of the splits, then a histogram of each measure over all of them."""
-    from shards.stats import Stats, shared_images
+    from shards.verify.stats import Stats, shared_images
 
     console = Console()
     table = Table("split")

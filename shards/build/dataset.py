@@ -3,12 +3,12 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from shards.bring import Advance, Maker, bring_to
-from shards.budget import Budget
-from shards.plan import Options, plan_shards
-from shards.receipts import Receipt
+from shards.build.plan import Options, plan_shards
+from shards.build.sync import Advance, Maker, bring_to
+from shards.build.write import is_whole, write_shard
+from shards.error_budget import Budget
+from shards.manifest import Receipt
 from shards.record import Record
-from shards.write import is_whole, write_shard
 
 
 def build_dataset(

@@ -7,7 +7,7 @@ import pytest
 import webdataset
 
 from dist_vse.data.index import read_index
-from shards.wds import read_samples
+from shards.index.wds_reader import read_samples
 from tests.shards.test_cli import _shard
 from tests.shards.test_index import _tar
 from tests.support.datasets import draw, encode

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import INDEX_NAME, is_remote, read_index
-from shards.receipts import read_planned, read_receipts
+from shards.manifest import read_planned, read_receipts
 from shards.record import Member, Record
 
 

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError
-from shards.keys import safe_keys
-from shards.receipts import shard_files
+from shards.build.keys import safe_keys
+from shards.manifest import shard_files
 from shards.record import Image, Member, Record, local_path
 
 if TYPE_CHECKING:
-    from shards.recode import Recode
+    from shards.build.recode import Recode
 
 FORMAT = 3  # of the bytes that a shard holds; a new number makes every shard again
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")

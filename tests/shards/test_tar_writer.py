@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from shards import tar, write
-from shards.tar import TarWriter, header
+from shards.build import tar_writer as tar
+from shards.build import write
+from shards.build.tar_writer import TarWriter, header
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,8 @@ from typing import Generic, Protocol, TypeVar
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import INDEX_NAME, Index, Shard, Split, read_index, write_index
-from shards.budget import Budget
-from shards.pool import ordered_map
-from shards.receipts import (
+from shards.error_budget import Budget
+from shards.manifest import (
     SKIPPED_NAME,
     Receipt,
     Skipped,
@@ -23,6 +22,7 @@ from shards.receipts import (
     write_receipts,
     write_skipped,
 )
+from shards.pool import ordered_map
 
 Advance = Callable[[int], None]
 """Is told the work done since it was told last, in the units of the tasks."""

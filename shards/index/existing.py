@@ -16,16 +16,16 @@ from braceexpand import braceexpand
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import atomic_write, sha256_of_file
 from dist_vse.data.index import Shard, image_id, is_remote, write_offsets
-from shards.bring import Advance, Maker, bring_to
-from shards.budget import Budget
-from shards.check import BadSampleError, check_captions
-from shards.guard import check_indexable
-from shards.keys import safe_keys
-from shards.plan import check_split
+from shards.build.keys import safe_keys
+from shards.build.output_checks import check_indexable
+from shards.build.plan import check_split
+from shards.build.sync import Advance, Maker, bring_to
+from shards.error_budget import Budget
+from shards.index.wds_reader import Sample, read_samples
+from shards.manifest import Receipt, Skipped, read_receipts, shard_files, write_receipts
 from shards.pool import ordered_map
-from shards.receipts import Receipt, Skipped, read_receipts, shard_files, write_receipts
 from shards.remote import local_copy
-from shards.wds import Sample, read_samples
+from shards.sample_checks import BadSampleError, check_captions
 
 _STEM = re.compile(r"([^/\s|?&=]+)\.tar")
 FORMAT = 1  # of the side files; a new number makes all of them again

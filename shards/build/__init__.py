@@ -1,0 +1,1 @@
+"""Make shards from records: plan them, keep those that are whole, write the rest."""

@@ -1,0 +1,1 @@
+"""Index tars that exist already, where they are."""

@@ -1,0 +1,1 @@
+"""Read finished shards back: check every sample, or count what they hold."""
