@@ -1,4 +1,4 @@
-"""The command `dist-vse shard`: its subcommands, and what they run."""
+"""The command `dist-vse shard`: its subcommands and what they run."""
 
 import argparse
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError
-from shards.error_budget import Budget, parse_budget
+from shards.error_budget import ErrorBudget, parse_error_budget
 from shards.options import (
     add_output_options,
     add_run_options,
@@ -22,12 +22,12 @@ from shards.sources import SOURCES
 
 if TYPE_CHECKING:
     from shards.build.plan import Options
-    from shards.manifest import Receipt
+    from shards.manifest import ShardEntry
     from shards.record import Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a subcommand a source, and those that work on finished shards."""
+    """Add one subcommand for each source, and those that work on finished shards."""
     commands = parser.add_subparsers(dest="shard_command", required=True, metavar="COMMAND")
     for name, (text, read) in SOURCES.items():
         source = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; return the exit code.
 
-    Raises UserError for what the user can mend.
+    Raises UserError for what the user can fix.
     """
     run_command = args.shard_run
     code: int = run_command(args)
@@ -78,29 +78,29 @@ def _build(args: argparse.Namespace) -> int:
     from shards.tables import print_summary
 
     at_least_1(args, "workers")
-    options, max_bad = output_options(args), parse_budget(args.max_bad)
+    options, max_bad = output_options(args), parse_error_budget(args.max_bad)
     check_local(args.out)
     start = time.monotonic()
     with local_copies(args.input if args.shard_command == "reshard" else "") as copies:
-        receipts = _write(args, _read(args, copies), options, max_bad)
-    print_summary(receipts, args.out, seconds=time.monotonic() - start)
+        entries = _write(args, _read(args, copies), options, max_bad)
+    print_summary(entries, args.out, seconds=time.monotonic() - start)
     return 0
 
 
 def _write(
-    args: argparse.Namespace, records: "Sequence[Record]", options: "Options", max_bad: Budget
-) -> "list[Receipt]":
-    """Bring OUT to hold the records."""
+    args: argparse.Namespace, records: "Sequence[Record]", options: "Options", max_bad: ErrorBudget
+) -> "list[ShardEntry]":
+    """Write the records as shards into OUT."""
     from shards.build.dataset import build_dataset
     from shards.build.output_checks import check_output
-    from shards.command_log import note_command
+    from shards.command_log import log_command
     from shards.tables import progress_bar
 
     splits = _wanted_splits(args, records)
     check_output(args.out, records, splits)
     with _write_errors(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-        note_command(args.out, args, splits)
+        log_command(args.out, args, splits)
         total = sum(record.split in splits for record in records)
         with progress_bar("sharding", total, "images") as advance:
             return build_dataset(
@@ -135,32 +135,32 @@ def _read(args: argparse.Namespace, copies: dict[str, Path]) -> "Sequence[Record
 
 
 def _wanted_splits(args: argparse.Namespace, records: "Sequence[Record]") -> set[str]:
-    """Return the splits to be made: all, but in a repair those that the command still owns."""
+    """Return the splits to make: all, or in a repair those that the command still owns."""
     there = {record.split for record in records}
     wanted = set(getattr(args, "only", there))
     for split in sorted(wanted - there):
         raise UserError(
             f"{args.input}: has no samples of split {split!r} any more; bring them back, or shard "
-            "the split anew"
+            "the split again"
         )
     return wanted
 
 
 def _index(args: argparse.Namespace) -> int:
     """Index tars and print a table of them."""
-    from shards.command_log import note_command
-    from shards.index.existing import find_tars, index_tars
+    from shards.command_log import log_command
+    from shards.index.existing import find_tars, index_existing
     from shards.tables import print_summary, progress_bar
 
     at_least_1(args, "workers")
-    max_bad = parse_budget(args.max_bad)
+    max_bad = parse_error_budget(args.max_bad)
     tars, folder = find_tars(args.tars, args.out)
     start = time.monotonic()
     with _write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        note_command(folder, args, {args.split})
+        log_command(folder, args, {args.split})
         with progress_bar("indexing", len(tars), "tars") as advance:
-            receipts = index_tars(
+            entries = index_existing(
                 tars,
                 folder,
                 split=args.split,
@@ -168,7 +168,7 @@ def _index(args: argparse.Namespace) -> int:
                 workers=args.workers,
                 advance=advance,
             )
-    print_summary(receipts, folder, seconds=time.monotonic() - start)
+    print_summary(entries, folder, seconds=time.monotonic() - start)
     return 0
 
 
@@ -200,7 +200,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _repair(args: argparse.Namespace) -> int:
-    """Run again what made the data set: shards that are whole stay."""
+    """Run the data set's commands again; whole shards are kept."""
     from shards.command_log import read_commands
     from shards.index.existing import check_tars
 
@@ -235,11 +235,11 @@ def _stats(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Tell of a full or closed disk in one line."""
+    """Report a full or read-only disk in one line."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: cannot write the shards ({error.strerror or error}); "
-            "mend that and run the command again"
+            "fix that and run the command again"
         ) from error

@@ -1,7 +1,7 @@
-"""What a data set was made with: a line of JSON a run, so that it can be repaired.
+"""The commands that made a data set, one line of JSON for each, so that it can be repaired.
 
-`commands.jsonl` lies beside the shards. A split is owned by the run that made it last: a run's line
-takes its splits out of the earlier lines, and a line without splits goes.
+`commands.jsonl` lies beside the shards. A split belongs to the command that made it last: a new
+line takes its splits out of the earlier lines, and a line without splits is removed.
 """
 
 import argparse
@@ -17,12 +17,19 @@ from dist_vse.common.files import write_json_lines
 from dist_vse.data.index import is_remote
 
 COMMANDS_NAME = "commands.jsonl"
-_NOT_KEPT = ("command", "run", "shard_run", "out", "workers", "only")  # no part of what is made
+_NOT_KEPT = (
+    "command",
+    "run",
+    "shard_run",
+    "out",
+    "workers",
+    "only",
+)  # they do not change what is made
 _PATHS = ("input", "images", "tars")
 
 
-def note_command(folder: Path, args: argparse.Namespace, splits: Iterable[str]) -> None:
-    """Write down what makes `splits`, with absolute paths."""
+def log_command(folder: Path, args: argparse.Namespace, splits: Iterable[str]) -> None:
+    """Record the command that makes `splits`, with absolute paths."""
     options = {name: value for name, value in vars(args).items() if name not in _NOT_KEPT}
     for name in _PATHS:
         if options.get(name) is not None:
@@ -37,10 +44,10 @@ def note_command(folder: Path, args: argparse.Namespace, splits: Iterable[str]) 
 
 
 def read_commands(folder: Path) -> list[argparse.Namespace]:
-    """Return what made the folder, in the order of the splits' names.
+    """Return the commands that made the folder, in the order of the splits' names.
 
-    Each has the splits that it still owns as `only`. Raises UserError if it holds no such note, or
-    one in which two commands own a split.
+    The attribute `only` of each names the splits that it still owns. Raises UserError if there is
+    no log, or if two commands in it own the same split.
     """
     lines = _read(folder)
     owners = Counter(split for line in lines for split in line["splits"])

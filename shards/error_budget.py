@@ -1,4 +1,4 @@
-"""How many bad samples a run may leave out."""
+"""How many bad samples a run may skip."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dist_vse.common.errors import UserError
 
 
 @dataclass(frozen=True)
-class Budget:
+class ErrorBudget:
     """A number of samples, or a share of all."""
 
     text: str  # as the user gave it
@@ -22,16 +22,16 @@ class Budget:
         return math.floor(self.share * num_samples)  # exact, as 0.29 is not
 
 
-def parse_budget(text: str) -> Budget:
+def parse_error_budget(text: str) -> ErrorBudget:
     """Read a count, or a share such as 0.1%.
 
     Raises UserError for anything else.
     """
     try:
         if text.endswith("%"):
-            budget = Budget(text, share=Fraction(text[:-1]) / 100)
+            budget = ErrorBudget(text, share=Fraction(text[:-1]) / 100)
         else:
-            budget = Budget(text, count=int(text))
+            budget = ErrorBudget(text, count=int(text))
         if budget.allowed(100) >= 0 and (budget.share or 0) <= 1:
             return budget
     except (ValueError, ZeroDivisionError):

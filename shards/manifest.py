@@ -1,8 +1,8 @@
-"""What has been made: a line of JSON a shard, so that a run can be taken up again.
+"""The shard manifest: one line of JSON for each finished shard, so that a run can be resumed.
 
-`receipts.jsonl` lies beside the shards. A line is appended when its shard is whole; a torn last
-line (a kill while writing) counts as none. Until a run ends, `planned.json` names all files that it
-may write: those that a kill leaves without a receipt are known as ours by it.
+`manifest.jsonl` lies beside the shards. A line is appended when its shard is whole. A cut last line
+(from a kill while writing) is ignored. Until a run ends, `planned.json` names all files that it may
+write. A kill may leave files without an entry; `planned.json` shows that they are ours.
 """
 
 import json
@@ -14,7 +14,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_json, write_json_lines
 from dist_vse.data.index import Shard
 
-RECEIPTS_NAME = "receipts.jsonl"
+MANIFEST_NAME = "manifest.jsonl"
 PLANNED_NAME = "planned.json"
 SKIPPED_NAME = "skipped.jsonl"
 
@@ -29,10 +29,10 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Receipt:
+class ShardEntry:
     """A finished shard."""
 
-    name: str
+    name: str  # of the tar, as in the index
     split: str
     fingerprint: str  # of its plan
     num_samples: int
@@ -51,41 +51,41 @@ class Receipt:
 
 
 def shard_files(name: str, side: str = "") -> tuple[str, ...]:
-    """Return the names of the files that are made for the tar `name`, as `Receipt.files`."""
+    """Return the names of the files that are made for the tar `name`, as `ShardEntry.files`."""
     shard = Shard(name, 0, 0, "", side)
     return shard.meta_name or name, shard.offsets_name
 
 
-def read_receipts(folder: Path) -> dict[str, Receipt]:
-    """Return the folder's receipts by shard name; none if it has no such file."""
-    path = folder / RECEIPTS_NAME
-    receipts = {}
+def read_manifest(folder: Path) -> dict[str, ShardEntry]:
+    """Return the folder's entries by shard name; none if it has no manifest."""
+    path = folder / MANIFEST_NAME
+    entries = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             fields = json.loads(line)
             skipped = [Skipped(**entry) for entry in fields.pop("skipped")]
-            receipts[fields["name"]] = Receipt(**fields, skipped=skipped)
+            entries[fields["name"]] = ShardEntry(**fields, skipped=skipped)
         except (ValueError, KeyError, TypeError):
-            continue  # torn, or of another version: that shard is simply made again
-    return receipts
+            continue  # cut, or from another version: that shard is made again
+    return entries
 
 
-def append_receipt(folder: Path, receipt: Receipt) -> None:
-    """Note that a shard is whole."""
-    with (folder / RECEIPTS_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(receipt)) + "\n")
+def append_entry(folder: Path, entry: ShardEntry) -> None:
+    """Record that a shard is whole."""
+    with (folder / MANIFEST_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(entry)) + "\n")
 
 
-def write_receipts(folder: Path, receipts: Iterable[Receipt]) -> None:
-    """Write all receipts, sorted by name, in place of those that are there."""
-    ordered = sorted(receipts, key=lambda receipt: receipt.name)
-    write_json_lines(folder / RECEIPTS_NAME, [asdict(receipt) for receipt in ordered])
+def write_manifest(folder: Path, entries: Iterable[ShardEntry]) -> None:
+    """Write all entries, sorted by name, and replace the old ones."""
+    ordered = sorted(entries, key=lambda entry: entry.name)
+    write_json_lines(folder / MANIFEST_NAME, [asdict(entry) for entry in ordered])
 
 
 def read_planned(folder: Path) -> dict[str, list[str]]:
-    """Return the files that runs which have not ended may have written, by split.
+    """Return the files that unfinished runs may have written, by split.
 
-    Raises UserError for a broken note.
+    Raises UserError if the file is broken.
     """
     path = folder / PLANNED_NAME
     if not path.is_file():
@@ -98,7 +98,7 @@ def read_planned(folder: Path) -> dict[str, list[str]]:
 
 
 def write_planned(folder: Path, planned: dict[str, list[str]]) -> None:
-    """Note what `read_planned` returns, by one rename; without any there is no such file."""
+    """Write what `read_planned` returns; remove the file if there is nothing to write."""
     path = folder / PLANNED_NAME
     if not planned:
         path.unlink(missing_ok=True)
@@ -107,7 +107,7 @@ def write_planned(folder: Path, planned: dict[str, list[str]]) -> None:
 
 
 def write_skipped(folder: Path, skipped: Iterable[Skipped]) -> None:
-    """Write the skipped samples, one a line; without any there is no such file."""
+    """Write the skipped samples, one per line; remove the file if there are none."""
     lines = [asdict(entry) for entry in sorted(skipped, key=lambda entry: entry.key)]
     if lines:
         write_json_lines(folder / SKIPPED_NAME, lines)

@@ -1,4 +1,4 @@
-"""The options of `dist-vse shard`: their parsers, and what they stand for."""
+"""The options of `dist-vse shard`: their parsers and their meaning."""
 
 import argparse
 import inspect
@@ -66,7 +66,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="processes [one a core: %(default)s]",
+        help="processes [one per core: %(default)s]",
     )
 
 
@@ -79,7 +79,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "--shard-size",
         metavar="N|SIZE",
         default="500",
-        help="samples a shard, or bytes of images such as 200MB [%(default)s]",
+        help="samples per shard, or bytes of images such as 200MB [%(default)s]",
     )
     parser.add_argument(
         "--seed",

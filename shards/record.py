@@ -10,7 +10,7 @@ from dist_vse.common.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An image that is a stretch of a larger file: a member of a tar."""
+    """An image inside a larger file: a member of a tar."""
 
     path: Path
     offset: int  # of its first byte in the file
@@ -46,9 +46,9 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict)
     """More fields for the sample's JSON, such as `cocoid`."""
     languages: tuple[str, ...] = ()
-    """The language of each caption, or nothing where the source tells none."""
+    """The language of each caption, or empty where the source names none."""
     fault: str = ""
-    """Why the source knows it to be bad, if it does."""
+    """Why the source knows that the sample is bad; empty if it is not."""
 
 
 def all_in_languages(records: Sequence[Record], codes: str) -> list[Record]:

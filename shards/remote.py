@@ -28,7 +28,7 @@ def to_path(text: str) -> Path:
         from upath import UPath  # here: only URLs pay for the import
     except ImportError:
         raise UserError(
-            f"{text}: URLs need a package more; pip install 'dist_vse[remote]'"
+            f"{text}: URLs need another package; pip install 'dist_vse[remote]'"
         ) from None
     try:
         return cast(Path, UPath(text))
@@ -56,7 +56,7 @@ def local_copy(location: str, folder: Path) -> Iterator[Path]:
             raise
         except (OSError, ValueError, ImportError, subprocess.CalledProcessError) as error:
             raise UserError(
-                f"{location}: cannot be read ({first_line(error)}); mend that and run the command "
+                f"{location}: cannot be read ({first_line(error)}); fix that and run the command "
                 "again"
             ) from error
         yield Path(file.name)
@@ -85,7 +85,7 @@ def _download(url: str, file: IO[bytes]) -> None:
         import fsspec  # here: only URLs pay for the import
     except ImportError:
         raise UserError(
-            f"{url}: URLs need a package more; pip install 'dist_vse[remote]'"
+            f"{url}: URLs need another package; pip install 'dist_vse[remote]'"
         ) from None
     with fsspec.open(url, "rb") as source:
         shutil.copyfileobj(source, file, COPY_BYTES)

@@ -1,4 +1,4 @@
-"""Is a sample whole? Its captions are read, its image is looked through or decoded."""
+"""Check a sample: its captions, and its image by its structure or by decoding it."""
 
 import io
 import struct
@@ -53,26 +53,26 @@ def check_captions(captions: Sequence[str]) -> None:
 def check_image(data: bytes | memoryview, *, decode: bool = True) -> str:
     """Return the extension that fits the image's format, once it is known to be whole.
 
-    With `decode` it is decoded to the last pixel. Without, a JPEG from its first marker to its
-    last and a PNG whose chunks agree with their checksums are taken on trust, at a hundredth of
-    the time; whatever leaves a doubt is decoded.
+    With `decode` every pixel is decoded. Without, a JPEG with its first and last marker and a PNG
+    whose chunks have the right checksums are accepted, in a hundredth of the time. An image in
+    doubt is decoded.
 
     Raises BadSampleError for no bytes, an unknown format, damage, or a decompression bomb (more
     than Pillow's `MAX_IMAGE_PIXELS`, 89 million pixels).
     """
-    extension = None if decode else _framed(data)
+    extension = None if decode else _extension_if_whole(data)
     if extension is not None:
         return extension
-    with decoding(data) as image:
+    with open_image(data) as image:
         image.verify()  # checksums; an image can't be used after it
-    with decoding(data) as image:
+    with open_image(data) as image:
         image.load()
         assert image.format is not None, "an opened image has a format"
         return EXTENSIONS[image.format]
 
 
 @contextmanager
-def decoding(data: bytes | memoryview) -> "Iterator[Image.Image]":
+def open_image(data: bytes | memoryview) -> "Iterator[Image.Image]":
     """Open an image for the body; raise BadSampleError for what goes wrong there or in the body."""
     from PIL import Image, UnidentifiedImageError
 
@@ -91,8 +91,8 @@ def decoding(data: bytes | memoryview) -> "Iterator[Image.Image]":
         raise BadSampleError(f"the image does not decode ({error})") from error
 
 
-def _framed(data: bytes | memoryview) -> str | None:
-    """Return the extension of a JPEG or PNG that is whole by its outline; None where in doubt."""
+def _extension_if_whole(data: bytes | memoryview) -> str | None:
+    """Return the extension of a JPEG or PNG whose structure is whole; None if in doubt."""
     if data[:3] == b"\xff\xd8\xff" and data[-2:] == b"\xff\xd9":
         pixels, extension = _jpeg_pixels(data), "jpg"
     elif data[: len(_PNG_START)] == _PNG_START:

@@ -1,4 +1,4 @@
-"""What the tool shows: a progress bar, and a table of what was made."""
+"""What the tool prints: a progress bar, summaries, findings and statistics."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from shards.manifest import SKIPPED_NAME, Receipt
+from shards.manifest import SKIPPED_NAME, ShardEntry
 
 if TYPE_CHECKING:
     from shards.verify.dataset import Finding
@@ -62,13 +62,13 @@ def progress_bar(verb: str, total: int, unit: str) -> Iterator[Callable[[int], N
         yield advance
 
 
-def print_summary(receipts: Sequence[Receipt], folder: Path, *, seconds: float) -> None:
-    """Print a row a split, and how long it took."""
+def print_summary(entries: Sequence[ShardEntry], folder: Path, *, seconds: float) -> None:
+    """Print one row for each split, and the time it took."""
     table = Table("split", title=str(folder))
     for heading in ("images", "captions", "shards", "size", "skipped"):
         table.add_column(heading, justify="right")
-    for split in sorted({receipt.split for receipt in receipts}):
-        of_split = [receipt for receipt in receipts if receipt.split == split]
+    for split in sorted({entry.split for entry in entries}):
+        of_split = [entry for entry in entries if entry.split == split]
         table.add_row(
             split,
             f"{sum(r.num_samples for r in of_split):,}",
@@ -79,14 +79,14 @@ def print_summary(receipts: Sequence[Receipt], folder: Path, *, seconds: float) 
         )
     console = Console()
     console.print(table)
-    images = sum(receipt.num_samples for receipt in receipts)
+    images = sum(entry.num_samples for entry in entries)
     console.print(f"{seconds:,.1f} s, {images / max(seconds, 1e-3):,.0f} images/s")
-    if any(receipt.skipped for receipt in receipts):
+    if any(entry.skipped for entry in entries):
         console.print(f"skipped samples: {folder / SKIPPED_NAME}", soft_wrap=True)
 
 
 def print_findings(findings: "Sequence[Finding]", folder: Path) -> None:
-    """Print a line for each fault, the first few of a shard, and a row a split."""
+    """Print one line for each of a shard's first faults, and one row for each split."""
     console = Console()
     for finding in findings:
         faults = [*finding.damage, *finding.unusable]

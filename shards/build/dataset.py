@@ -4,10 +4,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from shards.build.plan import Options, plan_shards
-from shards.build.sync import Advance, Maker, bring_to
+from shards.build.sync import Advance, ShardBuilder, sync_shards
 from shards.build.write import is_whole, write_shard
-from shards.error_budget import Budget
-from shards.manifest import Receipt
+from shards.error_budget import ErrorBudget
+from shards.manifest import ShardEntry
 from shards.record import Record
 
 
@@ -17,11 +17,11 @@ def build_dataset(
     options: Options,
     *,
     only: Collection[str] | None = None,
-    max_bad: Budget,
+    max_bad: ErrorBudget,
     workers: int,
     advance: Advance,
-) -> list[Receipt]:
-    """Bring `folder` to hold the records as shards; return their receipts, sorted by name.
+) -> list[ShardEntry]:
+    """Bring `folder` to hold the records as shards; return their entries, sorted by name.
 
     Shards that are whole already are kept, so that an interrupted run goes on where it was. `only`
     names the splits that are made; keys depend on the records of all.
@@ -29,11 +29,11 @@ def build_dataset(
     Raises UserError for more bad samples than `max_bad`, or a split without a good one.
     """
     tasks = [t for t in plan_shards(records, options) if only is None or t.split in only]
-    maker = Maker(write_shard, is_whole)
-    return bring_to(
+    builder = ShardBuilder(write_shard, is_whole)
+    return sync_shards(
         folder,
         tasks,
-        maker,
+        builder,
         num_samples=len(records),
         max_bad=max_bad,
         workers=workers,

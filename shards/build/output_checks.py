@@ -1,11 +1,11 @@
-"""Keep a run from writing over tars that it reads, or that are not its own."""
+"""Check that a run does not overwrite tars that it reads, or that are not its own."""
 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import INDEX_NAME, is_remote, read_index
-from shards.manifest import read_planned, read_receipts
+from shards.manifest import read_manifest, read_planned
 from shards.record import Member, Record
 
 
@@ -18,12 +18,14 @@ def check_output(folder: Path, records: Iterable[Record], splits: Collection[str
     tars = {Path(r.image.path) for r in records if isinstance(r.image, Member)}
     for tar in sorted(tars):
         if tar.resolve().parent == folder.resolve():
-            raise UserError(f"{tar}: is read, and would be written over; give another OUT")
+            raise UserError(f"{tar}: is read, and would be overwritten; give another OUT")
     ours = _own_tars(folder)
     for split in sorted(splits):
         for tar in sorted(folder.glob(f"{split}-[0-9]*.tar")):
             if tar.name not in ours:
-                raise UserError(f"{tar}: is not of `dist-vse shard`; move it, or give another OUT")
+                raise UserError(
+                    f"{tar}: was not made by `dist-vse shard`; move it, or give another OUT"
+                )
 
 
 def _own_tars(folder: Path) -> set[str]:
@@ -31,7 +33,7 @@ def _own_tars(folder: Path) -> set[str]:
     content = read_index(folder).splits.values() if (folder / INDEX_NAME).is_file() else ()
     listed = [shard for split in content for shard in split.shards]
     ours = {shard.path for shard in listed if not shard.side}
-    ours |= {receipt.name for receipt in read_receipts(folder).values() if not receipt.side}
+    ours |= {entry.name for entry in read_manifest(folder).values() if not entry.side}
     return ours.union(*read_planned(folder).values())
 
 

@@ -16,14 +16,14 @@ from shards.record import Image, Member, Record, local_path
 if TYPE_CHECKING:
     from shards.build.recode import Recode
 
-FORMAT = 3  # of the bytes that a shard holds; a new number makes every shard again
+FORMAT = 3  # of the shards' bytes; a new number rebuilds every shard
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _EVALUATION = re.compile(r"(^|[_-])(val|valid|validation|dev|eval|test)($|[_0-9-])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the shards depend on, beside the records."""
+    """What the shards depend on, apart from the records."""
 
     shard_size: int = 500  # samples
     shard_bytes: int = 0  # bytes of the images as the source has them; 0: cut by samples
@@ -34,7 +34,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One shard to be made."""
+    """One shard to build."""
 
     name: str  # of the tar
     split: str
@@ -55,11 +55,11 @@ class Task:
 def plan_shards(records: Sequence[Record], options: Options) -> list[Task]:
     """Give every record a safe key, shuffle the splits for training, and cut each into shards.
 
-    The shuffled order is that of a hash of seed and key: the same wherever the source's order
-    differs (folders), and of two samples it never changes when others come or go. Splits for
+    The shuffled order is that of a hash of seed and key. It does not depend on the source's order,
+    and the order of two samples never changes when others come or go. Splits for
     evaluation keep the source's order: COCO 1K is defined on consecutive images of its file.
 
-    Raises UserError for a split whose name is unfit for a file.
+    Raises UserError for a split whose name can't be part of a file name.
     """
     splits: dict[str, list[Record]] = {}
     for record, key in zip(records, safe_keys(r.key for r in records), strict=True):
@@ -82,7 +82,7 @@ def is_evaluation(split: str) -> bool:
 
 
 def check_split(split: str, key: str) -> None:
-    """Raise UserError, naming a sample of it, for a split whose name is unfit for a file."""
+    """Raise UserError if a split's name is unfit for a file name; `key` is one of its samples."""
     if not _SPLIT_NAME.fullmatch(split):
         raise UserError(f"split {split!r} of {key!r} is no file name; use letters, digits, - and _")
 

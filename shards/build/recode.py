@@ -1,4 +1,4 @@
-"""Images made smaller, or brought to one format; what already fits keeps its bytes."""
+"""Shrink or convert images; those that already fit keep their bytes."""
 
 import io
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
 from dist_vse.data.jpeg import COLOURED, Pixels, decode_at, plain_size, scale_for
-from shards.sample_checks import EXTENSIONS, decoding
+from shards.sample_checks import EXTENSIONS, open_image
 
 ORIENTATION = ExifTags.Base.Orientation
 FORMATS = ("jpeg", "png", "webp")
-REDUCING_GAP = 3.0  # Pillow: from 3 on hardly to be told from a fair resampling
-SMOOTH_FROM = 1.5  # pixels that become one: from here on, averages are nearer to fair than cubics
+REDUCING_GAP = 3.0  # Pillow: from 3 on nearly the same as a full resampling
+SMOOTH_FROM = 1.5  # shrink factor from which averaging is more accurate than cubic
 
 cv2.setNumThreads(1)  # processes are the parallelism
 
@@ -45,7 +45,7 @@ def recode_image(data: bytes, how: Recode) -> tuple[bytes, str]:
         pixels = _shrunk_jpeg(data, size, how.max_side, "RGB")
         if pixels is not None:
             return _jpeg(pixels, how.quality), "jpg"
-    with decoding(data) as image:
+    with open_image(data) as image:
         image_format = "JPEG" if image.format == "MPO" else image.format or ""
         target = how.format.upper() or (image_format if image_format.lower() in FORMATS else "PNG")
         too_large = 0 < how.max_side < max(image.size)
@@ -57,7 +57,7 @@ def recode_image(data: bytes, how: Recode) -> tuple[bytes, str]:
 
 
 def _shrunk(data: bytes, image: Image.Image, max_side: int) -> Image.Image:
-    """Shrink an image that is too large; its orientation stays to be minded."""
+    """Shrink an image that is too large; its orientation is not applied yet."""
     pixels = None
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
         colours = "RGB" if image.mode == "RGB" else "GRAY"

@@ -1,4 +1,4 @@
-"""Tar bytes that depend on nothing but the names and contents of the members."""
+"""A tar writer whose bytes depend only on the names and contents of the members."""
 
 import hashlib
 import tarfile
@@ -9,7 +9,7 @@ from threading import Thread
 from typing import BinaryIO
 
 CHUNK_BYTES = 1 << 20  # written and digested at a time
-_CHUNKS = 8  # one is filled, one written, one digested; the others even out the three
+_CHUNKS = 8  # one is filled, one written, one hashed; the others absorb differences in speed
 _PAGE_BYTES = 4096
 _BLOCK = tarfile.BLOCKSIZE
 _PADDING = tuple(b"\0" * count for count in range(_BLOCK))
@@ -30,7 +30,7 @@ _BLANK_SUM += sum(_BLANK[_SUM_AT + 8 :])
 _Chunk = tuple[memoryview, int]  # a buffer, and how many of its bytes count
 _Queue = SimpleQueue[_Chunk | None]  # None: there will be no more
 
-_spare: list[memoryview] = []  # buffers of writers that are done: fresh memory costs a copy's time
+_free_buffers: list[memoryview] = []  # of finished writers: fresh memory costs as much as a copy
 
 
 class TarWriter:
@@ -46,7 +46,7 @@ class TarWriter:
         self._error: OSError | None = None  # of the writing thread
         self._free, self._full, self._written = _Queue(), _Queue(), _Queue()
         for _ in range(_CHUNKS):
-            buffer = _spare.pop() if _spare else memoryview(bytearray(CHUNK_BYTES))
+            buffer = _free_buffers.pop() if _free_buffers else memoryview(bytearray(CHUNK_BYTES))
             self._free.put((buffer, 0))
         self._filled = self._flushed = 0
         self._buffer = self._next_buffer()
@@ -66,7 +66,7 @@ class TarWriter:
 
     @property
     def num_bytes(self) -> int:
-        """How long the tar is so far."""
+        """Bytes of the tar so far."""
         return self._flushed + self._filled
 
     def add(self, name: str, data: bytes) -> int:
@@ -75,10 +75,10 @@ class TarWriter:
         self._write(b"%b%b%b" % (header(name, len(data)), data, _PADDING[-len(data) % _BLOCK]))
         return offset
 
-    def room(self, num_bytes: int) -> memoryview | None:
-        """Return the place of the next member's data, to be filled; None if it is too large.
+    def reserve(self, num_bytes: int) -> memoryview | None:
+        """Return a buffer to fill with the next member's data; None if it is too large.
 
-        Nothing is appended until `add_filled`: reading files right to their place saves a copy.
+        Nothing is appended until `add_filled`. A file read directly into the buffer saves a copy.
         """
         needed = _BLOCK + num_bytes + _BLOCK
         if needed + _PAGE_BYTES > CHUNK_BYTES:
@@ -89,7 +89,7 @@ class TarWriter:
         return self._buffer[start : start + num_bytes]
 
     def add_filled(self, name: str, num_bytes: int) -> int:
-        """Append the member whose data lies in the `room` that was given last, as `add`."""
+        """Append the member whose data fills the last buffer of `reserve`; return as `add`."""
         start = self._filled + _BLOCK
         self._buffer[self._filled : start] = header(name, num_bytes)
         padding = _PADDING[-num_bytes % _BLOCK]
@@ -115,9 +115,9 @@ class TarWriter:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
-        _spare.append(self._buffer)
+        _free_buffers.append(self._buffer)
         while (chunk := self._free.get()) is not None:
-            _spare.append(chunk[0])
+            _free_buffers.append(chunk[0])
 
     def _write(self, data: bytes) -> None:
         end = self._filled + len(data)
@@ -135,7 +135,7 @@ class TarWriter:
             view = view[len(part) :]
 
     def _flush(self, keep: int = 0) -> None:
-        """Have what the buffer holds written; its last `keep` bytes begin the next one."""
+        """Queue the buffer for writing; its last `keep` bytes start the next buffer."""
         count = self._filled - keep
         rest = bytes(self._buffer[count : self._filled])
         self._full.put((self._buffer, count))
@@ -159,14 +159,14 @@ class TarWriter:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            self._error = error  # told by the thread that waits for a buffer
+            self._error = error  # raised in the thread that waits for a buffer
 
     def _digest_chunk(self, buffer: memoryview, count: int) -> None:
         self._digest.update(buffer[:count])
 
 
 def _work_off(work: Callable[[memoryview, int], None], take: _Queue, give: _Queue) -> None:
-    """Do the work on every chunk of one queue, and hand it on to the other."""
+    """Process every chunk of one queue, then put it on the other."""
     while (chunk := take.get()) is not None:
         work(*chunk)
         give.put(chunk)

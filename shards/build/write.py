@@ -1,4 +1,4 @@
-"""Make one shard: read, check and write its samples; or see that it is there already."""
+"""Write one shard: read, check and pack its samples; or check that it exists already."""
 
 import os
 from pathlib import Path
@@ -9,19 +9,19 @@ from dist_vse.common.files import atomic_write, sha256_of_file
 from dist_vse.data.index import image_id, offsets_name, write_offsets
 from shards.build.plan import Fingerprint, Options, Task, fingerprint, image_state, sample_json
 from shards.build.tar_writer import TarWriter
-from shards.manifest import Receipt, Skipped
+from shards.manifest import ShardEntry, Skipped
 from shards.record import Image, Member, Record, local_path
 from shards.sample_checks import BadSampleError, check_captions, check_image
 
 _READ_BYTES = 1 << 20
 Row = tuple[int, int, int, int, int]
-"""Where a sample lies, and its image's id: `dist_vse.data.index.OFFSET_COLUMNS`."""
+"""A sample's position and its image's id: `dist_vse.data.index.OFFSET_COLUMNS`."""
 
 
-def write_shard(task: Task, folder: Path) -> Receipt:
+def write_shard(task: Task, folder: Path) -> ShardEntry:
     """Write the task's tar and its offsets into `folder`, each by one rename.
 
-    Bad samples are left out and listed in the receipt. Raises UserError for an image that is
+    Bad samples are left out and listed in the returned entry. Raises UserError for an image that is
     there but cannot be read.
     """
     plan = Fingerprint(task)
@@ -41,7 +41,7 @@ def write_shard(task: Task, folder: Path) -> Receipt:
                     skipped.append(Skipped(record.key, str(record.image), str(error)))
             sha256 = tar.close()
         write_offsets(offsets, rows)  # before the tar: a tar that is there has its offsets
-    return Receipt(
+    return ShardEntry(
         name=task.name,
         split=task.split,
         fingerprint=plan.hexdigest(),
@@ -54,16 +54,16 @@ def write_shard(task: Task, folder: Path) -> Receipt:
     )
 
 
-def is_whole(task: Task, folder: Path, receipt: Receipt) -> bool:
-    """Tell whether the shard lies in `folder`, to the byte as the task would have it."""
+def is_whole(task: Task, folder: Path, entry: ShardEntry) -> bool:
+    """Return whether `folder` holds the shard exactly as the task would write it."""
     tar, offsets = folder / task.name, folder / offsets_name(task.name)
     return (
         tar.is_file()
         and offsets.is_file()
-        and tar.stat().st_size == receipt.num_bytes
-        and fingerprint(task) == receipt.fingerprint
-        and sha256_of_file(offsets) == receipt.offsets_sha256
-        and sha256_of_file(tar) == receipt.sha256
+        and tar.stat().st_size == entry.num_bytes
+        and fingerprint(task) == entry.fingerprint
+        and sha256_of_file(offsets) == entry.offsets_sha256
+        and sha256_of_file(tar) == entry.sha256
     )
 
 
@@ -80,7 +80,7 @@ def _add_sample(
     if options.recode is None:
         image_offset, image_bytes, identity = _add_as_it_is(tar, record, num_bytes, options.decode)
     else:
-        from shards.build.recode import recode_image  # here: many a run changes no image
+        from shards.build.recode import recode_image  # imported here: many runs change no image
 
         image, extension = recode_image(_read_image(record.image), options.recode)
         image_offset = tar.add(f"{record.key}.{extension}", image)
@@ -95,10 +95,10 @@ def _add_as_it_is(
 ) -> tuple[int, int, int]:
     """Append the image untouched; return its offset, size and id.
 
-    Most are read right to their place in the tar's buffer.
+    Most images are read directly into the tar's buffer.
     """
     in_place = num_bytes > 0 and not isinstance(record.image, Member)
-    view = tar.room(num_bytes + 1) if in_place else None
+    view = tar.reserve(num_bytes + 1) if in_place else None
     if view is None or not _read_into(view, record.image):
         data = _read_image(record.image)
         extension = check_image(data, decode=decode)
@@ -135,7 +135,7 @@ def _read_image(image: Image) -> bytes:
         raise BadSampleError(f"the path is no image file ({error})") from error
     except OSError as error:  # the disk's or the permissions' fault, not the sample's
         raise UserError(
-            f"{image}: cannot be read ({error.strerror or error}); mend that and run the command "
+            f"{image}: cannot be read ({error.strerror or error}); fix that and run the command "
             "again"
         ) from error
 

@@ -19,22 +19,22 @@ from dist_vse.data.index import Shard, image_id, is_remote, write_offsets
 from shards.build.keys import safe_keys
 from shards.build.output_checks import check_indexable
 from shards.build.plan import check_split
-from shards.build.sync import Advance, Maker, bring_to
-from shards.error_budget import Budget
+from shards.build.sync import Advance, ShardBuilder, sync_shards
+from shards.error_budget import ErrorBudget
 from shards.index.wds_reader import Sample, read_samples
-from shards.manifest import Receipt, Skipped, read_receipts, shard_files, write_receipts
+from shards.manifest import ShardEntry, Skipped, read_manifest, shard_files, write_manifest
 from shards.pool import ordered_map
 from shards.remote import local_copy
 from shards.sample_checks import BadSampleError, check_captions
 
 _STEM = re.compile(r"([^/\s|?&=]+)\.tar")
 FORMAT = 1  # of the side files; a new number makes all of them again
-CHANGED = "changed"  # in place of the fingerprint of a tar that is to be read anew
+CHANGED = "changed"  # replaces the fingerprint of a tar that must be read again
 
 
 @dataclass(frozen=True, slots=True)
 class IndexTask:
-    """One tar to be indexed."""
+    """One tar to index."""
 
     name: str  # as the index has it: from the folder, absolute, or a URL
     split: str
@@ -64,7 +64,7 @@ def find_tars(given: Sequence[str], out: Path | None) -> tuple[list[str], Path]:
     for text in given:
         tars += [text] if text.startswith("pipe:") else _expand(text)
     if out is None and is_remote(tars[0]):
-        raise UserError(f"{tars[0]}: is remote; say with --out where its index is to lie")
+        raise UserError(f"{tars[0]}: is remote; name a folder for its index with --out")
     folder = Path(tars[0]).parent if out is None else out
     check_indexable([_name(tar, folder) for tar in tars], folder)
     return tars, folder
@@ -87,16 +87,16 @@ def _expand(text: str) -> list[str]:
     return found
 
 
-def index_tars(
+def index_existing(
     tars: Sequence[str],
     folder: Path,
     *,
     split: str,
-    max_bad: Budget,
+    max_bad: ErrorBudget,
     workers: int,
     advance: Advance,
-) -> list[Receipt]:
-    """Write offsets, JSON and an index of the tars into `folder`; return the receipts.
+) -> list[ShardEntry]:
+    """Write offsets, JSON and an index of the tars into `folder`; return the entries.
 
     The tars are read, never written. Images are not decoded. A tar that was indexed is not read
     again unless its size or time changed; a remote one counts as never changing.
@@ -113,10 +113,10 @@ def index_tars(
         IndexTask(name, split, f"{split}.{stem}", tar)
         for name, stem, tar in zip(names, stems, tars, strict=True)
     ]
-    return bring_to(
+    return sync_shards(
         folder,
         tasks,
-        Maker(index_tar, is_indexed),
+        ShardBuilder(index_one_tar, is_indexed),
         num_samples=None,
         max_bad=max_bad,
         workers=workers,
@@ -124,7 +124,7 @@ def index_tars(
     )
 
 
-def index_tar(task: IndexTask, folder: Path) -> Receipt:
+def index_one_tar(task: IndexTask, folder: Path) -> ShardEntry:
     """Write the side files of one tar, each by one rename."""
     with local_copy(task.location, folder) as path:
         if not path.is_file():
@@ -139,7 +139,7 @@ def index_tar(task: IndexTask, folder: Path) -> Receipt:
     with atomic_write(meta) as temporary:
         temporary.write_bytes(b"".join(lines))
     write_offsets(offsets, rows)
-    return Receipt(
+    return ShardEntry(
         name=task.name,
         split=task.split,
         fingerprint=state,
@@ -154,36 +154,35 @@ def index_tar(task: IndexTask, folder: Path) -> Receipt:
     )
 
 
-def is_indexed(task: IndexTask, folder: Path, receipt: Receipt) -> bool:
-    """Tell whether the side files are whole and the tar is the one that they were made of."""
-    shard = Shard(receipt.name, receipt.num_samples, receipt.num_bytes, "", receipt.side)
+def is_indexed(task: IndexTask, folder: Path, entry: ShardEntry) -> bool:
+    """Return whether the side files are whole and belong to this tar."""
+    shard = Shard(entry.name, entry.num_samples, entry.num_bytes, "", entry.side)
     offsets, meta = folder / shard.offsets_name, folder / (shard.meta_name or "")
     return (
-        receipt.side == task.side
+        entry.side == task.side
         and offsets.is_file()
         and meta.is_file()
-        and _state(task) == receipt.fingerprint
-        and sha256_of_file(offsets) == receipt.offsets_sha256
-        and sha256_of_file(meta) == receipt.meta_sha256
+        and _state(task) == entry.fingerprint
+        and sha256_of_file(offsets) == entry.offsets_sha256
+        and sha256_of_file(meta) == entry.meta_sha256
     )
 
 
 def check_tars(folder: Path, split: str, *, workers: int) -> None:
     """Check that the indexed tars of a split hold the bytes that were indexed.
 
-    One that does not is noted as changed: `index_tars` reads it anew, whatever its size and time.
-
-    Raises UserError for one that does not, or that cannot be read.
+    One that does not is marked as changed: `index_existing` then reads it again, whatever its size
+    and time. Raises UserError for one that does not, or that cannot be read.
     """
-    receipts = read_receipts(folder)
-    indexed = [receipt for receipt in receipts.values() if receipt.side and receipt.split == split]
+    entries = read_manifest(folder)
+    indexed = [entry for entry in entries.values() if entry.side and entry.split == split]
     same = ordered_map(partial(_is_same, folder=folder), indexed, workers)
-    changed = [receipt.name for receipt, ok in zip(indexed, same, strict=True) if not ok]
+    changed = [entry.name for entry, ok in zip(indexed, same, strict=True) if not ok]
     if not changed:
         return
     for name in changed:
-        receipts[name] = replace(receipts[name], fingerprint=CHANGED)
-    write_receipts(folder, receipts.values())
+        entries[name] = replace(entries[name], fingerprint=CHANGED)
+    write_manifest(folder, entries.values())
     more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     raise UserError(
         f"{changed[0]}{more}: the bytes are not those that were indexed; copy it again, or run "
@@ -191,12 +190,12 @@ def check_tars(folder: Path, split: str, *, workers: int) -> None:
     )
 
 
-def _is_same(receipt: Receipt, folder: Path) -> bool:
-    location = receipt.name if is_remote(receipt.name) else str(folder / receipt.name)
+def _is_same(entry: ShardEntry, folder: Path) -> bool:
+    location = entry.name if is_remote(entry.name) else str(folder / entry.name)
     with local_copy(location, Path(tempfile.gettempdir())) as path:
         if not path.is_file():
             raise UserError(f"{path}: is missing; copy it there again")
-        return path.stat().st_size == receipt.num_bytes and sha256_of_file(path) == receipt.sha256
+        return path.stat().st_size == entry.num_bytes and sha256_of_file(path) == entry.sha256
 
 
 def _side_files(

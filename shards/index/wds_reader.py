@@ -1,4 +1,4 @@
-"""Tars in WebDataset's layout: which members make a sample, and what its captions are.
+"""Read tars in WebDataset's layout: which members make a sample, and what its captions are.
 
 A sample's members follow one another and share a key: the path up to the first dot of its file
 name (https://github.com/webdataset/webdataset). An extension that comes again begins another
@@ -23,7 +23,7 @@ _NOTE = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no sa
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a tar: where its image lies, and what is said about it."""
+    """One sample of a tar: where its image lies, its captions and other fields."""
 
     key: str
     image: tuple[int, int] | None  # offset in the tar, bytes; None without an image

@@ -1,4 +1,4 @@
-"""COCO's own captions file: `captions_train2017.json` and its kin.
+"""COCO's own captions file: `captions_train2017.json` and similar files.
 
 Source: https://cocodataset.org/#format-data (Captions). `images` names the files, `annotations` one
 caption each by `image_id`; the order of the two lists is not the same.

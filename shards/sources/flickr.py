@@ -1,7 +1,7 @@
 """The caption files of Flickr30K and Flickr8K, as their authors and as Kaggle give them.
 
-One line a caption, in one of these forms; the first line tells which. Those with commas quote as
-CSV does; in the others a quotation mark is part of the caption.
+One caption per line, in one of these forms; the first line decides which. Those with commas quote
+as CSV does; in the others a quotation mark is part of the caption.
 
     1000092795.jpg#0<TAB>Two young guys ...       results_20130124.token, Flickr8k.token.txt
     image_name| comment_number| comment           results.csv
@@ -50,7 +50,7 @@ def read_flickr(
         found = form.fullmatch(line)
         if found is None:
             raise UserError(
-                f"{path}:{number}: {line[:60]!r} is no caption like those before it; mend the line"
+                f"{path}:{number}: {line[:60]!r} is no caption like those before it; fix the line"
             )
         of_image = captions.setdefault(found["image"].strip(), [])
         caption = found["caption"].strip()

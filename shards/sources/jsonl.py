@@ -34,7 +34,7 @@ def _record(line: bytes, where: str, root: Path, split: str) -> Record:
     try:
         fields = json.loads(line)
     except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"{where}: no JSON ({error}); mend the line") from error
+        raise UserError(f"{where}: no JSON ({error}); fix the line") from error
     if not isinstance(fields, dict):
         raise UserError(
             f'{where}: must be an object such as {{"image": "a.jpg", "caption": "..."}}'

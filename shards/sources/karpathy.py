@@ -1,4 +1,4 @@
-"""Karpathy's splits of COCO, Flickr30K and Flickr8K: `dataset_coco.json` and its kin.
+"""Karpathy's splits of COCO, Flickr30K and Flickr8K: `dataset_coco.json` and similar files.
 
 Source: https://cs.stanford.edu/people/karpathy/deepimagesent/. The file names the images, their
 split and their captions; the images themselves lie under `images` (COCO's in train2014 and

@@ -1,4 +1,4 @@
-"""Existing tars in WebDataset's layout, to be shuffled and cut anew."""
+"""Existing tars in WebDataset's layout, to shuffle and cut again."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -70,7 +70,7 @@ class _Columns:
 
 @dataclass
 class _Group:
-    """What the rows of one image have told so far."""
+    """What the rows of one image said so far."""
 
     split: str
     key: str
@@ -91,7 +91,7 @@ def _groups(rows: Iterable[Row], columns: _Columns, split: str) -> dict[str, _Gr
         if group.split != own:
             raise UserError(
                 f"{where}: {image} is of split {own!r}, but of {group.split!r} in an earlier row; "
-                "mend one"
+                "fix one"
             )
         for column, language in columns.captions.items():
             said = str(row[columns.language] or "") if columns.language else language
@@ -122,11 +122,11 @@ def _text_rows(path: Path, columns: _Columns, delimiter: str) -> Iterator[Row]:
                 where = f"{path}:{reader.line_num}"
                 if len(cells) != len(header):
                     raise UserError(
-                        f"{where}: {len(cells)} cells where the header has {len(header)}; mend it"
+                        f"{where}: {len(cells)} cells where the header has {len(header)}; fix it"
                     )
                 yield where, dict(zip(header, cells, strict=True))
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: {error}; mend the quotes") from error
+            raise UserError(f"{path}:{reader.line_num}: {error}; fix the quotes") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: no UTF-8 ({error.reason}); save the file as UTF-8") from error
 
@@ -161,7 +161,7 @@ def _check_columns(path: Path, columns: _Columns, header: Sequence[str]) -> None
     for name in columns.names:
         if name not in header:
             near = difflib.get_close_matches(name, header, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; name it by --image-column and kin"
+            hint = f"; did you mean {near[0]!r}?" if near else "; name it, as by --image-column"
             raise UserError(f"{path}: no column {name!r} (columns: {', '.join(header)}){hint}")
 
 

@@ -1,4 +1,4 @@
-"""Read a whole data set back: are the bytes those of the index, and can every sample be used?"""
+"""Verify a data set: are the bytes those of the index, and is every sample usable?"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import sha256_of_file
 from dist_vse.data.index import Index, Shard, image_id, read_index
-from shards.manifest import Receipt, read_receipts
+from shards.manifest import ShardEntry, read_manifest
 from shards.pool import ordered_map
 from shards.sample_checks import BadSampleError, check_captions, check_image
 from shards.verify.read import Stored, local_tar, read_stored
@@ -26,13 +26,13 @@ class Finding:
 
 
 def verify_dataset(folder: Path, *, workers: int, advance: Callable[[int], None]) -> list[Finding]:
-    """Check every shard of the index, in `workers` processes; `advance` is told of each.
+    """Check every shard of the index, in `workers` processes; `advance` is called after each.
 
     Raises UserError if there is no index, or a remote shard cannot be read.
     """
-    index, receipts = read_index(folder), read_receipts(folder)
+    index, entries = read_index(folder), read_manifest(folder)
     shards = [(name, shard) for name, split in index.splits.items() for shard in split.shards]
-    look = partial(verify_shard, index=index, receipts=receipts)
+    look = partial(verify_shard, index=index, entries=entries)
     findings = []
     for finding in ordered_map(look, shards, workers):
         findings.append(finding)
@@ -40,14 +40,14 @@ def verify_dataset(folder: Path, *, workers: int, advance: Callable[[int], None]
     return [*findings, *_wrong_counts(index, findings)]
 
 
-def verify_shard(named: tuple[str, Shard], index: Index, receipts: dict[str, Receipt]) -> Finding:
-    """Compare a shard's files with the index and its receipt, and decode all of its images."""
+def verify_shard(named: tuple[str, Shard], index: Index, entries: dict[str, ShardEntry]) -> Finding:
+    """Compare a shard's files with the index and the manifest, and decode all of its images."""
     split, shard = named
     finding = Finding(shard, split)
     with local_tar(index, shard) as tar:
-        finding.damage.extend(_file_damage(index, shard, tar, receipts.get(shard.path)))
+        finding.damage.extend(_file_damage(index, shard, tar, entries.get(shard.path)))
         if finding.damage:
-            return finding  # what lies at the offsets is anybody's guess
+            return finding  # the offsets may point anywhere
         captions = 0
         for row, stored in enumerate(read_stored(index, shard, tar)):
             try:
@@ -57,7 +57,7 @@ def verify_shard(named: tuple[str, Shard], index: Index, receipts: dict[str, Rec
     return Finding(shard, split, finding.damage, finding.unusable, captions)
 
 
-def _file_damage(index: Index, shard: Shard, tar: Path, receipt: Receipt | None) -> Iterable[str]:
+def _file_damage(index: Index, shard: Shard, tar: Path, entry: ShardEntry | None) -> Iterable[str]:
     """Yield what is wrong with the files of a shard."""
     if not tar.is_file():
         yield "the tar is missing"
@@ -69,13 +69,13 @@ def _file_damage(index: Index, shard: Shard, tar: Path, receipt: Receipt | None)
         yield f"{shard.meta_name} is missing"
     elif (
         shard.meta_name
-        and receipt
-        and receipt.meta_sha256 != sha256_of_file(index.root / shard.meta_name)
+        and entry
+        and entry.meta_sha256 != sha256_of_file(index.root / shard.meta_name)
     ):
         yield f"{shard.meta_name} has other bytes than were written"
     try:
         index.offsets(shard)
-        if receipt and receipt.offsets_sha256 != sha256_of_file(index.root / shard.offsets_name):
+        if entry and entry.offsets_sha256 != sha256_of_file(index.root / shard.offsets_name):
             yield f"{shard.offsets_name} has other bytes than were written"
     except (UserError, ValueError, EOFError) as error:  # NumPy's for a damaged file
         yield f"{shard.offsets_name} cannot be used ({first_line(error)})"

@@ -35,7 +35,7 @@ class Stored:
 
 @contextmanager
 def local_tar(index: Index, shard: Shard) -> Iterator[Path]:
-    """Yield the shard's tar on this machine, be it for the while of the body.
+    """Yield a local path of the shard's tar; a remote one is copied for the block.
 
     Raises UserError if a remote one cannot be read.
     """
@@ -45,14 +45,14 @@ def local_tar(index: Index, shard: Shard) -> Iterator[Path]:
 
 
 def read_stored(index: Index, shard: Shard, tar: Path) -> Iterator[Stored]:
-    """Yield the samples of a shard whose tar lies at `tar`; cut ones come with fewer bytes.
+    """Yield the samples of a shard whose tar lies at `tar`; cut ones have fewer bytes.
 
     Raises UserError if the tar or a side file is missing, or disagrees with the index.
     """
     meta_path = index.root / shard.meta_name if shard.meta_name else tar
     for path in (tar, meta_path):
         if not path.is_file():
-            raise UserError(f"{path}: is missing; `dist-vse shard repair {index.root}` may mend it")
+            raise UserError(f"{path}: is missing; `dist-vse shard repair {index.root}` may fix it")
     with tar.open("rb") as images, meta_path.open("rb") as metas:
         for image_at, image_bytes, meta_at, meta_bytes, identity in index.offsets(shard).tolist():
             yield Stored(

@@ -17,8 +17,8 @@ from dist_vse.data.index import image_id, read_index
 from shards.build.dataset import build_dataset
 from shards.build.plan import Options
 from shards.build.recode import Recode
-from shards.error_budget import Budget
-from shards.manifest import Receipt
+from shards.error_budget import ErrorBudget
+from shards.manifest import ShardEntry
 from shards.record import Record
 from tests.support.datasets import draw, encode
 
@@ -42,12 +42,12 @@ def _build(
     options: Options = Options(shard_size=4),  # noqa: B008
     max_bad: int = 0,
     workers: int = 1,
-) -> list[Receipt]:
+) -> list[ShardEntry]:
     return build_dataset(
         records,
         out,
         options,
-        max_bad=Budget(str(max_bad), max_bad),
+        max_bad=ErrorBudget(str(max_bad), max_bad),
         workers=workers,
         advance=lambda count: None,
     )
@@ -58,11 +58,11 @@ def _bytes(folder: Path) -> dict[str, str]:
 
 
 def _contents(folder: Path) -> dict[str, list[str]]:
-    """Return index and receipts by their shards' names."""
-    receipts = (folder / "receipts.jsonl").read_text().splitlines()
+    """Return index and entries by their shards' names."""
+    entries = (folder / "manifest.jsonl").read_text().splitlines()
     splits = read_index(folder).splits.values()
     return {
-        "receipts": [json.loads(line)["name"] for line in receipts],
+        "manifest": [json.loads(line)["name"] for line in entries],
         "shards": [shard.sha256 for split in splits for shard in split.shards],
     }
 
@@ -248,7 +248,7 @@ def test_bad_samples_within_the_budget_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad of 12 samples where --max-bad allows 2; .*skipped"):
         _build(records, tmp_path / "out", max_bad=2)
 
-    _build(_records(tmp_path / "in", 12), tmp_path / "out")  # mended: nothing is skipped
+    _build(_records(tmp_path / "in", 12), tmp_path / "out")  # fixed: nothing is skipped
     assert not (tmp_path / "out/skipped.jsonl").exists()
     assert read_index(tmp_path / "out").split("train").num_samples == 12
 

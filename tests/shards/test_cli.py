@@ -1,6 +1,5 @@
 """`dist-vse shard`: options, the summary, and what it says when they are wrong."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -13,36 +12,19 @@ import pytest
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
-from shards import cli
-from shards.error_budget import parse_budget
+from shards.error_budget import parse_error_budget
 from shards.options import parse_shard_size
 from shards.record import Record
 from shards.sources import SOURCES
-from tests.shards.test_sources import COCO
 from tests.support.datasets import draw, encode
-
-
-def _shard(*arguments: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    return cli.run(parser.parse_args([str(a) for a in arguments]))
-
-
-def _pairs(folder: Path, count: int) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / "pairs.jsonl"
-    with path.open("w") as file:
-        for i in range(count):
-            (folder / f"{i}.png").write_bytes(encode(draw(i)))
-            file.write(json.dumps({"image": f"{i}.png", "captions": ["a", "b"]}) + "\n")
-    return path
+from tests.support.shards import COCO, run_shard, write_pairs
 
 
 def test_sharding_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pairs = _pairs(tmp_path / "in", 5)
+    pairs = write_pairs(tmp_path / "in", 5)
     (tmp_path / "in/3.png").write_bytes(b"")
     options = ("--shard-size", "2", "--max-bad", "20%", "--workers", "1", "--split", "val")
-    assert _shard("jsonl", pairs, tmp_path / "out", *options) == 0
+    assert run_shard("jsonl", pairs, tmp_path / "out", *options) == 0
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if "val" in line)
     cells = [cell.strip() for cell in row.strip("│").split("│")]
@@ -66,7 +48,7 @@ def test_a_new_source_is_one_function_and_its_name(
     for i, name in enumerate(["a-red-square", "a-blue-cross"]):
         (tmp_path / "in" / f"{name}.png").write_bytes(encode(draw(i)))
     options = ("--split", "val", "--workers", "1")  # the command has an option a parameter
-    assert _shard("named", tmp_path / "in", tmp_path / "out", *options) == 0
+    assert run_shard("named", tmp_path / "in", tmp_path / "out", *options) == 0
     index = read_index(tmp_path / "out")
     assert [*index.splits] == ["val"]
     captions = {}
@@ -79,7 +61,7 @@ def test_a_new_source_is_one_function_and_its_name(
         "a-red-square.json": ["a red square"],
     }
     with pytest.raises(SystemExit):
-        _shard("--help")
+        run_shard("--help")
     assert "images named by their captions" in capsys.readouterr().out
 
 
@@ -90,7 +72,7 @@ def test_karpathy_from_end_to_end(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(draw(i), "JPEG"))
     options = ("--images", tmp_path / "coco", "--restval", "extra", "--workers", "1")
-    assert _shard("karpathy", tmp_path / "dataset_coco.json", tmp_path / "out", *options) == 0
+    assert run_shard("karpathy", tmp_path / "dataset_coco.json", tmp_path / "out", *options) == 0
     index = read_index(tmp_path / "out")
     assert {name: (s.num_samples, s.num_captions) for name, s in index.splits.items()} == {
         "test": (1, 6),
@@ -112,7 +94,7 @@ def test_karpathy_from_end_to_end(tmp_path: Path) -> None:
         (["jsonl", "--max-bad", "few"], "--max-bad 'few': give a number"),
         (["jsonl", "--max-bad=-1"], "--max-bad '-1': give a number"),
         (["jsonl", "--max-bad", "200%"], "--max-bad '200%': give a number"),
-        (["flickr"], "pairs.jsonl:1: .* no caption like those before it; mend the line"),
+        (["flickr"], "pairs.jsonl:1: .* no caption like those before it; fix the line"),
         (["jsonl", "--images", "/nowhere"], "/nowhere: no such folder"),
         (["folder"], "pairs.jsonl: is a file; give its folder"),
         (["jsonl", "--shard-size", "1TB"], r"--shard-size \(1TB\) must be at least 1: samples"),
@@ -125,7 +107,7 @@ def test_karpathy_from_end_to_end(tmp_path: Path) -> None:
 def test_wrong_options_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     source, *options = arguments
     with pytest.raises(UserError, match=message) as caught:
-        _shard(source, _pairs(tmp_path / "in", 1), tmp_path / "out", *options)
+        run_shard(source, write_pairs(tmp_path / "in", 1), tmp_path / "out", *options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -141,7 +123,7 @@ def test_an_option_that_means_nothing_is_refused(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        _shard(*arguments)
+        run_shard(*arguments)
     assert message in capsys.readouterr().err
 
 
@@ -155,45 +137,45 @@ def test_shard_size_is_samples_or_bytes(text: str, size: tuple[int, int]) -> Non
 
 def test_tars_that_are_read_or_not_ours_are_never_written_over(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    pairs = _pairs(tmp_path / "in", 3)
-    assert _shard("jsonl", pairs, ours, "--workers", "1") == 0
+    pairs = write_pairs(tmp_path / "in", 3)
+    assert run_shard("jsonl", pairs, ours, "--workers", "1") == 0
     theirs.mkdir()
     (theirs / "train-00000.tar").write_bytes((ours / "train-00000.tar").read_bytes())
     before = {p: p.read_bytes() for p in (*ours.iterdir(), *theirs.iterdir())}
     for message, *arguments in (
-        ("is read, and would be written over", "reshard", ours, ours),
-        ("is read, and would be written over", "reshard", ours / "train-00000.tar", ours),
+        ("is read, and would be overwritten", "reshard", ours, ours),
+        ("is read, and would be overwritten", "reshard", ours / "train-00000.tar", ours),
         ("was made by `dist-vse shard` and is in", "index", ours),
         ("was made by `dist-vse shard` and is in", "index", ours, "--split", "val"),
-        ("is not of `dist-vse shard`", "jsonl", pairs, theirs),
+        ("was not made by `dist-vse shard`", "jsonl", pairs, theirs),
     ):
         with pytest.raises(UserError, match=rf"train-00000\.tar: {message}"):
-            _shard(*arguments)
+            run_shard(*arguments)
         assert {p: p.read_bytes() for p in (*ours.iterdir(), *theirs.iterdir())} == before
-    assert _shard("index", theirs, "--workers", "1") == 0  # which leaves receipts there
-    with pytest.raises(UserError, match="is not of `dist-vse shard`"):
-        _shard("jsonl", pairs, theirs)
+    assert run_shard("index", theirs, "--workers", "1") == 0  # which leaves a manifest there
+    with pytest.raises(UserError, match="was not made by `dist-vse shard`"):
+        run_shard("jsonl", pairs, theirs)
 
 
 def test_out_is_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    pairs = _pairs(tmp_path / "in", 1)
-    assert _shard("jsonl", pairs, "out", "--workers", "1") == 0
+    pairs = write_pairs(tmp_path / "in", 1)
+    assert run_shard("jsonl", pairs, "out", "--workers", "1") == 0
     for arguments in (("jsonl", pairs, "s3://b/out"), ("index", "out", "--out", "s3://b/out")):
         with pytest.raises(UserError, match="s3:/b/out: is a URL; give a local folder"):
-            _shard(*arguments)
+            run_shard(*arguments)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
 def test_languages_may_have_blanks_and_must_occur(tmp_path: Path) -> None:
     line = {"image": "0.png", "captions": {"de": ["eins"], "en": ["one"], "fr": ["un"]}}
-    pairs = _pairs(tmp_path / "in", 1)
+    pairs = write_pairs(tmp_path / "in", 1)
     pairs.write_text(json.dumps(line) + "\n")
-    _shard("jsonl", pairs, tmp_path / "out", "--languages", " en, de", "--workers", "1")
+    run_shard("jsonl", pairs, tmp_path / "out", "--languages", " en, de", "--workers", "1")
     assert read_index(tmp_path / "out").split("train").num_captions == 2
     for codes in ("en,it", "it", "en,", ""):
         with pytest.raises(UserError, match=r"no caption is in '(it)?'; .*: de,en,fr$"):
-            _shard("jsonl", pairs, tmp_path / "none", "--languages", codes)
+            run_shard("jsonl", pairs, tmp_path / "none", "--languages", codes)
     assert not (tmp_path / "none").exists()
 
 
@@ -201,7 +183,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tar is written by a thread; /dev/full stands for a disk without room."""
-    pairs = _pairs(tmp_path / "in", 3)
+    pairs = write_pairs(tmp_path / "in", 3)
     real = Path.open
 
     def full(path: Path, *args: Any, **options: Any) -> Any:
@@ -212,28 +194,28 @@ def test_a_full_disk_is_one_line_and_leaves_no_half(
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(UserError, match=r"cannot write the shards \(No space left on device\)"):
-        _shard("jsonl", pairs, tmp_path / "out", "--workers", "1")
+        run_shard("jsonl", pairs, tmp_path / "out", "--workers", "1")
     assert not list((tmp_path / "out").glob("*.t*"))
 
 
 def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pairs\.jsonl: no images found for the source jsonl"):
-        _shard("jsonl", _pairs(tmp_path / "in", 0), tmp_path / "out")
+        run_shard("jsonl", write_pairs(tmp_path / "in", 0), tmp_path / "out")
     with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
-        _shard("jsonl", tmp_path / "none.jsonl", tmp_path / "out")
+        run_shard("jsonl", tmp_path / "none.jsonl", tmp_path / "out")
 
 
 def test_out_must_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match=r"out: cannot write the shards \(File exists\)"):
-        _shard("jsonl", _pairs(tmp_path / "in", 1), tmp_path / "out")
+        run_shard("jsonl", write_pairs(tmp_path / "in", 1), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("text", "allowed"), [("0", 0), ("7", 7), ("0.1%", 10), ("0.29%", 29), ("100%", 10_000)]
 )
 def test_max_bad_is_a_count_or_a_share(text: str, allowed: int) -> None:
-    assert parse_budget(text).allowed(10_000) == allowed
+    assert parse_error_budget(text).allowed(10_000) == allowed
 
 
 def test_its_options_need_no_heavy_import() -> None:

@@ -13,8 +13,8 @@ from dist_vse.data.decode import Transform, decode_image
 from dist_vse.data.index import read_index
 from shards.build.recode import Recode, recode_image
 from shards.sample_checks import check_image
-from tests.shards.test_cli import _shard
 from tests.support.datasets import draw, encode
+from tests.support.shards import run_shard
 
 SIDE = 96
 BOMB = encode(Image.new("1", (10_000, 9_000)))  # 90 million pixels in 11 kB
@@ -111,7 +111,7 @@ def _pixels(data: bytes) -> NDArray[np.int16]:
 @pytest.mark.parametrize("options", [(), ("--decode",)])
 def test_untouched_images_keep_their_bytes(pairs: Path, options: tuple[str, ...]) -> None:
     out = pairs.parent / "out"
-    _shard("jsonl", pairs, out, "--max-bad", "8", "--workers", "1", *options)
+    run_shard("jsonl", pairs, out, "--max-bad", "8", "--workers", "1", *options)
     assert _stored(out) == {name: (extension, data) for name, (data, extension) in GOOD.items()}
     skipped_log = map(json.loads, (out / "skipped.jsonl").read_text().splitlines())
     reasons = {entry["key"]: entry["reason"] for entry in skipped_log}
@@ -132,7 +132,7 @@ def test_shrunk_images_show_the_same(pairs: Path, format: str) -> None:
     options += ["--format", format] if format else []
     folders = [pairs.parent / name for name in ("one", "two")]
     for workers, folder in enumerate(folders, 1):
-        _shard("jsonl", pairs, folder, *options, "--workers", str(workers))
+        run_shard("jsonl", pairs, folder, *options, "--workers", str(workers))
     one, two = ({p.name: p.read_bytes() for p in f.iterdir()} for f in folders)
     assert one == two
     stored = _stored(folders[0])

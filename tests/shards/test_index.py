@@ -1,10 +1,8 @@
 """`dist-vse shard index`: tars of others are read where they lie, and never written."""
 
-import argparse
 import functools
 import hashlib
 import http.server
-import io
 import json
 import sys
 import tarfile
@@ -19,45 +17,9 @@ from dist_vse.common.errors import UserError
 from dist_vse.data.eval_stream import captions, eval_batches
 from dist_vse.data.index import image_id, read_index
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
-from shards import cli
 from shards.index.wds_reader import read_samples
 from tests.support.datasets import draw, encode
-
-IMG2DATASET = {"url": "http://x/1.jpg", "status": "success", "width": 32, "height": 32}
-
-
-def _tar(path: Path, members: dict[str, bytes | str | dict[str, object]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            text = json.dumps(content) if isinstance(content, dict) else content
-            data = text.encode() if isinstance(text, str) else text
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def _img2dataset(folder: Path, count: int = 7) -> list[Path]:
-    """Write two tars as img2dataset does, with its notes beside them."""
-    tars = []
-    for shard in range(2):
-        members: dict[str, bytes | str | dict[str, object]] = {}
-        for i in range(shard * 100, shard * 100 + count):
-            key, caption = f"{i:09d}", f"a drawing, number {i}"
-            members[f"{key}.jpg"] = encode(draw(i), "JPEG")
-            members[f"{key}.json"] = {**IMG2DATASET, "key": key, "caption": caption}
-            members[f"{key}.txt"] = caption
-        tars.append(_tar(folder / f"{shard:05d}.tar", members))
-        (folder / f"{shard:05d}_stats.json").write_text("{}")
-        (folder / f"{shard:05d}.parquet").write_bytes(b"PAR1")
-    return tars
-
-
-def _run(*arguments: str | Path) -> int:
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    return cli.run(parser.parse_args([str(a) for a in arguments]))
+from tests.support.shards import run_shard, write_img2dataset, write_tar
 
 
 def _state(paths: list[Path]) -> list[tuple[int, bytes]]:
@@ -77,9 +39,9 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 def test_img2dataset_tars_are_indexed_beside_themselves(tmp_path: Path) -> None:
-    tars = _img2dataset(tmp_path / "cc3m")
+    tars = write_img2dataset(tmp_path / "cc3m")
     before = _state(tars)
-    assert _run("index", tmp_path / "cc3m", "--workers", "1") == 0
+    assert run_shard("index", tmp_path / "cc3m", "--workers", "1") == 0
     assert _state(tars) == before
     index = read_index(tmp_path / "cc3m")
     assert [s.path for s in index.split("train").shards] == ["00000.tar", "00001.tar"]
@@ -102,10 +64,10 @@ def test_the_stream_reads_what_was_indexed(
 ) -> None:
     """Local, over HTTP and through a pipe: the same samples in the same order."""
     monkeypatch.setenv("DIST_VSE_CACHE", str(tmp_path / "cache"))
-    first, second = _img2dataset(tmp_path / "far")
+    first, second = write_img2dataset(tmp_path / "far")
     urls = (f"{server}/far/00000.tar", f"pipe:cat {second}")
-    assert _run("index", *urls, "--out", tmp_path / "remote", "--workers", "2") == 0
-    assert _run("index", first, second, "--out", tmp_path / "local", "--workers", "2") == 0
+    assert run_shard("index", *urls, "--out", tmp_path / "remote", "--workers", "2") == 0
+    assert run_shard("index", first, second, "--out", tmp_path / "local", "--workers", "2") == 0
     found = []
     for name in ("local", "remote"):
         index = read_index(tmp_path / name)
@@ -129,35 +91,35 @@ def test_tars_at_urls_are_resharded_as_local_ones(
     """Same bytes; a second run and a repair keep them, and no copy is left."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    _img2dataset(tmp_path / "far")
-    _tar(tmp_path / "far/00002.tar", {"bad.jpg": b"", "bad.txt": "no bytes"})
+    write_img2dataset(tmp_path / "far")
+    write_tar(tmp_path / "far/00002.tar", {"bad.jpg": b"", "bad.txt": "no bytes"})
     urls, near, far = f"{server}/far/{{00000..00002}}.tar", tmp_path / "near", tmp_path / "out"
     options = ("--shard-size", "6", "--max-bad", "1", "--workers", "2")
-    _run("reshard", tmp_path / "far", near, *options)
-    _run("reshard", urls, far, *options)
+    run_shard("reshard", tmp_path / "far", near, *options)
+    run_shard("reshard", urls, far, *options)
     for name in ("index.json", "train-00002.tar"):
         assert (far / name).read_bytes() == (near / name).read_bytes()
     (skipped,) = (far / "skipped.jsonl").read_text().splitlines()
     assert json.loads(skipped)["path"] == f"{server}/far/00002.tar at byte 512"
     before = {path: path.stat().st_mtime_ns for path in far.glob("*.tar")}
-    _run("reshard", urls, far, *options)
-    _run("repair", far, "--workers", "1")
+    run_shard("reshard", urls, far, *options)
+    run_shard("repair", far, "--workers", "1")
     assert {path: path.stat().st_mtime_ns for path in far.glob("*.tar")} == before
-    _run("reshard", f"pipe:cat {tmp_path}/far/00000.tar", tmp_path / "pipe", "--workers", "1")
+    run_shard("reshard", f"pipe:cat {tmp_path}/far/00000.tar", tmp_path / "pipe", "--workers", "1")
     assert read_index(tmp_path / "pipe").split("train").num_samples == 7
     assert not list((tmp_path / "tmp").iterdir())
-    _run("index", f"{server}/far/00000.tar", "--out", tmp_path / "index", "--workers", "1")
+    run_shard("index", f"{server}/far/00000.tar", "--out", tmp_path / "index", "--workers", "1")
     with pytest.raises(UserError, match=r"00000\.tar: is remote, and the index in .* names it"):
-        _run("reshard", tmp_path / "index", tmp_path / "none")
+        run_shard("reshard", tmp_path / "index", tmp_path / "none")
 
 
 def test_a_second_run_reads_only_what_changed(tmp_path: Path) -> None:
-    tars = _img2dataset(tmp_path / "in")
+    tars = write_img2dataset(tmp_path / "in")
     out = tmp_path / "in"
-    _run("index", *tars, "--workers", "1")
+    run_shard("index", *tars, "--workers", "1")
     before = {p.name: (p.stat().st_ino, p.read_bytes()) for p in out.glob("train.*")}
-    _tar(tars[1], {"1.png": encode(draw(1)), "1.txt": "one"})
-    _run("index", *tars, "--workers", "1")
+    write_tar(tars[1], {"1.png": encode(draw(1)), "1.txt": "one"})
+    run_shard("index", *tars, "--workers", "1")
     after = {p.name: (p.stat().st_ino, p.read_bytes()) for p in out.glob("train.*")}
     assert {name for name in before if before[name] == after[name]} == {
         "train.00000.npy",
@@ -166,17 +128,17 @@ def test_a_second_run_reads_only_what_changed(tmp_path: Path) -> None:
     assert read_index(out).split("train").num_samples == 8
 
     kept = _state(tars)
-    _run("index", tars[0], "--workers", "1")  # the other one is dropped, but not removed
+    run_shard("index", tars[0], "--workers", "1")  # the other one is dropped, but not removed
     assert _state(tars) == kept
     assert sorted(p.name for p in out.glob("train.*")) == ["train.00000.jsonl", "train.00000.npy"]
     assert read_index(out).split("train").num_samples == 7
 
 
 def test_tars_of_one_name_and_other_splits_live_together(tmp_path: Path) -> None:
-    (one, _), (two, _) = _img2dataset(tmp_path / "a"), _img2dataset(tmp_path / "b", 3)
+    (one, _), (two, _) = write_img2dataset(tmp_path / "a"), write_img2dataset(tmp_path / "b", 3)
     out = tmp_path / "out"
-    _run("index", one, two, "--out", out, "--workers", "1")
-    _run("index", two, "--out", out, "--split", "val", "--workers", "1")
+    run_shard("index", one, two, "--out", out, "--workers", "1")
+    run_shard("index", two, "--out", out, "--split", "val", "--workers", "1")
     index = read_index(out)
     assert {name: split.num_samples for name, split in index.splits.items()} == {
         "train": 10,
@@ -188,7 +150,7 @@ def test_tars_of_one_name_and_other_splits_live_together(tmp_path: Path) -> None
 
 def test_the_fate_of_odd_samples(tmp_path: Path) -> None:
     image = encode(draw(0))
-    tar = _tar(
+    tar = write_tar(
         tmp_path / "odd.tar",
         {
             "a.b/1.png": image,  # the key ends at the first dot of the file's name
@@ -212,8 +174,8 @@ def test_the_fate_of_odd_samples(tmp_path: Path) -> None:
         },
     )
     with pytest.raises(UserError, match=r"sample '4' \(.*odd\.tar\): no image"):
-        _run("index", tar)
-    _run("index", tar, "--max-bad", "5")
+        run_shard("index", tar)
+    run_shard("index", tar, "--max-bad", "5")
     index = read_index(tmp_path)
     (shard,) = index.split("train").shards
     lines = (tmp_path / f"{shard.side}.jsonl").read_text().splitlines()
@@ -228,9 +190,9 @@ def test_the_fate_of_odd_samples(tmp_path: Path) -> None:
     assert reasons["5"] == "no caption"
     assert reasons["6"] == "the image file is empty (0 bytes)"
     assert "broken" in reasons["7"] and "broken" in reasons["8"]
-    _run("index", tar, "--max-bad", "62.5%")
+    run_shard("index", tar, "--max-bad", "62.5%")
     with pytest.raises(UserError, match="5 bad of 8 samples where --max-bad allows 4"):
-        _run("index", tar, "--max-bad", "62%")
+        run_shard("index", tar, "--max-bad", "62%")
 
 
 @pytest.mark.parametrize(
@@ -246,14 +208,14 @@ def test_the_fate_of_odd_samples(tmp_path: Path) -> None:
         (["{in}/header.tar"], r"header\.tar: no plain tar, or cut \(no end of the archive"),
         (["nowhere://a.tar", "--out", "{in}/o"], r"nowhere://a\.tar: cannot be read \(Protocol"),
         (["pipe:", "--out", "{in}/o"], "pipe:: no plain tar"),
-        (["http://127.0.0.1:9/a.tar"], "say with --out where"),
+        (["http://127.0.0.1:9/a.tar"], "name a folder for its index with --out"),
         (["pipe:exit 3", "--out", "{in}/o"], "pipe:exit 3: cannot be read .*exit status 3"),
         (["{in}/good.tar", "{in}/good.tar"], r"good\.tar: is given twice"),
         (["{in}/good.tar", "--split", "a/b"], "split 'a/b' .* no file name"),
     ],
 )
 def test_what_cannot_be_indexed(tmp_path: Path, arguments: list[str], message: str) -> None:
-    good = _tar(tmp_path / "good.tar", {"1.png": encode(draw(1, size=64)), "1.txt": "one"})
+    good = write_tar(tmp_path / "good.tar", {"1.png": encode(draw(1, size=64)), "1.txt": "one"})
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         tar.add(good)
     (tmp_path / "cut.tar").write_bytes(good.read_bytes()[:700])
@@ -266,7 +228,7 @@ def test_what_cannot_be_indexed(tmp_path: Path, arguments: list[str], message: s
     (tmp_path / "o").mkdir()
     given = [argument.replace("{in}", str(tmp_path)) for argument in arguments]
     with pytest.raises(UserError, match=message) as caught:
-        _run("index", *given)
+        run_shard("index", *given)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("index.json")) and not list(tmp_path.rglob("*.tmp"))
 
@@ -274,18 +236,22 @@ def test_what_cannot_be_indexed(tmp_path: Path, arguments: list[str], message: s
 def test_a_url_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(UserError, match=r"^http://x/a\.tar: URLs need .*dist_vse\[remote\]'$"):
-        _run("index", "http://x/a.tar", "--out", tmp_path)
+        run_shard("index", "http://x/a.tar", "--out", tmp_path)
 
 
 def test_braces_and_patterns_name_many(tmp_path: Path) -> None:
-    _img2dataset(tmp_path)
-    _run("index", f"{tmp_path}/{{00000..00001}}.tar", "--out", tmp_path / "a", "--workers", "1")
-    _run("index", f"{tmp_path}/*.tar", "--out", tmp_path / "b", "--workers", "1")
+    write_img2dataset(tmp_path)
+    run_shard(
+        "index", f"{tmp_path}/{{00000..00001}}.tar", "--out", tmp_path / "a", "--workers", "1"
+    )
+    run_shard("index", f"{tmp_path}/*.tar", "--out", tmp_path / "b", "--workers", "1")
     assert (tmp_path / "a/index.json").read_bytes() == (tmp_path / "b/index.json").read_bytes()
     assert read_index(tmp_path / "a").split("train").num_samples == 14
 
 
 def test_a_tar_of_ours_is_read_back(tmp_path: Path) -> None:
-    tar = _tar(tmp_path / "x.tar", {"k.png": encode(draw(1)), "k.json": {"captions": ["a", "b"]}})
+    tar = write_tar(
+        tmp_path / "x.tar", {"k.png": encode(draw(1)), "k.json": {"captions": ["a", "b"]}}
+    )
     (sample,) = read_samples(tar)
     assert (sample.key, sample.captions) == ("k", ("a", "b"))

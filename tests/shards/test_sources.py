@@ -13,6 +13,7 @@ from shards.sources.folder import read_folder
 from shards.sources.jsonl import read_jsonl
 from shards.sources.karpathy import read_karpathy
 from tests.support.datasets import draw, encode
+from tests.support.shards import COCO, karpathy_sentences
 
 
 def _image(path: Path, number: int = 0) -> Path:
@@ -21,47 +22,12 @@ def _image(path: Path, number: int = 0) -> Path:
     return path
 
 
-def _sentences(imgid: int, captions: list[str]) -> dict[str, Any]:
-    sentids = [imgid * 5 + i for i in range(len(captions))]
-    sentences = [
-        {"tokens": raw.lower().strip(" .").split(), "raw": raw, "imgid": imgid, "sentid": sentid}
-        for raw, sentid in zip(captions, sentids, strict=True)
-    ]
-    return {"imgid": imgid, "sentids": sentids, "sentences": sentences}
-
-
-COCO: dict[str, Any] = {
-    "images": [
-        {
-            "filepath": "val2014",
-            "filename": "COCO_val2014_000000391895.jpg",
-            "split": "test",
-            "cocoid": 391895,
-            **_sentences(0, [f"A man rides a motor bike, take {i}." for i in range(6)]),
-        },
-        {
-            "filepath": "val2014",
-            "filename": "COCO_val2014_000000522418.jpg",
-            "split": "restval",
-            "cocoid": 522418,
-            **_sentences(1, [f" A woman cuts a cake, take {i}. " for i in range(7)]),
-        },
-        {
-            "filepath": "train2014",
-            "filename": "COCO_train2014_000000318219.jpg",
-            "split": "train",
-            "cocoid": 318219,
-            **_sentences(2, [f"A boy with headphones {i}" for i in range(5)]),
-        },
-    ],
-    "dataset": "coco",
-}
 FLICKR = {
     "images": [
         {
             "filename": "1000092795.jpg",
             "split": "val",
-            **_sentences(0, [f"Two young guys with shaggy hair, {i}." for i in range(5)]),
+            **karpathy_sentences(0, [f"Two young guys with shaggy hair, {i}." for i in range(5)]),
         }
     ],
     "dataset": "flickr30k",

@@ -10,9 +10,8 @@ from PIL import Image
 
 from dist_vse.common.errors import UserError
 from shards.verify.stats import COLUMNS, GREY, THUMB, dataset_stats, shared_images
-from tests.shards.test_cli import _shard
-from tests.shards.test_index import _tar
 from tests.support.datasets import Sample, draw, encode, make_sample, write_shards
+from tests.support.shards import run_shard, write_tar
 
 
 def test_stats_count_and_find_what_is_shared(
@@ -35,7 +34,7 @@ def test_stats_count_and_find_what_is_shared(
     assert shared_images(stats) == [("train", "val", 1)]
 
     sheet = tmp_path / "sheet.png"
-    assert _shard("stats", tmp_path, "--workers", "1", "--contact-sheet", sheet) == 0
+    assert run_shard("stats", tmp_path, "--workers", "1", "--contact-sheet", sheet) == 0
     output = capsys.readouterr().out
     assert "1 images are in both train and val" in output
     assert "words a caption (median 5)" in output
@@ -46,16 +45,16 @@ def test_stats_count_and_find_what_is_shared(
 
     write_shards(tmp_path / "bad", {"train": [[Sample("b", b"GIF89a", ("a",))]]})
     with pytest.raises(UserError, match=r"row 0 is broken .*shard verify"):
-        _shard("stats", tmp_path / "bad", "--workers", "1")
+        run_shard("stats", tmp_path / "bad", "--workers", "1")
 
 
 def test_an_unusable_image_is_a_grey_tile(tmp_path: Path) -> None:
     """Indexing decodes nothing, so that half a JPEG may be among the samples."""
     photo = encode(draw(1, size=96), "JPEG")
     members = {"1.jpg": photo, "1.txt": "whole", "2.jpg": photo[: len(photo) // 2], "2.txt": "half"}
-    _shard("index", _tar(tmp_path / "x.tar", members), "--workers", "1")
+    run_shard("index", write_tar(tmp_path / "x.tar", members), "--workers", "1")
     sheet = tmp_path / "sheet.png"
-    assert _shard("stats", tmp_path, "--workers", "1", "--contact-sheet", sheet) == 0
+    assert run_shard("stats", tmp_path, "--workers", "1", "--contact-sheet", sheet) == 0
     with Image.open(sheet) as image:
         pixels = np.asarray(image.convert("RGB"))
     first, second = ((pixels[:, at : at + 168] == GREY).all(-1) for at in (0, 168))

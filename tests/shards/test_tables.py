@@ -20,8 +20,8 @@ from shards.sources.coco import read_coco
 from shards.sources.flickr import read_flickr
 from shards.sources.jsonl import read_jsonl
 from shards.sources.table import read_csv, read_parquet, read_tsv
-from tests.shards.test_cli import _shard
 from tests.support.datasets import draw, encode
+from tests.support.shards import run_shard
 
 COCO: dict[str, Any] = {
     "info": {"description": "COCO 2017 Dataset", "year": 2017},
@@ -214,7 +214,7 @@ def test_parquet_of_several_files_holds_lists(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("image,caption\n1.jpg,one,two\n", r":2: 3 cells where the header has 2"),
-        ('image,caption\n1.jpg,"one" two\n', r":2: .*mend the quotes"),
+        ('image,caption\n1.jpg,"one" two\n', r":2: .*fix the quotes"),
         ("image,caption\n,one\n", r":2: column 'image' is ''"),
         ("image,caption,split\n1.jpg,a,val\n1.jpg,b,test\n", r":3: 1\.jpg is of split 'test', but"),
         ("", "no column 'image'"),
@@ -243,8 +243,8 @@ def test_languages_are_kept_apart_and_chosen(tmp_path: Path) -> None:
     assert (wide.captions, wide.languages) == (("one", "eins"), ("en", "de"))
 
     (tmp_path / "1.png").write_bytes(encode(draw(1)))
-    _shard("jsonl", pairs, tmp_path / "out", "--workers", "1")
-    _shard("reshard", tmp_path / "out", tmp_path / "de", "--languages", "de", "--workers", "1")
+    run_shard("jsonl", pairs, tmp_path / "out", "--workers", "1")
+    run_shard("reshard", tmp_path / "out", tmp_path / "de", "--languages", "de", "--workers", "1")
     for name, languages in (("out", ["en", "en", "de"]), ("de", ["de"])):
         index = read_index(tmp_path / name)
         (shard,) = index.split("train").shards
@@ -254,7 +254,7 @@ def test_languages_are_kept_apart_and_chosen(tmp_path: Path) -> None:
         assert len(meta["captions"]) == len(languages)
     pairs.write_text(json.dumps({"image": "1.png", "caption": "one"}))
     with pytest.raises(UserError, match=r"sample '1' .*names no languages"):
-        _shard("jsonl", pairs, tmp_path / "out", "--languages", "de")
+        run_shard("jsonl", pairs, tmp_path / "out", "--languages", "de")
 
 
 def test_annotations_and_images_may_lie_at_urls(tmp_path: Path) -> None:
@@ -268,9 +268,9 @@ def test_annotations_and_images_may_lie_at_urls(tmp_path: Path) -> None:
         threading.Thread(target=server.serve_forever).start()
         url = f"http://127.0.0.1:{server.server_port}/pairs.jsonl"
         options = ("--workers", "2", "--shard-size", "2", "--max-bad", "1")
-        _shard("jsonl", url, tmp_path / "far", *options)
+        run_shard("jsonl", url, tmp_path / "far", *options)
         server.shutdown()
-    _shard("jsonl", tmp_path / "pairs.jsonl", tmp_path / "near", *options)
+    run_shard("jsonl", tmp_path / "pairs.jsonl", tmp_path / "near", *options)
     assert (tmp_path / "far/index.json").read_bytes() == (tmp_path / "near/index.json").read_bytes()
     (skipped,) = (tmp_path / "far/skipped.jsonl").read_text().splitlines()
     assert json.loads(skipped)["reason"].startswith("no such image file")
@@ -286,13 +286,13 @@ def test_tars_are_cut_and_shuffled_anew(tmp_path: Path) -> None:
     lines[8]["split"] = "val"
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     size = ("--workers", "1", "--shard-size")
-    _shard("jsonl", tmp_path / "pairs.jsonl", tmp_path / "a", *size, "3")
-    _shard("reshard", tmp_path / "a", tmp_path / "b", *size, "500B", "--seed", "1")
-    _shard("reshard", tmp_path / "b", tmp_path / "c", *size, "3")
+    run_shard("jsonl", tmp_path / "pairs.jsonl", tmp_path / "a", *size, "3")
+    run_shard("reshard", tmp_path / "a", tmp_path / "b", *size, "500B", "--seed", "1")
+    run_shard("reshard", tmp_path / "b", tmp_path / "c", *size, "3")
     assert len(list((tmp_path / "b").glob("train-*.tar"))) > 3
     assert (tmp_path / "a/index.json").read_bytes() == (tmp_path / "c/index.json").read_bytes()
     assert sorted(read_index(tmp_path / "c").splits) == ["train", "val"]
-    _shard("reshard", tmp_path / "a", tmp_path / "d", "--split", "all", "--workers", "1")
+    run_shard("reshard", tmp_path / "a", tmp_path / "d", "--split", "all", "--workers", "1")
     assert list(read_index(tmp_path / "d").splits) == ["all"]
     with pytest.raises(UserError, match=r"^http://127\.0\.0\.1:9/a\.tar: cannot be read"):
-        _shard("reshard", "http://127.0.0.1:9/a.tar", tmp_path / "e")
+        run_shard("reshard", "http://127.0.0.1:9/a.tar", tmp_path / "e")

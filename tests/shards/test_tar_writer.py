@@ -15,8 +15,8 @@ from shards.build.tar_writer import TarWriter, header
 
 
 @pytest.fixture(autouse=True)
-def _no_spare_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar, "_spare", [])  # those of other tests may have another size
+def _no_free_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar, "_free_buffers", [])  # those of other tests may have another size
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 8**11 - 1])
@@ -64,7 +64,7 @@ def test_members_filled_in_place_are_carried_over_chunks(
     members = {f"{i:04d}.bin": bytes([i + 1]) * (i * 71 + 1) for i in range(40)}
     with _Reluctant(tmp_path / "ours.tar", "wb") as file, TarWriter(file) as writer:
         for name, data in members.items():
-            view = writer.room(len(data))
+            view = writer.reserve(len(data))
             assert view is not None
             view[:] = data
             writer.add_filled(name, len(data))
@@ -98,8 +98,8 @@ def test_buffers_go_to_the_next_writer_each_once_even_after_an_error(tmp_path: P
 
     with pytest.raises(OSError, match="no space left"):
         fill(_Full(tmp_path / "none.tar", "wb"))
-    first = {id(buffer.obj) for buffer in tar._spare}
-    assert len(first) == len(tar._spare) == tar._CHUNKS
+    first = {id(buffer.obj) for buffer in tar._free_buffers}
+    assert len(first) == len(tar._free_buffers) == tar._CHUNKS
     assert fill(io.FileIO(tmp_path / "a.tar", "wb")) == fill(io.FileIO(tmp_path / "b.tar", "wb"))
-    assert {id(buffer.obj) for buffer in tar._spare} == first
+    assert {id(buffer.obj) for buffer in tar._free_buffers} == first
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()

@@ -9,9 +9,8 @@ import pytest
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
-from tests.shards.test_cli import _shard
-from tests.shards.test_index import _img2dataset
 from tests.support.datasets import Sample, draw, encode, make_sample, write_shards
+from tests.support.shards import run_shard, write_img2dataset
 
 ONE = ("--workers", "1")
 
@@ -28,7 +27,7 @@ def made(tmp_path: Path) -> Path:
         pairs = tmp_path / f"in/{name}.jsonl"
         pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
         options = ("--shard-size", "3", "--max-side", "48", "--max-bad", "10%", *ONE)
-        _shard("jsonl", pairs, tmp_path / "out", *options)
+        run_shard("jsonl", pairs, tmp_path / "out", *options)
     return tmp_path / "out"
 
 
@@ -60,18 +59,18 @@ def test_damage_is_found_and_mended(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert _shard("verify", made, *ONE) == 0
+    assert run_shard("verify", made, *ONE) == 0
     before = _state(made)
     harm(made / name)
     capsys.readouterr()
     with pytest.raises(UserError, match=rf"1 of its shards are damaged; .*repair {made}"):
-        _shard("verify", made, "--workers", "2")
+        run_shard("verify", made, "--workers", "2")
     output = capsys.readouterr().out
     with pytest.raises(AssertionError, match=rf"(?m)^train-00001\.tar: .*{message}"):
         raise AssertionError(output)
     assert output.count(".tar: ") == 1
-    assert _shard("repair", made, *ONE) == 0
-    assert _shard("verify", made, *ONE) == 0
+    assert run_shard("repair", made, *ONE) == 0
+    assert run_shard("verify", made, *ONE) == 0
     after = _state(made)
     assert {n: data for n, (_, data) in after.items()} == {n: d for n, (_, d) in before.items()}
     tars = [n for n in before if n.endswith(".tar") and n != "train-00001.tar"]
@@ -85,7 +84,7 @@ def test_stats_tell_what_is_missing_or_cut(
 ) -> None:
     harm(made / name)
     with pytest.raises(UserError, match=rf"{name}: is (missing|cut)") as caught:
-        _shard("stats", made, *ONE)
+        run_shard("stats", made, *ONE)
     assert "\n" not in str(caught.value) and "dist-vse shard" in str(caught.value)
 
 
@@ -93,7 +92,7 @@ def test_stats_tell_what_is_missing_or_cut(
 def test_a_broken_note_of_the_commands_is_told(made: Path, text: str) -> None:
     (made / "commands.jsonl").write_text(text + "\n")
     with pytest.raises(UserError, match=r"commands\.jsonl: is broken \(.*; remove it"):
-        _shard("repair", made, *ONE)
+        run_shard("repair", made, *ONE)
 
 
 @pytest.mark.parametrize(
@@ -111,27 +110,27 @@ def test_a_broken_note_of_the_commands_is_told(made: Path, text: str) -> None:
 def test_a_broken_index_is_told(made: Path, content: bytes) -> None:
     (made / "index.json").write_bytes(content)
     with pytest.raises(UserError, match=r"index\.json: not a dist_vse index \(.*; make it"):
-        _shard("verify", made, *ONE)
+        run_shard("verify", made, *ONE)
 
 
 def test_an_index_of_another_format_is_told(made: Path) -> None:
     (made / "index.json").write_text('{"format": 9}')
     with pytest.raises(UserError, match=r"index\.json: format 9, but this version reads 1$"):
-        _shard("verify", made, *ONE)
+        run_shard("verify", made, *ONE)
 
 
 def test_resharding_misses_no_tar_of_the_index(made: Path) -> None:
     (made / "train-00001.tar").unlink()
     with pytest.raises(UserError, match=r"train-00001\.tar: is missing, and the index names it"):
-        _shard("reshard", made, made.parent / "again", *ONE)
+        run_shard("reshard", made, made.parent / "again", *ONE)
 
 
 def test_repair_needs_to_know_the_command(made: Path) -> None:
     (made / "commands.jsonl").unlink()
     with pytest.raises(UserError, match="run the command that made the shards again"):
-        _shard("repair", made)
+        run_shard("repair", made)
     with pytest.raises(UserError, match="no such index"):
-        _shard("verify", made.parent / "in")
+        run_shard("verify", made.parent / "in")
 
 
 def test_samples_that_cannot_be_used_are_named(
@@ -148,7 +147,7 @@ def test_samples_that_cannot_be_used_are_named(
     ]
     write_shards(tmp_path, {"train": [samples]})
     with pytest.raises(UserError, match="4 samples cannot be used, though their bytes are as"):
-        _shard("verify", tmp_path, *ONE)
+        run_shard("verify", tmp_path, *ONE)
     lines = capsys.readouterr().out.splitlines()
     faults = [line for line in lines if line.startswith("train-00000.tar: sample")]
     named = ("'broken': the file", "'json': its JSON", "'blank': caption 2",
@@ -162,24 +161,24 @@ def test_captions_are_counted(made: Path) -> None:
     path = made / "index.json"
     path.write_text(path.read_text().replace('"num_captions": 6', '"num_captions": 7'))
     with pytest.raises(UserError, match="1 of its shards are damaged"):
-        _shard("verify", made, *ONE)
+        run_shard("verify", made, *ONE)
 
 
 def test_indexed_tars_are_verified_and_indexed_again(tmp_path: Path) -> None:
-    first, second = _img2dataset(tmp_path / "far")
+    first, second = write_img2dataset(tmp_path / "far")
     out = tmp_path / "out"
-    _shard("index", first, f"pipe:cat {second}", "--out", out, *ONE)
-    assert _shard("verify", out, *ONE) == 0
+    run_shard("index", first, f"pipe:cat {second}", "--out", out, *ONE)
+    assert run_shard("verify", out, *ONE) == 0
     before = _state(out)
     _flip(out / "train.00001.jsonl")
     (out / "train.00000.npy").unlink()
     with pytest.raises(UserError, match="2 of its shards are damaged"):
-        _shard("verify", out, *ONE)
-    _shard("repair", out, *ONE)
+        run_shard("verify", out, *ONE)
+    run_shard("repair", out, *ONE)
     assert {n: d for n, (_, d) in _state(out).items()} == {n: d for n, (_, d) in before.items()}
     assert read_index(out).split("train").num_samples == 14
     data = bytearray(first.read_bytes())
     data[600] ^= 1
     first.write_bytes(data)
     with pytest.raises(UserError, match="1 of its shards are damaged"):
-        _shard("verify", out, *ONE)
+        run_shard("verify", out, *ONE)

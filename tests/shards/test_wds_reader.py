@@ -8,9 +8,8 @@ import webdataset
 
 from dist_vse.data.index import read_index
 from shards.index.wds_reader import read_samples
-from tests.shards.test_cli import _shard
-from tests.shards.test_index import _tar
 from tests.support.datasets import draw, encode
+from tests.support.shards import run_shard, write_tar
 
 ONE = ("--workers", "1")
 IMAGE = encode(draw(0))
@@ -18,7 +17,7 @@ IMAGE = encode(draw(0))
 
 def test_only_webdatasets_own_notes_are_skipped(tmp_path: Path) -> None:
     names = ("__dog.png", "__x__.png", "a/__y__.png", "__note__", "__notes__/z.png", "_b.png", "c.")
-    tar = _tar(tmp_path / "x.tar", {name: IMAGE for name in names})
+    tar = write_tar(tmp_path / "x.tar", {name: IMAGE for name in names})
     read = webdataset.WebDataset([str(tar)], shardshuffle=False)
     keys = [sample.key for sample in read_samples(tar)]
     assert keys == [sample["__key__"] for sample in read]
@@ -28,13 +27,13 @@ def test_only_webdatasets_own_notes_are_skipped(tmp_path: Path) -> None:
 def test_an_extension_that_comes_again_begins_another_sample(tmp_path: Path) -> None:
     """`_tar` takes a dict: the second pair has capitals, which are the same extensions."""
     members = {"d.png": IMAGE, "d.txt": "one", "d.PNG": encode(draw(1)), "d.TXT": "two"}
-    tar = _tar(tmp_path / "in/x.tar", members | {"d.Txt": "and no image"})
+    tar = write_tar(tmp_path / "in/x.tar", members | {"d.Txt": "and no image"})
     first, second, third = read_samples(tar)
     assert first.image != second.image
     assert [sample.captions for sample in (first, second)] == [("one",), ("two",)]
     assert third.fault == "no image"
-    _shard("index", tar, "--out", tmp_path / "index", "--max-bad", "1", *ONE)
-    _shard("reshard", tar, tmp_path / "out", "--max-bad", "1", *ONE)
+    run_shard("index", tar, "--out", tmp_path / "index", "--max-bad", "1", *ONE)
+    run_shard("reshard", tar, tmp_path / "out", "--max-bad", "1", *ONE)
     for folder in (tmp_path / "index", tmp_path / "out"):
         assert read_index(folder).split("train").num_samples == 2
         (skipped,) = (folder / "skipped.jsonl").read_text().splitlines()
@@ -46,7 +45,7 @@ def test_the_image_is_the_member_with_a_bare_extension(
     tmp_path: Path, order: tuple[int, ...]
 ) -> None:
     members = [("c.depth.png", encode(draw(1))), ("c.png", IMAGE), ("c.txt", b"one")]
-    tar = _tar(tmp_path / "x.tar", dict(members[i] for i in order))
+    tar = write_tar(tmp_path / "x.tar", dict(members[i] for i in order))
     (sample,) = read_samples(tar)
     assert sample.image is not None
     at, size = sample.image
@@ -56,9 +55,9 @@ def test_the_image_is_the_member_with_a_bare_extension(
 def test_resharding_reads_what_the_index_names(tmp_path: Path) -> None:
     """Not the tars beside them; each under the split that it was indexed as."""
     for name in ("a", "b", "c"):
-        _tar(tmp_path / f"in/{name}.tar", {f"{name}.png": IMAGE, f"{name}.txt": name})
-    _shard("index", tmp_path / "in/a.tar", *ONE)
-    _shard("index", tmp_path / "in/b.tar", "--split", "val", *ONE)
-    _shard("reshard", tmp_path / "in", tmp_path / "out", *ONE)
+        write_tar(tmp_path / f"in/{name}.tar", {f"{name}.png": IMAGE, f"{name}.txt": name})
+    run_shard("index", tmp_path / "in/a.tar", *ONE)
+    run_shard("index", tmp_path / "in/b.tar", "--split", "val", *ONE)
+    run_shard("reshard", tmp_path / "in", tmp_path / "out", *ONE)
     splits = read_index(tmp_path / "out").splits
     assert {name: split.num_samples for name, split in splits.items()} == {"train": 1, "val": 1}
