@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from dist_vse.common.errors import UserError
+from dist_vse.config import ImageConfig
 from dist_vse.data.decode import BadSampleError, Transform, decode_image
 from dist_vse.data.index import Index
 from dist_vse.data.prefetch import Prefetcher
 from dist_vse.data.reader import ShardReader
-from dist_vse.data.samples import Tokenizer
+from dist_vse.data.samples import ONE_PROCESS, Placement, Tokenizer
 from dist_vse.data.workers import run_workers
 
 BATCHES_AHEAD = 2
@@ -39,38 +40,37 @@ class EvalBatch:
 
 def eval_batches(
     index: Index,
-    tokenizer: Tokenizer,
-    *,
     split: str,
+    tokenizer: Tokenizer,
+    image: ImageConfig,
+    *,
     batch_size: int,
-    size: int,
-    rank: int,
-    world_size: int,
+    placement: Placement = ONE_PROCESS,
     num_workers: int = 0,
     scaled: bool = False,
-    squash: bool = False,
-    resampling: str = "bicubic",
 ) -> Iterator[EvalBatch]:
     """Yield this rank's contiguous share of a split, `batch_size` images at a time.
 
     Over the ranks each sample comes exactly once, in the order of the index; images are cropped
-    in the middle to `size` pixels (`squash`: not cropped), and decoded in full, or as for training
+    in the middle (`image.squash`: not cropped), and decoded in full, or as for training
     (`scaled`). A rank without a share yields nothing.
 
     Raises UserError for a sample that cannot be used: leaving it out would change the metrics.
     """
-    num_samples = index.split(split).num_samples
-    start, stop = eval_share(num_samples, batch_size, rank, world_size)
-    transform = Transform(size, scaled=scaled, squash=squash, resampling=resampling)
+    start, stop = eval_share(index.split(split).num_samples, batch_size, placement)
+    transform = Transform(
+        image.size, scaled=scaled, squash=image.squash, resampling=image.resampling
+    )
     share = _Share(index, split, start, stop, batch_size, transform, tokenizer)
     return run_workers(share, num_workers=num_workers, prefetch=BATCHES_AHEAD)
 
 
-def eval_share(num_samples: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
+def eval_share(num_samples: int, batch_size: int, placement: Placement) -> tuple[int, int]:
     """Return the first sample of a rank's share, and the one after its last."""
     # Shares of whole batches: a batch holds the same rows for any number of ranks, so that its
     # features have the same last bits.
     num_batches = -(-num_samples // batch_size)
+    rank, world_size = placement
     start, stop = (
         min(num_samples, num_batches * r // world_size * batch_size) for r in (rank, rank + 1)
     )

@@ -16,9 +16,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER_FORMAT = 2
-"""Kept by checkpoints. In 1, all sets of a mixture gave their longer shares to the same streams."""
-
 
 @dataclass(frozen=True)
 class Source:

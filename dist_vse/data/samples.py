@@ -5,7 +5,7 @@ Shapes: k samples of one stream, b on this rank, h = w pixels, l tokens, L strea
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,15 @@ class Tokenizer(Protocol):
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Return int64 (n, l), padded to the longest caption."""
 
+
+class Placement(NamedTuple):
+    """Which of the processes that share the data this one is."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+ONE_PROCESS = Placement()
 
 @dataclass(frozen=True)
 class Skipped:

@@ -16,8 +16,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from dist_vse.common.errors import UserError
+from dist_vse.config import DataConfig
 from dist_vse.data.decode import BadSampleError, Transform, decode_image
-from dist_vse.data.index import Index, image_id
+from dist_vse.data.index import Index, image_id, read_index
 from dist_vse.data.jpeg import Pixels
 from dist_vse.data.order import EpochOrder, Order, Place
 from dist_vse.data.prefetch import Prefetcher
@@ -49,6 +50,17 @@ class TrainSet:
 
     def __str__(self) -> str:
         return f"{self.index.root}, split {self.split!r}"
+
+
+def open_train_sets(data: DataConfig) -> list[TrainSet]:
+    """Read the indexes of the data sets to train on.
+
+    Raises UserError for a missing one, or one without the split.
+    """
+    sets = [TrainSet(read_index(s.index), s.split, s.weight) for s in data.train_sets()]
+    for a_set in sets:
+        a_set.index.split(a_set.split)
+    return sets
 
 
 class _Sample(NamedTuple):

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_vse.common.errors import UserError
+from dist_vse.config import DataConfig, ImageConfig
 from dist_vse.data.decode import Transform
-from dist_vse.data.order import ORDER_FORMAT, Order, Source
-from dist_vse.data.samples import Batch, Tokenizer, join_parts
+from dist_vse.data.order import Order, Source
+from dist_vse.data.samples import ONE_PROCESS, Batch, Placement, Tokenizer, join_parts
 from dist_vse.data.shared_buffers import Slots
 from dist_vse.data.streams import RankStreams, TrainSet
 from dist_vse.data.workers import run_workers
@@ -20,25 +21,14 @@ SAMPLES_AHEAD = 64
 
 def train_batches(
     sets: Sequence[TrainSet],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    image: ImageConfig,
     *,
     seed: int,
     global_batch_size: int,
-    streams: int,
-    shuffle_window: int,
-    size: int,
-    crop: str,
-    min_crop_area: float,
-    flip: bool,
-    color_jitter: float,
-    tokenizer: Tokenizer,
-    rank: int,
-    world_size: int,
-    num_workers: int,
+    placement: Placement = ONE_PROCESS,
     state: NDArray[np.int64] | None = None,
-    state_format: int = ORDER_FORMAT,
-    read_images: bool = True,
-    squash: bool = False,
-    resampling: str = "bicubic",
 ) -> Iterator[Batch]:
     """Yield this rank's rows of one global batch after the other, for ever.
 
@@ -46,20 +36,21 @@ def train_batches(
     concatenated over the ranks, the batches are the same for every W that divides L and for any
     number of workers. An epoch holds each good sample once (or `weight` times, on average, where
     several sets are mixed); batches cross its end, stream by stream.
-    `crop` is "random" or "center" (`squash`: not cropped), to `size` pixels. `state` (L, 2) is
-    all ranks' `Batch.state` in rank order, of any W: the stream goes on there, if it was written
-    in this `state_format`. Without `read_images` the batches' images have no pixels.
+    `state` (L, 2) is all ranks' `Batch.state` in rank order, of any W: the stream goes on there.
+    With `data.features` the batches' images have no pixels.
 
     Raises UserError: at once for too few samples or a state that does not fit; later for a
     missing shard, a stream without a single good sample, or too little shared memory.
     """
+    streams, num_workers = data.num_streams, data.num_workers
+    rank, world_size = placement
     assert global_batch_size % streams == 0, (global_batch_size, streams)
     assert streams % (world_size * max(1, num_workers)) == 0, (streams, world_size, num_workers)
-    order = Order(tuple(map(_source, sets)), seed, streams, shuffle_window)
+    order = Order(tuple(map(_source, sets)), seed, streams, data.shuffle_window)
     where = "; ".join(map(str, sets))
     _check_samples(where, order.per_epoch, streams, global_batch_size)
     state = np.zeros((streams, 2), np.int64) if state is None else state
-    _check_state(where, order, state, state_format)
+    _check_state(where, order, state)
     rank_streams = streams // world_size
     rows = global_batch_size // world_size
     # One batch is made while another waits; more where batches are small.
@@ -70,20 +61,24 @@ def train_batches(
         first=rank * rank_streams,
         state=state[rank * rank_streams : (rank + 1) * rank_streams],
         part_size=global_batch_size // streams,
-        transform=Transform(
-            size,
-            crop == "random",
-            min_crop_area,
-            flip,
-            color_jitter,
-            scaled=True,
-            squash=squash,
-            resampling=resampling,
-        ),
+        transform=_transform(data, image),
         tokenizer=tokenizer,
-        read_images=read_images,
+        read_images=data.features is None,
     )
     return _batches(plan, rows, num_workers, prefetch)
+
+
+def _transform(data: DataConfig, image: ImageConfig) -> Transform:
+    return Transform(
+        image.size,
+        random_crop=data.crop == "random",
+        min_crop_area=data.min_crop_area,
+        flip=data.flip,
+        color_jitter=data.color_jitter,
+        scaled=True,
+        squash=image.squash,
+        resampling=image.resampling,
+    )
 
 
 def _source(a_set: TrainSet) -> Source:
@@ -119,13 +114,8 @@ def _check_samples(where: str, num_samples: int, streams: int, global_batch_size
             )
 
 
-def _check_state(where: str, order: Order, state: NDArray[np.int64], state_format: int) -> None:
-    """Check that the positions are those of this data set, these streams and this order."""
-    if state_format != ORDER_FORMAT and len(order.sources) > 1:
-        raise UserError(
-            f"{where}: this version mixes data sets in another order than the one that wrote the "
-            "checkpoint; end the run with that version, or begin anew in another output_dir"
-        )
+def _check_state(where: str, order: Order, state: NDArray[np.int64]) -> None:
+    """Check that the positions are those of this data set and these streams."""
     if state.shape != (order.streams, 2):
         raise UserError(
             f"the checkpoint has {len(state)} streams, but data.num_streams is {order.streams}; "

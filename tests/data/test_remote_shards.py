@@ -65,11 +65,10 @@ def _stream(folder: Path, num_workers: int, steps: int) -> list[list[int]] | str
     index = read_index(folder)
     batches = open_rank(
         [TrainSet(index, "train")],
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        Placement(distributed.rank(), distributed.world_size()),
         num_workers=num_workers,
         global_batch_size=12,
-        streams=2,
+        num_streams=2,
         shuffle_window=9,
         **PLAIN,
     )
@@ -128,7 +127,7 @@ def test_the_next_blocks_shards_are_copied_ahead(
     monkeypatch.setenv("DIST_VSE_CACHE", str(tmp_path / "cache"))
     index = remote_index(server.url)
     batches = open_rank(
-        [TrainSet(index, "train")], global_batch_size=1, streams=1, shuffle_window=9, **PLAIN
+        [TrainSet(index, "train")], global_batch_size=1, num_streams=1, shuffle_window=9, **PLAIN
     )
     next(batches)
     wait_for_copies(tmp_path / "cache", 3)  # of 4; blocks touch two or three

@@ -36,8 +36,8 @@ def test_photographs_are_decoded_into_the_batch(tmp_path: Path) -> None:
     images = [encode(draw(n, size=64).resize((96, 80)), "JPEG") for n in range(12)]
     samples = [Sample(f"p{n}", data, ("a",), extension="jpg") for n, data in enumerate(images)]
     index = write_shards(tmp_path, {"train": [samples]})
-    (stream,) = start(index, streams=2, global_batch_size=12, crop="center", flip=False)
-    (plain,) = start(index, streams=2, global_batch_size=12, **PLAIN)
+    (stream,) = start(index, num_streams=2, global_batch_size=12, crop="center", flip=False)
+    (plain,) = start(index, num_streams=2, global_batch_size=12, **PLAIN)
     batch = next(plain)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     for pixels, (_, number) in zip(batch.images, batch.origin.tolist(), strict=True):
@@ -48,7 +48,7 @@ def test_photographs_are_decoded_into_the_batch(tmp_path: Path) -> None:
 
 def test_captions_take_turns(tmp_path: Path) -> None:
     index = write_dataset(tmp_path, {"train": 24}, size=16, captions=3)
-    (stream,) = start(index, global_batch_size=24, streams=2)
+    (stream,) = start(index, global_batch_size=24, num_streams=2)
     first, *others = list(itertools.islice(stream, 6))
     by_image: dict[int, list[int]] = {}
     for batch in (first, *others):
@@ -64,7 +64,7 @@ def test_crops_differ_between_epochs_and_seeds(tmp_path: Path) -> None:
     index = write_dataset(tmp_path, {"train": 16}, size=16)
 
     def pixels(seed: int) -> list[dict[int, bytes]]:
-        (stream,) = start(index, global_batch_size=16, streams=1, seed=seed, min_crop_area=0.2)
+        (stream,) = start(index, global_batch_size=16, num_streams=1, seed=seed, min_crop_area=0.2)
         return [
             {
                 number: image.numpy().tobytes()
@@ -83,7 +83,7 @@ def test_a_crop_depends_on_nothing_but_seed_epoch_and_sample(tmp_path: Path) -> 
     index = write_dataset(tmp_path, {"train": [9, 7]}, size=16)
 
     def pixels(streams: int, window: int) -> dict[tuple[int, ...], bytes]:
-        (stream,) = start(index, global_batch_size=16, streams=streams, shuffle_window=window)
+        (stream,) = start(index, global_batch_size=16, num_streams=streams, shuffle_window=window)
         return {
             tuple(origin): image.numpy().tobytes()
             for batch in itertools.islice(stream, 2)

@@ -35,7 +35,7 @@ def flawed(tmp_path: Path) -> Index:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_bad_samples_are_skipped_and_named(flawed: Index, num_workers: int) -> None:
-    (stream,) = start(flawed, global_batch_size=4, streams=2, num_workers=num_workers)
+    (stream,) = start(flawed, global_batch_size=4, num_streams=2, num_workers=num_workers)
     batches = list(itertools.islice(stream, 24))
     seen = Counter(tuple(row) for batch in batches for row in batch.origin.tolist())
     assert set(seen.values()) == {1}
@@ -56,7 +56,7 @@ def test_bad_samples_are_skipped_and_named(flawed: Index, num_workers: int) -> N
 
 
 def test_bad_samples_of_many_epochs_end_nothing(flawed: Index) -> None:
-    (stream,) = start(flawed, global_batch_size=4, streams=1)
+    (stream,) = start(flawed, global_batch_size=4, num_streams=1)
     skipped = [s for batch in itertools.islice(stream, 60) for s in batch.skipped]
     assert len(skipped) > 24  # more than the stream is long, but never as many in a row
 
@@ -64,7 +64,7 @@ def test_bad_samples_of_many_epochs_end_nothing(flawed: Index) -> None:
 def test_a_lane_without_a_good_sample_ends_the_stream(tmp_path: Path) -> None:
     bad = [Sample(f"bad{n}", b"nothing", ("a",)) for n in range(8)]
     index = write_shards(tmp_path, {"train": [bad]})
-    (stream,) = start(index, global_batch_size=2, streams=2)
+    (stream,) = start(index, global_batch_size=2, num_streams=2)
     with pytest.raises(UserError, match=r"split 'train': 4 samples in a row .*bad\d"):
         next(stream)
 
@@ -78,8 +78,8 @@ def test_too_few_samples(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"an epoch has 10 samples, fewer than global_batch_size \(16\)"
     ):
-        start(index, streams=2, global_batch_size=16)
-    (stream,) = start(index, streams=2, global_batch_size=10)
+        start(index, num_streams=2, global_batch_size=16)
+    (stream,) = start(index, num_streams=2, global_batch_size=10)
     assert len(set(next(stream).origin[:, 1].tolist())) == 10
 
 
@@ -97,7 +97,7 @@ def test_a_state_that_does_not_fit(index: Index) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_missing_shard_is_named(tmp_path: Path, num_workers: int) -> None:
     index = write_dataset(tmp_path, {"train": [9, 9]}, size=16)
-    (stream,) = start(index, streams=2, global_batch_size=18, num_workers=num_workers)
+    (stream,) = start(index, num_streams=2, global_batch_size=18, num_workers=num_workers)
     (tmp_path / "train-00001.tar").unlink()
     with pytest.raises(UserError, match=r"^\S*train-00001\.tar: the shard is missing; copy it"):
         next(stream)
@@ -117,4 +117,4 @@ def test_a_short_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"train-00000\.tar: the shard has \d+ bytes, but the index"
     ):
-        take(start(index, streams=1, global_batch_size=9), 1)
+        take(start(index, num_streams=1, global_batch_size=9), 1)

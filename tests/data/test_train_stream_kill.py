@@ -44,11 +44,10 @@ def _read(folder: Path, log: Path, rank: int, life: Life, tell: Callable[[int], 
     state = _state(log, start) if start else None
     batches = open_rank(
         [TrainSet(read_index(folder), "train"), TrainSet(read_index(folder), "other", 0.5)],
-        rank=rank,
-        world_size=world_size,
+        Placement(rank, world_size),
         num_workers=int(rank == life.with_worker),
         global_batch_size=BATCH,
-        streams=STREAMS,
+        num_streams=STREAMS,
         shuffle_window=16,
         state=state,
     )

@@ -30,13 +30,12 @@ def _count(index: Index, world_size: int, num_workers: int) -> tuple[int, int, s
     streams = [
         open_rank(
             [TrainSet(index, "train")],
-            rank=rank,
-            world_size=world_size,
+            Placement(rank, world_size),
             num_workers=num_workers,
             global_batch_size=BATCH,
-            streams=STREAMS,
+            num_streams=STREAMS,
             shuffle_window=256,
-            read_images=False,
+            features="known",
         )
         for rank in range(world_size)
     ]
