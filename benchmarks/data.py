@@ -25,6 +25,7 @@ from benchmarks.result import Result
 from benchmarks.support.open_clip_pipeline import peer_loader, require_peer
 from benchmarks.support.photos import SUBJECTS, photographs
 from benchmarks.support.tars import write_tars
+from dist_vse.config import DataConfig, ImageConfig
 from dist_vse.data.decode import Transform, decode_image, random_box
 from dist_vse.data.index import Index
 from dist_vse.data.reader import ShardReader
@@ -88,19 +89,15 @@ def _measure(
 def _ours(index: Index, workers: int, args: argparse.Namespace) -> Batches:
     return train_batches(
         [TrainSet(index, "train")],
+        _words(),
+        DataConfig(
+            num_streams=2 * workers,
+            num_workers=workers,
+            min_crop_area=args.min_crop_area,
+        ),
+        ImageConfig(size=SIZE),
         seed=0,
         global_batch_size=args.batch_size,
-        streams=2 * workers,
-        shuffle_window=1024,
-        size=SIZE,
-        crop="random",
-        min_crop_area=args.min_crop_area,
-        flip=False,
-        color_jitter=0.0,
-        tokenizer=_words(),
-        rank=0,
-        world_size=1,
-        num_workers=workers,
     )
 
 

@@ -23,8 +23,9 @@ from PIL import Image
 from benchmarks.result import Result
 from benchmarks.support.open_clip_pipeline import peer_loader, require_peer
 from benchmarks.support.tars import write_tars
+from dist_vse.config import DataConfig, ImageConfig
 from dist_vse.data.index import Index, Split
-from dist_vse.data.samples import Batch
+from dist_vse.data.samples import Batch, Placement
 from dist_vse.data.streams import TrainSet
 from dist_vse.data.train_stream import train_batches
 from dist_vse.models.tokenizer import WordTokenizer
@@ -87,19 +88,18 @@ def count(streams: Sequence[Iterator[Batch]], total: int) -> tuple[int, int, str
 def _stream(index: Index, rank: int, world_size: int, workers: int) -> Iterator[Batch]:
     return train_batches(
         [TrainSet(index, "train")],
+        WordTokenizer(["number"], 4),
+        DataConfig(
+            num_streams=STREAMS,
+            shuffle_window=256,
+            num_workers=workers,
+            flip=True,
+            color_jitter=0.2,
+        ),
+        ImageConfig(size=8),
         seed=0,
         global_batch_size=BATCH,
-        streams=STREAMS,
-        shuffle_window=256,
-        size=8,
-        crop="random",
-        min_crop_area=0.5,
-        flip=True,
-        color_jitter=0.2,
-        tokenizer=WordTokenizer(["number"], 4),
-        rank=rank,
-        world_size=world_size,
-        num_workers=workers,
+        placement=Placement(rank, world_size),
     )
 
 

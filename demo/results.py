@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from demo.results_table import table
-from dist_vse.config import ImageConfig, TextConfig
+from dist_vse.config import ImageConfig, OptimConfig, TextConfig
 from dist_vse.data.eval_stream import eval_batches
 from dist_vse.data.index import image_id, read_index
 from dist_vse.evaluation.retrieval import RECALLS, content_pairs, rank_all, summary
@@ -95,9 +95,7 @@ def compute(folder: Path) -> dict[str, Data]:
         rows: list[Tensor] = []
         image_ids: list[Tensor] = []
         captions: list[str] = []
-        for batch in eval_batches(
-            index, tokenizer, split=split, batch_size=64, size=SIZE, rank=0, world_size=1
-        ):
+        for batch in eval_batches(index, split, tokenizer, ImageConfig(size=SIZE), batch_size=64):
             rows.append(batch.image_of_text + sum(len(part) for part in images))
             images.append(image_trunk(batch.images))
             texts.append(text_trunk(batch.tokens))
@@ -153,18 +151,13 @@ def train(
         {"params": list(heads.parameters()), "weight_decay": 0.1},
         {"params": [p for p in (scale, bias) if p.requires_grad], "weight_decay": 0.0},
     ]
+    optim = OptimConfig(lr=peak, warmup_samples=total_pairs // 20)
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=peak, fused=True)
     rows, texts = draw(data.image_of_text.bincount(), total_pairs)
     for start in range(0, total_pairs, batch_size):
         i, t = rows[start : start + batch_size], texts[start : start + batch_size]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                start,
-                peak=peak,
-                schedule="cosine",
-                warmup_samples=total_pairs // 20,
-                total_samples=total_pairs,
-            )
+            group["lr"] = learning_rate(start, optim, total_samples=total_pairs)
         with torch.autocast("cpu", torch.bfloat16):
             outputs = heads[0](data.images[i]), heads[1](data.texts[t])
         image_features, text_features = (normalize(x.float(), dim=1) for x in outputs)

@@ -18,6 +18,7 @@ from dist_vse.common.log import logger, setup_logging
 from dist_vse.config import TrainConfig, flat_config, load_config
 from dist_vse.data.samples import Batch
 from dist_vse.distributed import watchdog
+from dist_vse.evaluation.batches import build_eval_batches
 from dist_vse.evaluation.evaluate import evaluate
 from dist_vse.evaluation.examples import save_examples
 from dist_vse.losses.statistics import collapsed
@@ -26,21 +27,15 @@ from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress
 from dist_vse.runs.environment import record_environment
 from dist_vse.runs.files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME, TRACE_NAME
-from dist_vse.runs.folder import with_start
 from dist_vse.runs.metrics import Recorder, log_line, peak_memory_gib, progress_bar
 from dist_vse.runs.saver import Saver
 from dist_vse.runs.skipped import SkippedLog
-from dist_vse.training.builders import (
-    build_ahead,
-    build_eval_batches,
-    build_loss,
-    build_train_batches,
-    launcher_conflicts,
-    make_chunks,
-    step_learning_rate,
-)
+from dist_vse.training.batches import build_train_batches
+from dist_vse.training.builders import build_ahead, build_loss, launcher_conflicts
+from dist_vse.training.chunks import make_chunks
 from dist_vse.training.grad_cache import train_step
 from dist_vse.training.profiler import profiled
+from dist_vse.training.schedule import learning_rate
 from dist_vse.training.setup import Run, set_up
 
 INTERRUPTED = 130
@@ -53,8 +48,6 @@ def run(config: TrainConfig) -> int:
     Every rank of a process group calls this. Raises UserError alike on every rank.
     """
     config.check_world_size(distributed.world_size())
-    with distributed.raise_on_all_ranks():
-        config = with_start(config)
     signals.listen()
     torch.manual_seed(config.seed + 1000 * distributed.rank())  # dropout differs between ranks
     run = set_up(config)
@@ -116,7 +109,8 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         with distributed.raise_on_all_ranks():
             batch = next(batches)
         step_timer.begin("encode")
-        rate = step_learning_rate(config, progress.samples_seen)
+        total = config.total_steps * config.global_batch_size
+        rate = learning_rate(progress.samples_seen, config.optim, total_samples=total)
         engine.set_learning_rate(rate)
         statistics: dict[str, Tensor] = {}
         ahead = build_ahead(config)

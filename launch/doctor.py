@@ -39,17 +39,17 @@ class Checkup:
 
     def shards(self) -> Iterator[tuple[Index, Shard]]:
         """Yield the shards to train on and to evaluate on, each with its index."""
-        from dist_vse.runs.folder import open_train_sets
+        from dist_vse.data.streams import open_train_sets
 
         evaluated = read_index(self.config.data.index)
-        splits = [(s.index, s.split) for s in open_train_sets(self.config)]
+        splits = [(s.index, s.split) for s in open_train_sets(self.config.data)]
         for index, name in [*splits, (evaluated, self.config.data.eval_split)]:
             yield from ((index, shard) for shard in index.split(name).shards)
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":
         """The run's tokenizer; a vocabulary is made from all captions, so only once."""
-        from dist_vse.runs.folder import run_tokenizer
+        from dist_vse.runs.trained import run_tokenizer
 
         with tempfile.TemporaryDirectory() as folder:
             return run_tokenizer(self.config, Path(folder), build=True)
@@ -57,9 +57,9 @@ class Checkup:
     @functools.cached_property
     def sizes(self) -> tuple[int, int]:
         """How many parameters the model has, and how many of them are trained."""
-        from dist_vse.runs.folder import run_model
+        from dist_vse.models.build import build_model
 
-        model = run_model(self.config, self.tokenizer)
+        model = build_model(self.config.model, self.config.loss, self.tokenizer)
         numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
         return sum(n for n, _ in numbers), sum(n for n, trained in numbers if trained)
 
@@ -155,12 +155,12 @@ def _look_into(index: Index, shard: Shard, last: list[int] | None) -> None:
 
 
 def _samples(checkup: Checkup) -> str:
+    from dist_vse.data.streams import open_train_sets
     from dist_vse.runs.checkpoint import Progress
-    from dist_vse.runs.folder import open_train_sets
-    from dist_vse.training.builders import build_train_batches
+    from dist_vse.training.batches import build_train_batches
 
     config, nothing = checkup.config, Progress(0, 0, [])
-    sets, tokenizer = open_train_sets(config), checkup.tokenizer
+    sets, tokenizer = open_train_sets(config.data), checkup.tokenizer
     data = replace(config.data, num_workers=0)
     whole = (
         -(-config.global_batch_size // data.num_streams) * data.num_streams

@@ -8,8 +8,9 @@ from benchmarks.support.trainer_data import CONTEXT, MODEL
 from benchmarks.support.trainers import OURS, PEER, STREAMS, Setting, Task, write_our_config
 from dist_vse.config import load_config
 from dist_vse.data.eval_stream import captions
+from dist_vse.data.streams import open_train_sets
+from dist_vse.models.build import build_model
 from dist_vse.models.tokenizer import build_tokenizer
-from dist_vse.runs.folder import open_train_sets, run_model
 
 Size = dict[str, int]
 
@@ -44,6 +45,6 @@ def _our_model(setting: Setting) -> nn.Module:
     path = setting.folder / "config.yaml"
     write_our_config(path, setting, Task(OURS, STREAMS, 1, 1))
     config = load_config(path)
-    (a_set,) = open_train_sets(config)
+    (a_set,) = open_train_sets(config.data)
     words = build_tokenizer(config.model.text, lambda: captions(a_set.index, a_set.split), None)
-    return run_model(config, words)
+    return build_model(config.model, config.loss, words, seed=config.seed)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.config import ImageConfig, ModelConfig, OptimConfig, TextConfig
+from dist_vse.config import ImageConfig, LossConfig, ModelConfig, OptimConfig, TextConfig
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.tokenizer import AnyWords
 from dist_vse.tools.bench.scale_harness import VOCABULARY
 
 
@@ -37,16 +38,7 @@ def make_model(load: Workload, *, frozen_image: bool = False) -> DualEncoder:
         ),
         embed_dim=load.embedding,
     )
-    return build_model(
-        config,
-        vocab_size=VOCABULARY,
-        pad_id=0,
-        temperature=0.1,
-        learn_temperature=True,
-        bias=0.0,
-        learn_bias=False,
-        seed=0,
-    )
+    return build_model(config, LossConfig(learn_temperature=True), AnyWords(VOCABULARY))
 
 
 def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -33,6 +33,7 @@ class Placement(NamedTuple):
 
 ONE_PROCESS = Placement()
 
+
 @dataclass(frozen=True)
 class Skipped:
     """A sample that could not be used."""

@@ -16,13 +16,15 @@ from dist_vse.common.files import atomic_output, check_output
 from dist_vse.common.log import setup_logging
 from dist_vse.config import TrainConfig
 from dist_vse.data.index import Index, read_index
+from dist_vse.evaluation.batches import build_eval_batches
 from dist_vse.evaluation.evaluate import Evaluation, evaluate
 from dist_vse.evaluation.examples import save_examples
 from dist_vse.evaluation.retrieval import RECALLS, check_protocol
+from dist_vse.models.build import build_model
 from dist_vse.runs.environment import read_environment, trained_on
 from dist_vse.runs.files import EXAMPLES_NAME, RESULT_NAME
-from dist_vse.runs.folder import find_run, load_trained, open_run, run_model, run_tokenizer
-from dist_vse.training.builders import build_eval_batches
+from dist_vse.runs.folder import find_run, open_run
+from dist_vse.runs.trained import load_trained, run_tokenizer
 
 Results = dict[str, dict[str, float]]
 
@@ -50,7 +52,8 @@ def eval_run(
         with distributed.raise_on_all_ranks():
             task = _open(location, split=split, data=data, protocol=protocol)
             tokenizer = run_tokenizer(task.config, task.run_dir, build=False)
-            model = run_model(task.config, tokenizer).to(here)
+            config = task.config
+            model = build_model(config.model, config.loss, tokenizer, seed=config.seed).to(here)
         batches = build_eval_batches(task.config, task.index, tokenizer, split)
         untrained = evaluate(model, batches, here, **{**how, "bootstrap": 0})
         with distributed.raise_on_all_ranks():
@@ -97,7 +100,7 @@ def _open(location: Path, *, split: str, data: str | None, protocol: str) -> _Ta
     index = read_index(config.data.index)
     check_protocol(protocol, index.split(split).num_samples)
     found = index.fingerprint()
-    elsewhere = found != own if own else data is not None  # older runs did not note theirs
+    elsewhere = found != own
     names = [protocol] if protocol != "plain" else []
     names += [found[:8]] if elsewhere else []
     names += [asked.name] if asked is not None else []

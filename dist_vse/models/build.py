@@ -7,28 +7,22 @@ import torch
 from torch import nn
 
 from dist_vse.common.errors import UserError
-from dist_vse.config import ModelConfig
+from dist_vse.config import LossConfig, ModelConfig
 from dist_vse.models.dual_encoder import DualEncoder, Tower
 from dist_vse.models.image import build_image_trunk
 from dist_vse.models.pretrained import Parts, build_pretrained
 from dist_vse.models.text import build_text_trunk
+from dist_vse.models.tokenizer import Vocabulary
 
 
 def build_model(
-    config: ModelConfig,
-    *,
-    vocab_size: int,
-    pad_id: int,
-    temperature: float,
-    learn_temperature: bool,
-    bias: float,
-    learn_bias: bool,
-    seed: int,
+    config: ModelConfig, loss: LossConfig, vocabulary: Vocabulary, *, seed: int = 0
 ) -> DualEncoder:
     """Build the model on the CPU, with the same weights on every rank and in every run.
 
-    The random state of the process is left as it was. Raises UserError for an unknown model,
-    weights that do not fit it, or where nothing can be compiled.
+    The loss decides the temperature and the bias, and whether they are learned. The random state
+    of the process is left as it was. Raises UserError for an unknown model, weights that do not
+    fit it, or where nothing can be compiled.
     """
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: it would seed the GPUs as well, which the fork does not restore.
@@ -37,7 +31,7 @@ def build_model(
             checkpointing = config.grad_checkpointing
             parts = build_pretrained(config.pretrained, grad_checkpointing=checkpointing)
         else:
-            parts = _build_parts(config, vocab_size, pad_id)
+            parts = _build_parts(config, vocabulary)
     if config.compile:
         _check_compiler()
         for trunk in (parts.image_trunk, parts.text_trunk):
@@ -45,10 +39,10 @@ def build_model(
     model = DualEncoder(
         Tower(parts.image_trunk, parts.image_head, frozen=config.image.frozen),
         Tower(parts.text_trunk, parts.text_head, frozen=config.text.frozen),
-        temperature=temperature,
-        learn_temperature=learn_temperature,
-        bias=bias,
-        learn_bias=learn_bias,
+        temperature=loss.temperature,
+        learn_temperature=loss.learn_temperature,
+        bias=loss.bias,
+        learn_bias=loss.name == "siglip",
     )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
@@ -58,14 +52,14 @@ def build_model(
     return model
 
 
-def _build_parts(config: ModelConfig, vocab_size: int, pad_id: int) -> Parts:
+def _build_parts(config: ModelConfig, vocabulary: Vocabulary) -> Parts:
     image_trunk = build_image_trunk(
         config.image, grad_checkpointing=config.grad_checkpointing and not config.image.frozen
     )
     text_trunk = build_text_trunk(
         config.text,
-        vocab_size=vocab_size,
-        pad_id=pad_id,
+        vocab_size=vocabulary.vocab_size,
+        pad_id=vocabulary.pad_id,
         grad_checkpointing=config.grad_checkpointing and not config.text.frozen,
     )
     image_head, text_head = (

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,26 @@ PAD, START, END, UNK = range(len(SPECIALS))
 # A run of letters and digits with inner apostrophes; else any single character but a space, so
 # that punctuation, combining marks and emoji are kept.
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
+
+
+class Vocabulary(Protocol):
+    """What the model needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this."""
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills short rows."""
+
+
+@dataclass(frozen=True)
+class AnyWords:
+    """A vocabulary for a model that is built without a tokenizer."""
+
+    vocab_size: int
+    pad_id: int = 0
 
 
 class Tokenizer(Protocol):

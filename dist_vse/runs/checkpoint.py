@@ -26,7 +26,6 @@ from dist_vse.common.errors import UserError, first_line, writing
 from dist_vse.common.files import fsync_path, sha256_of_file
 from dist_vse.common.log import logger
 from dist_vse.common.random_state import RandomState, random_state, restore
-from dist_vse.data.order import ORDER_FORMAT
 from dist_vse.engine.deepspeed_internals import whole_shape
 from dist_vse.engine.zero import ZeroEngine
 
@@ -43,8 +42,7 @@ class Progress:
 
     step: int
     samples_seen: int
-    streams: list[list[int]]  # (L, 2): epoch and position of every stream of the stream
-    order: int = ORDER_FORMAT  # of the stream, in which these are positions
+    streams: list[list[int]]  # (L, 2): epoch and position of every stream
 
 
 Tensors = dict[str, Tensor]
@@ -156,8 +154,7 @@ def load_latest(folder: Path, engine: ZeroEngine) -> Progress | None:
         restore(RandomState(own[_RANDOM_CPU], own.get(_RANDOM_CUDA)))
     else:  # nobody's place is taken exactly: draw anew, not again what was drawn at the start
         torch.manual_seed(torch.initial_seed() + 7919 * manifest["step"])
-    order = manifest.get("order", 1)
-    return Progress(manifest["step"], manifest["samples_seen"], manifest["streams"], order)
+    return Progress(manifest["step"], manifest["samples_seen"], manifest["streams"])
 
 
 def _set_damaged_aside(folder: Path) -> Path | None:

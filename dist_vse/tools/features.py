@@ -14,8 +14,9 @@ from dist_vse.config import TrainConfig, load_config
 from dist_vse.data.eval_stream import EvalBatch, eval_batches, eval_share
 from dist_vse.data.index import Index, read_index
 from dist_vse.data.precomputed import Key, holds_features, write_manifest, write_part
+from dist_vse.data.samples import Placement
 from dist_vse.models.image import ImageTrunk, build_image_trunk
-from dist_vse.training.builders import feature_key
+from dist_vse.training.frozen_features import feature_key
 
 
 @dataclass(frozen=True)
@@ -61,27 +62,22 @@ def make_features(config: TrainConfig) -> None:
 
 
 def _write(config: TrainConfig, index: Index, folder: Path, key: Key) -> None:
-    place = {
-        "batch_size": config.fixed_chunk_size,
-        "rank": distributed.rank(),
-        "world_size": distributed.world_size(),
-    }
-    split = config.data.train_split
+    placement = Placement(distributed.rank(), distributed.world_size())
+    split, batch_size = config.data.train_split, config.fixed_chunk_size
     with distributed.raise_on_all_ranks():
         trunk = build_image_trunk(config.model.image, grad_checkpointing=False).eval()
         folder.mkdir(parents=True, exist_ok=True)
         batches = eval_batches(
             index,
+            split,
             _NoWords(),
-            split=split,
-            size=config.model.image.size,
-            squash=config.model.image.squash,
-            resampling=config.model.image.resampling,
+            config.model.image,
+            batch_size=batch_size,
+            placement=placement,
             num_workers=config.data.num_workers,
             scaled=True,  # as training decodes them
-            **place,
         )
-        start, stop = eval_share(index.split(split).num_samples, **place)
+        start, stop = eval_share(index.split(split).num_samples, batch_size, placement)
         outputs = _outputs(trunk, batches, bf16=config.engine.precision == "bf16")
         part = write_part(folder, distributed.rank(), stop - start, outputs)
     parts = distributed.all_gather_object(part)

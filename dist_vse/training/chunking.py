@@ -18,6 +18,8 @@ from dist_vse.common.log import logger
 from dist_vse.common.memory import Allocated, measure
 from dist_vse.common.random_state import random_state, replay
 from dist_vse.common.units import GIB
+from dist_vse.config import TrainConfig
+from dist_vse.engine.zero import max_live_graphs
 from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics
 
 FREE_SHARE = 0.5  # of the free memory; the rest is for data, features, and captions that are longer
@@ -39,6 +41,24 @@ class Chunking:
 
     chunk_size: int
     keep_graphs: int
+
+
+def choose_chunks(config: TrainConfig, model: DualEncoder) -> Chunking:
+    """Return this rank's chunk size and number of kept graphs, found by trying where auto."""
+    chunk_size, keep_graphs = (
+        None if isinstance(value, str) else value
+        for value in (config.chunk_size, config.cache.keep_graphs)
+    )
+    return choose_chunking(
+        model,
+        Pairs(config.model.image.size, config.model.text.max_tokens),
+        rank_batch_size=config.global_batch_size // distributed.world_size(),
+        chunk_size=chunk_size,
+        keep_graphs=keep_graphs,
+        max_live_graphs=max_live_graphs(config.engine.zero_stage, coalesce=config.engine.coalesce),
+        memory_gib=config.cache.memory_gib,
+        bf16=config.engine.precision == "bf16",
+    )
 
 
 def choose_chunking(

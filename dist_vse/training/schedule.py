@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+from dist_vse.config import OptimConfig
+
 
 def _constant(_: float) -> float:
     return 1.0
@@ -23,17 +25,16 @@ _COURSES: dict[str, Callable[[float], float]] = {
 }
 
 
-def learning_rate(
-    samples_seen: int, *, peak: float, schedule: str, warmup_samples: int, total_samples: int
-) -> float:
+def learning_rate(samples_seen: int, optim: OptimConfig, *, total_samples: int) -> float:
     """Return the rate of the step that starts after `samples_seen` pairs.
 
-    It rises linearly to `peak` over the warm-up; then `schedule` runs to the end.
+    It rises linearly to its peak over the warm-up; then the schedule runs to the end.
     """
-    if samples_seen < warmup_samples:
-        return peak * (samples_seen + 1) / (warmup_samples + 1)
-    progress = (samples_seen - warmup_samples) / max(1, total_samples - warmup_samples)
-    return peak * _COURSES[schedule](min(1.0, progress))
+    warmup = optim.warmup_samples
+    if samples_seen < warmup:
+        return optim.lr * (samples_seen + 1) / (warmup + 1)
+    progress = (samples_seen - warmup) / max(1, total_samples - warmup)
+    return optim.lr * _COURSES[optim.schedule](min(1.0, progress))
 
 
 def warmup_share(samples_seen: int, warmup_samples: int) -> float:

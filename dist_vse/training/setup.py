@@ -10,22 +10,21 @@ from dist_vse.config import TrainConfig
 from dist_vse.config.checks import AUTO
 from dist_vse.data.index import Index, read_index
 from dist_vse.data.precomputed import Features
-from dist_vse.data.streams import TrainSet
+from dist_vse.data.streams import TrainSet, open_train_sets
 from dist_vse.engine.zero import ZeroEngine
+from dist_vse.models.build import build_model
+from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.tokenizer import Tokenizer
-from dist_vse.runs.folder import (
-    open_run,
-    open_train_sets,
-    prepare_run_dir,
-    run_model,
-    run_tokenizer,
-    write_config,
-)
+from dist_vse.runs.folder import prepare_run_dir, write_config
 from dist_vse.runs.lease import Lease, acquire
 from dist_vse.runs.metrics import Meter
+from dist_vse.runs.resolve import resolve
 from dist_vse.runs.trackers import check_trackers
-from dist_vse.training.builders import build_meter, choose_chunks, open_run_features, wrap_model
-from dist_vse.training.chunking import agree
+from dist_vse.runs.trained import run_tokenizer
+from dist_vse.training.builders import wrap_model
+from dist_vse.training.chunking import agree, choose_chunks
+from dist_vse.training.flops import count_flops, peak_flops
+from dist_vse.training.frozen_features import open_run_features
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,17 @@ class Run:
 
 
 def set_up(config: TrainConfig) -> Run:
-    """Open the data and the run's folder, choose the chunks, build the model and its engine.
+    """Resolve the config, open the data and the run's folder, build the model and its engine.
 
-    Every rank calls this. Raises UserError alike on every rank.
+    The config comes to rest here: `resolve` fills it in, and the chunk size is tried if nothing
+    else has decided it. Every rank calls this. Raises UserError alike on every rank.
     """
     with distributed.raise_on_all_ranks():
+        config = resolve(config)
         check_trackers(config.trackers)
         index = read_index(config.data.index)
         index.split(config.data.eval_split)
-        train_sets = open_train_sets(config)
+        train_sets = open_train_sets(config.data)
         features = open_run_features(config, index)
         with writing(Path(config.output_dir)):
             if distributed.is_main_process():
@@ -61,11 +62,10 @@ def set_up(config: TrainConfig) -> Run:
     run_dir = Path(config.output_dir)
     with distributed.raise_on_all_ranks():
         tokenizer = run_tokenizer(config, run_dir, build=False)
-        if config.chunk_size == AUTO:  # a resumed run has found it before
-            config = replace(config, chunk_size=open_run(run_dir).chunk_size)
-        model = run_model(config, tokenizer).to(distributed.device())
+        model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
+        model = model.to(distributed.device())
         chunking = choose_chunks(config, model)
-        meter = build_meter(config, model)
+        meter = _build_meter(config, model)
     chunking = agree(chunking)
     if config.chunk_size == AUTO:
         config = replace(config, chunk_size=chunking.chunk_size)
@@ -80,3 +80,12 @@ def set_up(config: TrainConfig) -> Run:
     return Run(
         config, run_dir, index, train_sets, tokenizer, engine, graphs, features, lease, meter
     )
+
+
+def _build_meter(config: TrainConfig, model: DualEncoder) -> Meter:
+    """Return what measures the steps; it counts operations where the device's peak is known."""
+    peak = peak_flops(distributed.device(), config.engine.precision)
+    if peak is None:
+        return Meter()
+    flops = count_flops(model, config.model.image.size, config.model.text.max_tokens)
+    return Meter(flops.of_step(config.global_batch_size, config.model.embed_dim), peak)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from dist_vse.common.errors import UserError
+from dist_vse.config import ImageConfig
 from dist_vse.data.decode import Transform, decode_image
 from dist_vse.data.eval_stream import EvalBatch, captions, eval_batches
 from dist_vse.data.index import Index, image_id
+from dist_vse.data.samples import Placement
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
 from tests.support.datasets import Sample, make_sample, write_dataset, write_shards
 
@@ -26,12 +28,11 @@ def read(index: Index, world_size: int, num_workers: int = 0) -> list[list[EvalB
         list(
             eval_batches(
                 index,
-                split="val",
-                rank=rank,
-                world_size=world_size,
+                "val",
+                words,
+                ImageConfig(size=16),
                 batch_size=4,
-                size=16,
-                tokenizer=words,
+                placement=Placement(rank, world_size),
                 num_workers=num_workers,
             )
         )

@@ -15,9 +15,11 @@ import pytest
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
+from dist_vse.config import ImageConfig
 from dist_vse.data import shard_cache
 from dist_vse.data.eval_stream import captions, eval_batches
 from dist_vse.data.index import Index, Split, read_index, write_index
+from dist_vse.data.samples import Placement
 from dist_vse.data.streams import TrainSet
 from dist_vse.models.tokenizer import WordTokenizer
 from shards import cli
@@ -142,12 +144,10 @@ def test_evaluation_copies_the_next_shard_ahead(
     monkeypatch.setenv("DIST_VSE_CACHE", str(tmp_path / "cache"))
     batches = eval_batches(
         remote_index(server.url),
+        "train",
         WordTokenizer(["a"], 8),
-        split="train",
+        ImageConfig(size=8),
         batch_size=5,
-        size=8,
-        rank=0,
-        world_size=1,
     )
     next(batches)  # within the first shard
     wait_for_copies(tmp_path / "cache", 2)

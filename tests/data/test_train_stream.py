@@ -10,7 +10,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from dist_vse.common.errors import UserError
 from dist_vse.data.index import Index, read_index
 from dist_vse.data.samples import Batch
 from dist_vse.data.streams import TrainSet

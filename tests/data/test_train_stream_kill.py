@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dist_vse.data.index import Index, read_index
+from dist_vse.data.samples import Placement
 from dist_vse.data.streams import TrainSet
 from tests.support.datasets import write_dataset
 from tests.support.streams import open_rank, rows_of

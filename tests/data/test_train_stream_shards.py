@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.order import BATCH, STREAMS, count
 from dist_vse.data.index import Index
+from dist_vse.data.samples import Placement
 from dist_vse.data.streams import TrainSet
 from tests.support.datasets import Sample, write_shards
 from tests.support.streams import open_rank

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from dist_vse import cli, distributed
 from dist_vse.common.errors import UserError
+from dist_vse.config import ImageConfig
 from dist_vse.data.eval_stream import EvalBatch, captions, eval_batches
 from dist_vse.data.index import read_index
+from dist_vse.data.samples import Placement
 from dist_vse.evaluation.evaluate import Embedded, Evaluation, embed, evaluate, score
 from dist_vse.evaluation.retrieval import PROTOCOLS, retrieval_metrics, tasks_of
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
@@ -47,12 +49,11 @@ def run_evaluation(root: Path, model: TinyEncoders, batch_size: int = 4) -> Eval
     tokenizer = WordTokenizer(build_vocabulary(captions(index, "val"), 1), 16)
     batches = eval_batches(
         index,
+        "val",
         tokenizer,
-        split="val",
+        ImageConfig(size=32),
         batch_size=batch_size,
-        size=32,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        placement=Placement(distributed.rank(), distributed.world_size()),
     )
     return evaluate(model, batches, CPU)
 
@@ -154,9 +155,7 @@ def test_coco_1k_takes_consecutive_images_of_karpathys_file(
 
     index = read_index(tmp_path / "out")
     tokenizer = WordTokenizer(build_vocabulary(captions(index, "train"), 1), 16)
-    batches = eval_batches(
-        index, tokenizer, split="test", batch_size=4, size=32, rank=0, world_size=1
-    )
+    batches = eval_batches(index, "test", tokenizer, ImageConfig(size=32), batch_size=4)
     found = embed(TinyEncoders(), batches, CPU)
     folds = tasks_of("coco-1k", found.image_of_text, found.image_ids, found.text_ids)
     of_file = [image["filename"].removesuffix(".png") for image in images[2::3]]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_vse.config import ImageConfig, ModelConfig, TextConfig, load_config
+from dist_vse.config import ImageConfig, LossConfig, ModelConfig, TextConfig, load_config
 from dist_vse.models.build import build_head, build_model
 from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics
+from dist_vse.models.tokenizer import AnyWords
 from tests.support.paths import ROOT
 from tests.support.tiny_models import write_tiny_bert
 
@@ -33,16 +34,12 @@ def build(
     learn_bias: bool = False,
     seed: int = 0,
 ) -> DualEncoder:
-    return build_model(
-        config,
-        vocab_size=11,
-        pad_id=0,
+    loss = LossConfig(
+        name="siglip" if learn_bias else "convse",
         temperature=temperature,
         learn_temperature=learn_temperature,
-        bias=-10.0,
-        learn_bias=learn_bias,
-        seed=seed,
     )
+    return build_model(config, loss, AnyWords(11), seed=seed)
 
 
 def frozen(tmp_path: Path) -> ModelConfig:

@@ -19,7 +19,8 @@ from dist_vse.config import load_config
 from dist_vse.data.decode import Transform, decode_image
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.pretrained import pretrained_tokenizer, read_start, save_pretrained
-from dist_vse.runs.folder import load_trained, open_run, run_model, run_tokenizer, with_start
+from dist_vse.runs.resolve import with_start
+from dist_vse.runs.trained import open_trained
 from dist_vse.tools.export.write import export_run
 from tests.support.datasets import write_dataset
 from tests.support.distributed import run_distributed
@@ -172,9 +173,7 @@ def test_trains_under_zero_3_and_exports(folders: Path, tmp_path: Path, start: s
     losses = read_losses(run)
     assert len(losses) == 3 and losses[-1] < losses[0]
 
-    config = open_run(run)
-    trained = run_model(config, run_tokenizer(config, run, build=False))
-    load_trained(run, trained)
+    trained = open_trained(run).model
     begun = dict(build(tmp_path / start).named_parameters())
     changed = [not torch.equal(x, begun[name]) for name, x in trained.named_parameters()]
     assert sum(changed) > 0.9 * len(changed)  # both towers learn

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
-from dist_vse.data.order import ORDER_FORMAT
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress
@@ -98,7 +97,6 @@ def _forget_order(folder: Path) -> Progress | None:
     path = checkpoint.latest(folder)
     assert path is not None
     manifest = checkpoint.read_manifest(path)
-    assert manifest.pop("order") == ORDER_FORMAT
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     return checkpoint.load_latest(folder, build_engine(0, "sgd"))
 

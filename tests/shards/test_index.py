@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dist_vse.common.errors import UserError
+from dist_vse.config import ImageConfig
 from dist_vse.data.eval_stream import captions, eval_batches
 from dist_vse.data.index import image_id, read_index
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
@@ -72,9 +73,7 @@ def test_the_stream_reads_what_was_indexed(
     for name in ("local", "remote"):
         index = read_index(tmp_path / name)
         tokenizer = WordTokenizer(build_vocabulary(captions(index, "train"), 1), 16)
-        batches = eval_batches(
-            index, tokenizer, split="train", batch_size=5, size=16, rank=0, world_size=1
-        )
+        batches = eval_batches(index, "train", tokenizer, ImageConfig(size=16), batch_size=5)
         found.append([(b.keys, b.captions, b.image_ids.tolist(), b.images) for b in batches])
     assert sum(len(batch[0]) for batch in found[0]) == 14
     for here, there in zip(*found, strict=True):

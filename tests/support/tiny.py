@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from dist_vse.config import ImageConfig, ModelConfig, TextConfig
+from dist_vse.config import ImageConfig, LossConfig, ModelConfig, TextConfig
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.tokenizer import AnyWords
 
 VOCABULARY = 50
 
@@ -27,16 +28,8 @@ def tiny_model(
         grad_checkpointing=grad_checkpointing,
         compile=compiled,
     )
-    return build_model(
-        config,
-        vocab_size=VOCABULARY,
-        pad_id=0,
-        temperature=0.1,
-        learn_temperature=learn_temperature,
-        bias=-10.0,
-        learn_bias=False,
-        seed=0,
-    )
+    loss = LossConfig(learn_temperature=learn_temperature)
+    return build_model(config, loss, AnyWords(VOCABULARY))
 
 
 def tiny_batch(num_pairs: int, step: int) -> tuple[Tensor, Tensor]:

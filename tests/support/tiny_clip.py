@@ -19,8 +19,10 @@ from transformers import (
 )
 
 from dist_vse.config import TrainConfig, load_config
+from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
-from dist_vse.runs.folder import run_model, run_tokenizer, with_start
+from dist_vse.runs.resolve import with_start
+from dist_vse.runs.trained import run_tokenizer
 
 KINDS = [(library, kind) for library in ("hf", "open_clip") for kind in ("clip", "siglip")]
 WORDS = ("<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "green", "square", "circle", "on")
@@ -44,7 +46,8 @@ def starting_from(folder: Path, *overrides: str) -> TrainConfig:
 def build(folder: Path, *overrides: str) -> DualEncoder:
     """Build our model with the checkpoint's weights."""
     config = starting_from(folder, *overrides)
-    return run_model(config, run_tokenizer(config, folder, build=False)).eval()
+    tokenizer = run_tokenizer(config, folder, build=False)
+    return build_model(config.model, config.loss, tokenizer).eval()
 
 
 def write_hf(folder: Path, kind: str) -> Path:

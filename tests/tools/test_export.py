@@ -18,13 +18,13 @@ from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
 from dist_vse.data.index import read_index
 from dist_vse.data.reader import ShardReader
+from dist_vse.evaluation.batches import build_eval_batches
 from dist_vse.evaluation.evaluate import embed
-from dist_vse.models.dual_encoder import DualEncoder
-from dist_vse.runs.folder import load_trained, run_model, run_tokenizer
+from dist_vse.models.build import build_model
+from dist_vse.runs.trained import Trained, open_trained, run_tokenizer
 from dist_vse.tools.export.load import Embedder
 from dist_vse.tools.export.onnx import write_tower
 from dist_vse.tools.export.write import export_run
-from dist_vse.training.builders import build_eval_batches
 from tests.support.datasets import write_dataset
 from tests.support.distributed import run_distributed
 from tests.support.runs import CONFIG
@@ -59,18 +59,16 @@ def exported(runs: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
 
 def test_equal_to_the_bit_after_loading(exported: tuple[Path, Path]) -> None:
     run_dir, out = exported
-    config = load_config(run_dir / "config.yaml")
-    index = read_index(config.data.index)
-    tokenizer = run_tokenizer(config, run_dir, build=False)
-    model = run_model(config, tokenizer)
-    load_trained(run_dir, model)
-    found = embed(model, build_eval_batches(config, index, tokenizer, "val"), torch.device("cpu"))
+    trained = open_trained(run_dir)
+    index = read_index(trained.config.data.index)
+    batches = build_eval_batches(trained.config, index, trained.tokenizer, "val")
+    found = embed(trained.model, batches, torch.device("cpu"))
 
     reader = ShardReader(index, "val", max_open=1)
     files = [reader.image(*reader.place(number)) for number in range(len(found.keys))]
     loaded = dist_vse.load(str(out))
-    images = loaded.encode_images(files, batch_size=config.chunk_size)
-    texts = loaded.encode_texts(found.captions, batch_size=config.chunk_size)
+    images = loaded.encode_images(files, batch_size=trained.config.fixed_chunk_size)
+    texts = loaded.encode_texts(found.captions, batch_size=trained.config.fixed_chunk_size)
     assert images.equal(found.image_features)
     assert texts.equal(found.text_features)
     path = run_dir / "picture.png"
@@ -126,7 +124,7 @@ def clip(folder: Path) -> Embedder:
     """A random CLIP of transformers."""
     config = starting_from(write_hf(folder / "clip", "clip"))
     tokenizer = run_tokenizer(config, folder, build=False)
-    model = run_model(config, tokenizer)
+    model = build_model(config.model, config.loss, tokenizer)
     return Embedder(model, tokenizer, shape=config.model, device=torch.device("cpu"))
 
 
@@ -220,12 +218,12 @@ def test_an_opened_image_is_turned_as_its_file_is(runs: Path, tmp_path: Path) ->
 def test_a_diverged_run_is_no_model(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_diverged(run_dir: Path, model: DualEncoder, asked: Path | None) -> Path:
-        path = load_trained(run_dir, model, asked)
-        model.image.head[0].weight.data[0, 0] = float("nan")  # type: ignore[index]
-        return path
+    def open_diverged(location: Path) -> Trained:
+        trained = open_trained(location)
+        trained.model.image.head[0].weight.data[0, 0] = float("nan")  # type: ignore[index]
+        return trained
 
-    monkeypatch.setattr("dist_vse.tools.export.write.load_trained", load_diverged)
+    monkeypatch.setattr("dist_vse.tools.export.write.open_trained", open_diverged)
     message = r"gru at step-0*2: 1 weights are not finite, such as image\.head\.0\.weight"
     with pytest.raises(UserError, match=message):
         export_run(runs / "gru", tmp_path / "out", onnx=False)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dist_vse.config import ImageConfig, ModelConfig, TextConfig
+from dist_vse.config import ImageConfig, LossConfig, ModelConfig, TextConfig
 from dist_vse.models.build import build_model
+from dist_vse.models.tokenizer import AnyWords
 from dist_vse.training.flops import Flops, count_flops, peak_of
 from tests.support.tiny import tiny_model
 
@@ -30,13 +31,8 @@ def test_a_linear_head_alone_is_counted_to_the_operation() -> None:
     models = [
         build_model(
             ModelConfig(image=config.image, text=config.text, embed_dim=dim),
-            vocab_size=50,
-            pad_id=0,
-            temperature=0.1,
-            learn_temperature=False,
-            bias=0.0,
-            learn_bias=False,
-            seed=0,
+            LossConfig(),
+            AnyWords(50),
         )
         for dim in (16, 48)
     ]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from dist_vse.config import LossConfig, TrainConfig
+from dist_vse.config import LossConfig, OptimConfig, TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.losses.reference import dense_loss
 from dist_vse.training.builders import build_loss
@@ -14,7 +14,8 @@ from dist_vse.training.schedule import learning_rate, temperature, warmup_share
 
 def test_the_rate_rises_to_its_peak_and_ends_at_zero() -> None:
     def rate(seen: int, schedule: str = "cosine") -> float:
-        return learning_rate(seen, peak=2.0, schedule=schedule, warmup_samples=9, total_samples=109)
+        optim = OptimConfig(lr=2.0, schedule=schedule, warmup_samples=9)
+        return learning_rate(seen, optim, total_samples=109)
 
     assert [rate(seen) for seen in (0, 4, 9, 59, 109)] == pytest.approx([0.2, 1.0, 2.0, 1.0, 0.0])
     assert [rate(seen, "step") for seen in (58, 60)] == pytest.approx([2.0, 0.2])

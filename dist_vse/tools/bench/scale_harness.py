@@ -13,21 +13,17 @@ from dist_vse import distributed
 from dist_vse.common import step_timer
 from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
+from dist_vse.data.streams import open_train_sets
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.registry import caption_bytes
 from dist_vse.models.build import build_model
-from dist_vse.models.tokenizer import Tokenizer
+from dist_vse.models.tokenizer import AnyWords, Tokenizer
 from dist_vse.runs.checkpoint import Progress
-from dist_vse.runs.folder import open_train_sets, run_model, run_tokenizer
-from dist_vse.training.builders import (
-    build_ahead,
-    build_loss,
-    build_train_batches,
-    choose_chunks,
-    make_chunks,
-    wrap_model,
-)
-from dist_vse.training.chunking import agree
+from dist_vse.runs.trained import run_tokenizer
+from dist_vse.training.batches import build_train_batches
+from dist_vse.training.builders import build_ahead, build_loss, wrap_model
+from dist_vse.training.chunking import agree, choose_chunks
+from dist_vse.training.chunks import make_chunks
 from dist_vse.training.flops import Flops, count_flops
 from dist_vse.training.grad_cache import train_step
 
@@ -80,20 +76,9 @@ def build_harness(config: TrainConfig, *, stream: bool) -> StepHarness:
     """Build the model and its engine, and batches: of the config's data, or made-up ones."""
     with distributed.raise_on_all_ranks():
         tokenizer = _tokenizer(config, stream)
-        model = (
-            run_model(config, tokenizer)
-            if tokenizer is not None
-            else build_model(
-                config.model,
-                vocab_size=VOCABULARY,
-                pad_id=0,
-                temperature=config.loss.temperature,
-                learn_temperature=config.loss.learn_temperature,
-                bias=config.loss.bias,
-                learn_bias=config.loss.name == "siglip",
-                seed=config.seed,
-            )
-        ).to(distributed.device())
+        words = AnyWords(VOCABULARY) if tokenizer is None else tokenizer
+        model = build_model(config.model, config.loss, words, seed=config.seed)
+        model = model.to(distributed.device())
         flops = count_flops(model, config.model.image.size, config.model.text.max_tokens)
         chunking = choose_chunks(config, model)
     chunking = agree(chunking)
@@ -102,7 +87,7 @@ def build_harness(config: TrainConfig, *, stream: bool) -> StepHarness:
     if stream:
         assert tokenizer is not None
         with distributed.raise_on_all_ranks():
-            sets = open_train_sets(config)
+            sets = open_train_sets(config.data)
             batches = build_train_batches(config, sets, tokenizer, Progress(0, 0, []))
     else:
         batches = itertools.repeat(_made_up(config))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_vse.common.errors import UserError
-from dist_vse.config import ModelConfig
+from dist_vse.config import LossConfig, ModelConfig
 from dist_vse.data.decode import BadSampleError, Transform, decode_image
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
@@ -36,7 +36,7 @@ class Embedder:
     ) -> None:
         """Join the parts of a model of that shape."""
         self.model = model.eval().to(device)
-        self.tokenizer, self.device = tokenizer, device
+        self.tokenizer, self.shape, self.device = tokenizer, shape, device
         self.dim = shape.embed_dim  # the size of the shared space
         self.square = Transform(
             shape.image.size, squash=shape.image.squash, resampling=shape.image.resampling
@@ -98,16 +98,7 @@ def build(folder: Path) -> DualEncoder:
     """Build the model of an exported folder, with its weights."""
     description = read_description(folder)
     config = description.model
-    model = build_model(
-        config,
-        vocab_size=description.vocab_size,
-        pad_id=description.pad_id,
-        temperature=1.0,
-        learn_temperature=False,
-        bias=0.0,
-        learn_bias=False,
-        seed=0,
-    )
+    model = build_model(config, LossConfig(), description)
     try:
         if config.text.weights is None and config.pretrained is None:
             model.text.trunk.load_state_dict(load_file(folder / TEXT / TRUNK_WEIGHTS))

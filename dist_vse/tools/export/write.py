@@ -22,7 +22,7 @@ from dist_vse.models.text import TextTrunk
 from dist_vse.models.tokenizer import Tokenizer, WordTokenizer
 from dist_vse.runs.environment import read_environment
 from dist_vse.runs.files import VOCABULARY_NAME
-from dist_vse.runs.folder import find_run, load_trained, open_run, run_model, run_tokenizer
+from dist_vse.runs.trained import open_trained
 from dist_vse.tools.export.folder import HEADS, IMAGE, MODEL, TEXT, Description, write_description
 from dist_vse.tools.export.load import build, load
 
@@ -64,24 +64,20 @@ def export_run(location: Path, out: Path, *, onnx: bool) -> Path:
     """
     if out.exists():
         raise UserError(f"{out}: already exists; give another folder, or remove it")
-    run_dir, asked = find_run(location)
-    config = open_run(run_dir)
-    tokenizer = run_tokenizer(config, run_dir, build=False)
-    model = run_model(config, tokenizer)
-    checkpoint = load_trained(run_dir, model, asked)
-    model.eval()
-    _check_finite(model, f"{run_dir} at {checkpoint.name}")
+    trained = open_trained(location)
+    model = trained.model.eval()
+    _check_finite(model, f"{trained.run_dir} at {trained.checkpoint.name}")
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     source = {
-        "run": run_dir.resolve().name,
-        "checkpoint": checkpoint.name,
-        "loss": config.loss.name,
-        "global_batch_size": config.global_batch_size,
-        "data": (read_environment(run_dir) or {}).get("data", {}),  # fingerprint by place
+        "run": trained.run_dir.resolve().name,
+        "checkpoint": trained.checkpoint.name,
+        "loss": trained.config.loss.name,
+        "global_batch_size": trained.config.global_batch_size,
+        "data": (read_environment(trained.run_dir) or {}).get("data", {}),  # fingerprint by place
     }
     with _writing(out):
-        write_folder(temporary, model, tokenizer, config, source)
+        write_folder(temporary, model, trained.tokenizer, trained.config, source)
     again = build(temporary)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), f"{name} changed by saving"

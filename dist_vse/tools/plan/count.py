@@ -23,7 +23,7 @@ from dist_vse.engine.gradient_reduction import BUCKET
 from dist_vse.engine.zero import PERSISTENT
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
-from dist_vse.models.tokenizer import PretrainedTokenizer
+from dist_vse.models.tokenizer import AnyWords, PretrainedTokenizer
 from dist_vse.tools.plan.work import FP32, Line, Ops, Work
 
 FEW, MORE = 4, 12  # pairs; what grows between them grows with every pair
@@ -57,12 +57,8 @@ def build_for_plan(config: TrainConfig, vocabulary: int, device: str) -> DualEnc
     with torch.device(device):
         return build_model(
             replace(config.model, image=replace(config.model.image, weights=None), compile=False),
-            vocab_size=vocabulary,
-            pad_id=pad,
-            temperature=config.loss.temperature,
-            learn_temperature=config.loss.learn_temperature,
-            bias=config.loss.bias,
-            learn_bias=config.loss.name == "siglip",
+            config.loss,
+            AnyWords(vocabulary, pad),
             seed=config.seed,
         )
 

@@ -13,8 +13,10 @@ from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import atomic_output
 from dist_vse.data.eval_stream import eval_batches
 from dist_vse.data.index import Index, read_index
+from dist_vse.data.samples import Placement
 from dist_vse.evaluation.evaluate import Embedded, embed
-from dist_vse.runs.folder import find_run, load_trained, open_run, run_model, run_tokenizer
+from dist_vse.runs.folder import find_run, open_run
+from dist_vse.runs.trained import open_trained
 from dist_vse.tools.export.folder import DESCRIPTION
 from dist_vse.tools.export.load import Embedder, load
 from dist_vse.tools.search.gallery import Origin
@@ -31,12 +33,8 @@ def open_model(location: Path) -> Embedder:
     here = distributed.device()
     if (location / DESCRIPTION).is_file():
         return load(location, here)
-    run_dir, asked = find_run(location)
-    config = open_run(run_dir)
-    tokenizer = run_tokenizer(config, run_dir, build=False)
-    model = run_model(config, tokenizer)
-    load_trained(run_dir, model, asked)
-    return Embedder(model, tokenizer, shape=config.model, device=here)
+    trained = open_trained(location)
+    return Embedder(trained.model, trained.tokenizer, shape=trained.config.model, device=here)
 
 
 def open_data(location: Path, data: str | None) -> Index:
@@ -52,14 +50,11 @@ def embed_split(model: Embedder, index: Index, split: str) -> Embedded:
     """Embed all images and captions of a split, each rank its share."""
     batches = eval_batches(
         index,
+        split,
         model.tokenizer,
-        split=split,
+        model.shape.image,
         batch_size=BATCH,
-        size=model.square.size,
-        squash=model.square.squash,
-        resampling=model.square.resampling,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        placement=Placement(distributed.rank(), distributed.world_size()),
     )
     return embed(model.model, batches, model.device)
 

@@ -16,6 +16,7 @@ from dist_vse.config import ImageConfig, ModelConfig, OptimConfig, TextConfig, T
 from dist_vse.data.samples import Batch
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder, Tower
+from dist_vse.models.tokenizer import AnyWords
 
 ROWS = 3  # pairs a chunk
 MAX_CHUNKS = 8
@@ -64,16 +65,7 @@ def shrink(config: TrainConfig, world_size: int) -> TrainConfig:
 
 def small_model(config: TrainConfig, *, frozen: tuple[bool, bool]) -> DualEncoder:
     """Build the towers, alike on every rank; `frozen` tells which trunks (image, text) are."""
-    model = build_model(
-        config.model,
-        vocab_size=VOCABULARY,
-        pad_id=PAD,
-        temperature=config.loss.temperature,
-        learn_temperature=config.loss.learn_temperature,
-        bias=config.loss.bias,
-        learn_bias=config.loss.name == "siglip",
-        seed=0,
-    )
+    model = build_model(config.model, config.loss, AnyWords(VOCABULARY, PAD))
     model.image, model.text = (
         Tower(tower.trunk, tower.head, frozen=is_frozen)
         for tower, is_frozen in zip((model.image, model.text), frozen, strict=True)

@@ -20,7 +20,8 @@ from dist_vse.tools.verify.problem import (
     small_model,
 )
 from dist_vse.tools.verify.table import Row, compare, relative_error
-from dist_vse.training.builders import build_ahead, build_loss, make_chunks, wrap_model
+from dist_vse.training.builders import build_ahead, build_loss, wrap_model
+from dist_vse.training.chunks import make_chunks
 from dist_vse.training.grad_cache import train_step
 
 PARTS = {

@@ -1,0 +1,75 @@
+"""The tokenizer and the model that a run's folder holds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_vse.common.errors import UserError
+from dist_vse.config import TrainConfig
+from dist_vse.data.eval_stream import captions
+from dist_vse.data.streams import open_train_sets
+from dist_vse.models.build import build_model
+from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.pretrained import pretrained_tokenizer
+from dist_vse.models.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
+from dist_vse.runs import checkpoint
+from dist_vse.runs.files import CHECKPOINTS, VOCABULARY_NAME
+from dist_vse.runs.folder import find_run, open_run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run with the weights of one of its checkpoints."""
+
+    run_dir: Path
+    config: TrainConfig
+    tokenizer: Tokenizer
+    model: DualEncoder
+    checkpoint: Path
+
+
+def open_trained(location: Path) -> Trained:
+    """Open a run's newest checkpoint, or the one that `location` is.
+
+    Raises UserError if there is no such checkpoint, or if it doesn't fit the model.
+    """
+    run_dir, asked = find_run(location)
+    config = open_run(run_dir)
+    tokenizer = run_tokenizer(config, run_dir, build=False)
+    model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
+    return Trained(run_dir, config, tokenizer, model, load_trained(run_dir, model, asked))
+
+
+def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokenizer:
+    """Return the run's tokenizer; `build` makes the vocabulary where there is none yet.
+
+    The vocabulary comes from the training splits alone, so that evaluation can't leak into it.
+    """
+    if config.model.pretrained is not None:
+        return pretrained_tokenizer(config.model.pretrained)
+    path = run_dir / VOCABULARY_NAME
+    if path.is_file():
+        return WordTokenizer.load(path)
+    if config.model.text.kind != "pretrained" and not build:
+        raise UserError(f"{path}: the run's vocabulary is missing; train the run first")
+
+    def train_captions() -> Iterator[str]:
+        for a_set in open_train_sets(config.data):
+            yield from captions(a_set.index, a_set.split)
+
+    tokenizer = build_tokenizer(config.model.text, train_captions, None)
+    if isinstance(tokenizer, WordTokenizer):
+        tokenizer.save(path)
+    return tokenizer
+
+
+def load_trained(run_dir: Path, model: DualEncoder, asked: Path | None = None) -> Path:
+    """Load the newest checkpoint's weights into the model, or those asked for; return its folder.
+
+    Raises UserError if there is no such checkpoint, or if it doesn't fit the model.
+    """
+    path = asked or checkpoint.latest(run_dir / CHECKPOINTS)
+    if path is None:
+        raise UserError(f"{run_dir / CHECKPOINTS}: no whole checkpoint yet; train the run first")
+    checkpoint.load_weights(path, model)
+    return path

@@ -1,0 +1,31 @@
+"""A rank's batch, cut into chunks of what the model's forward takes."""
+
+import torch
+
+from dist_vse import distributed
+from dist_vse.config import TrainConfig
+from dist_vse.data.precomputed import Features
+from dist_vse.data.samples import Batch
+from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.training.prefetch_to_device import Chunk
+
+
+def make_chunks(
+    model: DualEncoder, batch: Batch, config: TrainConfig, features: Features | None = None
+) -> list[Chunk]:
+    """Cut the rank's batch into chunks of what the model's forward takes.
+
+    A frozen trunk runs here, once: its outputs take the place of its inputs. Those of `features`
+    are only read. Images of a trunk that learns stay on the host, uint8, until their chunk's turn.
+    """
+    here = distributed.device()
+    name, images = "images", batch.images
+    if features is not None:
+        name, images = "image_hidden", features.rows(batch.origin[:, 1])
+    tokens = batch.tokens
+    if here.type == "cuda":  # a GPU reads such memory by itself, while others work
+        images, tokens = images.pin_memory(), tokens.pin_memory()
+    pieces = zip(*(x.split(config.fixed_chunk_size) for x in (images, tokens)), strict=True)
+    bf16 = config.engine.precision == "bf16"
+    with torch.autocast(here.type, torch.bfloat16, enabled=bf16):
+        return [model.prepare(tokens=t, **{name: i}) for i, t in pieces]
