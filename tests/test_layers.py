@@ -41,7 +41,6 @@ KNOWN_CYCLES = {
     frozenset({"dist_vse.cli"})
     | {f"launch.{name}" for name in ("cli", "describe", "doctor", "job")}
     | {f"launch.{name}" for name in ("rehearsal", "submit", "sweep")},
-    frozenset(f"dist_vse.tools.search.{name}" for name in ("picture", "run", "sheet")),
 }
 
 

@@ -23,8 +23,9 @@ from dist_vse.data.index import read_index
 from dist_vse.data.reader import ShardReader
 from dist_vse.evaluation.retrieval import top_k
 from dist_vse.tools.search.embed import embed_split, open_model
+from dist_vse.tools.search.found import Found, Queries
 from dist_vse.tools.search.picture import draw_sheet, wrap
-from dist_vse.tools.search.run import Found, search
+from dist_vse.tools.search.run import search
 from dist_vse.tools.search.zeroshot import class_features, zeroshot
 from tests.support.datasets import describe, draw, write_dataset
 from tests.support.runs import trained_run
@@ -45,7 +46,7 @@ def test_search_finds_what_brute_force_finds(trained: Path, tmp_path: Path, suff
     picture = tmp_path / "query.png"
     picture.write_bytes(reader.image(*reader.place(5)))
     sheet = tmp_path / f"sheet{suffix}"
-    how = {"data": None, "split": "val", "texts": ["a red square"], "images": [picture]}
+    how = {"data": None, "split": "val", "queries": Queries(["a red square"], [picture])}
     by_text, by_image = search(trained, **how, top=4, sheet=sheet)  # type: ignore[arg-type]
 
     model = open_model(trained)
@@ -178,7 +179,7 @@ def test_searches_in_written_features_and_refuses_stale_ones(
 ) -> None:
     file = tmp_path / "val.safetensors"
     assert cli.main(["embed", str(trained), str(file), "--split", "val"]) == 0
-    how = {"data": None, "texts": ["a red square", "circle"], "images": [], "top": 40}
+    how = {"data": None, "queries": Queries(["a red square", "circle"]), "top": 40}
     at_once = search(trained, **how, split="val", sheet=None)  # type: ignore[arg-type]
     other = tmp_path / "other"
     write_dataset(other, {"val": [31]})
@@ -269,7 +270,7 @@ def test_a_picture_has_scores_and_wrapped_texts(caplog: pytest.LogCaptureFixture
 
 def test_faiss_finds_the_same(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss", reason="needs the extra `faiss`")
-    how = {"data": None, "split": "val", "texts": ["a red square", "circle"], "images": []}
+    how = {"data": None, "split": "val", "queries": Queries(["a red square", "circle"])}
     exact = search(trained, **how, top=40, sheet=None)  # type: ignore[arg-type]
     found = search(trained, **how, top=40, sheet=None, faiss=True)  # type: ignore[arg-type]
     for one, other in zip(exact, found, strict=True):

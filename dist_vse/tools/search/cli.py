@@ -42,14 +42,14 @@ def run_search(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise UserError(f"--top ({args.top}) must be at least 1")
 
+    from dist_vse.tools.search.found import Queries
     from dist_vse.tools.search.run import search
 
     search(
         args.model,
+        Queries(args.text, args.image),
         data=args.data,
         split=args.split,
-        texts=args.text,
-        images=args.image,
         top=args.top,
         sheet=args.sheet,
         faiss=args.faiss,

@@ -1,6 +1,6 @@
 """The images to search in: embedded now, or read from a file that `dist-vse embed` wrote.
 
-Such a file tells whose features it holds, so that a stale one is refused: a hash of the model's
+Such a file says whose features it holds, so that a stale one is refused: a hash of the model's
 weights, the data set's fingerprint and the split. Shapes: n images, d embedding.
 """
 
@@ -50,14 +50,13 @@ def read_gallery(path: Path, wanted: Origin) -> Gallery:
         raise UserError(f"{path}: no such file; {remedy}")
     try:
         with safe_open(path, "pt") as file:
-            told = file.metadata() or {}
+            noted = file.metadata() or {}
             features, rows = (file.get_tensor(n) for n in ("image_features", "image_of_text"))
-        keys, captions = json.loads(told["keys"]), json.loads(told["captions"])
-        written_for = {name: told[name] for name in wanted}
+        keys, captions = json.loads(noted["keys"]), json.loads(noted["captions"])
+        written_for = {name: noted[name] for name in wanted}
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise UserError(
-            f"{path}: no file of `dist-vse embed`, or of an older version ({first_line(error)}); "
-            f"{remedy}"
+            f"{path}: no file of `dist-vse embed` ({first_line(error)}); {remedy}"
         ) from error
     for name, value in wanted.items():
         if written_for[name] != value:

@@ -3,15 +3,12 @@
 import base64
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
 from dist_vse.common.log import logger
 from dist_vse.data.index import IMAGE_FORMATS
-
-if TYPE_CHECKING:
-    from dist_vse.tools.search.run import Found
+from dist_vse.tools.search.found import Found
 
 CELL, GAP, MARGIN = 160, 16, 24  # pixels
 COLUMNS, LEAST_COLUMNS = 10, 3
@@ -22,7 +19,7 @@ INK, SOFT = "#1c2024", "#5a626b"
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def draw_sheet(found: "Sequence[Found]", pictures: dict[str, str], name: str) -> Image.Image:
+def draw_sheet(found: Sequence[Found], pictures: dict[str, str], name: str) -> Image.Image:
     """Draw the answers to all queries, row by row; `pictures` are data URIs by key.
 
     Warns where the font has no glyph for a text of the sheet, which goes by `name`.
@@ -63,7 +60,7 @@ def wrap(text: str, font: Font, width: int, most: int | None = None) -> list[str
     return [*lines[: most - 1], f"{last.rstrip()}…"]
 
 
-def _block(answers: "Found", pictures: dict[str, str], columns: int, width: int) -> Image.Image:
+def _block(answers: Found, pictures: dict[str, str], columns: int, width: int) -> Image.Image:
     """Draw one query and its answers."""
     title, small = ImageFont.load_default(20), ImageFont.load_default(14)
     head = wrap(answers.query, title, width)

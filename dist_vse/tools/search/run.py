@@ -1,7 +1,6 @@
 """`dist-vse search`: the images of a split that fit a text or another image best."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,27 +17,17 @@ from dist_vse.evaluation.retrieval.checks import check_finite
 from dist_vse.tools.report.images import thumbnails
 from dist_vse.tools.search.embed import embed_split, open_data, open_model
 from dist_vse.tools.search.faiss_index import check_faiss, faiss_top_k
+from dist_vse.tools.search.found import Found, Queries
 from dist_vse.tools.search.gallery import gallery_of, origin, read_gallery
 from dist_vse.tools.search.sheet import write_sheet
 
 
-@dataclass(frozen=True)
-class Found:
-    """The answers to one query, best first."""
-
-    query: str  # the text, or the image's path
-    keys: list[str]
-    scores: list[float]  # cosine similarities
-    captions: list[str]  # the first one of each image
-
-
 def search(
     location: Path,
+    queries: Queries,
     *,
     data: str | None,
     split: str,
-    texts: Sequence[str],
-    images: Sequence[Path],
     top: int,
     sheet: Path | None,
     faiss: bool = False,
@@ -52,7 +41,7 @@ def search(
     finite.
     """
     setup_logging()
-    if not texts and not images:
+    if not queries.names:
         raise UserError("nothing to search for; give --text or --image")
     if sheet is not None and sheet.suffix not in (".html", ".png"):
         raise UserError(f"{sheet}: give a sheet that ends in .html or .png")
@@ -65,7 +54,8 @@ def search(
             index.split(split)
             if sheet is not None and distributed.is_main_process():
                 check_output(sheet)
-            by_text, by_image = model.encode_texts(texts), model.encode_images(images)
+            by_text = model.encode_texts(queries.texts)
+            by_image = model.encode_images(queries.images)
             check_finite(by_image, by_text)
             gallery = (
                 read_gallery(index_file, origin(model.model, index, split)) if index_file else None
@@ -82,18 +72,18 @@ def search(
                 [gallery.captions[row] for row in best],
             )
             for name, similar, best in zip(
-                [*texts, *map(str, images)], scores.tolist(), rows.tolist(), strict=True
+                queries.names, scores.tolist(), rows.tolist(), strict=True
             )
         ]
         with distributed.raise_on_all_ranks():
             if distributed.is_main_process():
-                _show(found, index, split, images, sheet)
+                _show(found)
+                if sheet is not None:
+                    _write(sheet, found, index, split, queries.images)
     return found
 
 
-def _show(
-    found: list[Found], index: Index, split: str, images: Sequence[Path], sheet: Path | None
-) -> None:
+def _show(found: list[Found]) -> None:
     console = Console()
     for answers in found:
         table = Table("", "key", "cosine", "caption", title=answers.query)
@@ -101,7 +91,11 @@ def _show(
         for place, (key, score, caption) in enumerate(rows, 1):
             table.add_row(str(place), key, f"{score:.3f}", caption)
         console.print(table)
-    if sheet is not None:
-        keys = {key for answers in found for key in answers.keys}
-        write_sheet(sheet, found, thumbnails(index, split, keys), set(map(str, images)))
-        console.print(f"wrote {sheet}")
+
+
+def _write(
+    sheet: Path, found: list[Found], index: Index, split: str, images: Sequence[Path]
+) -> None:
+    keys = {key for answers in found for key in answers.keys}
+    write_sheet(sheet, found, thumbnails(index, split, keys), set(map(str, images)))
+    Console().print(f"wrote {sheet}")

@@ -3,18 +3,15 @@
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dist_vse.common.files import atomic_output
 from dist_vse.tools.report.style import STYLE
+from dist_vse.tools.search.found import Found
 from dist_vse.tools.search.picture import draw_sheet
-
-if TYPE_CHECKING:
-    from dist_vse.tools.search.run import Found
 
 
 def write_sheet(
-    path: Path, found: "Sequence[Found]", pictures: dict[str, str], from_images: set[str]
+    path: Path, found: Sequence[Found], pictures: dict[str, str], from_images: set[str]
 ) -> None:
     """Write the answers to all queries; `pictures` are data URIs by key.
 
@@ -28,7 +25,7 @@ def write_sheet(
             temporary.write_text(_html(found, pictures, from_images), encoding="utf-8")
 
 
-def _html(found: "Sequence[Found]", pictures: dict[str, str], from_images: set[str]) -> str:
+def _html(found: Sequence[Found], pictures: dict[str, str], from_images: set[str]) -> str:
     parts = []
     for answers in found:
         rows = zip(answers.keys, answers.scores, answers.captions, strict=True)
