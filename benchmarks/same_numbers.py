@@ -164,6 +164,7 @@ def _hash_batches() -> None:
     import numpy as np
     import torch
 
+    from dist_vse.config import DataConfig, ImageConfig
     from dist_vse.data.index import read_index
     from dist_vse.data.streams import TrainSet
     from dist_vse.data.train_stream import train_batches
@@ -176,19 +177,11 @@ def _hash_batches() -> None:
     tokenizer.pad_id = 0
     batches = train_batches(
         [TrainSet(read_index("shards"), "train")],
+        tokenizer,
+        DataConfig(shuffle_window=16, num_workers=0, flip=True, color_jitter=0.2),
+        ImageConfig(size=32),
         seed=3,
         global_batch_size=BATCH,
-        streams=8,
-        shuffle_window=16,
-        size=32,
-        crop="random",
-        min_crop_area=0.5,
-        flip=True,
-        color_jitter=0.2,
-        tokenizer=tokenizer,
-        rank=0,
-        world_size=1,
-        num_workers=0,
     )
     digest = hashlib.sha256()
     for _ in range(2 * PAIRS // BATCH):

@@ -24,7 +24,6 @@ KNOWN = {
     "dist_vse/losses/global_loss.py: global_loss",
     "dist_vse/losses/reference.py: dense_loss",
     "dist_vse/losses/tiled.py: __init__",
-    "dist_vse/tools/bench/peer_data.py: peer_loader",
     "shards/sources/table.py: read_table",
 }
 
