@@ -43,7 +43,7 @@ class Transform:
 
     @property
     def is_random(self) -> bool:
-        """Tell whether the same file can become different squares."""
+        """Whether the same file can give different squares."""
         return self.random_crop or self.flip or self.color_jitter > 0
 
 
@@ -143,7 +143,7 @@ def random_box(width: int, height: int, min_area: float, rng: np.random.Generato
         if area * aspect <= width * width and area <= height * height * aspect:
             crop_width, crop_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
             left, top = draws[2] * (width - crop_width), draws[3] * (height - crop_height)
-            # 0 and min: roots and sums may round to a hair more than the image has
+            # 0 and min: rounding may exceed the image by a tiny amount
             left, top = max(left, 0.0), max(top, 0.0)
             return left, top, min(left + crop_width, width), min(top + crop_height, height)
     return center_box(width, height)
@@ -173,7 +173,7 @@ def _decode_scaled(data: bytes, size: tuple[int, int], box: Box, out: Pixels) ->
         return False
     left, right = _round(box[0] / scale, box[2] / scale, pixels.shape[1])
     top, bottom = _round(box[1] / scale, box[3] / scale, pixels.shape[0])
-    # Where less than two pixels become one, two taps a side smooth enough.
+    # Less than two pixels become one here, so linear interpolation is smooth enough.
     cv2.resize(
         pixels[top:bottom, left:right], out.shape[:2], dst=out, interpolation=cv2.INTER_LINEAR
     )
@@ -187,7 +187,7 @@ def _round(start: float, stop: float, length: int) -> tuple[int, int]:
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Turn what is stored so that it stands upright (EXIF 2.3, table 6)."""
+    """Turn the stored pixels upright (EXIF 2.3, table 6)."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     rows = -1 if orientation in (3, 4, 7, 8) else 1

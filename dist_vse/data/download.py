@@ -18,67 +18,67 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from dist_vse.common.errors import first_line
 
 CHUNK_BYTES = 1 << 20
-LEAST_BYTES = 1 << 14  # that must come within a time-out: a trickle counts as a stall
-MAY_PASS = (408, 425, 429)  # answers below 500 that another try may change
-IN_URLS = "%/?:@!$&'()*+,;=~[]"  # that stay as they are: what is quoted already is not quoted again
+MIN_BYTES = 1 << 14  # expected within a time-out; fewer count as a stall
+RETRY_STATUS = (408, 425, 429)  # statuses below 500 that may succeed on another try
+UNQUOTED = "%/?:@!$&'()*+,;=~[]"  # not quoted; % so that a quoted URL is not quoted twice
 
 Chunks = Generator[bytes | None, None, None]
-"""Bytes; None where the source begins anew."""
+"""Bytes; None where the source starts again from its first byte."""
 
 
-class GoneError(OSError):
-    """A source that will not come back: trying again is of no use."""
+class PermanentError(OSError):
+    """The source can't be read, and another try would not help."""
 
 
 def append_url(url: str, file: IO[bytes], num_bytes: int, stall_s: float) -> None:
-    """Append what a URL holds beyond the file's end; a source that cannot begin there starts anew.
+    """Append what a URL holds beyond the file's end; a source that can't resume sends all again.
 
-    Raises OSError (GoneError where another try is of no use) if the source fails, if next to
-    nothing comes for `stall_s` seconds, or once the file is longer than `num_bytes`.
+    Raises OSError (PermanentError if another try would not help) if the source fails, if almost
+    nothing arrives for `stall_s` seconds, or once the file is longer than `num_bytes`.
     """
     try:
         with contextlib.closing(_chunks(url, file.seek(0, os.SEEK_END), stall_s)) as chunks:
-            for chunk in _no_trickle(chunks, stall_s):
+            for chunk in _check_rate(chunks, stall_s):
                 if chunk is None:
                     file.truncate(0)
                 elif file.write(chunk) and file.tell() > num_bytes:
                     raise OSError(f"it goes on after {num_bytes} bytes, its size in the index")
     except (ValueError, ImportError) as error:  # no address, no such scheme, or no library for it
-        raise GoneError(first_line(error)) from error
+        raise PermanentError(first_line(error)) from error
 
 
-def _no_trickle(chunks: Chunks, stall_s: float) -> Chunks:
-    """Pass the chunks on. Raises TimeoutError where too few bytes come within a time-out."""
+def _check_rate(chunks: Chunks, stall_s: float) -> Chunks:
+    """Yield the chunks. Raises TimeoutError if too few bytes arrive within a time-out."""
     marked, since = time.monotonic(), 0
     for chunk in chunks:
         yield chunk
         since += len(chunk or b"")
         if time.monotonic() - marked > stall_s:
-            if since < LEAST_BYTES:
+            if since < MIN_BYTES:
                 raise TimeoutError(f"only {since} bytes in {stall_s:g} s")
             marked, since = time.monotonic(), 0
 
 
 def _chunks(url: str, start: int, stall_s: float) -> Chunks:
     if url.startswith(("http://", "https://")):
-        return _watched(_read_http(url, start, stall_s), stall_s)
+        return _with_timeout(_read_http(url, start, stall_s), stall_s)
     if not url.startswith("pipe:"):
         return _read_scheme(url, stall_s)
-    # A session of its own, so that all of the pipe's commands can be ended.
+    # In a new session, so that all of the pipe's commands can be killed.
     process = subprocess.Popen(
         url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE, start_new_session=True
     )
     return _read_process(process, stall_s)
 
 
-def _watched(chunks: Chunks, stall_s: float) -> Chunks:
-    """Yield what a thread reads; one that brings nothing for `stall_s` seconds is left behind.
+def _with_timeout(chunks: Chunks, stall_s: float) -> Chunks:
+    """Yield what a thread reads; abandon the thread if nothing arrives for `stall_s` seconds.
 
-    The time-outs of sockets are for one read each, and names, headers and libraries have none.
+    Socket time-outs cover one read each; name look-ups, headers and libraries have none.
     """
     read: queue.Queue[bytes | Exception | None] = queue.Queue(maxsize=2)
-    left = threading.Event()
-    threading.Thread(target=_read_on, args=(chunks, read, left), daemon=True).start()
+    abandoned = threading.Event()
+    threading.Thread(target=_read_on, args=(chunks, read, abandoned), daemon=True).start()
     try:
         while True:
             item = read.get(timeout=stall_s)
@@ -90,63 +90,63 @@ def _watched(chunks: Chunks, stall_s: float) -> Chunks:
     except queue.Empty:
         raise TimeoutError(f"timed out: no byte in {stall_s:g} s") from None
     finally:
-        left.set()
-        while not read.empty():  # lets the thread go on to its end
+        abandoned.set()
+        while not read.empty():  # unblocks the thread so that it can exit
             read.get()
 
 
 class _EndError(Exception):
-    """Stands behind the last chunk."""
+    """Marks the end, after the last chunk."""
 
 
 def _read_on(
-    chunks: Chunks, read: "queue.Queue[bytes | Exception | None]", left: threading.Event
+    chunks: Chunks, read: "queue.Queue[bytes | Exception | None]", abandoned: threading.Event
 ) -> None:
     try:
         with contextlib.closing(chunks):
             for chunk in chunks:
                 read.put(chunk)
-                if left.is_set():
+                if abandoned.is_set():
                     return
         read.put(_EndError())
-    except Exception as error:  # raised where the chunks are taken
+    except Exception as error:  # raised again by the consumer
         read.put(error)
 
 
 def _read_http(url: str, start: int, stall_s: float) -> Chunks:
     parts = urlsplit(url)
-    path, query = quote(parts.path, IN_URLS), quote(parts.query, IN_URLS)
+    path, query = quote(parts.path, UNQUOTED), quote(parts.query, UNQUOTED)
     request = urllib.request.Request(
         urlunsplit((parts.scheme, parts.netloc, path, query, "")),
         headers={"Range": f"bytes={start}-"} if start else {},
     )
     try:
-        with urllib.request.urlopen(request, timeout=stall_s) as answer:
-            yield b"" if answer.status == http.client.PARTIAL_CONTENT else None
-            while chunk := answer.read1(CHUNK_BYTES):
+        with urllib.request.urlopen(request, timeout=stall_s) as response:
+            yield b"" if response.status == http.client.PARTIAL_CONTENT else None
+            while chunk := response.read1(CHUNK_BYTES):
                 yield chunk
     except urllib.error.HTTPError as error:
-        kind = GoneError if error.code < 500 and error.code not in MAY_PASS else OSError
-        raise kind(f"the server answers {error.code} {error.reason}") from error
+        kind = PermanentError if error.code < 500 and error.code not in RETRY_STATUS else OSError
+        raise kind(f"the server responded {error.code} {error.reason}") from error
     except http.client.InvalidURL as error:
-        raise GoneError(first_line(error)) from error
+        raise PermanentError(first_line(error)) from error
     except http.client.HTTPException as error:
-        raise OSError(f"broken answer ({error!r})") from error
+        raise OSError(f"broken response ({error!r})") from error
 
 
 def _read_scheme(url: str, stall_s: float) -> Chunks:
-    """Read by webdataset's opener for the URL's scheme, or else by fsspec's."""
+    """Read with webdataset's opener for the URL's scheme, else with fsspec's."""
     from webdataset.gopen import gopen, gopen_schemes, rewrite_url  # here: few need the import
 
     scheme = urlsplit(rewrite_url(url)).scheme
     if scheme != "file" and scheme not in gopen_schemes:
-        yield from _watched(_read_fsspec(url), stall_s)
+        yield from _with_timeout(_read_fsspec(url), stall_s)
         return
     source = gopen(url, "rb")
     if hasattr(source, "proc"):
         yield from _read_process(source.proc, stall_s)
     else:
-        yield from _watched(_read_file(source), stall_s)
+        yield from _with_timeout(_read_file(source), stall_s)
 
 
 def _read_fsspec(url: str) -> Chunks:
@@ -158,7 +158,7 @@ def _read_fsspec(url: str) -> Chunks:
         yield from _read_file(files.open(path, "rb", block_size=CHUNK_BYTES))
     except (OSError, ValueError, ImportError):
         raise
-    except Exception as error:  # each library behind it has its own kinds
+    except Exception as error:  # each backend raises its own types
         raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
@@ -184,7 +184,7 @@ def _read_process(process: "subprocess.Popen[bytes]", stall_s: float) -> Chunks:
             yield chunk
         status = process.wait(stall_s)
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f"the command does not end within {stall_s:g} s") from None
+        raise TimeoutError(f"the command did not exit within {stall_s:g} s") from None
     finally:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -193,4 +193,4 @@ def _read_process(process: "subprocess.Popen[bytes]", stall_s: float) -> Chunks:
         process.stdout.close()
         process.wait()
     if status != 0:
-        raise OSError(f"the command ends with exit code {status}")
+        raise OSError(f"the command exited with code {status}")

@@ -5,9 +5,9 @@ sample offsets (`train-00000.tar` has `train-00000.npy`): an int64 array (sample
 sample in the tar's order, with the columns of `OFFSET_COLUMNS`. Bytes are counted from the
 start of the tar, so that a sample is two reads and no tar header is parsed.
 
-Tars of others stay where they are (`dist-vse shard index`). Their shards name `side`: the base name
-of two side files, `SIDE.npy` and `SIDE.jsonl`. The latter holds the samples' JSON, and the meta
-columns count its bytes instead of the tar's.
+Existing tars stay where they are (`dist-vse shard index`). Their shards name `side`: the base name
+of two side files, `SIDE.npy` and `SIDE.jsonl`. The second holds the samples' JSON, and the meta
+columns are offsets into it instead of the tar.
 """
 
 import difflib
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 INDEX_NAME = "index.json"
 FORMAT = 1
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""What shards may hold, by Pillow's names: nothing that runs code, as EPS does."""
+"""Allowed image formats, by Pillow's names. EPS is not among them: decoding it runs code."""
 OFFSET_COLUMNS = ("image_offset", "image_bytes", "meta_offset", "meta_bytes", "image_id")
 
 
@@ -149,16 +149,16 @@ def write_offsets(path: Path, rows: Iterable[tuple[int, ...]]) -> None:
 
 
 def is_remote(path: str) -> bool:
-    """Tell whether a shard's path is a URL or a `pipe:` command."""
+    """Return whether a shard's path is a URL or a `pipe:` command."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path) is not None
 
 
 def image_id(identity: str | bytes | memoryview) -> int:
     """Hash what identifies an image (or a caption) to a signed 64-bit id.
 
-    Pairs with equal ids are no negatives of each other. Among a billion images the chance that
-    any two ids collide is about 3 %, and a collision only leaves one pair out of the negatives.
-    XXH3 (https://xxhash.com) is no guard against forgery, but ten times as fast as one.
+    Pairs with equal ids are no negatives of each other. Among a billion images, the chance that any
+    two ids collide is about 3 %, and a collision only removes one pair from the negatives. XXH3
+    (https://xxhash.com) is not cryptographic, but ten times as fast as SHA-256.
     """
     data = identity.encode() if isinstance(identity, str) else identity
     digest = xxhash.xxh3_64_digest(data)

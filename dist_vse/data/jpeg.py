@@ -1,4 +1,4 @@
-"""JPEG by libjpeg-turbo: the size from the headers, and decoding no larger than is needed."""
+"""JPEG decoding by libjpeg-turbo: read the size from the headers, decode at a reduced scale."""
 
 import math
 
@@ -16,10 +16,9 @@ Pixels = NDArray[np.uint8]
 def plain_size(
     data: bytes, colours: tuple[str, ...] = (*COLOURED, "Gray")
 ) -> tuple[int, int] | None:
-    """Return (width, height) of a JPEG of these colours that neither is turned nor too large.
+    """Return (width, height) of a JPEG of these colours without EXIF that is not too large.
 
-    None for every other file. Looks at the headers, in a fraction of the time that Pillow takes to
-    open a file.
+    Returns None for every other file. Reads only the headers, much faster than Pillow opens a file.
     """
     if not data.startswith(b"\xff\xd8\xff"):
         return None
@@ -43,7 +42,7 @@ def decode_at(
 ) -> Pixels | None:
     """Decode at 1/scale; `size` is (width, height) of the whole image, `colours` RGB or GRAY.
 
-    Returns uint8 (h, w, 3) or (h, w, 1); None for a damaged file: Pillow has the last word there.
+    Returns uint8 (h, w, 3) or (h, w, 1); None for a damaged file, which Pillow may still read.
     """
     width, height = size
     try:

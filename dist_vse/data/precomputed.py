@@ -1,6 +1,6 @@
-"""A frozen image trunk's outputs on disk: computed once, read instead of images ever after.
+"""Outputs of a frozen image trunk on disk: computed once, then read instead of images.
 
-A folder holds `features.json` and one array a writing process, float32 (rows, d), in the order of
+A folder holds `features.json` and one array per writing process, float32 (rows, d), in the order of
 the split. Its key says what the numbers depend on; another key is refused. Shape letters: b rows
 of a batch, n samples of the split, d the trunk's features.
 """
@@ -81,7 +81,7 @@ def open_features(folder: Path, key: Key, num_samples: int) -> Features:
 
 
 def holds_features(folder: Path, key: Key, num_samples: int) -> bool:
-    """Tell whether the folder can be opened with this key; what is stale or cut is removed."""
+    """Return whether the folder can be opened with this key; remove a stale or damaged manifest."""
     if not (folder / MANIFEST).is_file():
         return False
     try:
@@ -94,7 +94,7 @@ def holds_features(folder: Path, key: Key, num_samples: int) -> bool:
 
 
 def write_part(folder: Path, number: int, rows: int, batches: Iterable[Tensor]) -> Part | None:
-    """Write a process's share, float32 (rows, d) that comes in batches (b, d); None if empty."""
+    """Write a process's share, float32 (rows, d), from batches (b, d); return None if empty."""
     if rows == 0:
         return None
     name = f"features-{number:05d}.npy"
@@ -114,6 +114,6 @@ def write_part(folder: Path, number: int, rows: int, batches: Iterable[Tensor]) 
 
 
 def write_manifest(folder: Path, key: Key, parts: list[Part]) -> None:
-    """Make the parts a whole, in their order, by one rename."""
+    """Write the manifest that joins the parts in their order."""
     content = {"format": FORMAT, "key": key, "parts": [asdict(part) for part in parts]}
     write_json(folder / MANIFEST, content, indent=1)

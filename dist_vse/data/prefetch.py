@@ -1,4 +1,4 @@
-"""Copies the remote shards that are read next while the present ones are read."""
+"""Copies the remote shards that will be read next while the current ones are read."""
 
 import queue
 import threading
@@ -13,7 +13,7 @@ class Prefetcher:
     """One thread of a worker, started at the first use; it ends with the process."""
 
     def __init__(self, readers: Sequence[ShardReader]) -> None:
-        """Start nothing; `active` tells whether any shard is remote."""
+        """Start nothing yet; `active` is true if any shard is remote."""
         self.active = any(reader.is_remote for reader in readers)
         self._readers = readers
         self._at: dict[int, tuple[int, int]] = {}  # stream -> its epoch and block
@@ -22,7 +22,7 @@ class Prefetcher:
     def enter(
         self, stream: int, epochs: Callable[[int], EpochOrder], epoch: int, block: int
     ) -> None:
-        """Note that a stream reads in this block; in a new one, copy the next one's shards."""
+        """Record that a stream reads this block; if it is a new one, copy the next one's shards."""
         if self._at.get(stream) == (epoch, block):
             return
         self._at[stream] = epoch, block
@@ -34,7 +34,7 @@ class Prefetcher:
             self.want(source, shard)
 
     def want(self, source: int, shard: int) -> None:
-        """Copy a shard when its turn has come."""
+        """Queue a shard to be copied."""
         if self._wanted is None:
             self._wanted = queue.SimpleQueue()
             threading.Thread(target=self._copy, args=(self._wanted,), daemon=True).start()
@@ -46,4 +46,4 @@ class Prefetcher:
             try:
                 self._readers[source].prefetch(shard)
             except UserError:
-                continue  # told when the shard is read, if it is still not to be had then
+                continue  # raised when the shard is read, if it still can't be copied then

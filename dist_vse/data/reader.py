@@ -1,4 +1,4 @@
-"""Reading single samples out of tar shards, by the index's offsets."""
+"""Read single samples from tar shards by the index's offsets."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from dist_vse.data.shard_cache import Cache, cache_from_environment, fetch, open
 
 @dataclass(frozen=True)
 class Meta:
-    """What a sample's JSON tells."""
+    """The fields of a sample's JSON that training uses."""
 
     key: str
     captions: tuple[str, ...]  # at least one, none of them blank
@@ -44,7 +44,7 @@ class _OpenShard:
                 f"{self.path}: the shard has {num_bytes} bytes, but the index says "
                 f"{shard.num_bytes}; copy it again, or run `dist-vse shard` again"
             )
-        # The samples' JSON lies in the tar, but beside the index for a tar that is not ours.
+        # The samples' JSON is in the tar, or beside the index if the tar is not ours.
         self.meta_path = self.path
         if shard.meta_name:
             self.meta_path = index.root / shard.meta_name
@@ -84,7 +84,7 @@ def _read(file: int, path: Path, offset: int, num_bytes: int) -> bytes:
 
 
 class ShardReader:
-    """Reads the samples of one split; keeps the `max_open` shards used last open."""
+    """Reads the samples of one split; keeps the `max_open` most recently used shards open."""
 
     def __init__(self, index: Index, split: str, *, max_open: int) -> None:
         self._index = index
@@ -96,7 +96,7 @@ class ShardReader:
         self.is_remote = any(is_remote(shard.path) for shard in self._shards)
 
     def prefetch(self, shard: int) -> None:
-        """Copy a remote shard to the local disk, where it is not there yet."""
+        """Copy a remote shard to the local disk unless it is there."""
         if is_remote(self._shards[shard].path):
             fetch(self._shards[shard], self._cache)
 
@@ -129,7 +129,7 @@ class ShardReader:
         return parse_meta(self._meta_bytes(shard, row))
 
     def key(self, shard: int, row: int) -> str:
-        """Read the sample's key; where even that is broken, return the row in its stead."""
+        """Read the sample's key; return the row instead if its JSON is broken."""
         try:
             return str(json.loads(self._meta_bytes(shard, row))["key"])
         except (ValueError, KeyError, TypeError):

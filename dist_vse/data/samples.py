@@ -1,4 +1,4 @@
-"""What the stream hands out, and how the samples of a stream become tensors.
+"""The batches that the stream yields, and how the samples of a stream become tensors.
 
 Shapes: k samples of one stream, b on this rank, h = w pixels, l tokens, L streams, W ranks.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Tokenizer(Protocol):
-    """Words to numbers; must be picklable, as workers call it."""
+    """Captions to token ids. Must be picklable, because workers call it."""
 
     @property
     def pad_id(self) -> int:
@@ -51,7 +51,7 @@ class Skipped:
 class Part:
     """One stream's share of a batch."""
 
-    images: Tensor | None  # uint8 (k, 3, h, w); None if they lie in the batch's slot
+    images: Tensor | None  # uint8 (k, 3, h, w); None if they are in the batch's shared buffer
     tokens: NDArray[np.int64]  # (k, l)
     image_ids: NDArray[np.int64]  # (k,)
     text_ids: NDArray[np.int64]  # (k,)
@@ -73,18 +73,18 @@ class Batch:
     text_ids: Tensor
     """int64 (b,): equal for equal captions."""
     origin: Tensor
-    """int64 (b, 2): how often the data set was read before (its epoch, where the weight is 1), and
-    the sample's number, counted through all data sets."""
+    """int64 (b, 2): how often the data set was read before (its epoch if the weight is 1), and the
+    sample's number, counted over all data sets."""
     state: NDArray[np.int64]
     """(L/W, 2): epoch and next position of this rank's streams after this batch."""
     skipped: tuple[Skipped, ...]
-    """Bad samples passed over on the way to this batch."""
+    """Bad samples skipped before this batch was full."""
 
 
 def join_parts(parts: Sequence[Part], images: Tensor | None, pad_id: int) -> Batch:
     """Join the parts of the rank's streams; tokens are padded to the longest of all.
 
-    `images` are those of the whole batch, uint8 (b, 3, h, w), if the parts hold none.
+    `images` holds those of the whole batch, uint8 (b, 3, h, w), if the parts hold none.
     """
     if images is None:
         images = torch.cat([part.images for part in parts if part.images is not None])

@@ -13,13 +13,13 @@ from typing import IO
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import sha256_of_file
 from dist_vse.common.units import GIB
-from dist_vse.data.download import GoneError, append_url
+from dist_vse.data.download import PermanentError, append_url
 from dist_vse.data.index import Shard
 
 RETRY_DELAYS_S = (1.0, 4.0, 16.0)
 STALL_S = 30.0
 LIMIT_GIB = 100.0
-WAIT_S = 0.1  # between two looks for room
+WAIT_S = 0.1  # between two checks for free space
 OURS = "[0-9a-f]" * 16 + "-*"  # names of copies, their parts and locks
 OPEN_TRIES = 3  # another process may trim a copy before it is opened
 
@@ -72,7 +72,7 @@ def open_copy(shard: Shard, cache: Cache) -> tuple[Path, int]:
         except FileNotFoundError:
             continue
     raise UserError(
-        f"{shard.path}: its copy is gone from {cache.folder} before it is opened; raise "
+        f"{shard.path}: its copy was removed from {cache.folder} before it could be opened; raise "
         "DIST_VSE_CACHE_GIB"
     )
 
@@ -80,11 +80,10 @@ def open_copy(shard: Shard, cache: Cache) -> tuple[Path, int]:
 def fetch(shard: Shard, cache: Cache) -> Path:
     """Copy a remote shard into the cache, unless it is there, and return its path.
 
-    The file appears by one rename, after its SHA-256 agrees with the index. One process of a
-    machine copies while the others wait, and if it fails, they fail alike. A failed copy is tried
-    again after each delay, where possible from the byte at which it broke off. The shards that
-    were fetched or opened longest ago make room; where even that is too little, it waits for the
-    copies that others are making.
+    The file appears by one rename, after its SHA-256 agrees with the index. One process per machine
+    copies while the others wait; if it fails, all fail with its error. A failed copy is tried again
+    after each delay, if possible from the byte where it stopped. The least recently used copies are
+    removed to make room; if that is not enough, it waits for the copies in progress.
 
     Raises UserError naming the shard if no copy succeeds, or if the cache can never hold it.
     """
@@ -106,13 +105,13 @@ def _copy_as_one(shard: Shard, path: Path, cache: Cache, lock: IO[str], asked: f
     """Copy under the shard's lock; the lock's file holds the last failure."""
     failure = lock.read()
     if failure and os.fstat(lock.fileno()).st_mtime >= asked:
-        raise UserError(failure)  # it happened while we waited: no second wait for the same
+        raise UserError(failure)  # it failed while we waited: don't wait for the same again
     if shard.num_bytes > cache.limit_bytes:
         raise UserError(
             f"{shard.path}: has {shard.num_bytes:,} bytes, more than {cache.folder} may hold "
             f"({cache.limit_bytes:,.0f}); raise DIST_VSE_CACHE_GIB"
         )
-    # Ours alone, by the lock. Its name tells the others how long it will be.
+    # Ours alone, by the lock. Its name holds its final size, for the other processes.
     part = path.with_name(f"{path.name}.{shard.num_bytes}.part")
     try:
         while not _reserve(part, shard.num_bytes, cache):
@@ -133,13 +132,13 @@ def _failure(shard: Shard, cache: Cache, error: OSError) -> str:
 
 
 def _copy_name(shard: Shard) -> str:
-    """Name a copy by its content, and for people by the end of its path."""
+    """Name a copy by its checksum and the end of its path."""
     name = re.sub(r"[^\w.-]", "_", re.split("[?#]", shard.path)[0].rsplit("/", 1)[-1])
     return f"{shard.sha256[:16]}-{name[-80:]}"
 
 
 def _touch(path: Path) -> bool:
-    """Mark a file as used just now; return False if there is none."""
+    """Mark a file as just used; return False if there is none."""
     try:
         os.utime(path)
     except FileNotFoundError:
@@ -160,13 +159,13 @@ def _copy(shard: Shard, path: Path, part: Path, cache: Cache) -> None:
         try:
             _copy_once(shard, part, cache.stall_s)
             break
-        except GoneError:
+        except PermanentError:
             raise
         except OSError:
             if delay is None:
                 raise
             time.sleep(delay)
-    with _trimming(cache):  # who counts sees it as a part or as a copy
+    with _trimming(cache):  # so that it counts as a part or as a copy, never as both
         os.replace(part, path)
 
 
@@ -185,28 +184,28 @@ def _copy_once(shard: Shard, part: Path, stall_s: float) -> None:
 
 
 def _reserve(part: Path, num_bytes: int, cache: Cache) -> bool:
-    """Begin a part if it fits, once the copies used longest ago are removed; tell whether it does.
+    """Create a part if it fits, after removing the least recently used copies; return if it fits.
 
-    A process that has a removed copy open reads on; its bytes are freed when it is closed.
+    A process that has a removed copy open can go on reading; the space is freed when it closes it.
     """
     with _trimming(cache):
-        room, idle = cache.limit_bytes - num_bytes, []
+        free, idle = cache.limit_bytes - num_bytes, []
         for path in cache.folder.glob(OURS):
             if path.suffix == ".part" and path != part and _is_locked(path):
-                room -= int(path.suffixes[-2][1:])
+                free -= int(path.suffixes[-2][1:])
             elif path.suffix != ".lock" and path != part:
                 stat = path.stat()
-                room -= stat.st_size
+                free -= stat.st_size
                 idle.append((stat.st_mtime, stat.st_size, path))
         for _, size, path in sorted(idle):
-            if room < 0:
+            if free < 0:
                 path.unlink()
-                room += size
-        if room < 0:
+                free += size
+        if free < 0:
             part.unlink(missing_ok=True)  # else two left-overs would wait for each other
         else:
             part.touch()
-        return room >= 0
+        return free >= 0
 
 
 def _trimming(cache: Cache) -> AbstractContextManager[IO[str]]:
@@ -214,7 +213,7 @@ def _trimming(cache: Cache) -> AbstractContextManager[IO[str]]:
 
 
 def _is_locked(part: Path) -> bool:
-    """Tell whether somebody is writing a part; else it is a left-over."""
+    """Return whether a process is writing this part; if not, it is a left-over."""
     with open(part.with_suffix("").with_suffix(".lock"), "a", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,9 +1,9 @@
-"""Items made by several processes, in the order of one: `torch.utils.data.DataLoader` underneath.
+"""Items made by several processes, in the order of one, on `torch.utils.data.DataLoader`.
 
-Workers are spawned, not forked: a training process has threads (gloo, CUDA), and locks that a
-fork would copy in a locked state. They ignore the signals that Slurm sends to every process of
-a job: it is the training process that decides when to stop. They end when a pipe from it closes,
-which it does by itself even if that process is killed.
+Workers are spawned, not forked: a training process has threads (gloo, CUDA), and a fork would copy
+their locks in a locked state. Workers ignore the signals that Slurm sends to every process of a
+job, because the training process decides when to stop. They exit when a pipe from it closes; the
+system closes it even if that process is killed.
 """
 
 import atexit
@@ -38,10 +38,10 @@ def run_workers(
 ) -> Iterator[T]:
     """Yield the workers' items in turn: the first of each, then the second of each, and so on.
 
-    Ends with the first that a worker has not got. `items` must be picklable. Each worker runs ahead
-    by `prefetch` items. A task is sent for each item, in the same order, when its turn to be made
-    has come; the first of each worker must be None. With 0 workers the items are made here, without
-    tasks. Raises the UserError of a worker as it is, and one for workers that cannot start, die or
+    Ends when the worker whose turn it is has no more. `items` must be picklable. Each worker runs
+    ahead by `prefetch` items. A task is sent for each item, in the same order, when it is to be
+    made; the first of each worker must be None. With 0 workers the items are made here, without
+    tasks. Raises the UserError of a worker as it is, and one for workers that can't start, die or
     have no shared memory for an item.
     """
     if num_workers == 0:
@@ -89,13 +89,13 @@ def _failed(what: str, error: Exception) -> UserError:
 
 @dataclass(frozen=True)
 class _Failure:
-    """A UserError on its way to the training process; DataLoader would wrap its traceback."""
+    """A UserError on its way to the training process; DataLoader would add its traceback."""
 
     message: str
 
 
 class _End:
-    """Stands for an item of a worker that has no more."""
+    """Sent by a worker that has no more items."""
 
 
 class _Items(Dataset[Any]):
@@ -106,12 +106,12 @@ class _Items(Dataset[Any]):
         self._generator: Generator[Any, Any, None] | None = None
 
     def __getitem__(self, task: object) -> bytes:
-        # Pickled here: what the queue's own thread cannot pickle is lost, and waited for for ever.
+        # Pickled here: if the queue's own thread can't pickle an item, the trainer waits forever.
         item = self._next(task)
         try:
             return bytes(ForkingPickler.dumps(item))
         except RuntimeError as error:  # no shared memory for a tensor
-            failure = _failed("a data worker has no room for a batch", error)
+            failure = _failed("a data worker has no memory for a batch", error)
             return bytes(ForkingPickler.dumps(_Failure(str(failure))))
 
     def _next(self, task: object) -> Any:
@@ -129,10 +129,10 @@ class _Items(Dataset[Any]):
         assert worker is not None
         for number in IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        threading.Thread(target=self._exit_at_the_end, daemon=True).start()
+        threading.Thread(target=self._exit_with_the_trainer, daemon=True).start()
         return self._items(worker.id, worker.num_workers)
 
-    def _exit_at_the_end(self) -> None:
+    def _exit_with_the_trainer(self) -> None:
         self._ended.poll(None)  # nothing is ever sent: it returns when the other end is closed
         os._exit(0)
 
@@ -142,7 +142,7 @@ def _without_our_main() -> Iterator[None]:
     """Hide a `__main__` of this package while processes are spawned.
 
     A spawned process imports the main module again; under `python -m dist_vse.train` every worker
-    would import DeepSpeed, for nothing. Other people's `__main__` may define their tokenizer.
+    would import DeepSpeed for nothing. A user's `__main__` may define the tokenizer.
     """
     main = sys.modules["__main__"]
     if not (main.__spec__ and main.__spec__.name.startswith("dist_vse.")):

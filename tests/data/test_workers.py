@@ -64,7 +64,7 @@ def large(worker: int, num_workers: int) -> Generator[torch.Tensor, None, None]:
 def test_a_worker_without_shared_memory_is_told() -> None:
     items = run_workers(large, num_workers=1, prefetch=1)
     assert len(next(items)) == 10
-    message = r"^a data worker has no room for a batch \(.*\); if memory or /dev/shm ran out, lower"
+    message = r"^a data worker has no memory for a batch .*; if memory or /dev/shm ran out, lower"
     with pytest.raises(UserError, match=message):
         next(items)
 
