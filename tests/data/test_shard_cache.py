@@ -173,7 +173,7 @@ def test_a_server_that_fails_once_does_no_harm(
         ("stall", "timed out"),
         ("truncate", r"ends after \d+ of \d+ bytes"),
         ("reset", "reset"),
-        ("503", "answers 503"),
+        ("503", "responded 503"),
         ("corrupt", "SHA-256"),
         ("trickle", r"only \d+ bytes in 0\.5 s"),
         ("slow headers", "timed out"),
@@ -192,7 +192,7 @@ def test_a_server_that_goes_on_failing_is_told_soon(
 
 
 def test_what_is_gone_is_asked_for_once(shard: Shard, server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="answers 404"):
+    with pytest.raises(UserError, match="responded 404"):
         fetch(replace(shard, path=server.url("gone.tar")), cache(tmp_path / "cache", 9.0, 9.0))
     assert server.requests["gone.tar"] == 1
 
