@@ -1,6 +1,6 @@
 """The shard manifest: one line of JSON for each finished shard, so that a run can be resumed.
 
-`manifest.jsonl` lies beside the shards. A line is appended when its shard is whole. A cut last line
+`receipts.jsonl` lies beside the shards. A line is appended when its shard is whole. A cut last line
 (from a kill while writing) is ignored. Until a run ends, `planned.json` names all files that it may
 write. A kill may leave files without an entry; `planned.json` shows that they are ours.
 """
@@ -14,7 +14,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_json, write_json_lines
 from dist_vse.data.index import Shard
 
-MANIFEST_NAME = "manifest.jsonl"
+MANIFEST_NAME = "receipts.jsonl"
 PLANNED_NAME = "planned.json"
 SKIPPED_NAME = "skipped.jsonl"
 

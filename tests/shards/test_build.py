@@ -59,7 +59,7 @@ def _bytes(folder: Path) -> dict[str, str]:
 
 def _contents(folder: Path) -> dict[str, list[str]]:
     """Return index and entries by their shards' names."""
-    entries = (folder / "manifest.jsonl").read_text().splitlines()
+    entries = (folder / "receipts.jsonl").read_text().splitlines()
     splits = read_index(folder).splits.values()
     return {
         "manifest": [json.loads(line)["name"] for line in entries],

@@ -125,9 +125,9 @@ def test_a_tar_of_others_among_ours_is_never_written_over(tmp_path: Path) -> Non
             run_shard(*arguments, *ONE)
         assert _contents(out) == before
     theirs.unlink()
-    (out / "manifest.jsonl").write_text("{torn")  # the index still says which are ours
+    (out / "receipts.jsonl").write_text("{torn")  # the index still says which are ours
     assert run_shard("repair", out, *ONE) == 0
-    assert (out / "manifest.jsonl").read_bytes() == before["manifest.jsonl"][1]
+    assert (out / "receipts.jsonl").read_bytes() == before["receipts.jsonl"][1]
 
 
 def test_what_a_killed_run_left_goes_once_no_task_names_it(
