@@ -9,6 +9,8 @@ import torch
 from tests.support.datasets import write_dataset
 from tests.support.runs import command, read_losses, settings
 
+pytestmark = pytest.mark.slow
+
 TWO = ("--config_file", "configs/accelerate/cpu_2proc.yaml")
 LAUNCH = ("accelerate", "launch", *TWO, "-m", "dist_vse.train", "configs/debug_cpu.yaml")
 

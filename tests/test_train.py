@@ -56,7 +56,7 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("loss", ["convse", "convse++"])
+@pytest.mark.parametrize("loss", ["convse", pytest.param("convse++", marks=pytest.mark.slow)])
 def test_the_loss_curve_does_not_depend_on_the_world_size(
     shards: Path, tmp_path: Path, loss: str
 ) -> None:
@@ -74,7 +74,7 @@ def test_the_loss_curve_does_not_depend_on_the_world_size(
         assert curve == pytest.approx(curves[0], abs=1e-4)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_interrupted_run_continues_to_the_bit(shards: Path, tmp_path: Path, stage: int) -> None:
     # Dropout, Adam and a learned temperature: all of their state must come back.
     more = ("model.text.dropout=0.2", "loss.learn_temperature=true", f"engine.zero_stage={stage}")
@@ -92,6 +92,7 @@ def test_an_interrupted_run_continues_to_the_bit(shards: Path, tmp_path: Path, s
     assert _same(_weights(tmp_path / "parts"), _weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_chunk_size_found_by_trying_is_written_down_and_changes_nothing(
     shards: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_chunk_size_found_by_trying_is_written_down_and_changes_nothing(
     assert len(read_losses(tmp_path / "auto")) == 8
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_and_another_stage(shards: Path, tmp_path: Path) -> None:
     more = ("loss.learn_temperature=true", "checkpoint_samples=64", *SGD)
     assert run_distributed(_run, 1, _overrides(shards, tmp_path / "whole", *more)) == [0]
@@ -197,6 +199,7 @@ def test_a_shard_that_vanishes_ends_every_rank(shards: Path, tmp_path: Path) -> 
     assert all("train-00001.tar" in str(verdict) for verdict in verdicts)
 
 
+@pytest.mark.slow
 def test_a_mixture_with_bad_samples_trains_within_its_budget(tmp_path: Path) -> None:
     """Ranks in one log; another attempt goes on with it; too many bad samples end every rank."""
     folders = tmp_path / "a", tmp_path / "b"

@@ -58,6 +58,7 @@ def test_memory_is_told_apart_by_what_it_is_for() -> None:
     assert 2 <= more / (96 * 2 * LOAD.embedding * 4) < 2.1
 
 
+@pytest.mark.slow
 def test_the_command_times_every_case_and_writes_the_numbers(tmp_path: Path) -> None:
     out = tmp_path / "cache.json"
     small = ["--image", "test_vit", "--size", "32", "--text-width", "64", "--processes", "1"]

@@ -10,6 +10,7 @@ from benchmarks.__main__ import main
 from benchmarks.support.open_clip_loss import peer_version
 
 
+@pytest.mark.slow
 def test_bench_loss_writes_times_traffic_errors_and_memory(tmp_path: Path) -> None:
     out = tmp_path / "loss.json"
     arguments = [

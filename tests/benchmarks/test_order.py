@@ -21,6 +21,7 @@ def test_ours_misses_and_repeats_nothing_in_one_order(index: Index) -> None:
     assert alone[:2] == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_workers_memory_stays_as_it_is(index: Index) -> None:
     memory = worker_memory(index, 24_000)

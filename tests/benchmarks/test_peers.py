@@ -140,6 +140,7 @@ def test_a_child_of_a_rank_counts_once_it_is_no_copy_about_to_run_a_command(
     assert training.rank_bytes > 0 and (training.worker_bytes > 0) == counts
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_ours_trains_and_is_measured(setting: Setting) -> None:
     # More pairs than there are samples, as the search for the largest batch has.
@@ -151,6 +152,7 @@ def test_ours_trains_and_is_measured(setting: Setting) -> None:
 
 
 @needs_peer
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_open_clips_own_main_trains_and_is_measured(setting: Setting) -> None:
     training = train(setting, Task(PEER, 4 * STREAMS, 2, 3))
@@ -178,6 +180,7 @@ def test_both_sides_have_the_same_tokens(tmp_path: Path) -> None:
 
 
 @needs_peer
+@pytest.mark.slow
 def test_what_is_said_of_the_gradients() -> None:
     for errors in run_distributed(step_errors, 2, 4):
         for name, parts in errors.items():

@@ -10,6 +10,7 @@ from benchmarks.__main__ import main
 from benchmarks.support.shard_peers import shard_writer, write_photographs
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_benchmark_runs_and_tells(tmp_path: Path) -> None:
     out = tmp_path / "numbers.json"

@@ -34,6 +34,7 @@ def learn(folder: Path, names: str, attempts: list[int]) -> None:
         assert train.run(load_config(CONFIG, overrides)) == 0
 
 
+@pytest.mark.slow
 def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow: Any = pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
@@ -51,6 +52,7 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert run.data.params["loss.name"] == "convse"
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="needs the extra `wandb`")
     write_dataset(tmp_path / "shards", {"train": [60, 50, 40], "val": [8]})

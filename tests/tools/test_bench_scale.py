@@ -139,6 +139,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_measurement_can_be_rendered(measured: Path) -> None:
     report = json.loads(measured.read_text())
     assert report["command"].startswith("dist-vse bench scale ")
@@ -147,6 +148,7 @@ def test_a_measurement_can_be_rendered(measured: Path) -> None:
     assert f"torch {torch.__version__.split('+')[0]}" in text
 
 
+@pytest.mark.slow
 def test_a_measurement_has_all_parts(measured: Path) -> None:
     report = json.loads(measured.read_text())
     rows = report["rows"]
@@ -177,6 +179,7 @@ def test_a_measurement_has_all_parts(measured: Path) -> None:
     assert page.count("<figure") == 3 and "weak: 2 processes, 32" in page
 
 
+@pytest.mark.slow
 def test_a_baseline_gives_ratios(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = ["bench", "scale", "--read", str(measured), "--baseline", str(measured)]
     assert main(again) == 0
@@ -184,6 +187,7 @@ def test_a_baseline_gives_ratios(measured: Path, capsys: pytest.CaptureFixture[s
     assert re.search(r"weak: 2 processes, 32 .*1\.000 .*1\.000", said), said
 
 
+@pytest.mark.slow
 def test_torchruns_processes_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "scale.json"
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=2"]

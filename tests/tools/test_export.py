@@ -78,6 +78,7 @@ def test_equal_to_the_bit_after_loading(exported: tuple[Path, Path]) -> None:
     assert loaded.encode_images([]).shape == (0, images.shape[1])
 
 
+@pytest.mark.slow
 def test_parts_load_without_this_package(runs: Path, exported: tuple[Path, Path]) -> None:
     run_dir, out = exported
     code = (
@@ -128,6 +129,7 @@ def clip(folder: Path) -> Embedder:
     return Embedder(model, tokenizer, shape=config.model, device=torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "towers"),
     [
@@ -165,6 +167,7 @@ def test_onnx_computes_the_same(runs: Path, kind: str, towers: list[str], tmp_pa
         )
 
 
+@pytest.mark.slow
 def test_a_gru_is_refused_since_its_graph_would_be_of_one_shape(runs: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     loaded = dist_vse.load(export_run(runs / "gru", tmp_path / "out", onnx=False))

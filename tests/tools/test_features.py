@@ -54,6 +54,7 @@ def _blank_the_images(shards: Path) -> None:
         (shards / shard.path).write_bytes(data)
 
 
+@pytest.mark.slow
 def test_training_from_features_equals_live_training_and_reads_no_image(
     tmp_path: Path, overrides: list[str]
 ) -> None:

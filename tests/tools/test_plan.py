@@ -78,6 +78,7 @@ def _measured(cases: list[list[str]]) -> list[tuple[dict[str, float], int]]:
     return found
 
 
+@pytest.mark.slow
 def test_bytes_and_memory_are_those_of_the_real_step() -> None:
     plain, bf16 = (count_work(case(words), vocabulary=8192) for words in ([], CASES[1]))
     measured = run_distributed(_measured, 2, CASES, timeout=100)[0]

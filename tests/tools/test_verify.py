@@ -41,7 +41,9 @@ def _codes() -> list[tuple[int, str]]:
     return [(result.code, describe(result)) for result in results]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "world_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))]
+)
 def test_the_shipped_code_is_exact(world_size: int) -> None:
     for found in run_distributed(_codes, world_size, timeout=110):
         for code, text in found:
@@ -124,6 +126,7 @@ def test_factors_are_put_in_words() -> None:
     assert "another direction" in verdict([Row("s", "n", 1.0, 0.9, 0.1, 1e-5)], 4)
 
 
+@pytest.mark.slow
 def test_the_command_starts_its_own_processes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +142,7 @@ def _peer() -> tuple[int, dict[tuple[str, str], Row]]:
     return result.code, {(row.section, row.name.split()[-1]): row for row in result.rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_open_clips_flags(world_size: int) -> None:
     """Measured: two combinations are wrong; if a new version mends them, the docs must say so."""
@@ -180,6 +184,7 @@ def _launch(*arguments: str) -> list[tuple[int, str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_under_a_launcher_it_joins_the_group(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("loss: {name: convse++}\n")
