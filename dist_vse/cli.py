@@ -1,33 +1,40 @@
 """The command `dist-vse`: its subcommands and their options.
 
-Nothing heavy is imported before a subcommand runs, so that `--help` answers at once.
+Nothing heavy is imported before a subcommand runs, so that `--help` is fast.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import dist_vse.tools.bench.cli
-import dist_vse.tools.export.cli
-import dist_vse.tools.plan.cli
-import dist_vse.tools.search.cli
-import dist_vse.tools.verify.cli
-import launch.cli
-import shards.cli
 from dist_vse.common.errors import UserError
 from dist_vse.common.version import __version__
+from dist_vse.tools.bench import cli as bench
+from dist_vse.tools.export import cli as export
+from dist_vse.tools.plan import cli as plan
+from dist_vse.tools.search import cli as search
+from dist_vse.tools.verify import cli as verify
+from launch import cli as launch
+from shards import cli as shards
 
-_Arguments = Callable[[argparse.ArgumentParser], None]
-_Run = Callable[[argparse.Namespace], int]
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand of `dist-vse`."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    """Returns the exit code. Raises UserError for what the user can fix."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; return 0, or 2 after one line about what the user can mend."""
+    """Run a subcommand and return its exit code; 2 after a UserError, which is one line."""
     args = _parser().parse_args(arguments)
     try:
-        run: _Run = args.run
-        return run(args)
+        return COMMANDS[args.command].run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,10 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dist_vse {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (text, add_arguments, run) in _COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        add_arguments(command)
-        command.set_defaults(run=run)
+    for name, command in COMMANDS.items():
+        description = f"{command.help[0].upper()}{command.help[1:]}."
+        command.add_arguments(commands.add_parser(name, help=command.help, description=description))
     return parser
 
 
@@ -63,7 +69,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     from dist_vse.config import load_config
 
-    load_config(args.config, args.overrides)  # a slip in it is told before torch is imported
+    load_config(args.config, args.overrides)  # an error in it is reported before torch is imported
 
     from dist_vse.train import main as train
 
@@ -145,76 +151,64 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS: dict[str, tuple[str, _Arguments, _Run]] = {
-    "shard": (
-        "turn images and captions into WebDataset shards",
-        shards.cli.add_arguments,
-        shards.cli.run,
+COMMANDS = {
+    "shard": Command(
+        "turn images and captions into WebDataset shards", shards.add_arguments, shards.run
     ),
-    "train": (
-        "train, in this process or under a launcher (accelerate, torchrun)",
-        _add_config,
-        _train,
+    "train": Command(
+        "train, in this process or under a launcher (accelerate, torchrun)", _add_config, _train
     ),
-    "features": (
+    "features": Command(
         "compute a frozen image trunk's outputs once, for training without images",
         _add_config,
         _features,
     ),
-    "submit": (
-        "train as a Slurm job, or as local processes",
-        launch.cli.add_arguments,
-        launch.cli.run,
+    "submit": Command(
+        "train as a Slurm job, or as local processes", launch.add_submit, launch.submit
     ),
-    "doctor": ("check a run before it is started", launch.cli.add_doctor, launch.cli.doctor),
-    "status": ("say where a submitted run stands", launch.cli.add_run, launch.cli.status),
-    "logs": ("print a submitted run's log", launch.cli.add_logs, launch.cli.logs),
-    "cancel": ("have a submitted run save and end", launch.cli.add_run, launch.cli.cancel),
-    "runs": ("print a table of several runs", launch.cli.add_runs, launch.cli.runs),
-    "eval": (
-        "measure retrieval on a split, beside the untrained model and chance",
+    "doctor": Command("check a run before it is started", launch.add_doctor, launch.doctor),
+    "status": Command("print where a submitted run stands", launch.add_run, launch.status),
+    "logs": Command("print a submitted run's log", launch.add_logs, launch.logs),
+    "cancel": Command("ask a submitted run to save and exit", launch.add_run, launch.cancel),
+    "runs": Command("print a table of several runs", launch.add_runs, launch.runs),
+    "eval": Command(
+        "measure retrieval on a split, compared with the untrained model and chance",
         _add_eval,
         _eval,
     ),
-    "report": (
-        "write the results of a run, or of several side by side, as one HTML page",
+    "report": Command(
+        "write the results of one run, or of several side by side, as an HTML page",
         _add_report,
         _report,
     ),
-    "verify": (
+    "verify": Command(
         "check a config's gradients on several processes against one",
-        dist_vse.tools.verify.cli.add_arguments,
-        dist_vse.tools.verify.cli.run,
+        verify.add_arguments,
+        verify.run,
     ),
-    "export": (
+    "export": Command(
         "write a run's model as a folder for other programs, and for dist_vse.load",
-        dist_vse.tools.export.cli.add_arguments,
-        dist_vse.tools.export.cli.run,
+        export.add_arguments,
+        export.run,
     ),
-    "embed": (
-        "write the features of a split's images and captions",
-        dist_vse.tools.search.cli.add_embed,
-        dist_vse.tools.search.cli.run_embed,
+    "embed": Command(
+        "write the features of a split's images and captions", search.add_embed, search.run_embed
     ),
-    "search": (
+    "search": Command(
         "find the images of a split that fit a text or an image",
-        dist_vse.tools.search.cli.add_search,
-        dist_vse.tools.search.cli.run_search,
+        search.add_search,
+        search.run_search,
     ),
-    "zeroshot": (
-        "classify images by the names of their classes",
-        dist_vse.tools.search.cli.add_zeroshot,
-        dist_vse.tools.search.cli.run_zeroshot,
+    "zeroshot": Command(
+        "classify images by the names of their classes", search.add_zeroshot, search.run_zeroshot
     ),
-    "plan": (
+    "plan": Command(
         "predict time and memory on a cluster, and recommend settings",
-        dist_vse.tools.plan.cli.add_arguments,
-        dist_vse.tools.plan.cli.run,
+        plan.add_arguments,
+        plan.run,
     ),
-    "bench": (
-        "measure speed, memory and traffic of training steps",
-        dist_vse.tools.bench.cli.add_arguments,
-        dist_vse.tools.bench.cli.run,
+    "bench": Command(
+        "measure speed, memory and traffic of training steps", bench.add_arguments, bench.run
     ),
 }
 

@@ -1,6 +1,5 @@
-"""Where a run runs: machines, processes and their limits; what is learned is in a run's config."""
+"""The cluster file: machines, processes and their limits. What is learned is in a run's config."""
 
-import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,6 @@ from dist_vse.common.errors import UserError
 from dist_vse.config import load_yaml
 from launch.environment import IDENTITY
 
-SCHEDULERS = ("auto", "slurm", "local")
 SIGNAL_SLACK_S = 60
 """Slurm may send a signal up to this much earlier than asked."""
 
@@ -28,58 +26,52 @@ class ClusterConfig:
     nodes: int = 1
     """Machines; local processes run on one."""
     processes_per_node: int = 1
-    """Ranks on each node: one for each of its GPUs."""
+    """Ranks on each node; with GPUs, one for each GPU."""
     gpus_per_node: int = 0
-    """As many as processes; 0 runs on the CPU."""
+    """The same number as processes; 0 runs on the CPU."""
     cpus_per_process: int = 1
-    """Cores of a rank: one computes, the others decode (data.num_workers)."""
+    """Cores of a rank: one computes, the others decode samples (data.num_workers)."""
     mem_gib: int | None = None
     """Memory of a node, GiB; 0 asks for all of it, none for the partition's default. This and the
-    other limits and wishes up to `exclusive` are Slurm's: local processes have none."""
+    settings up to `exclusive` are for Slurm; local processes ignore them."""
     partition: str | None = None
-    """The queue; none is the site's default."""
+    """Slurm partition; none is the site's default."""
     account: str | None = None
-    """Who pays; none is your default account."""
+    """Slurm account; none is your default."""
     qos: str | None = None
-    """Quality of service, where the site has several."""
+    """Quality of service; none is the site's default."""
     constraint: str | None = None
     """Features that the nodes must have, such as `a100`."""
     time_min: int = 60
-    """Time limit of a Slurm job, minutes. A run that reaches it saves, is queued again, and goes
-    on. Local processes have no limit: nothing would start them again."""
+    """Time limit of a Slurm job, minutes. A run that reaches it saves, is queued again, and
+    continues. Local processes have no limit: nothing would start them again."""
     exclusive: bool = False
-    """Share the nodes with no other job."""
+    """Whether no other job may run on the nodes."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before the processes start (module load ...); for Slurm."""
     container: str | None = None
     """A command that runs each rank's Python in a container, such as `apptainer exec --nv
     vse.sif`; code and run must be visible inside under the same paths. For Slurm."""
     python: str | None = None
-    """The ranks' interpreter, if not the one that submits (in a container: `python3`)."""
+    """The ranks' interpreter; none is the one that submits (in a container: `python3`)."""
     srun: list[str] = field(default_factory=list)
     """More options of srun, such as `--container-image=...`; for Slurm."""
     env: dict[str, str] = field(default_factory=dict)
-    """Environment variables of every process, such as NCCL's; set before it (or its container)
-    starts, after `setup`."""
+    """Environment variables of every process, such as NCCL's. They are set after `setup`, before
+    the process (or its container) starts."""
     signal_before_end_s: int = 300
-    """Seconds before the time limit at which a run is told to save."""
+    """Seconds before the time limit when the run is asked to save."""
     requeue: bool = True
-    """Queue the job again after a time limit, a preemption or a lost node; false ends it there,
-    and a later `submit` goes on."""
+    """Queue the job again after a time limit, a preemption or a lost node. With false it ends
+    there, and a later `submit` continues it."""
     failures: int = 0
-    """How often a job that failed (a rank killed, a hang) is queued again; a lost node, a time
-    limit and a preemption don't count, and what the user must mend is never tried again."""
+    """How often a job that failed (a rank killed, a hang) is queued again. A lost node, a time
+    limit and a preemption don't count. An error that you must fix is never tried again."""
     hang_s: int = 1800
-    """Seconds that ranks wait for one that hangs, or go without a step, before the job fails;
-    more than the longest step, and the longest save, take."""
+    """Seconds without a step after which a rank counts as hung and the job fails. Must be more
+    than the longest step and the longest save take."""
 
     def __post_init__(self) -> None:
-        if self.scheduler not in SCHEDULERS:
-            near = difflib.get_close_matches(self.scheduler, SCHEDULERS, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(SCHEDULERS)}"
-            )
-            raise UserError(f"scheduler={self.scheduler!r} is unknown; {hint}")
         for name in ("nodes", "processes_per_node", "cpus_per_process", "time_min", "hang_s"):
             _check(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
         for name in ("gpus_per_node", "mem_gib", "failures"):
@@ -98,10 +90,10 @@ class ClusterConfig:
         _check(
             0 < self.signal_before_end_s < max(longest, 2),
             f"signal_before_end_s ({self.signal_before_end_s}) must be above 0 and below {longest} "
-            f"(time_min={self.time_min} less the scheduler's minute), or the job ends as it starts",
+            f"(time_min={self.time_min} minus a minute), or the job would end as it starts",
         )
         odd = [name for name in self.env if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]
-        _check(not odd, f"env: {', '.join(odd)} can't be the name of a variable")
+        _check(not odd, f"env: {', '.join(odd)} is not a valid name for a variable")
         taken = sorted(set(self.env) & set(IDENTITY))
         _check(not taken, f"env: {', '.join(taken)} differ between processes; remove them")
 
@@ -112,8 +104,8 @@ class ClusterConfig:
 
 
 def load_cluster(path: str | Path | None) -> ClusterConfig:
-    """Read a cluster's YAML; none is one process, on Slurm where there is one.
+    """Read a cluster file; none is one process, on Slurm if it is here.
 
-    Raises UserError for a missing file, an unknown key (naming the nearest), or a wrong value.
+    Raises UserError for a missing file, an unknown key (with the nearest one), or a wrong value.
     """
     return ClusterConfig() if path is None else load_yaml(path, ClusterConfig)

@@ -1,4 +1,4 @@
-"""The code of a job, as it was when the job was submitted: later edits change nothing in it."""
+"""A copy of the code for each job: edits after the submission do not change the job."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 def code_folder(folder: Path) -> Path:
-    """Return where `pin` keeps the code of now; another content has another name."""
+    """Return where `pin` keeps the code as it is now; another content has another name."""
     digest = hashlib.sha256()
     for package in _PACKAGES:
         for path in sorted(package.rglob("*.py")):
@@ -34,5 +34,5 @@ def pin(code: Path) -> None:
         os.rename(temporary, code)
     except OSError:
         shutil.rmtree(temporary)
-        if not code.is_dir():  # else another submission was quicker
+        if not code.is_dir():  # else another submission was faster
             raise

@@ -1,4 +1,4 @@
-"""`dist-vse doctor`: try in seconds what would else fail after an hour in the queue."""
+"""`dist-vse doctor`: find in seconds what would otherwise fail after an hour in the queue."""
 
 import contextlib
 import functools
@@ -16,9 +16,10 @@ from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig, load_config
 from dist_vse.config.optimizers import state_tensors
 from dist_vse.data.index import Index, Shard, is_remote, read_index
+from launch.check_job import run_check_job, short_cluster
 from launch.cluster import ClusterConfig, load_cluster
-from launch.probe import Probe
-from launch.rehearsal import for_minutes, rehearse
+from launch.rank_check import RankCheck
+from launch.schedulers import find_scheduler
 from launch.submit import plan_submission
 
 if TYPE_CHECKING:
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkup:
-    """What is to be run, and where."""
+    """What is to run, and where."""
 
     config_path: str
     overrides: Sequence[str]
     cluster_path: str | None
     config: TrainConfig
     cluster: ClusterConfig
-    patience_s: float
+    timeout_s: float
     """Seconds that the ranks' job may take, with its time in the queue."""
 
     def shards(self) -> Iterator[tuple[Index, Shard]]:
-        """Yield the shards to train on and to evaluate on, each with its index."""
+        """Yield the shards of the training and evaluation splits, each with its index."""
         from dist_vse.data.streams import open_train_sets
 
         evaluated = read_index(self.config.data.index)
@@ -48,7 +49,7 @@ class Checkup:
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":
-        """The run's tokenizer; a vocabulary is made from all captions, so only once."""
+        """The run's tokenizer; built once, since a vocabulary is made from all captions."""
         from dist_vse.runs.trained import run_tokenizer
 
         with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +57,7 @@ class Checkup:
 
     @functools.cached_property
     def sizes(self) -> tuple[int, int]:
-        """How many parameters the model has, and how many of them are trained."""
+        """The number of parameters, and of trained ones."""
         from dist_vse.models.build import build_model
 
         model = build_model(self.config.model, self.config.loss, self.tokenizer)
@@ -75,9 +76,9 @@ class Checkup:
 
     @functools.cached_property
     def rank_gib(self) -> float:
-        """Memory of a rank at the fullest moment of a step, with its activations.
+        """Peak memory of a rank in a step, with its activations.
 
-        Those of a checkpoint's model (`model.pretrained`) are not known.
+        The activations of a pretrained checkpoint (`model.pretrained`) are not known.
         """
         from dist_vse.tools.plan.check import settings_of
         from dist_vse.tools.plan.count import count_work
@@ -88,7 +89,7 @@ class Checkup:
         if config.model.pretrained is not None:
             return self.states_gib
         settings = settings_of(config, global_batch=config.global_batch_size, world_size=size)
-        if isinstance(config.chunk_size, str):  # auto: the least that it may take
+        if isinstance(config.chunk_size, str):  # auto: the smallest that it may choose
             settings = settings.changed(chunk_size=1)
         work = count_work(config, vocabulary=self.tokenizer.vocab_size)
         peak = fullest(moments(work, settings, Place(on_cpu=not self.cluster.gpus_per_node)))
@@ -96,18 +97,21 @@ class Checkup:
 
 
 def doctor(
-    config_path: str, overrides: Sequence[str], cluster_path: str | None, patience_s: float
+    config_path: str, overrides: Sequence[str], cluster_path: str | None, timeout_s: float
 ) -> int:
-    """Make all checks, print a line each, and return 2 if any failed."""
+    """Make all checks, print one line for each, and return 2 if any failed."""
     config, cluster = load_config(config_path, overrides), load_cluster(cluster_path)
-    checkup = Checkup(config_path, overrides, cluster_path, config, cluster, patience_s)
+    checkup = Checkup(config_path, overrides, cluster_path, config, cluster, timeout_s)
+    find_scheduler(cluster.scheduler)  # an unknown name ends here
     began, failures = time.monotonic(), dict[str, str]()
     for name, check in _CHECKS.items():
         try:
             print(f"ok    {name}: {check(checkup)}", flush=True)
         except UserError as error:
             first = failures.setdefault(str(error), name)
-            print(f"FAIL  {name}: {error if first == name else f'as {first}'}", flush=True)
+            print(
+                f"FAIL  {name}: {error if first == name else f'same error as {first}'}", flush=True
+            )
     print(f"{len(_CHECKS)} checks in {time.monotonic() - began:.0f} s")
     return 2 if failures else 0
 
@@ -126,16 +130,16 @@ def _shards(checkup: Checkup) -> str:
             continue
         num_local += 1
         rows = index.offsets(shard)
-        _look_into(index, shard, rows[-1].tolist() if len(rows) else None)
-    words = f"{num_local} shards are as their index says"
-    return f"{words}; {num_remote} at URLs were not looked into" if num_remote else words
+        _check_shard(index, shard, rows[-1].tolist() if len(rows) else None)
+    words = f"{num_local} shards match their index"
+    return f"{words}; {num_remote} at URLs were not checked" if num_remote else words
 
 
-def _look_into(index: Index, shard: Shard, last: list[int] | None) -> None:
-    """Check a shard's size, and that its last sample is where the index says."""
+def _check_shard(index: Index, shard: Shard, last: list[int] | None) -> None:
+    """Check a shard's size, and the position of its last sample."""
     path = index.root / shard.path
     if not path.is_file():
-        raise UserError(f"{path}: is missing; shard the data again, or copy it whole")
+        raise UserError(f"{path}: missing; shard the data again, or copy it again")
     found = path.stat().st_size
     if found != shard.num_bytes:
         words = f"has {found} bytes, the index says {shard.num_bytes}; copy it again"
@@ -150,7 +154,7 @@ def _look_into(index: Index, shard: Shard, last: list[int] | None) -> None:
     except OSError as error:
         raise UserError(f"{path}: can't be read ({first_line(error)})") from error
     except ValueError as error:
-        hint = f"`dist-vse shard verify {index.root}` says which are"
+        hint = f"run `dist-vse shard verify {index.root}`"
         raise UserError(f"{path}: its samples are not where the index says; {hint}") from error
 
 
@@ -164,7 +168,7 @@ def _samples(checkup: Checkup) -> str:
     data = replace(config.data, num_workers=0)
     whole = (
         -(-config.global_batch_size // data.num_streams) * data.num_streams
-    )  # the batch is checked apart
+    )  # the batch has a check of its own
     large = replace(config, data=data, global_batch_size=whole, chunk_size=whole)
     build_train_batches(large, sets, tokenizer, nothing)  # raises where samples are too few
     small = replace(
@@ -172,7 +176,7 @@ def _samples(checkup: Checkup) -> str:
     )
     batch = next(build_train_batches(small, sets, tokenizer, nothing))
     if batch.skipped:
-        raise UserError(f"bad samples among the first: {batch.skipped[0]}")
+        raise UserError(f"one of the first samples can't be read: {batch.skipped[0]}")
     return f"{sum(s.num_samples for s in sets)} samples, the first {data.num_streams} can be read"
 
 
@@ -182,7 +186,7 @@ def _memory(checkup: Checkup) -> str:
     what = "weights, gradients and optimizer"
     words = f"{checkup.rank_gib:.2f} GiB a rank in a step ({checkup.states_gib:.2f} for {what})"
     if checkup.config.model.pretrained is not None:
-        words = f"{checkup.rank_gib:.2f} GiB a rank for {what}; a chunk's activations come on top"
+        words = f"{checkup.rank_gib:.2f} GiB a rank for {what}, without a chunk's activations"
     if not cluster.gpus_per_node and cluster.mem_gib and needed > cluster.mem_gib:
         raise UserError(
             f"{words}: {needed:.1f} GiB a node, but mem_gib is {cluster.mem_gib}; ask for more, "
@@ -195,12 +199,12 @@ def _disk(checkup: Checkup) -> str:
     config = checkup.config
     folder = _writable(config)
     whole, trained = checkup.sizes
-    kept = config.keep_checkpoints + config.keep_best + 1  # one more while it is being written
+    kept = config.keep_checkpoints + config.keep_best + 1  # one more while it is written
     needed = 4 * (whole + state_tensors(config.optim) * trained) * kept / GIB
     free = shutil.disk_usage(folder).free / GIB
     words = f"{kept} checkpoints take {needed:.2f} GiB, {folder} has {free:.2f}"
     if needed > free:
-        raise UserError(f"{words}; make room, or lower keep_checkpoints")
+        raise UserError(f"{words}; free some space, or lower keep_checkpoints")
     return words
 
 
@@ -210,14 +214,14 @@ def _ranks(checkup: Checkup) -> str:
         prefix=".doctor-", dir=parent, ignore_cleanup_errors=True
     ) as folder:
         overrides = [*checkup.overrides, f"output_dir={folder}"]
-        plan = plan_submission(checkup.config_path, overrides, for_minutes(cluster))
-        took_s = rehearse(plan, _probe(checkup, folder), checkup.patience_s)
+        plan = plan_submission(checkup.config_path, overrides, short_cluster(cluster))
+        took_s = run_check_job(plan, _rank_check(checkup, folder), checkup.timeout_s)
     precision = checkup.config.engine.precision
-    return f"{cluster.world_size} met in {took_s:.0f} s, have {precision} and the memory"
+    return f"{cluster.world_size} communicate, have {precision} and the memory ({took_s:.0f} s)"
 
 
-def _probe(checkup: Checkup, folder: str) -> Probe:
-    """Return what the ranks try; a check before this one has told what can't be known."""
+def _rank_check(checkup: Checkup, folder: str) -> RankCheck:
+    """Return the ranks' part; what is unknown here was reported by an earlier check."""
     needed_gib, shard = 0.0, None
     with contextlib.suppress(UserError):
         needed_gib = checkup.rank_gib
@@ -225,11 +229,11 @@ def _probe(checkup: Checkup, folder: str) -> Probe:
         paths = (index.root / s.path for index, s in checkup.shards() if not is_remote(s.path))
         shard = next(map(str, paths), None)
     bf16 = checkup.config.engine.precision == "bf16"
-    return Probe(bf16=bf16, needed_gib=needed_gib, shard=shard, folder=folder)
+    return RankCheck(bf16=bf16, needed_gib=needed_gib, shard=shard, folder=folder)
 
 
 def _writable(config: TrainConfig) -> Path:
-    """Return the folder in which the run's can be made. Raises UserError if it can't."""
+    """Return the existing folder that holds the run's. Raises UserError if it is not writable."""
     folder = _existing(Path(config.output_dir).absolute())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -241,7 +245,7 @@ def _writable(config: TrainConfig) -> Path:
 
 
 def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that is there."""
+    """Return the folder, or its nearest parent that exists."""
     return folder if folder.is_dir() else _existing(folder.absolute().parent)
 
 

@@ -1,12 +1,13 @@
-"""Write a cluster's settings as a page: `python -m launch.document > docs/cluster.md`."""
+"""Write the settings of a cluster file as a page: `python -m launch.document > docs/cluster.md`."""
 
 from dist_vse.config.document import docstrings, tables
 from launch import cluster
 
-_HEAD = """# Settings of a cluster
+_HEAD = """# The cluster file
 
-Written by `python -m launch.document` from launch/cluster.py. They stand in a YAML file for
-`dist-vse submit CONFIG --cluster FILE`; examples are in configs/clusters/.
+A YAML file with these settings says where `dist-vse submit CONFIG --cluster FILE` runs a job.
+Examples are in configs/clusters/. This page is written by `python -m launch.document` from
+launch/cluster.py.
 """
 
 

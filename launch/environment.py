@@ -1,4 +1,4 @@
-"""The environment variables that tell a process who it is, and those that would contradict."""
+"""The environment variables that give a process its place, and those that contradict them."""
 
 import contextlib
 import random
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 IDENTITY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-# Left by another launcher around us; TORCHELASTIC_USE_AGENT_STORE makes ranks wait for ever.
+# Left by another launcher that started us; TORCHELASTIC_USE_AGENT_STORE makes ranks wait forever.
 _PREFIXES = {"TORCHELASTIC_": "torchrun", "ACCELERATE_": "accelerate"}
 _NAMES = {
     **dict.fromkeys(("GROUP_RANK", "GROUP_WORLD_SIZE"), "torchrun"),
@@ -17,9 +17,9 @@ _NAMES = {
 }
 _NETWORK_CARDS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
-# Ports of the system's own choice for outgoing connections start at 32768 (Linux).
+# The system's own ports for outgoing connections start at 32768 (Linux).
 FIRST_PORT, NUM_PORTS = 20000, 12000
-_RESTART_STRIDE = 997  # a restarted job keeps off the ports of jobs with nearby ids
+_RESTART_STRIDE = 997  # a restarted job avoids the ports of jobs with nearby ids
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,24 @@ class Place:
 
 @dataclass(frozen=True)
 class Conflict:
-    """A variable around us that contradicts a job's, and what becomes of it."""
+    """A variable of the shell that contradicts the job, and what is done about it."""
 
     name: str
     value: str
-    fate: str
+    action: str
     removed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}={self.value}: {self.fate}"
+        return f"{self.name}={self.value}: {self.action}"
 
 
 def job_port(job_id: int, restarts: int) -> int:
-    """Return the port on which a Slurm job's ranks meet: the same on all of them, unasked."""
+    """Return the port where a Slurm job's ranks meet; every rank computes the same one."""
     return FIRST_PORT + (job_id + _RESTART_STRIDE * restarts) % NUM_PORTS
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
+    """Return a port of this machine on which nobody listens."""
     while True:
         port = random.SystemRandom().randrange(FIRST_PORT, FIRST_PORT + NUM_PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):  # taken: try another
@@ -76,7 +76,7 @@ def free_port() -> int:
 def conflicts(
     inherited: Mapping[str, str], wanted: Mapping[str, str], *, several_nodes: bool
 ) -> list[Conflict]:
-    """List what contradicts the variables that a rank is to have, by name.
+    """List the variables that contradict those that a rank must have, by name.
 
     PYTHONPATH is no contradiction: the job's own comes first in it.
     """
@@ -100,13 +100,3 @@ def launcher_of(name: str) -> str | None:
     """Return the launcher that leaves such a variable behind, None if none does."""
     by_prefix = (who for prefix, who in _PREFIXES.items() if name.startswith(prefix))
     return _NAMES.get(name) or next(by_prefix, None)
-
-
-def nested_slurm_names(inherited: Mapping[str, str]) -> list[str]:
-    """List the variables of the Slurm job around us, which would shape a job sent from inside it.
-
-    SLURM_CONF stays: it says where Slurm is.
-    """
-    if "SLURM_JOB_ID" not in inherited:
-        return []
-    return sorted(n for n in inherited if n.startswith(("SLURM_", "SRUN_")) and n != "SLURM_CONF")

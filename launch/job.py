@@ -1,8 +1,7 @@
-"""What submitit runs in every process of a job: say who the process is, then do the work."""
+"""What submitit runs in every process of a job: find the process's place, then do the work."""
 
+import argparse
 import os
-import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,9 @@ from typing import Any
 import submitit
 
 from dist_vse.common import signals
-from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger, setup_logging
-from dist_vse.runs.lease import LostLease
-from launch import local, slurm
-from launch.environment import Place, conflicts, job_port
-
-_USER_ERROR = 2  # exit code
-_RESULTS_WAIT_S = 20
+from launch.environment import Place, conflicts
+from launch.schedulers.base import Scheduler
 
 
 @dataclass(frozen=True)
@@ -25,39 +19,43 @@ class Job:
     """A picklable callable: `work()` on every rank of the job, with its environment set."""
 
     work: Callable[[], Any]
+    scheduler: Scheduler
     env: Mapping[str, str]
     """The same on all ranks."""
     folder: str
-    """The directory to work in: paths in the config are relative to it."""
+    """The working directory: paths in the config are relative to it."""
     port: int | None = None
-    """Where the ranks of a local job meet; Slurm's derive theirs from the job's id."""
+    """A free port of the machine that submits, for schedulers that start ranks there."""
 
     def __call__(self) -> Any:
         """Do the work in the process that submitit started; return its result.
 
-        Under Slurm that is the exit code, and rank 0's process ends with it: a job that ended as a
-        success would start what depends on it (`--dependency=afterok`).
+        A scheduler may exit instead, to make the result the process's exit code.
         """
         os.chdir(self.folder)  # Python was started in the folder of the pinned code
         environment = submitit.JobEnvironment()
-        if environment.cluster == "local":
-            local.end_with_controller(int(environment.job_id))
-        environment.paths.result_pickle.unlink(missing_ok=True)  # an earlier life's
-        enter(_place(environment, self.port), self.env)
+        self.scheduler.enter_rank(environment)
+        environment.paths.result_pickle.unlink(missing_ok=True)  # of an earlier attempt
+        enter(self._place(environment), self.env)
         try:
             result = self.work()
         except Exception as error:
-            if environment.cluster == "local":
-                local.end_controller_at_exit()  # srun does this with --kill-on-bad-exit
-                raise
-            if isinstance(error, LostLease):  # the job lives elsewhere: its results, its marks
-                sys.exit(f"error: {error}")
-            if isinstance(error, UserError):
-                slurm.mark_final(environment.paths.folder.parent)
+            self.scheduler.on_error(environment, error)
             raise
-        if environment.cluster == "slurm" and environment.global_rank == 0 and result != 0:
-            _end_with(environment, result)
+        self.scheduler.on_result(environment, result)
         return result
+
+    def _place(self, environment: Any) -> Place:
+        """Read the process's place from submitit's JobEnvironment."""
+        address, port = self.scheduler.rendezvous(environment, self.port)
+        return Place(
+            rank=environment.global_rank,
+            local_rank=environment.local_rank,
+            world_size=environment.num_tasks,
+            local_world_size=environment.num_tasks // environment.num_nodes,
+            master_addr=address,
+            master_port=port,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,7 @@ class Train:
         with distributed.process_group():
             with distributed.raise_on_all_ranks():
                 config = load_config(self.config_path)
-            code = train.run(config)
-        environment = submitit.JobEnvironment()
-        if code == train.INTERRUPTED and (environment.cluster, environment.global_rank) == (
-            "slurm",
-            0,
-        ):
-            slurm.requeue(environment.job_id)
-        return code
+            return train.run(config)
 
 
 @dataclass(frozen=True)
@@ -97,26 +88,13 @@ class Scale:
 
     def __call__(self) -> int:
         """Measure on all ranks of the job; return the exit code."""
-        from dist_vse.cli import main
+        from dist_vse.tools.bench import cli
 
+        parser = argparse.ArgumentParser()
+        cli.add_arguments(parser)
         varied = ["--vary", *self.vary] if self.vary else []
-        return main(["bench", "scale", self.config_path, *varied, "--out", self.out])
-
-
-def _end_with(environment: Any, code: int) -> None:
-    """Store rank 0's result as submitit does, and end with it as the process's exit code."""
-    from submitit.core.utils import JobPaths, cloudpickle_dump, temporary_save_path
-
-    if code == _USER_ERROR:
-        slurm.mark_final(environment.paths.folder.parent)
-    own = environment.paths
-    others = [JobPaths(own.folder, own.job_id, rank) for rank in range(1, environment.num_tasks)]
-    end = time.monotonic() + _RESULTS_WAIT_S  # srun ends the other ranks with this one
-    while not all(other.result_pickle.exists() for other in others) and time.monotonic() < end:
-        time.sleep(0.1)
-    with temporary_save_path(own.result_pickle) as path:
-        cloudpickle_dump(("success", code), path)
-    sys.exit(code)
+        words = ["scale", self.config_path, *varied, "--out", self.out]
+        return cli.run(parser.parse_args(words))
 
 
 def enter(place: Place, env: Mapping[str, str]) -> None:
@@ -131,20 +109,3 @@ def enter(place: Place, env: Mapping[str, str]) -> None:
     setup_logging()
     for conflict in found:
         logger.info("inherited %s", conflict)
-
-
-def _place(environment: Any, local_port: int | None) -> Place:
-    """Read the process's place from submitit's JobEnvironment."""
-    if local_port is None:
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        address, port = environment.hostnames[0], job_port(int(environment.raw_job_id), restarts)
-    else:
-        address, port = "127.0.0.1", local_port
-    return Place(
-        rank=environment.global_rank,
-        local_rank=environment.local_rank,
-        world_size=environment.num_tasks,
-        local_world_size=environment.num_tasks // environment.num_nodes,
-        master_addr=address,
-        master_port=port,
-    )

@@ -1,7 +1,7 @@
 """Training under accelerate or torchrun inside a Slurm job that returns to the queue by itself.
 
 `accelerate launch -m launch.requeued CONFIG [key=value ...]`, as configs/clusters/accelerate.sbatch
-does: like `-m dist_vse.train`, but a run that was told to save asks Slurm for another life.
+does: like `-m dist_vse.train`, but a run that was asked to save then queues its job again.
 """
 
 import os
@@ -12,17 +12,17 @@ from dist_vse.common import signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; after a stop that was asked for, queue the job again; return the exit code."""
+    """Train; after a requested stop, queue the job again; return the exit code."""
     signals.listen()  # before the slow imports: an early signal must not end the job
     from dist_vse import train
-    from launch import slurm
+    from launch.schedulers import scontrol
 
     code = train.main(arguments)
     if code != train.INTERRUPTED:
         return code
     if os.environ.get("RANK") != "0":
-        return 0  # an error would have srun end the job's step before rank 0 has asked
-    slurm.requeue(os.environ["SLURM_JOB_ID"])
+        return 0  # an error code would make srun end the step before rank 0 has asked
+    scontrol.requeue(os.environ["SLURM_JOB_ID"])
     return code
 
 

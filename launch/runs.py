@@ -1,4 +1,4 @@
-"""The table of several runs: what differs between them, and how far each has come."""
+"""The table of several runs: the settings that differ, and how far each run is."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 from dist_vse.common.errors import UserError
 from dist_vse.config import flat_config, load_config
 from dist_vse.runs.files import CONFIG_NAME
-from launch import control
+from launch import status
+from launch.schedulers.base import was_submitted
 
 _NUMBERS = ("loss", "i2t_r1", "t2i_r1", "rsum")
 
@@ -20,7 +21,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     found = set()
     for folder in folders:
         for path in (folder, *folder.glob("*"), *folder.glob("*/*")):
-            if (path / CONFIG_NAME).is_file() or (path / "submit" / "job.json").is_file():
+            if (path / CONFIG_NAME).is_file() or was_submitted(path):
                 found.add(path)
     if not found:
         raise UserError(f"{', '.join(map(str, folders))}: no runs here")
@@ -28,27 +29,27 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def table(runs: Sequence[Path]) -> str:
-    """Return one line a run, the best sum of recalls first; then why runs failed, a line each."""
-    configs, unread = {}, {}
+    """Return one line for each run, best rsum first, then one for each cause of a failure."""
+    configs, unreadable = {}, {}
     for run in runs:
         try:
             configs[run] = _flat_config(run)
         except UserError as error:
-            unread[run] = str(error)
+            unreadable[run] = str(error)
     keys = _differing(list(configs.values()))
     rows = [_row(run, [config.get(k, "") for k in keys]) for run, config in configs.items()]
     rows.sort(key=lambda row: -float(row[-1]) if row[-1] else float("inf"))
-    rows += [[run.name, *[""] * len(keys), "unreadable", *[""] * 5] for run in unread]
+    rows += [[run.name, *[""] * len(keys), "unreadable", *[""] * 5] for run in unreadable]
     head = ["run", *keys, "state", "step", *_NUMBERS]
-    causes = [f"{run.name}: {cause}" for run in configs for cause in control.causes(run)]
-    causes += [f"{run.name}: {reason}" for run, reason in unread.items()]
+    causes = [f"{run.name}: {cause}" for run in configs for cause in status.causes(run)]
+    causes += [f"{run.name}: {reason}" for run, reason in unreadable.items()]
     return "\n".join([*_aligned([head, *rows]), *causes])
 
 
 def _row(run: Path, settings: list[str]) -> list[str]:
-    train, evaluation = (control.last_metrics(run, kind) for kind in ("train", "eval"))
-    state = control.state(run).lower()
-    step = f"{train['step'] if train else 0}/{control.total_steps(run)}"
+    train, evaluation = (status.last_metrics(run, kind) for kind in ("train", "eval"))
+    state = status.state_name(run).lower()
+    step = f"{train['step'] if train else 0}/{status.total_steps(run)}"
     numbers: dict[str, Any] = {**(evaluation or {}), "loss": train["loss"] if train else None}
     shown = {"loss": "{:.4g}"}
     cells = [
@@ -60,7 +61,7 @@ def _row(run: Path, settings: list[str]) -> list[str]:
 
 def _flat_config(run: Path) -> dict[str, str]:
     path = run / CONFIG_NAME
-    if not path.is_file():  # waits in the queue
+    if not path.is_file():  # it waits in the queue
         submitted = (run / "submit").glob("config-*.yaml")
         newest = max(submitted, key=lambda path: path.stat().st_mtime, default=None)
         if newest is None:

@@ -3,20 +3,19 @@
 import hashlib
 import itertools
 import re
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
-from launch.submit import Plan, plan_submission, prepare, start_array, submit
+from launch.code import pin
+from launch.schedulers.base import SubmittedJob
+from launch.submit import Plan, plan_submission, prepare
 
-_POLL_S = 0.2
 _COMMA = re.compile(r",(?![^\[]*\])")
-_LONGEST = 1000
+_MAX_RUNS = 1000
 """Slurm's usual bound on an array (MaxArraySize)."""
-_LONGEST_NAME = 200  # bytes; file systems take 255
+_MAX_NAME = 200  # bytes; file systems take 255
 
 
 def settings(sweep: Sequence[str]) -> list[list[str]]:
@@ -36,8 +35,8 @@ def settings(sweep: Sequence[str]) -> list[list[str]]:
             raise UserError(f"--sweep gives {key} twice; join its values by commas")
         axes[key] = [f"{key}={value}" for value in _COMMA.split(values)]
     runs = [list(run) for run in itertools.product(*axes.values())]
-    if len(runs) > _LONGEST:
-        raise UserError(f"--sweep makes {len(runs)} runs, more than {_LONGEST}; split it")
+    if len(runs) > _MAX_RUNS:
+        raise UserError(f"--sweep makes {len(runs)} runs, more than {_MAX_RUNS}; split it")
     return runs
 
 
@@ -66,24 +65,21 @@ def plan_sweep(
 def _folder_name(run: Sequence[str]) -> str:
     """Return the settings as a folder's name, shortened where the system would refuse it."""
     name = ",".join(run).replace("/", "_")
-    if len(name.encode()) <= _LONGEST_NAME:
+    if len(name.encode()) <= _MAX_NAME:
         return name
     return f"{name[:100]}...{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
-def submit_sweep(plans: Sequence[Plan], *, parallel: int) -> Iterator[Any]:
-    """Start the runs, `parallel` at a time at most; yield a submitit Job for each.
+def submit_sweep(plans: Sequence[Plan], *, parallel: int) -> Iterator[SubmittedJob]:
+    """Start the runs, `parallel` at a time at most; yield their jobs as they start.
 
-    Slurm gets one array at once. Without Slurm this process starts the next run when one ends.
+    Slurm gets one array at once. Local processes start when earlier ones end; then this returns
+    after the last one has ended.
     """
-    if plans[0].scheduler == "slurm":
-        yield from start_array(plans, [prepare(plan) for plan in plans], parallel)
-        return
-    running: list[Any] = []
-    for plan in plans:
-        while len(running := [job for job in running if not job.done()]) >= parallel:
-            time.sleep(_POLL_S)
-        running.append(submit(plan))
-        yield running[-1]
-    while any(not job.done() for job in running):  # their controllers are our children
-        time.sleep(_POLL_S)
+    scheduler = plans[0].scheduler
+    scheduler.check_available()
+    pin(plans[0].code)
+    jobs = ((plan.spec, prepare(plan)) for plan in plans)
+    for plan, job in zip(plans, scheduler.start_sweep(jobs, parallel), strict=True):
+        job.save(plan.run_dir)
+        yield job

@@ -1,7 +1,6 @@
 """`dist-vse doctor`: one broken thing for each message."""
 
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +8,13 @@ import pytest
 import torch
 
 from dist_vse.common.errors import UserError
-from launch import probe, rehearsal
+from launch import check_job, rank_check
 from launch.cluster import ClusterConfig
 from launch.doctor import doctor
+from launch.status import job_state
 from tests.support.datasets import write_dataset
 from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 
 CONFIG = str(ROOT / "configs" / "debug_cpu.yaml")
 Examine = Callable[..., tuple[int, dict[str, str]]]
@@ -27,13 +28,13 @@ def examine(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def run(
-        *overrides: str, cluster: str = "", patience_s: float = 60
+        *overrides: str, cluster: str = "", timeout_s: float = 60
     ) -> tuple[int, dict[str, str]]:
         path = tmp_path / "cluster.yaml"
         local = "scheduler: local, processes_per_node: 2, env: {DS_ACCELERATOR: cpu}"
         path.write_text(f"{{{local}{cluster}}}")
         given = [f"data.index={tmp_path}/data", f"output_dir={tmp_path}/run", *overrides]
-        code = doctor(CONFIG, given, str(path), patience_s)
+        code = doctor(CONFIG, given, str(path), timeout_s)
         lines = [
             line for line in capsys.readouterr().out.splitlines() if line[:4] in ("ok  ", "FAIL")
         ]
@@ -49,50 +50,50 @@ def test_a_run_that_can_start(examine: Examine, tmp_path: Path) -> None:
     assert code == 0, lines
     assert list(lines) == ["batch", "shards", "samples", "memory", "disk", "ranks"]
     assert "64 samples, the first 8 can be read" in lines["samples"]
-    assert "2 met in" in lines["ranks"] and "have fp32 and the memory" in lines["ranks"]
+    assert "2 communicate, have fp32 and the memory (" in lines["ranks"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cluster.yaml", "data"]
 
 
 def test_ranks_look_at_precision_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for bf16 in (False, True):
-        probe._check_precision(cpu, bf16=bf16)
+        rank_check._check_precision(cpu, bf16=bf16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    probe._check_memory(cpu, 0.1)
+    rank_check._check_memory(cpu, 0.1)
     with pytest.raises(UserError, match=r"a rank needs 1000000.00 GiB in a step.*zero_stage"):
-        probe._check_memory(cpu, 1e6)
+        rank_check._check_memory(cpu, 1e6)
 
 
 def test_ranks_look_at_the_files(tmp_path: Path) -> None:
     shard = tmp_path / "shard.tar"
     shard.write_bytes(b"x")
-    probe._check_files(str(shard), tmp_path)
+    rank_check._check_files(str(shard), tmp_path)
     for path, folder in ((tmp_path / "none.tar", tmp_path), (shard, tmp_path / "none")):
         with pytest.raises(UserError, match=r"/none.*visible on every node"):
-            probe._check_files(str(path), folder)
+            rank_check._check_files(str(path), folder)
     assert [p.name for p in tmp_path.iterdir()] == ["shard.tar"]
 
 
-def test_the_ranks_job_is_short_and_taken_back(
+def test_the_ranks_job_is_short_and_ended(
     examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from launch import doctor as module
 
     cluster = ClusterConfig(time_min=1440, signal_before_end_s=600, failures=2)
-    short = rehearsal.for_minutes(cluster)
+    short = check_job.short_cluster(cluster)
     assert (short.time_min, short.requeue, short.failures) == (10, False, 0)
-    assert rehearsal.for_minutes(ClusterConfig(time_min=7, signal_before_end_s=9)).time_min == 7
+    assert check_job.short_cluster(ClusterConfig(time_min=7, signal_before_end_s=9)).time_min == 7
 
-    started, start = [], rehearsal.start
+    started, start = [], check_job.start
     monkeypatch.setattr(
-        rehearsal, "start", lambda *args: started.append(start(*args)) or started[-1]
+        check_job, "start", lambda *args: started.append(start(*args)) or started[-1]
     )
     monkeypatch.setattr(module, "_CHECKS", {"ranks": module._ranks})
-    quick = probe.Probe(bf16=False, needed_gib=0.0, shard=None, folder=str(tmp_path))
-    monkeypatch.setattr(module, "_probe", lambda *_: quick)
-    code, lines = examine(patience_s=0.3)
-    assert code == 2 and "is still RUNNING after 0 s; give --timeout" in lines["ranks"]
-    assert started[0]._process.wait(timeout=20) == -signal.SIGKILL
+    quick = rank_check.RankCheck(bf16=False, needed_gib=0.0, shard=None, folder=str(tmp_path))
+    monkeypatch.setattr(module, "_rank_check", lambda *_: quick)
+    code, lines = examine(timeout_s=0.3)
+    assert code == 2 and "is still RUNNING after 0 s; raise --timeout" in lines["ranks"]
+    wait_until(lambda: job_state(started[0]).ended, "the end of the ranks' job", 20)
 
 
 def test_memory_is_that_of_a_whole_step(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,23 +123,21 @@ def test_what_is_broken_is_named(
     code, lines = examine("output_dir=/proc/run", "data.index=/nowhere")
     assert code == 2 and "/proc: can't be written to (" in lines["disk"]
     assert "/nowhere/index.json: no such index" in lines["shards"]
-    assert lines["samples"] == "FAIL  samples: as shards"
+    assert lines["samples"] == "FAIL  samples: same error as shards"
     shard = tmp_path / "data" / "train-00001.tar"
     index = tmp_path / "data" / "index.json"
     local = index.read_text()
     index.write_text(local.replace('"train-00001.tar"', f'"pipe:cat {shard}"'))
     _, lines = examine()
-    assert lines["shards"].endswith(
-        "2 shards are as their index says; 1 at URLs were not looked into"
-    )
+    assert lines["shards"].endswith("2 shards match their index; 1 at URLs were not checked")
     index.write_text(local)
     whole = shard.read_bytes()
     shard.write_bytes(bytes(len(whole)))
     _, lines = examine()
-    assert "its samples are not where the index says; `dist-vse shard verify" in lines["shards"]
+    assert "its samples are not where the index says; run `dist-vse shard verify" in lines["shards"]
     shard.write_bytes(whole[:-1])
     _, lines = examine()
     assert lines["shards"].startswith("FAIL") and "copy it again" in lines["shards"]
     shard.unlink()
     _, lines = examine()
-    assert "is missing" in lines["shards"]
+    assert ": missing; shard" in lines["shards"]

@@ -1,6 +1,6 @@
 """`submit --dry-run`: its whole text for each shipped cluster, and every conflict by its name.
 
-The texts are files in tests/launch/golden; `python -m tests.launch.test_dry_run` writes them anew.
+The texts are files in tests/launch/golden; `python -m tests.launch.test_dry_run` rewrites them.
 """
 
 import shlex
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_vse.common.errors import UserError
-from launch.describe import describe, find_conflicts
+from launch.dry_run import dry_run, find_conflicts
 from launch.submit import Plan, plan_submission
 from tests.support.paths import ROOT
 
@@ -31,7 +31,7 @@ def _plan(cluster: Path, folder: Path, inherited: Mapping[str, str] | None = Non
 def _text(cluster: Path, folder: Path) -> str:
     """Return what a dry run prints in an empty shell, without what differs between machines."""
     plan = _plan(cluster, folder)
-    text = describe(plan, inherited={})
+    text = dry_run(plan, inherited={})
     names = {
         plan.code.name: "code-DIGEST",
         plan.config_path.name: "config-DIGEST.yaml",
@@ -55,7 +55,7 @@ def test_the_whole_text(name: str, tmp_path: Path) -> None:
 
 def test_a_sweep_is_one_array(tmp_path: Path) -> None:
     plan = _plan(CLUSTERS["slurm_cpu"], tmp_path)
-    lines = describe(plan, runs=6, parallel=4, inherited={}).splitlines()
+    lines = dry_run(plan, runs=6, parallel=4, inherited={}).splitlines()
     assert "#SBATCH --array=0-5%4" in lines
     assert f"#SBATCH --output={tmp_path}/run/submit/%A_%a/%A_%a_0_log.out" in lines
 
@@ -63,7 +63,7 @@ def test_a_sweep_is_one_array(tmp_path: Path) -> None:
 def test_a_job_that_may_not_be_queued_again(tmp_path: Path) -> None:
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("{scheduler: slurm, requeue: false}")
-    lines = describe(_plan(cluster, tmp_path), inherited={}).splitlines()
+    lines = dry_run(_plan(cluster, tmp_path), inherited={}).splitlines()
     assert "#SBATCH --no-requeue" in lines and "#SBATCH --requeue" not in lines
     cluster.write_text("{scheduler: slurm, requeue: false, failures: 1}")
     with pytest.raises(UserError, match=r"failures \(1\) needs requeue: true"):
@@ -88,27 +88,27 @@ CONFLICTS = {
     "NCCL_SOCKET_IFNAME=lo": "removed, it reaches no other node",
     "OMP_NUM_THREADS=1": "kept, though cpus_per_process is 12",
     "CUDA_VISIBLE_DEVICES=0,1": "Slurm sets the 8 GPUs of each node",
-    "SLURM_JOB_ID=5": "removed, of the Slurm job around this shell",
-    "SRUN_DEBUG=3": "removed, of the Slurm job around this shell",
-    "SBATCH_TIMELIMIT=5": "removed, the cluster's file decides",
-    "SBATCH_MEM_PER_CPU=1G": "removed, the cluster's file decides",
-    "SBATCH_NO_REQUEUE=1": "removed, the cluster's file decides",
-    "SBATCH_PARTITION=gpu": "taken by sbatch",
+    "SLURM_JOB_ID=5": "removed, set by the Slurm job around this shell",
+    "SRUN_DEBUG=3": "removed, set by the Slurm job around this shell",
+    "SBATCH_TIMELIMIT=5": "removed, the cluster file sets it",
+    "SBATCH_MEM_PER_CPU=1G": "removed, the cluster file sets it",
+    "SBATCH_NO_REQUEUE=1": "removed, the cluster file sets it",
+    "SBATCH_PARTITION=gpu": "kept for sbatch",
 }
 
 
-@pytest.mark.parametrize(("variable", "fate"), CONFLICTS.items(), ids=CONFLICTS)
-def test_every_conflict_is_named(variable: str, fate: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("variable", "action"), CONFLICTS.items(), ids=CONFLICTS)
+def test_every_conflict_is_named(variable: str, action: str, tmp_path: Path) -> None:
     name, _, value = variable.partition("=")
     inherited = {name: value, "HOME": "/root", "SLURM_CONF": "/etc/s", "DIST_VSE_CACHE": "/c"}
     if name.startswith("SRUN_"):
         inherited["SLURM_JOB_ID"] = "5"
     plan = _plan(CLUSTERS["slurm_8xh100"], tmp_path, inherited)
-    told = find_conflicts(plan, inherited)
-    assert f"{variable}: {fate}" in told
-    others = [line for line in told if not line.startswith((f"{name}=", "SLURM_JOB_ID="))]
+    found = find_conflicts(plan, inherited)
+    assert f"{variable}: {action}" in found
+    others = [line for line in found if not line.startswith((f"{name}=", "SLURM_JOB_ID="))]
     assert all(line.startswith("two launchers: ") for line in others)
-    assert f"  {variable}: {fate}" in describe(plan, inherited=inherited).splitlines()
+    assert f"  {variable}: {action}" in dry_run(plan, inherited=inherited).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_every_conflict_is_named(variable: str, fate: str, tmp_path: Path) -> No
 )
 def test_a_launcher_around_submit_is_named(variable: str, launcher: str, tmp_path: Path) -> None:
     inherited = dict([variable.split("=")])
-    told = find_conflicts(_plan(CLUSTERS["local"], tmp_path, inherited), inherited)
-    assert told[0].startswith(f"two launchers: {launcher} is around this shell")
+    found = find_conflicts(_plan(CLUSTERS["local"], tmp_path, inherited), inherited)
+    assert found[0].startswith(f"two launchers: {launcher} started this shell")
 
 
 def test_local_ranks_and_the_gpus_that_are_visible(tmp_path: Path) -> None:
@@ -142,15 +142,15 @@ def test_local_ranks_and_the_gpus_that_are_visible(tmp_path: Path) -> None:
             _plan(cluster, tmp_path, {"CUDA_VISIBLE_DEVICES": visible})
 
 
-def test_local_processes_have_no_limit_and_say_what_they_do_not_heed(tmp_path: Path) -> None:
+def test_local_processes_have_no_limit_and_list_what_they_ignore(tmp_path: Path) -> None:
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("{scheduler: local, time_min: 10, partition: gpu, mem_gib: 0}")
     plan = _plan(cluster, tmp_path)
     assert plan.parameters["timeout_min"] > 60 * 24 * 365
-    told = "not heeded by local processes: mem_gib=0, partition=gpu, time_min=10"
-    assert describe(plan, inherited={}).splitlines()[-1] == told
-    assert "not heeded" not in describe(_plan(CLUSTERS["local"], tmp_path), inherited={})
-    assert "not heeded" not in describe(_plan(CLUSTERS["slurm_cpu"], tmp_path), inherited={})
+    found = "ignored by scheduler local: mem_gib=0, partition=gpu, time_min=10"
+    assert dry_run(plan, inherited={}).splitlines()[-1] == found
+    assert "ignored by" not in dry_run(_plan(CLUSTERS["local"], tmp_path), inherited={})
+    assert "ignored by" not in dry_run(_plan(CLUSTERS["slurm_cpu"], tmp_path), inherited={})
 
 
 def test_the_ranks_ignore_early_signals_through_a_container(tmp_path: Path) -> None:

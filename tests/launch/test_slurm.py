@@ -14,17 +14,22 @@ import pytest
 
 from dist_vse.common.errors import UserError
 from dist_vse.runs.lease import LostLease
-from launch import control, follow, slurm
+from launch.cancel import cancel
 from launch.job import Job
+from launch.outcome import find_outcome
 from launch.runs import find_runs, table
+from launch.schedulers import sbatch, scontrol
+from launch.schedulers.base import SubmittedJob
+from launch.schedulers.slurm import Slurm
+from launch.status import ensure_not_running, status
 from tests.support.paths import ROOT
 
 RUNNING = "JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1"
 
 
 @pytest.fixture
-def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A scontrol that notes what it is asked, and answers as the files beside it say."""
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A scontrol that records what it is asked, and answers as the files beside it say."""
     folder = tmp_path / "bin"
     folder.mkdir()
     path = folder / "scontrol"
@@ -43,51 +48,50 @@ esac
     for name, text in {"silent": "0", "refusal": "", "state": RUNNING}.items():
         (folder / name).write_text(text)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr(slurm, "_POLL_S", 0.01)
-    monkeypatch.setattr(slurm, "_KILL_WAIT_S", 0)
+    monkeypatch.setattr(scontrol, "RETRY_EVERY_S", 0.01)
+    monkeypatch.setattr(scontrol, "_KILL_WAIT_S", 0)
     return folder
 
 
-def _asked(scontrol: Path) -> list[str]:
-    return (scontrol / "asked").read_text().splitlines()
+def _asked(slurm: Path) -> list[str]:
+    return (slurm / "asked").read_text().splitlines()
 
 
-def test_slurm_that_does_not_answer_is_asked_again(scontrol: Path) -> None:
-    (scontrol / "silent").write_text("3")
-    slurm.requeue("7")
-    assert _asked(scontrol)[3:] == ["--oneliner show job 7", "requeue 7"]
+def test_slurm_that_does_not_answer_is_asked_again(slurm: Path) -> None:
+    (slurm / "silent").write_text("3")
+    scontrol.requeue("7")
+    assert _asked(slurm)[3:] == ["--oneliner show job 7", "requeue 7"]
 
 
-def test_a_refusal_is_told_in_the_end(
-    scontrol: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_refusal_is_reported_in_the_end(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(slurm, "_PATIENCE_S", 0.1)
-    (scontrol / "refusal").write_text("Requested operation is presently disabled\n")
+    monkeypatch.setattr(scontrol, "RETRY_FOR_S", 0.1)
+    (slurm / "refusal").write_text("Requested operation is presently disabled\n")
     with caplog.at_level(logging.ERROR):
-        slurm.requeue("7")
-    assert _asked(scontrol).count("requeue 7") > 1
+        scontrol.requeue("7")
+    assert _asked(slurm).count("requeue 7") > 1
     assert "presently disabled); submit the run again to continue it" in caplog.text
 
 
 def _batch_script(folder: Path, restarts: int) -> None:
     """Run the shell lines around a step that fails."""
-    lines = ["sleep() { :; }", *slurm._try_again(folder, failures=1), "exit 1"]
+    lines = ["sleep() { :; }", *sbatch.try_again(folder, failures=1), "exit 1"]
     variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
     subprocess.run(["bash", "-c", "\n".join(lines)], env={**os.environ, **variables}, timeout=20)
 
 
-def test_a_failed_job_is_tried_again_so_often_and_by_its_own_life(
-    scontrol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_job_is_tried_again_so_often_and_by_its_own_attempt(
+    slurm: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(slurm, "_POLL_S", 5)  # the shell's sleep is nothing here
-    (scontrol / "silent").write_text("3")
+    (slurm / "silent").write_text("3")
     _batch_script(tmp_path, restarts=0)
-    assert _asked(scontrol)[3:] == ["-o show job 7", "requeue 7"]
-    (scontrol / "state").write_text(RUNNING.replace("Restarts=0", "Restarts=1"))
-    _batch_script(tmp_path, restarts=0)  # of a former life, on a node that has come back
-    assert _asked(scontrol)[5:] == ["-o show job 7"]
+    assert _asked(slurm)[3:] == ["-o show job 7", "requeue 7"]
+    (slurm / "state").write_text(RUNNING.replace("Restarts=0", "Restarts=1"))
+    _batch_script(tmp_path, restarts=0)  # of an earlier attempt, on a node that has come back
+    assert _asked(slurm)[5:] == ["-o show job 7"]
     _batch_script(tmp_path, restarts=1)
-    assert _asked(scontrol)[6:] == ["-o show job 7"]  # once too often
+    assert _asked(slurm)[6:] == ["-o show job 7"]  # one failure too many
     assert (tmp_path / "failures-7").read_text().splitlines() == ["failed"] * 2
 
 
@@ -96,13 +100,13 @@ def half_a_run() -> int:
     return 130
 
 
-def mend_it() -> int:
-    """End as a job does that has told the user what to mend."""
+def fail_by_a_user_error() -> int:
+    """End as a job does that has reported an error of the user."""
     return 2
 
 
 def lose_the_run() -> int:
-    """End as a former life of a job does."""
+    """End as an earlier attempt of a job does."""
     raise LostLease("taken")
 
 
@@ -112,7 +116,7 @@ def _run_on_slurm(folder: Path, work: object) -> subprocess.CompletedProcess[str
 
     jobs = folder / "7"
     jobs.mkdir(exist_ok=True)
-    job = Job(work, {}, str(ROOT))  # type: ignore[arg-type]
+    job = Job(work, Slurm(), {}, str(ROOT))  # type: ignore[arg-type]
     DelayedSubmission(job).dump(jobs / "7_submitted.pkl")
     variables = {
         "SUBMITIT_EXECUTOR": "slurm",
@@ -128,25 +132,26 @@ def _run_on_slurm(folder: Path, work: object) -> subprocess.CompletedProcess[str
     )
 
 
-def test_half_a_run_is_no_success_of_its_job(scontrol: Path, tmp_path: Path) -> None:
-    logs = str(tmp_path / "7" / "7_RANK_log.err")
+def test_half_a_run_is_no_success_of_its_job(slurm: Path, tmp_path: Path) -> None:
+    job = SubmittedJob("7", "slurm", str(tmp_path / "7" / "7_RANK_log.err"), 1, "h")
+    (slurm / "state").write_text(RUNNING.replace("Requeue=1", "Requeue=0"))
     assert _run_on_slurm(tmp_path, half_a_run).returncode == 130
-    assert follow.verdict(logs, 1, "FAILED") == (130, [])
+    assert find_outcome(job, "FAILED") == (130, [])
     assert not (tmp_path / "final-7").exists()
-    assert _run_on_slurm(tmp_path, mend_it).returncode == 2
-    assert follow.verdict(logs, 1, "FAILED") == (2, [])
+    assert _run_on_slurm(tmp_path, fail_by_a_user_error).returncode == 2
+    assert find_outcome(job, "FAILED") == (2, [])
     assert (tmp_path / "final-7").exists()
 
 
-def test_a_former_life_leaves_no_mark_on_the_job(scontrol: Path, tmp_path: Path) -> None:
+def test_an_earlier_attempt_leaves_no_mark_on_the_job(slurm: Path, tmp_path: Path) -> None:
     done = _run_on_slurm(tmp_path, lose_the_run)
     assert done.returncode == 1 and done.stderr.endswith("error: taken\n")
     assert not (tmp_path / "final-7").exists()
     assert not (tmp_path / "7" / "7_0_result.pkl").exists()
 
 
-def _noted_run(folder: Path, **values: object) -> Path:
-    """Leave the note and the result of a job that failed on both ranks."""
+def _submitted_run(folder: Path, **values: object) -> Path:
+    """Leave the file and the results of a job that failed on both ranks."""
     from submitit.core.utils import cloudpickle_dump
 
     logs = folder / "logs" / "7_RANK_log.err"
@@ -161,34 +166,34 @@ def _noted_run(folder: Path, **values: object) -> Path:
 
 
 def test_status_and_runs_say_why_a_job_failed_even_a_forgotten_one(
-    scontrol: Path, tmp_path: Path
+    slurm: Path, tmp_path: Path
 ) -> None:
     from submitit.core.utils import cloudpickle_dump
 
-    run_dir = _noted_run(tmp_path)
-    assert "ended:" not in control.status(run_dir)  # it runs: these are of a former life
+    run_dir = _submitted_run(tmp_path)
+    assert "ended:" not in status(run_dir)  # it runs: these are of an earlier attempt
     cause = f"2 ranks: no room; make some (log: {tmp_path}/logs/7_0_log.err)"
     for state, word in (("JobState=FAILED Requeue=1", "FAILED"), ("", "FORGOTTEN")):
-        (scontrol / "state").write_text(state)
-        told = control.status(run_dir).splitlines()
-        assert told[0].startswith(f"job 7 (slurm): {word}")
-        assert f"ended: {cause}" in told
+        (slurm / "state").write_text(state)
+        lines = status(run_dir).splitlines()
+        assert lines[0].startswith(f"job 7 (slurm): {word}")
+        assert f"ended: {cause}" in lines
         _, row, last = table([run_dir]).splitlines()
         assert row.split() == ["run", word.lower(), "0/0"] and last == f"run: {cause}"
     for rank in (0, 1):
         cloudpickle_dump(("success", 130), tmp_path / "logs" / f"7_{rank}_result.pkl")
-    assert "ended: saved and stopped; submit the run again" in control.status(run_dir)
+    assert "ended: saved and stopped; submit the run again" in status(run_dir)
     (tmp_path / "logs" / "7_1_result.pkl").unlink()
     (tmp_path / "logs" / "7_0_result.pkl").unlink()
-    assert "2 ranks: killed, or ended without a result (FORGOTTEN)" in control.status(run_dir)
+    assert "2 ranks: killed, or exited without a result (FORGOTTEN)" in status(run_dir)
 
 
 def test_a_local_job_of_another_machine(tmp_path: Path) -> None:
-    run_dir = _noted_run(tmp_path, scheduler="local", job_id="999999999", host="elsewhere")
-    assert "(local): UNKNOWN here; ask on elsewhere\n" in control.status(run_dir)
-    with pytest.raises(UserError, match="processes of elsewhere; cancel it there"):
-        control.cancel(run_dir)
-    control.check_free(run_dir)  # nobody can tell; a second start would take the run over
+    run_dir = _submitted_run(tmp_path, scheduler="local", job_id="999999999", host="elsewhere")
+    assert "(local): UNKNOWN here: its processes run on elsewhere; ask there\n" in status(run_dir)
+    with pytest.raises(UserError, match="can't be cancelled here: its processes run on elsewhere"):
+        cancel(run_dir)
+    ensure_not_running(run_dir)  # nobody can tell; a second attempt would take the lease
 
 
 def test_a_run_of_another_version_is_one_row_with_its_reason(tmp_path: Path) -> None:

@@ -17,18 +17,23 @@ import pytest
 from dist_vse.common import signals
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
-from launch import follow, slurm
 from launch.document import document
-from launch.environment import IDENTITY, Place, conflicts, free_port, job_port, nested_slurm_names
+from launch.environment import IDENTITY, Place, conflicts, free_port, job_port
 from launch.job import Job
+from launch.outcome import last_message
+from launch.schedulers.base import SubmittedJob
+from launch.schedulers.sbatch import nested_names, script
+from launch.status import job_state
 from launch.submit import Plan, plan_submission, start, submit
+from launch.tail_log import follow
 from tests.support.datasets import write_dataset
+from tests.support.jobs import pickled_work, results
 from tests.support.paths import ROOT
 
 CLUSTERS = ROOT / "configs" / "clusters"
 
 
-Launch = Callable[..., Any]
+Launch = Callable[..., SubmittedJob]
 
 
 @pytest.fixture
@@ -53,16 +58,16 @@ def launch_job(local_plan: Plan) -> Iterator[Launch]:
 
     def launch(
         work: Callable[[], Any], num_ranks: int = 2, env: Mapping[str, str] | None = None
-    ) -> Any:
+    ) -> SubmittedJob:
         parameters = local_plan.parameters | {"tasks_per_node": num_ranks}
         plan = replace(local_plan, parameters=parameters, env=local_plan.env | dict(env or {}))
-        jobs.append(start(plan, Job(work, plan.env, os.getcwd(), free_port())))
+        jobs.append(start(plan, Job(work, plan.scheduler, plan.env, os.getcwd(), free_port())))
         return jobs[-1]
 
     yield launch
     for job in jobs:
-        if job.state == "RUNNING":
-            os.kill(int(job.job_id), signal.SIGKILL)
+        if not job_state(job).ended:
+            local_plan.scheduler.kill(job)
 
 
 def sum_of_ranks() -> tuple[float, dict[str, str | None]]:
@@ -125,23 +130,24 @@ def test_ranks_of_a_local_job_form_one_group(
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     job = launch_job(sum_of_ranks)
-    results = job.results()
-    assert [total for total, _ in results] == [3.0, 3.0]
-    port = job.submission().function.port
-    for rank, (_, seen) in enumerate(results):
+    found = results(job)
+    assert [total for total, _ in found] == [3.0, 3.0]
+    port = pickled_work(job).port
+    for rank, (_, seen) in enumerate(found):
         place = Place(rank, rank, 2, 2, "127.0.0.1", port)
         removed = {"TORCHELASTIC_USE_AGENT_STORE": None}
         assert seen == {**place.variables(), "DS_ACCELERATOR": "cpu", **removed}
-    log = job.task(0).stderr()
+    log = job.log(0).read_text()
     assert "inherited RANK=3: set to 0" in log
     assert "inherited TORCHELASTIC_USE_AGENT_STORE=True: removed, left by torchrun" in log
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells it")
-def test_a_local_rank_starts_with_the_variables_of_the_clusters_file(
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_a_local_rank_starts_with_the_variables_of_the_cluster_file(
     launch_job: Launch, local_plan: Plan
 ) -> None:
-    (seen,) = launch_job(environment_at_start, num_ranks=1, env={"OMP_NUM_THREADS": "3"}).results()
+    job = launch_job(environment_at_start, num_ranks=1, env={"OMP_NUM_THREADS": "3"})
+    (seen,) = results(job)
     assert {"OMP_NUM_THREADS=3", "DS_ACCELERATOR=cpu"} <= set(seen)
     assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] != "3"
     paths = local_plan.env["PYTHONPATH"].split(os.pathsep)
@@ -152,8 +158,8 @@ def test_a_failed_rank_ends_the_job_and_is_named(
     launch_job: Launch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     job = launch_job(fail_before_joining)
-    assert follow.follow(job, poll_s=0.05) == 2  # long before rank 0's ten minutes are over
-    log = job.task(1).paths.stderr
+    assert follow(job, poll_s=0.05) == 2  # long before rank 0's ten minutes are over
+    log = job.log(1)
     expected = f"error: job {job.job_id}, rank 1: streams are wrong; take 8 (log: {log})\n"
     assert capfd.readouterr().err == expected
 
@@ -163,7 +169,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(
     launch_job: Launch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     job = launch_job(die_after_joining)
-    assert follow.follow(job, poll_s=0.05) == 1
+    assert follow(job, poll_s=0.05) == 1
     first, second = capfd.readouterr().err.strip().splitlines()
     assert first.startswith(f"error: job {job.job_id}, rank 1: killed")
     assert "rank 0: RuntimeError" in second
@@ -173,8 +179,8 @@ def test_ctrl_c_asks_a_local_job_to_stop(
     launch_job: Launch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     job = launch_job(partial(press_ctrl_c, os.getpid()), num_ranks=1)
-    assert follow.follow(job, poll_s=0.05) == 130
-    assert "asked the job to save and stop" in capfd.readouterr().err
+    assert follow(job, poll_s=0.05) == 130
+    assert "asked the job to save and exit" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -192,7 +198,7 @@ def test_training_by_the_config_as_it_was_submitted(
     plan = plan_submission(config_path, ["seed=7"], CLUSTERS / "local.yaml")
     config_path.write_text("seed: 8\n")
     job = submit(plan)
-    assert follow.follow(job, poll_s=0.1) == 0
+    assert follow(job, poll_s=0.1) == 0
     assert load_config(tmp_path / "run" / "config.yaml").seed == 7
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
@@ -211,7 +217,7 @@ def test_the_batch_script_is_the_one_that_submitit_sends(
     executor = submitit.SlurmExecutor(plan.job_folder, python=plan.python)
     executor.update_parameters(**plan.parameters)
     sent = executor._make_submission_file_text(executor._submitit_command_str, "")
-    assert slurm.sbatch_text(plan.job_folder, plan.python, plan.parameters) == sent
+    assert script(plan.spec, plan.parameters) == sent
 
 
 @pytest.mark.parametrize(
@@ -225,7 +231,7 @@ def test_the_batch_script_is_the_one_that_submitit_sends(
         ("gpus_per_node: 4", r"processes_per_node \(1\) must equal gpus_per_node \(4\)"),
         ("time_min: 5", r"signal_before_end_s \(300\) must be above 0 and below 240"),
         ("env: {RANK: 0}", "env: RANK"),
-        ("env: {A-B: 0}", "env: A-B can't be the name of a variable"),
+        ("env: {A-B: 0}", "env: A-B is not a valid name for a variable"),
         ("{scheduler: local, nodes: 2}", r"nodes \(2\) must be 1 for local"),
         ("{scheduler: local, setup: [module load x]}", "run these lines in this shell"),
         ("{scheduler: local, container: docker run x}", "container .* is for Slurm only"),
@@ -257,7 +263,7 @@ def test_slurm_that_is_not_here(config_path: Path, monkeypatch: pytest.MonkeyPat
     assert not plan.folder.exists()
 
 
-def test_ports_differ_between_jobs_and_lives() -> None:
+def test_ports_differ_between_jobs_and_attempts() -> None:
     ports = {job_port(job_id, restarts) for job_id in range(100) for restarts in range(10)}
     assert len(ports) == 1000
     assert all(1024 < port < 32768 for port in ports)
@@ -271,25 +277,25 @@ def test_conflicts_and_nesting() -> None:
     assert (str(changed), changed.removed) == ("A=1: set to 3", False)
     assert str(removed) == "TORCHELASTIC_RUN_ID=x: removed, left by torchrun" and removed.removed
     outer = {"SLURM_NTASKS": "4", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "me"}
-    assert nested_slurm_names(outer) == []
-    assert nested_slurm_names({**outer, "SLURM_JOB_ID": "1"}) == ["SLURM_JOB_ID", "SLURM_NTASKS"]
+    assert nested_names(outer) == []
+    assert nested_names({**outer, "SLURM_JOB_ID": "1"}) == ["SLURM_JOB_ID", "SLURM_NTASKS"]
 
 
-def test_last_words_of_a_traceback() -> None:
+def test_the_message_of_a_traceback() -> None:
     try:
         int("x")
     except ValueError:
         import traceback
 
         trace = traceback.format_exc()
-    assert follow.last_words(trace) == "ValueError: invalid literal for int() with base 10: 'x'"
-    assert len(follow.last_words("  at\n" + "y" * 1000)) < 500
+    assert last_message(trace) == "ValueError: invalid literal for int() with base 10: 'x'"
+    assert len(last_message("  at\n" + "y" * 1000)) < 500
 
 
 def test_command_parses_without_heavy_imports() -> None:
     code = (
         "import argparse, sys; from launch import cli; p = argparse.ArgumentParser();"
-        "cli.add_arguments(p); a = p.parse_args(['c.yaml', 'seed=1', '--dry-run']);"
+        "cli.add_submit(p); a = p.parse_args(['c.yaml', 'seed=1', '--dry-run']);"
         "assert (a.config, a.overrides, a.dry_run) == ('c.yaml', ['seed=1'], True);"
         "print([m for m in ('torch', 'submitit', 'omegaconf', 'numpy') if m in sys.modules])"
     )

@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 
 from dist_vse.common.errors import UserError
-from launch import control
-from launch.describe import describe
+from launch.cancel import cancel
+from launch.dry_run import dry_run
 from launch.runs import find_runs, table
+from launch.schedulers.base import load_job
+from launch.status import job_state, last_metrics, status
 from launch.submit import plan_submission, submit
 from launch.sweep import plan_sweep, settings, submit_sweep
+from launch.tail_log import show_log
 from tests.support.datasets import write_dataset
+from tests.support.jobs import results
 from tests.support.paths import ROOT
 
 CONFIG = ROOT / "configs" / "debug_cpu.yaml"
@@ -48,7 +52,9 @@ def test_long_settings_make_a_name_that_a_folder_can_have(
     assert len(set(names)) == 2 and all(len(name) < 200 for name in names)
 
 
-def test_a_wrong_value_is_told_before_anything_starts(tmp_path: Path, one_process: Path) -> None:
+def test_a_wrong_value_is_reported_before_anything_starts(
+    tmp_path: Path, one_process: Path
+) -> None:
     with pytest.raises(UserError, match="did you mean 'convse'"):
         plan_sweep(CONFIG, [f"output_dir={tmp_path}/s"], ["loss.name=convse,convs"], one_process)
     assert not (tmp_path / "s").exists()
@@ -61,7 +67,7 @@ def test_a_local_sweep_and_its_table(tmp_path: Path, one_process: Path) -> None:
     run = [f"data.index={tmp_path}/data", f"output_dir={tmp_path}/sweep", "total_steps=2"]
     plans = plan_sweep(CONFIG, run, ["loss.name=convse,convse++"], one_process)
     jobs = list(submit_sweep(plans, parallel=1))
-    assert [job.result() for job in jobs] == [0, 0]
+    assert [results(job) for job in jobs] == [[0], [0]]
     head, *rows = table(find_runs([tmp_path / "sweep"])).splitlines()
     assert head.split() == [
         *("run", "loss.name", "state", "step", "loss", "i2t_r1", "t2i_r1", "rsum")
@@ -73,9 +79,9 @@ def test_a_local_sweep_and_its_table(tmp_path: Path, one_process: Path) -> None:
     ]
     sums = [float(row.split()[-1]) for row in rows]
     assert sums == sorted(sums, reverse=True)
-    said = control.status(tmp_path / "sweep" / "loss.name=convse")
-    assert "(local): ENDED after its last step\n" in said and "step 2/2, loss " in said
-    assert "last checkpoint: step-000002" in said
+    lines = status(tmp_path / "sweep" / "loss.name=convse")
+    assert "(local): ENDED after its last step\n" in lines and "step 2/2, loss " in lines
+    assert "last checkpoint: step-000002" in lines
 
 
 @pytest.mark.slow
@@ -83,7 +89,7 @@ def test_a_local_sweep_and_its_table(tmp_path: Path, one_process: Path) -> None:
 def test_a_job_that_measures_steps_and_trains_nothing(tmp_path: Path, one_process: Path) -> None:
     run = [f"output_dir={tmp_path}/run", "global_batch_size=16", "chunk_size=8"]
     vary = ["chunk_size=16"]
-    assert submit(plan_submission(CONFIG, run, one_process, scale=vary)).result() == 0
+    assert results(submit(plan_submission(CONFIG, run, one_process, scale=vary))) == [0]
     report = json.loads((tmp_path / "run" / "scale.json").read_text())
     rows = [(row["world_size"], row["chunk_size"]) for row in report["rows"]]
     assert rows == [(1, 8), (1, 16)]
@@ -99,22 +105,22 @@ def test_cancel_saves_and_the_code_is_pinned(
     run_dir = tmp_path / "run"
     run = [f"data.index={tmp_path}/data", f"output_dir={run_dir}", "total_steps=100000"]
     plan = plan_submission(CONFIG, [*run, "log_every=1"], one_process)
-    assert str(plan.code) in describe(plan)
+    assert str(plan.code) in dry_run(plan)
     job = submit(plan)
-    while control.last_metrics(run_dir, "train") is None:
-        assert not job.done(), job.stderr()
-    assert control.job_state(control.read_note(run_dir)) == "RUNNING"
+    while last_metrics(run_dir, "train") is None:
+        assert not job_state(job).ended, job.log(0).read_text()
+    assert load_job(run_dir) == job and job_state(job).name == "RUNNING"
     with pytest.raises(UserError, match=f"job {job.job_id} of this run is RUNNING"):
         submit(plan)
     maps = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
     assert any(str(plan.code) in Path(f"/proc/{pid}/environ").read_text() for pid in maps)
-    control.cancel(run_dir)
-    assert job.result() == 130
-    assert "has ended already" in control.cancel(run_dir)
-    assert "ENDED before its last step" in control.status(run_dir)
-    control.show_log(run_dir, rank=0, follow=True)
+    cancel(run_dir)
+    assert results(job) == [130]
+    assert "has already ended" in cancel(run_dir)
+    assert "ENDED before its last step" in status(run_dir)
+    show_log(run_dir, rank=0, follow=True)
     assert "stopped at step" in capsys.readouterr().out
     with pytest.raises(UserError, match="was not started by dist-vse submit"):
-        control.status(tmp_path)
+        status(tmp_path)
     with pytest.raises(UserError, match="no rank 7"):
-        control.show_log(run_dir, rank=7, follow=False)
+        show_log(run_dir, rank=7, follow=False)

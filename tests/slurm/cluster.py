@@ -50,11 +50,11 @@ class Cluster:
 
     def wait_for_end(self, job_id: str, patience_s: float = PATIENCE_S) -> str:
         """Wait until the job is over for good; return its state."""
-        from launch.slurm import ENDED_STATES
+        from launch.schedulers.scontrol import job_state
 
         def state() -> str | None:
-            now = self.job(job_id, "JobState")
-            return now if now in ENDED_STATES else None
+            now = job_state(job_id)
+            return now.name if now.ended else None
 
         return str(wait_until(state, f"the end of job {job_id}", patience_s))
 

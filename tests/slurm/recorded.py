@@ -72,7 +72,7 @@ def poison(folder: Path, step: int) -> Path:
 
 
 def num_waiting(folder: Path, step: int) -> int:
-    """Return how many ranks, of all lives, have come to the pause."""
+    """Return how many ranks, of all attempts, have come to the pause."""
     path = folder / f"reached-{step}"
     return len(path.read_text().splitlines()) if path.exists() else 0
 

@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 
 from dist_vse import train
 from dist_vse.config import load_config
-from launch import control, follow
+from launch.cancel import cancel
 from launch.job import Job, Train
+from launch.schedulers.base import SubmittedJob
+from launch.status import status
 from launch.submit import Plan, plan_submission, start, submit
+from launch.tail_log import report
 from tests.slurm.cluster import Cluster
 from tests.slurm.recorded import (
     RecordedTrain,
@@ -27,6 +30,7 @@ from tests.slurm.recorded import (
     samples_trained_on,
 )
 from tests.support.distributed import run_distributed
+from tests.support.jobs import pickled_work
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 
@@ -55,7 +59,7 @@ def _plan(
     return plan_submission(CONFIG, run, path)
 
 
-def _send(plan: Plan, folder: Path, pauses: Sequence[int]) -> Any:
+def _send(plan: Plan, folder: Path, pauses: Sequence[int]) -> SubmittedJob:
     """Submit a recorded run."""
     plan.folder.mkdir(parents=True)
     plan.config_path.write_text(plan.config_text)
@@ -64,7 +68,7 @@ def _send(plan: Plan, folder: Path, pauses: Sequence[int]) -> Any:
     work = RecordedTrain(Train(str(plan.config_path)), str(folder))
     root = str(ROOT)
     env = {**plan.env, "PYTHONPATH": f"{plan.env['PYTHONPATH']}{os.pathsep}{root}"}
-    return start(plan, Job(work, env, root))
+    return start(plan, Job(work, plan.scheduler, env, root))
 
 
 @pytest.fixture(autouse=True)
@@ -135,14 +139,14 @@ def test_time_limit_requeue_preemption_and_node_loss_cost_nothing(
     cluster("crash", "n1")  # the checkpoint of step 15 is the last one
     cluster.bring_down("n1")
     release(tmp_path, 17)
-    assert cluster.wait_for_end(job.job_id) == "COMPLETED", job.task(0).stderr()
+    assert cluster.wait_for_end(job.job_id) == "COMPLETED", _log(job, 0)
     assert cluster.job(job.job_id, "Restarts") == "4"
     assert cluster.job(job.job_id, "NodeList") == "n[0,2]"
     _assert_exact(tmp_path, undisturbed[2])
 
 
-def _log(job: Any, rank: int) -> str:
-    return str(job.task(rank).paths.stderr.read_text())
+def _log(job: SubmittedJob, rank: int) -> str:
+    return job.log(rank).read_text()
 
 
 def _rank_on(cluster: Cluster, node: str) -> int:
@@ -163,11 +167,11 @@ def test_a_killed_and_a_hanging_rank_are_started_again_so_often(
     os.kill(_rank_on(cluster, "n1"), signal.SIGSTOP)
     release(tmp_path, 11)
     _wait_at(tmp_path, 18, 2)
-    os.kill(_rank_on(cluster, "n0"), signal.SIGKILL)  # once too often
+    os.kill(_rank_on(cluster, "n0"), signal.SIGKILL)  # one failure too many
     release(tmp_path, 18)
     assert cluster.wait_for_end(job.job_id) == "FAILED"
     assert cluster.job(job.job_id, "Restarts") == "2"
-    again = start(plan, replace(job.submission().function, port=None))
+    again = start(plan, pickled_work(job))
     assert cluster.wait_for_end(again.job_id) == "COMPLETED", _log(again, 0)
     _assert_exact(tmp_path, undisturbed[2])
 
@@ -183,13 +187,13 @@ def _fill(folder: Path) -> Path:
 def _assert_ended_with_one_message(cluster: Cluster, job: Any, capfd: Any, message: str) -> None:
     assert cluster.wait_for_end(job.job_id) == "FAILED"
     assert cluster.job(job.job_id, "Restarts") == "0"
-    assert follow.report(job) == 2
-    told = capfd.readouterr().err.splitlines()
-    assert len(told) == 1 and message in told[0], told
+    assert report(job) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0], lines
 
 
 @pytest.mark.timeout(300)
-def test_what_the_user_must_mend_ends_all_ranks_and_then_costs_nothing(
+def test_an_error_of_the_user_ends_all_ranks_and_then_costs_nothing(
     cluster: Cluster,
     data: Path,
     undisturbed: dict[int, Path],
@@ -214,7 +218,7 @@ def test_what_the_user_must_mend_ends_all_ranks_and_then_costs_nothing(
     _assert_ended_with_one_message(cluster, jobs[full], capfd, "No space left on device")
     poisoned.unlink()
     ballast.unlink()
-    again = [start(plans[f], jobs[f].submission().function) for f in (infinite, full)]
+    again = [start(plans[f], pickled_work(jobs[f])) for f in (infinite, full)]
     for job in again:
         assert cluster.wait_for_end(job.job_id) == "COMPLETED", _log(job, 0)
     _assert_exact(infinite, undisturbed[2])
@@ -232,11 +236,11 @@ def test_a_job_that_may_not_be_queued_again_saves_and_ends(
     release(tmp_path, 5)
     assert cluster.wait_for_end(job.job_id) == "FAILED"  # nothing may start after half a run
     assert cluster.job(job.job_id, "ExitCode") == f"{train.INTERRUPTED}:0"
-    assert follow.report(job) == train.INTERRUPTED
+    assert report(job) == train.INTERRUPTED
     assert "requeue: false, so the job ends here" in _log(job, 0)
-    again = start(plan, job.submission().function)
+    again = start(plan, pickled_work(job))
     assert cluster.wait_for_end(again.job_id) == "COMPLETED", _log(again, 0)
-    assert follow.report(again) == 0
+    assert report(again) == 0
     _assert_exact(tmp_path, undisturbed[1])
 
 
@@ -257,10 +261,10 @@ def test_an_orphan_of_an_earlier_attempt_can_not_write(
     release(tmp_path, 8)
     wait_until(lambda: orphan not in cluster.ranks(node), "the orphan's end")
     assert cluster.wait_for_end(job.job_id) == "COMPLETED"
-    # Nor does its batch script queue the living job again, or forbid it to be tried again.
+    # Nor does its batch script queue the living job again, or forbid another try.
     assert cluster.job(job.job_id, "Restarts") == "1"
     assert not [*plan.jobs.glob("f*-*")], "failures-JOB or final-JOB"
-    assert follow.report(job) == 0
+    assert report(job) == 0
     assert "a later attempt of this run has taken it over" in _log(job, 0)
     _assert_exact(tmp_path, undisturbed[1])
 
@@ -294,10 +298,10 @@ def test_a_cancelled_job_saves_and_can_be_continued(
     plan = _plan(data, tmp_path, nodes=1)
     job = _send(plan, tmp_path, (5,))
     _wait_at(tmp_path, 5, 1)
-    assert f"asked job {job.job_id}" in control.cancel(tmp_path / "run")
+    assert f"asked job {job.job_id}" in cancel(tmp_path / "run")
     release(tmp_path, 5)
     assert cluster.wait_for_end(job.job_id) == "CANCELLED"
-    assert "last checkpoint: step-000005" in control.status(tmp_path / "run")
-    again = start(plan, job.submission().function)
+    assert "last checkpoint: step-000005" in status(tmp_path / "run")
+    again = start(plan, pickled_work(job))
     assert cluster.wait_for_end(again.job_id) == "COMPLETED", _log(again, 0)
     _assert_exact(tmp_path, undisturbed[1])

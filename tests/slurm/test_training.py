@@ -48,7 +48,7 @@ def test_two_nodes_of_two_processes_learn_what_one_process_learns(
 ) -> None:
     before = cluster.received("n1")
     job = submit(plan_submission(CONFIG, _overrides(data, tmp_path / "run"), CLUSTER))
-    assert cluster.wait_for_end(job.job_id) == "COMPLETED", job.task(0).stderr()
+    assert cluster.wait_for_end(job.job_id) == "COMPLETED", job.log(0).read_text()
     assert _losses(tmp_path / "run") == pytest.approx(alone, abs=1e-4)
     assert len(alone) == STEPS
     # Gradients of 20 steps crossed the network: 4 bytes for each of the parameters at least.
@@ -57,7 +57,7 @@ def test_two_nodes_of_two_processes_learn_what_one_process_learns(
 
 
 @pytest.mark.timeout(200)
-def test_accelerate_on_every_node_learns_the_same_in_two_lives(
+def test_accelerate_on_every_node_learns_the_same_in_two_attempts(
     cluster: Cluster, data: Path, alone: list[float], tmp_path: Path
 ) -> None:
     log = tmp_path / "job.log"
@@ -97,7 +97,7 @@ def test_a_sweep_of_four_is_one_array(cluster: Cluster, data: Path, tmp_path: Pa
     array = {job.job_id.split("_")[0] for job in jobs}
     assert len(jobs) == 4 and len(array) == 1
     for job in jobs:
-        assert cluster.wait_for_end(job.job_id) == "COMPLETED", job.task(0).stderr()
+        assert cluster.wait_for_end(job.job_id) == "COMPLETED", job.log(0).read_text()
     head, *rows = table(find_runs([tmp_path / "sweep"])).splitlines()
     assert head.split()[:5] == ["run", "loss.name", "optim.lr", "state", "step"]
     cells = sorted(row.split()[1:5] for row in rows)

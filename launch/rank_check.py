@@ -1,4 +1,4 @@
-"""What `dist-vse doctor` runs in every rank of a job: meet, compute, and look at the memory."""
+"""What `dist-vse doctor` runs in every rank of a job: communicate, compute, check the memory."""
 
 import os
 import socket
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A job's work: try the files, the memory and the precision, and add a number up."""
+class RankCheck:
+    """A job's work: check files, memory and precision, and reduce a tensor over the ranks."""
 
     bf16: bool
     needed_gib: float
     """Memory of a rank."""
     shard: str | None
-    """A file of the data, to be read from."""
+    """A file of the data, to read from."""
     folder: str
-    """The run's, to be written to."""
+    """The run's folder, to write to."""
 
     def __call__(self) -> int:
-        """Return 0. Raises UserError if the ranks don't find the right sum, or lack something."""
+        """Return 0. Raises UserError if the sum is wrong, or a rank lacks something."""
         import torch
 
         from dist_vse import distributed
@@ -43,12 +43,12 @@ class Probe:
                 ones = torch.ones(1 << 20, device=here)
                 total = distributed.all_reduce_sum(ones)[0].item()
                 if total != size:
-                    raise UserError(f"the sum over {size} ranks is {total}")
+                    raise UserError(f"the all-reduce of ones over {size} ranks gave {total}")
         return 0
 
 
 def _check_files(shard: str | None, folder: Path) -> None:
-    """Read from the data and write into the run's folder: a node may not see either."""
+    """Read from the data and write into the run's folder: a node may see neither."""
     host = socket.gethostname()
     try:
         if shard is not None:
@@ -58,11 +58,11 @@ def _check_files(shard: str | None, folder: Path) -> None:
             file.write(b"x")
     except OSError as error:
         words = f"{error.strerror}; the data and output_dir must be visible on every node"
-        raise UserError(f"{error.filename or folder}: {host} can't use it ({words})") from error
+        raise UserError(f"{error.filename or folder}: {host} can't access it ({words})") from error
 
 
 def _check_precision(here: "torch.device", *, bf16: bool) -> None:
-    """Run a product forward and backward in the run's precision."""
+    """Run a matrix product forward and backward in the run's precision."""
     import torch
 
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -86,8 +86,8 @@ def _check_memory(here: "torch.device", needed_gib: float) -> None:
         free = psutil.virtual_memory().available / int(os.environ["LOCAL_WORLD_SIZE"]) / GIB
     if needed_gib > free:
         raise UserError(
-            f"a rank needs {needed_gib:.2f} GiB in a step, and {_name(here)} has {free:.2f} free "
-            "for it; lower chunk_size, raise engine.zero_stage, or take more nodes"
+            f"a rank needs {needed_gib:.2f} GiB in a step, but {_name(here)} has {free:.2f} GiB "
+            "free for it; lower chunk_size, raise engine.zero_stage, or use more nodes"
         )
 
 

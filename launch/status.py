@@ -1,0 +1,107 @@
+"""Where a submitted run stands: its job, its last step, and why it ended."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dist_vse.common.errors import UserError
+from dist_vse.runs.files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME
+from launch.outcome import find_outcome
+from launch.schedulers import find_scheduler
+from launch.schedulers.base import (
+    NO_EXIT_CODE,
+    JobState,
+    SubmittedJob,
+    load_job,
+    was_submitted,
+)
+
+
+def job_state(job: SubmittedJob) -> JobState:
+    """Return the job's state; UNKNOWN if this machine can't ask about it."""
+    scheduler = find_scheduler(job.scheduler)
+    if scheduler.unreachable(job):
+        return JobState("UNKNOWN", ended=False)
+    return scheduler.state(job)
+
+
+def state_name(run_dir: Path) -> str:
+    """Return in one word the state of a run's last job; empty if it was never submitted."""
+    try:
+        return job_state(load_job(run_dir)).name
+    except UserError:
+        return ""
+
+
+def causes(run_dir: Path) -> list[str]:
+    """Return one line for each cause of a run's early end; none if it completed, or still runs."""
+    try:
+        job = load_job(run_dir)
+    except UserError:
+        return []
+    state = job_state(job)
+    if not state.ended:
+        return []
+    code, lines = find_outcome(job, state.name)
+    return ["saved and stopped; submit the run again to continue it"] if code == 130 else lines
+
+
+def ensure_not_running(run_dir: Path) -> None:
+    """Raise UserError if the run's last job has not ended yet."""
+    if not was_submitted(run_dir):
+        return
+    job = load_job(run_dir)
+    if find_scheduler(job.scheduler).unreachable(job):
+        return  # a second attempt takes the lease from the first
+    state = job_state(job)
+    if not state.ended:
+        raise UserError(
+            f"{run_dir}: job {job.job_id} of this run is {state.name}; follow it with `dist-vse "
+            f"logs {run_dir} --follow`, or end it with `dist-vse cancel {run_dir}`"
+        )
+
+
+def status(run_dir: Path) -> str:
+    """Return a few lines that say where a submitted run stands."""
+    job = load_job(run_dir)
+    state, last, total = job_state(job), last_metrics(run_dir, "train"), total_steps(run_dir)
+    reasons = causes(run_dir)
+    words = state.name
+    if state.name in NO_EXIT_CODE:
+        completed = last is not None and last["step"] == total
+        words += " after its last step" if completed else " before its last step"
+        words += "" if completed or reasons else "; see its log"
+    if why := find_scheduler(job.scheduler).unreachable(job):
+        words += f" here: {why}"
+    lines = [f"job {job.job_id} ({job.scheduler}): {words}"]
+    if last:
+        lines.append(f"step {last['step']}/{total}, loss {last['loss']:.4f}")
+    else:
+        lines.append(f"no step yet of {total}" if total else "not started yet")
+    names = [path.name for path in sorted((run_dir / CHECKPOINTS).glob("step-*"))]
+    finished = [name for name in names if "." not in name]
+    lines.append(f"last checkpoint: {finished[-1] if finished else 'none'}")
+    lines += [f"ended: {cause}" for cause in reasons]
+    lines.append(f"log: {job.log(0)}")
+    return "\n".join(lines)
+
+
+def last_metrics(run_dir: Path, kind: str) -> dict[str, Any] | None:
+    """Return the last line of metrics of a kind (train, eval); None if there is none."""
+    path, last = run_dir / METRICS_NAME, None
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # it is being written
+        if record["kind"] == kind:
+            last = record
+    return last
+
+
+def total_steps(run_dir: Path) -> int:
+    """Return the steps that a run will take; 0 if it has not started."""
+    from dist_vse.config import load_config
+
+    path = run_dir / CONFIG_NAME
+    return load_config(path).total_steps if path.is_file() else 0
