@@ -52,7 +52,7 @@ def follow(job: SubmittedJob, *, poll_s: float | None = None) -> int:
 
 
 def _pass_on_ctrl_c(job: SubmittedJob, times: int) -> bool:
-    """Cancel or kill a job that Ctrl-C may cancel; tell whether to go on following."""
+    """Cancel or kill a job that Ctrl-C may cancel; return whether to go on following."""
     scheduler = find_scheduler(job.scheduler)
     if not scheduler.ctrl_c_cancels:
         print(f"job {job.job_id} goes on; end it with `dist-vse cancel`", file=sys.stderr)

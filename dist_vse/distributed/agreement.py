@@ -11,12 +11,12 @@ from dist_vse.distributed.group import device, world_size
 
 
 def any_rank(flag: bool) -> bool:
-    """Tell on every rank alike whether the flag is set on any of them."""
+    """Return, alike on every rank, whether the flag is set on any of them."""
     return any_rank_each([flag])[0]
 
 
 def any_rank_each(flags: Sequence[bool]) -> list[bool]:
-    """Tell of several flags, in one reduction, whether each is set on any rank."""
+    """Return for several flags, in one reduction, whether each is set on any rank."""
     if world_size() == 1:
         return list(flags)
     numbers = torch.tensor([float(flag) for flag in flags], device=device())

@@ -15,7 +15,7 @@ _MANY_BYTES = 2**16
 
 
 def suits(rows: Tensor) -> bool:
-    """Tell whether this module gathers these rows faster than the backend."""
+    """Return whether this module gathers these rows faster than the backend."""
     return dist.get_backend() == "gloo" and rows.nbytes >= _MANY_BYTES
 
 

@@ -26,7 +26,7 @@ def world_size() -> int:
 
 
 def is_main_process() -> bool:
-    """Tell whether this is rank 0, which writes and prints."""
+    """Return whether this is rank 0, which writes and prints."""
     return rank() == 0
 
 
@@ -41,9 +41,9 @@ def device() -> torch.device:
 def process_group(timeout_s: float | None = None) -> Iterator[None]:
     """Join the group that the launcher describes (or a group of one), and leave it at the end.
 
-    A rank that waits for another one longer than `timeout_s` seconds fails; the default is in
-    the environment's DIST_VSE_HANG_S, else half an hour. Raises UserError if the launcher's
-    description is not complete, or promises a GPU that is not there.
+    A rank that waits for another one longer than `timeout_s` seconds fails; the default is
+    DIST_VSE_HANG_S in the environment, else half an hour. Raises UserError if the launcher's
+    variables are incomplete, or promise a GPU that is not there.
     """
     launcher_env.check_accelerator()
     place: dict[str, Any] = {}  # in the environment

@@ -1,4 +1,4 @@
-"""What a launcher says of this process and its machine, checked before the ranks meet."""
+"""Checks of the launcher's environment variables, before the ranks connect."""
 
 import os
 import socket
@@ -30,18 +30,18 @@ def check_gpus() -> None:
 
 
 def check_alone() -> None:
-    """Raise UserError if we are one of several processes that nobody has told of each other."""
+    """Raise UserError if we are one of several processes without a launcher's variables."""
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         several = os.environ.get(name, "1")
         if several.isdecimal() and int(several) > 1:
             raise UserError(
-                f"{name}={several}, but RANK is not set: each of these processes would train for "
-                "itself; use `dist-vse submit`, or see configs/clusters/accelerate.sbatch"
+                f"{name}={several}, but RANK is not set: each of these processes would train "
+                "alone; use `dist-vse submit`, or see configs/clusters/accelerate.sbatch"
             )
 
 
 def check_described() -> None:
-    """Raise UserError if the launcher's description is not complete."""
+    """Raise UserError if some of the launcher's variables are missing."""
     missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise UserError(

@@ -34,18 +34,19 @@ class RankGroup:
     args: Sequence[Any]
 
 
-def run_rank_groups(teams: Sequence[RankGroup], *, start_method: str = "spawn") -> list[Any]:
+def run_rank_groups(groups: Sequence[RankGroup], *, start_method: str = "spawn") -> list[Any]:
     """Run several groups at the same time; return what every group's rank 0 returned.
 
     `start_method` is one of multiprocessing's.
 
     If a process fails, all of them are ended and its error is raised. A UserError, which all
-    ranks of a team must raise alike, is raised here.
+    ranks of a group must raise alike, is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        results = [Path(folder) / str(number) for number in range(len(teams))]
+        results = [Path(folder) / str(number) for number in range(len(groups))]
         running = [
-            _start(team, result, start_method) for team, result in zip(teams, results, strict=True)
+            _start(group, result, start_method)
+            for group, result in zip(groups, results, strict=True)
         ]
         try:
             while not all([context.join(timeout=0.1) for context in running]):
@@ -61,13 +62,13 @@ def run_rank_groups(teams: Sequence[RankGroup], *, start_method: str = "spawn") 
     return values
 
 
-def _start(team: RankGroup, result: Path, start_method: str) -> ProcessContext:
+def _start(group: RankGroup, result: Path, start_method: str) -> ProcessContext:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = (team.world_size, port, result, team.fn, team.args)
+    arguments = (group.world_size, port, result, group.fn, group.args)
     context: ProcessContext = start_processes(
-        _work, arguments, team.world_size, join=False, start_method=start_method
+        _work, arguments, group.world_size, join=False, start_method=start_method
     )
     return context
 

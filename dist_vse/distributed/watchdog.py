@@ -1,7 +1,7 @@
-"""End a process that hangs, where no other rank waits for it and would notice.
+"""End a process that hangs where no other rank waits for it and would notice.
 
-Training says when it gets on. Every batch of an evaluation counts; what follows its last one, the
-scoring, has no bound: it reads nothing, and its collectives have limits of their own.
+Training reports each step as progress, and an evaluation each batch. The scoring after the last
+batch has no limit: it reads no files, and its collectives have limits of their own.
 """
 
 import os
@@ -15,24 +15,24 @@ from pathlib import Path
 from typing import TypeVar
 
 _Item = TypeVar("_Item")
-_LOOKS = 20  # within the limit
+_LOOKS = 20  # per limit
 _steps = 0
 _paused = False
 
 
 def limit_s() -> float:
-    """Return how many seconds a rank may wait for another one, or stand still."""
+    """Return how many seconds a rank may wait for another one, or go without progress."""
     return float(os.environ.get("DIST_VSE_HANG_S", "1800"))
 
 
 def progress() -> None:
-    """Say that the run gets on."""
+    """Report progress."""
     global _steps, _paused
     _steps, _paused = _steps + 1, False
 
 
 def each(items: Iterable[_Item]) -> Iterator[_Item]:
-    """Count every item as progress; after the last one nobody watches until the next progress."""
+    """Count every item as progress; after the last one the watch pauses until more progress."""
     global _paused
     for item in items:
         progress()
@@ -42,7 +42,7 @@ def each(items: Iterable[_Item]) -> Iterator[_Item]:
 
 @contextmanager
 def watching(seconds: float) -> Iterator[None]:
-    """End the process, with one line and code 1, if the block stands still for so long."""
+    """Exit with one line and code 1 if the block makes no progress for so many seconds."""
     left = threading.Event()
     threading.Thread(target=_watch, args=(seconds, left), daemon=True).start()
     try:
@@ -53,12 +53,12 @@ def watching(seconds: float) -> Iterator[None]:
 
 def _watch(seconds: float, left: threading.Event) -> None:
     seen, still = _steps, 0
-    # Looks are counted, not seconds: while Slurm suspends the process, nobody looks.
+    # Looks are counted, not seconds: none happen while Slurm suspends the process.
     while not left.wait(seconds / _LOOKS):
         still = 0 if _paused or _steps != seen else still + 1
         seen = _steps
         if still >= _LOOKS:
-            # By no logger: the process may hang while it holds that one's lock.
+            # Not by a logger: the process may hang while it holds the logger's lock.
             os.write(2, _message(seconds).encode())
             os._exit(1)
 

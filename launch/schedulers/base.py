@@ -62,7 +62,7 @@ class SubmittedJob:
 
 
 def was_submitted(run_dir: Path) -> bool:
-    """Tell whether `dist-vse submit` has started this run."""
+    """Return whether `dist-vse submit` has started this run."""
     return (run_dir / "submit" / _JOB_FILE).is_file()
 
 
@@ -111,7 +111,7 @@ class Scheduler(Protocol):
     # Before the start.
 
     def is_available(self) -> bool:
-        """Tell whether `scheduler: auto` may choose this one here."""
+        """Return whether `scheduler: auto` may choose this one here."""
 
     def check_available(self) -> None:
         """Raise UserError if this machine can't submit jobs."""

@@ -154,7 +154,7 @@ class Local:
         return f"its processes run on {job.host}; ask there"
 
     def state(self, job: SubmittedJob) -> JobState:
-        """Tell whether the controller runs; nobody keeps its exit code."""
+        """Return whether the controller runs; nobody keeps its exit code."""
         running = _is_controller(int(job.job_id))
         return JobState("RUNNING" if running else "ENDED", not running)
 
@@ -198,7 +198,7 @@ def _visible(devices: str) -> list[str]:
 
 
 def _is_controller(pid: int) -> bool:
-    """Tell whether this process is submitit's controller, and not one that got its number."""
+    """Return whether this process is submitit's controller, and not one that got its number."""
     import psutil
 
     try:

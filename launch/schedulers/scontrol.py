@@ -28,7 +28,7 @@ _LOST_STATES = ("NODE_FAIL", "PREEMPTED")
 
 
 def is_here() -> bool:
-    """Tell whether Slurm's commands are on this machine."""
+    """Return whether Slurm's commands are on this machine."""
     return shutil.which("scontrol") is not None
 
 

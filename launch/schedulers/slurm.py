@@ -37,7 +37,7 @@ class Slurm:
     rendezvous_hint = ("<first node>", "<from the job's id and its restarts>")
 
     def is_available(self) -> bool:
-        """Tell whether sbatch is found."""
+        """Return whether sbatch is found."""
         return shutil.which("sbatch") is not None
 
     def check_available(self) -> None:

@@ -193,7 +193,7 @@ def test_a_local_job_of_another_machine(tmp_path: Path) -> None:
     assert "(local): UNKNOWN here: its processes run on elsewhere; ask there\n" in status(run_dir)
     with pytest.raises(UserError, match="can't be cancelled here: its processes run on elsewhere"):
         cancel(run_dir)
-    ensure_not_running(run_dir)  # nobody can tell; a second attempt would take the lease
+    ensure_not_running(run_dir)  # unknown from here; a second attempt would take the lease
 
 
 def test_a_run_of_another_version_is_one_row_with_its_reason(tmp_path: Path) -> None:
