@@ -84,8 +84,7 @@ def compute(folder: Path) -> dict[str, Data]:
     image_trunk = build_image_trunk(image_config, grad_checkpointing=False).eval()
     text_trunk = build_text_trunk(
         text_config,
-        vocab_size=tokenizer.vocab_size,
-        pad_id=tokenizer.pad_id,
+        tokenizer,
         grad_checkpointing=False,
     ).eval()
     found: dict[str, Any] = {"fingerprint": index.fingerprint()}

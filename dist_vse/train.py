@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.common import signals, step_timer
-from dist_vse.common.errors import UserError, writing
+from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger, setup_logging
 from dist_vse.config import TrainConfig, flat_config, load_config
 from dist_vse.data.samples import Batch
@@ -61,10 +61,8 @@ def run(config: TrainConfig) -> int:
         logger.info("resuming %s at step %d", run.run_dir, progress.step)
     indexes = (run.index, *(a_set.index for a_set in run.train_sets))
     data = {str(index.root): index.fingerprint() for index in indexes}
-    with distributed.raise_on_all_ranks(), writing(run.run_dir):
-        if distributed.is_main_process():
-            run.lease.check()
-            record_environment(run.run_dir, progress.step, data)
+    with run.exclusive_write():
+        record_environment(run.run_dir, progress.step, data)
     trace = run.run_dir / TRACE_NAME if config.profile else None
     watching = watchdog.watching(watchdog.limit_s())
     with watching, step_timer.listening(run.meter.clock), profiled(trace) as traced:
@@ -180,9 +178,7 @@ def _save(run: Run, saver: Saver, progress: Progress, score: float | None) -> No
 
 
 def _flush(run: Run, skipped_log: SkippedLog) -> None:
-    with distributed.raise_on_all_ranks():
-        if distributed.is_main_process():
-            run.lease.check()
+    run.check_lease()
     skipped_log.flush()
 
 
@@ -190,9 +186,7 @@ def _log(run: Run, progress: Progress, statistics: dict[str, Tensor], recorder: 
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen}
     values |= {name: number.item() for name, number in statistics.items()}
     values |= {**run.meter.rates(), "memory_gib": peak_memory_gib()}
-    with distributed.raise_on_all_ranks():  # a full disk, or a later attempt
-        if distributed.is_main_process():
-            run.lease.check()
+    with run.exclusive_write():
         recorder.write("train", progress.step, values)
     log_line(progress.step, run.config.total_steps, values)
     if warning := collapsed(statistics):
@@ -210,14 +204,9 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
     watchdog.progress()
     metrics = evaluation.metrics
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen, "split": split}
-    with distributed.raise_on_all_ranks():
-        if distributed.is_main_process():
-            run.lease.check()
+    with run.exclusive_write():
         recorder.write("eval", progress.step, {**values, **metrics})
-        if distributed.is_main_process():
-            examples = run.run_dir / EXAMPLES_NAME
-            with writing(examples):
-                save_examples(evaluation, examples, split=split)
+        save_examples(evaluation, run.run_dir / EXAMPLES_NAME, split=split)
     logger.info(
         "%s: image to text R@1 %.1f %%, text to image R@1 %.1f %%, rsum %.1f",
         f"step {progress.step}, {split}",

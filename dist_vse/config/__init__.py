@@ -1,5 +1,6 @@
 """The configuration of a run."""
 
+from dist_vse.config.encoders import ImageConfig, TextConfig
 from dist_vse.config.load import dump_config, flat_config, load_config, load_yaml
 from dist_vse.config.optimizers import OptimConfig
 from dist_vse.config.schema import TrainConfig
@@ -7,11 +8,9 @@ from dist_vse.config.sections import (
     CacheConfig,
     DataConfig,
     EngineConfig,
-    ImageConfig,
     LossConfig,
     MixConfig,
     ModelConfig,
-    TextConfig,
 )
 
 __all__ = [

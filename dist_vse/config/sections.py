@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 
 from dist_vse.config.checks import at_least, check, number_or_auto, one_of, share
+from dist_vse.config.encoders import ImageConfig, TextConfig
 
 LOSSES = ("convse", "convse++", "info_nce", "vse0", "vse++", "siglip")
 PRECISIONS = ("fp32", "bf16")
 LEAST_LEARNED = 0.01  # temperature, as CLIP bounds it
-TEXT_KINDS = ("gru", "transformer", "pretrained")
 
 
 @dataclass(frozen=True)
@@ -73,65 +73,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ImageConfig:
-    """The image encoder's trunk: any timm model."""
-
-    name: str = "resnet18"
-    """A timm architecture, such as resnet152 or vit_base_patch16_224."""
-    weights: str | None = None
-    """A .safetensors or .pth file of pretrained weights; none starts from random ones."""
-    frozen: bool = False
-    """Keep the trunk as it is (in eval mode) and train the head alone."""
-    size: int = 224
-    """Side of the square input, pixels."""
-    squash: bool = False
-    """Without a random crop, make the whole image the square; else its middle."""
-    resampling: str = "bicubic"
-    """`bicubic` or `bilinear`, of images in evaluation."""
-
-    def __post_init__(self) -> None:
-        at_least(8, model__image__size=self.size)
-        one_of("model.image.resampling", self.resampling, ("bicubic", "bilinear"))
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The text encoder's trunk: a transformers model from a folder, or one from scratch."""
-
-    kind: str = "transformer"
-    """`gru` or `transformer` (from scratch, on words), or `pretrained` (transformers)."""
-    weights: str | None = None
-    """Folder of a transformers model with its tokenizer; for `pretrained` only."""
-    frozen: bool = False
-    """Keep the trunk as it is (in eval mode) and train the head alone."""
-    max_tokens: int = 32
-    """Longer captions are cut."""
-    width: int = 256
-    """Size of the hidden states, from scratch."""
-    depth: int = 2
-    """Layers, from scratch."""
-    word_dim: int = 300
-    """Size of the word vectors of `gru`."""
-    min_count: int = 1
-    """Rarer words of the training captions become <unk>."""
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        one_of("model.text.kind", self.kind, TEXT_KINDS)
-        at_least(1, model__text__max_tokens=self.max_tokens, model__text__depth=self.depth)
-        share(model__text__dropout=self.dropout)
-        check(
-            (self.kind == "pretrained") == (self.weights is not None),
-            f"model.text.weights ({self.weights}) is the folder of a transformers model: give it "
-            f"with model.text.kind=pretrained (it is {self.kind}), and only there",
-        )
-        check(
-            self.kind != "transformer" or self.width % 64 == 0,
-            f"model.text.width ({self.width}) must be a multiple of 64, the width of a head",
-        )
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """Two trunks, two heads, one space."""
 
@@ -166,6 +107,7 @@ class ModelConfig:
     def _check_nothing_is_ignored(self) -> None:
         """Check that nothing is set that a whole checkpoint decides."""
         for key, value, default in (
+            ("image.kind", self.image.kind, ImageConfig.kind),
             ("image.name", self.image.name, ImageConfig.name),
             ("image.weights", self.image.weights, None),
             ("text.kind", self.text.kind, TextConfig.kind),

@@ -23,6 +23,7 @@ from dist_vse.distributed.collectives import (
 from dist_vse.distributed.group import (
     device,
     is_main_process,
+    main_process_only,
     process_group,
     rank,
     world_size,
@@ -45,6 +46,7 @@ __all__ = [
     "device",
     "gather_rows",
     "is_main_process",
+    "main_process_only",
     "process_group",
     "raise_on_all_ranks",
     "rank",

@@ -5,14 +5,17 @@ Everything here also works in one process without a group.
 
 import contextlib
 import datetime
+import functools
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec
 
 import torch
 import torch.distributed as dist
 
 from dist_vse.distributed import launcher_env, watchdog
+
+P = ParamSpec("P")
 
 
 def rank() -> int:
@@ -28,6 +31,17 @@ def world_size() -> int:
 def is_main_process() -> bool:
     """Return whether this is rank 0, which writes and prints."""
     return rank() == 0
+
+
+def main_process_only(write: Callable[P, None]) -> Callable[P, None]:
+    """Let a function that writes be called by every rank: it does nothing but on rank 0."""
+
+    @functools.wraps(write)
+    def on_main_process(*args: P.args, **kwargs: P.kwargs) -> None:
+        if is_main_process():
+            write(*args, **kwargs)
+
+    return on_main_process
 
 
 def device() -> torch.device:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_vse import distributed
 from dist_vse.common.files import write_text
 from dist_vse.evaluation.evaluate import Evaluation
 from dist_vse.evaluation.retrieval import Task, top_k
@@ -14,6 +15,7 @@ from dist_vse.evaluation.retrieval import Task, top_k
 Query = dict[str, Any]
 
 
+@distributed.main_process_only
 def save_examples(
     evaluation: Evaluation,
     path: Path,
@@ -24,7 +26,7 @@ def save_examples(
     k: int = 5,
     seed: int = 0,
 ) -> None:
-    """Write JSON with some queries, their k best answers and the rank of the right one.
+    """Write JSON with some queries, their k best answers and the rank of the right one, on rank 0.
 
     Each direction has `num_queries` queries (or all images, if they are fewer), of different
     images, drawn with the seed; and `num_extremes` of those that are found first (drawn as well)

@@ -58,8 +58,7 @@ def _build_parts(config: ModelConfig, vocabulary: Vocabulary) -> Parts:
     )
     text_trunk = build_text_trunk(
         config.text,
-        vocab_size=vocabulary.vocab_size,
-        pad_id=vocabulary.pad_id,
+        vocabulary,
         grad_checkpointing=config.grad_checkpointing and not config.text.frozen,
     )
     image_head, text_head = (

@@ -142,6 +142,17 @@ def _prepare(tower: Tower, raw_name: str, hidden_name: str, raw: Tensor) -> dict
     return {hidden_name: tower.hidden(raw.to(here, non_blocking=True))}
 
 
+def made_up_pairs(
+    model: DualEncoder, rows: int, *, image_size: int, num_tokens: int
+) -> dict[str, Tensor]:
+    """Return black images and captions without padding, on the host, as `prepare` takes them."""
+    word = 1 if getattr(model.text.trunk, "pad_id", 0) == 0 else 0
+    return {
+        "images": torch.zeros(rows, 3, image_size, image_size, dtype=torch.uint8),
+        "tokens": torch.full((rows, num_tokens), word),
+    }
+
+
 def average_statistics(model: nn.Module) -> None:
     """Average BatchNorm's running statistics over the ranks, each of which saw its own rows."""
     for module in model.modules():

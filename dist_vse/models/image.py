@@ -1,4 +1,4 @@
-"""The image trunk: any timm model, with weights from a file.
+"""The image trunk: any timm model with weights from a file, or an encoder of another kind.
 
 Shape letters: b images, h w pixels, d the trunk's features.
 """
@@ -6,7 +6,7 @@ Shape letters: b images, h w pixels, d the trunk's features.
 import difflib
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import timm
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import ImageConfig
+from dist_vse.config.encoders import IMAGE_ENCODERS
+from dist_vse.models.entry import import_builder
 
 # What reading a file of something else raises, by its kind.
 _UNREADABLE = (
@@ -51,8 +53,23 @@ class ImageTrunk(nn.Module):
         return features
 
 
+Builder = Callable[[ImageConfig, bool], ImageTrunk]
+
+
 def build_image_trunk(config: ImageConfig, *, grad_checkpointing: bool) -> ImageTrunk:
-    """Build the trunk, load its weights, and try it on one image.
+    """Build the trunk of `config.kind`; its features are (b, trunk.dim).
+
+    A builder is given the config and whether to recompute activations in backward; it loads the
+    weights that the config names. Raises UserError as the builder does.
+    """
+    build: Builder = import_builder(IMAGE_ENCODERS[config.kind])
+    trunk = build(config, grad_checkpointing)
+    make_sendable(trunk, f"model.image.name={config.name!r}")
+    return trunk
+
+
+def build_timm(config: ImageConfig, grad_checkpointing: bool) -> ImageTrunk:
+    """Build a timm model, load its weights, and try it on one image.
 
     Raises UserError for an unknown name, weights of another model, or an image size that the
     model cannot take.
@@ -68,7 +85,6 @@ def build_image_trunk(config: ImageConfig, *, grad_checkpointing: bool) -> Image
                 f"model.image.name={config.name!r} has no gradient checkpointing; "
                 "set model.grad_checkpointing=false"
             ) from error
-    make_sendable(backbone, f"model.image.name={config.name!r}")
     normalisation: dict[str, tuple[float, ...]] = backbone.pretrained_cfg  # type: ignore[assignment]
     mean, std = normalisation["mean"], normalisation["std"]
     return ImageTrunk(backbone, dim=_output_dim(backbone, config), mean=mean, std=std)

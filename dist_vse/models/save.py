@@ -6,36 +6,38 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from dist_vse.config import ImageConfig
 from dist_vse.models.image import ImageTrunk
-from dist_vse.models.text import PretrainedTrunk, TextTrunk
+from dist_vse.models.text import PretrainedTrunk
 
 TRUNK_WEIGHTS = "model.safetensors"  # timm's and transformers' own name
 
 
-def save_image_trunk(
-    trunk: ImageTrunk, folder: Path, *, size: int, squash: bool, resampling: str
-) -> Path:
+def save_image_trunk(trunk: nn.Module, folder: Path, image: ImageConfig) -> None:
     """Write the folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
 
-    Returns the file of its weights.
+    A trunk of another kind is written as plain tensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if image.kind != "timm":
+        save_file(_tensors(trunk), folder / TRUNK_WEIGHTS, metadata={"format": "pt"})
+        return
+    assert isinstance(trunk, ImageTrunk)
     backbone = trunk.backbone
     for tensor in [*backbone.parameters(), *backbone.buffers()]:
         tensor.data = tensor.data.contiguous()
     preprocessing = {
-        "input_size": (3, size, size),
-        "interpolation": resampling,
+        "input_size": (3, image.size, image.size),
+        "interpolation": image.resampling,
         "crop_pct": 1.0,  # the largest square in the middle
-        "crop_mode": "squash" if squash else "center",
+        "crop_mode": "squash" if image.squash else "center",
         **{name: backbone.pretrained_cfg[name] for name in ("mean", "std")},  # type: ignore[index]
     }
     save_for_hf(backbone, str(folder), safe_serialization=True, data_config=preprocessing)
-    return folder / TRUNK_WEIGHTS
 
 
-def save_text_trunk(trunk: TextTrunk, folder: Path) -> None:
-    """Write a transformers model as `save_pretrained` does; one of ours as plain tensors."""
+def save_text_trunk(trunk: nn.Module, folder: Path) -> None:
+    """Write a transformers model as `save_pretrained` does; any other as plain tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(trunk, PretrainedTrunk):
         trunk.encoder.save_pretrained(folder)  # type: ignore[operator]

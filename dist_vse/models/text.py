@@ -13,13 +13,23 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import TextConfig
+from dist_vse.config.encoders import TEXT_ENCODERS
 from dist_vse.models.encoder import enable_checkpointing, encoder_dim, load_encoder
+from dist_vse.models.entry import import_builder
 from dist_vse.models.precision import at_least_float32
+from dist_vse.models.tokenizer import Vocabulary
 
 HEAD_WIDTH = 64
 
 
-class GruTrunk(nn.Module):
+class TextTrunk(nn.Module):
+    """Maps captions, int64 tokens (b, l) padded on the right, to vectors (b, dim)."""
+
+    dim: int
+    pad_id: int
+
+
+class GruTrunk(TextTrunk):
     """Word vectors and a GRU; the state after a caption's last token is its vector.
 
     The text encoder of VSE++ (https://arxiv.org/abs/1707.05612) and of ConVSE
@@ -89,7 +99,7 @@ class Block(nn.Module):
         return output
 
 
-class TransformerTrunk(nn.Module):
+class TransformerTrunk(TextTrunk):
     """A small transformer from scratch: learned positions, pre-norm blocks, mean over tokens."""
 
     def __init__(
@@ -134,7 +144,7 @@ class TransformerTrunk(nn.Module):
         return masked_mean(self.norm(x), valid)
 
 
-class PretrainedTrunk(nn.Module):
+class PretrainedTrunk(TextTrunk):
     """A transformers encoder; the mean of its last hidden states is a caption's vector.
 
     The pooling of Sentence-BERT (https://arxiv.org/abs/1908.10084).
@@ -164,25 +174,26 @@ def masked_mean(states: Tensor, valid: Tensor) -> Tensor:
     return (states * weights).sum(1) / weights.sum(1)
 
 
-TextTrunk = GruTrunk | TransformerTrunk | PretrainedTrunk
+Builder = Callable[[TextConfig, Vocabulary, bool], TextTrunk]
 
 
 def build_text_trunk(
-    config: TextConfig, *, vocab_size: int, pad_id: int, grad_checkpointing: bool
+    config: TextConfig, vocabulary: Vocabulary, *, grad_checkpointing: bool
 ) -> TextTrunk:
     """Build the trunk of `config.kind`; its features are (b, trunk.dim).
 
-    Raises UserError if a pretrained model does not load or does not fit its tokenizer.
+    A builder is given the config, the vocabulary, and whether to recompute activations in
+    backward. Raises UserError if a pretrained model does not load or does not fit its tokenizer.
     """
-    return _BUILDERS[config.kind](config, vocab_size, pad_id, grad_checkpointing)
+    build: Builder = import_builder(TEXT_ENCODERS[config.kind])
+    return build(config, vocabulary, grad_checkpointing)
 
 
-def _build_gru(
-    config: TextConfig, vocab_size: int, pad_id: int, grad_checkpointing: bool
-) -> GruTrunk:
+def build_gru(config: TextConfig, vocabulary: Vocabulary, grad_checkpointing: bool) -> GruTrunk:
+    """Build the paper's text encoder with random weights."""
     return GruTrunk(
-        vocab_size=vocab_size,
-        pad_id=pad_id,
+        vocab_size=vocabulary.vocab_size,
+        pad_id=vocabulary.pad_id,
         word_dim=config.word_dim,
         width=config.width,
         depth=config.depth,
@@ -191,12 +202,13 @@ def _build_gru(
     )
 
 
-def _build_transformer(
-    config: TextConfig, vocab_size: int, pad_id: int, grad_checkpointing: bool
+def build_transformer(
+    config: TextConfig, vocabulary: Vocabulary, grad_checkpointing: bool
 ) -> TransformerTrunk:
+    """Build the small transformer with random weights."""
     return TransformerTrunk(
-        vocab_size=vocab_size,
-        pad_id=pad_id,
+        vocab_size=vocabulary.vocab_size,
+        pad_id=vocabulary.pad_id,
         max_tokens=config.max_tokens,
         width=config.width,
         depth=config.depth,
@@ -205,28 +217,26 @@ def _build_transformer(
     )
 
 
-def _build_pretrained(
-    config: TextConfig, vocab_size: int, pad_id: int, grad_checkpointing: bool
+def build_pretrained(
+    config: TextConfig, vocabulary: Vocabulary, grad_checkpointing: bool
 ) -> PretrainedTrunk:
+    """Load a transformers model from its folder.
+
+    Raises UserError if it does not load or does not fit its tokenizer.
+    """
     folder = str(config.weights)
     encoder = load_encoder(folder, config.dropout)
     for name, needed, remedy in (
         ("max_position_embeddings", config.max_tokens, "lower model.text.max_tokens"),
-        ("vocab_size", vocab_size, "save the model together with its own tokenizer"),
+        ("vocab_size", vocabulary.vocab_size, "save the model together with its own tokenizer"),
     ):
         limit = getattr(encoder.config, name, None)
         if limit is not None and needed > limit:
             raise UserError(f"{folder}: its {name} is {limit}, but {needed} are needed; {remedy}")
     if grad_checkpointing:
         enable_checkpointing(encoder, folder)
-    return PretrainedTrunk(encoder, dim=encoder_dim(encoder, folder), pad_id=pad_id)
-
-
-_BUILDERS: dict[str, Callable[[TextConfig, int, int, bool], TextTrunk]] = {
-    "gru": _build_gru,
-    "transformer": _build_transformer,
-    "pretrained": _build_pretrained,
-}
+    dim = encoder_dim(encoder, folder)
+    return PretrainedTrunk(encoder, dim=dim, pad_id=vocabulary.pad_id)
 
 
 def _maybe_checkpoint(enabled: bool, fn: Callable[..., Tensor], *args: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ def describe_environment() -> dict[str, dict[str, Any]]:
     }
 
 
+@distributed.main_process_only
 def record_environment(run_dir: Path, step: int, data: dict[str, str]) -> None:
-    """Append a line for this start of the run; rank 0 calls it.
+    """Append a line for this attempt of the run; every rank may call it, rank 0 writes.
 
     `data` holds the fingerprint of each data set by its place.
     """

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_text
 from dist_vse.config import TrainConfig, dump_config, flat_config, load_config
@@ -57,8 +58,9 @@ def find_earlier_start(run_dir: Path) -> TrainConfig | None:
     return load_config(path)
 
 
+@distributed.main_process_only
 def write_config(config: TrainConfig) -> None:
-    """Write the config into the run's folder; rank 0 calls this."""
+    """Write the config into the run's folder; every rank may call it, rank 0 writes."""
     write_text(Path(config.output_dir) / CONFIG_NAME, dump_config(config))
 
 

@@ -35,7 +35,6 @@ class Recorder:
         """Start the writers; `trackers` get the `settings` too. Raises UserError if one can't."""
         self.trackers: list[Tracker] = []
         self.path = run_dir / METRICS_NAME
-        self.last_recall: float | None = None
         self.writer: Any = None
         with distributed.raise_on_all_ranks(), writing(self.path):
             if distributed.is_main_process():
@@ -47,10 +46,9 @@ class Recorder:
                     trackers, run_dir, project=project, settings=settings or {}
                 )
 
+    @distributed.main_process_only
     def write(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
         """Append one line of metrics; `kind` is train or eval. Raises UserError if it can't."""
-        if not distributed.is_main_process():
-            return
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         with writing(self.path):
             with self.path.open("a", encoding="utf-8") as file:
@@ -119,7 +117,6 @@ def log_line(step: int, total_steps: int, values: dict[str, Any]) -> None:
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     formats = {
         "loss": "loss {:.4f}",
-        "batch_r1": "batch R@1 {:.1f} %",
         "lr": "lr {:.1e}",
         "pairs_per_s": "{:,.0f} pairs/s",
         "memory_gib": "{:.2f} GiB a rank",

@@ -20,7 +20,7 @@ from dist_vse.common.random_state import random_state, replay
 from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig
 from dist_vse.engine.zero import max_live_graphs
-from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics
+from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics, made_up_pairs
 
 FREE_SHARE = 0.5  # of the free memory; the rest is for data, features, and captions that are longer
 STATE_BYTES = 16  # a trainable parameter: its gradient, Adam's two moments, DeepSpeed's flat copy
@@ -140,13 +140,11 @@ def _try(model: DualEncoder, pairs: Pairs, rows: int, bf16: bool) -> Allocated |
     """
     here = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
-    images = torch.zeros(rows, 3, pairs.image_size, pairs.image_size, dtype=torch.uint8)
-    word = 1 if model.text.trunk.pad_id == 0 else 0
-    tokens = torch.full((rows, pairs.num_tokens), word)
+    made_up = made_up_pairs(model, rows, image_size=pairs.image_size, num_tokens=pairs.num_tokens)
 
     def encode() -> Tensor:
         with torch.autocast(here.type, torch.bfloat16, enabled=bf16):
-            inputs = model.prepare(images=images.to(here), tokens=tokens.to(here))
+            inputs = model.prepare(**{name: value.to(here) for name, value in made_up.items()})
             outputs: tuple[Tensor, ...] = model(**inputs)
         return torch.stack([output.sum() for output in outputs]).sum()
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_vse.common.random_state import random_state, replay
-from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics
+from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics, made_up_pairs
 
 # Dense peaks (no sparsity) of NVIDIA's data sheets, in 10^12 a second: bfloat16 on tensor cores,
 # float32 without them. The first name that a device's contains counts.
@@ -73,13 +73,12 @@ def count_flops(model: DualEncoder, image_size: int, num_tokens: int) -> Flops:
 
 def _count(model: DualEncoder, image_size: int, num_tokens: int, rows: int) -> tuple[int, int]:
     here = next(model.parameters()).device
-    images = torch.zeros(rows, 3, image_size, image_size, dtype=torch.uint8, device=here)
-    word = 1 if model.text.trunk.pad_id == 0 else 0
-    tokens = torch.full((rows, num_tokens), word, device=here)
+    made_up = made_up_pairs(model, rows, image_size=image_size, num_tokens=num_tokens)
+    pairs = {name: value.to(here) for name, value in made_up.items()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     with replay(random_state()), frozen_statistics(model):
         with FlopCounterMode(display=False) as forward:
-            outputs = model(**model.prepare(images=images, tokens=tokens))
+            outputs = model(**model.prepare(**pairs))
             total = torch.stack([output.sum() for output in outputs]).sum()
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(total, parameters, allow_unused=True)

@@ -14,7 +14,7 @@ def feature_key(config: TrainConfig, index: Index) -> Key:
     """Return all that the outputs of the frozen image trunk depend on."""
     image, here = config.model.image, distributed.device().type
     return {
-        "model": image.name,
+        "model": f"{image.kind} {image.name}",
         "weights": sha256_of_file(Path(str(image.weights)))[:16],
         "size": f"{image.size}{' squashed' * image.squash} {image.resampling}",
         "data": f"{index.fingerprint()} {config.data.train_split}",

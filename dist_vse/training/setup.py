@@ -1,5 +1,7 @@
 """From a config to a run that can take its first step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +44,24 @@ class Run:
     lease: Lease
     meter: Meter
 
+    def check_lease(self) -> None:
+        """Raise LostLease, alike on every rank, if a later attempt has taken the run over."""
+        with distributed.raise_on_all_ranks():
+            if distributed.is_main_process():
+                self.lease.check()
+
+    @contextmanager
+    def exclusive_write(self) -> Iterator[None]:
+        """Check the lease, then write into the run's folder.
+
+        Every rank calls this; the block must not wait for other ranks. Raises alike on every rank:
+        as `check_lease` does, and UserError for what cannot be written.
+        """
+        with distributed.raise_on_all_ranks(), writing(self.run_dir):
+            if distributed.is_main_process():
+                self.lease.check()
+            yield
+
 
 def set_up(config: TrainConfig) -> Run:
     """Resolve the config, open the data and the run's folder, build the model and its engine.
@@ -69,8 +89,7 @@ def set_up(config: TrainConfig) -> Run:
     chunking = agree(chunking)
     if config.chunk_size == AUTO:
         config = replace(config, chunk_size=chunking.chunk_size)
-        if distributed.is_main_process():
-            write_config(config)
+        write_config(config)
     rows, graphs = chunking.chunk_size, chunking.keep_graphs
     logger.info("%d pairs a chunk, %d chunks keep their graphs", rows, graphs)
     engine = wrap_model(config, model)

@@ -11,6 +11,7 @@ from transformers import AutoModel, BertConfig, GPT2Config, GPT2Model, T5Config,
 from dist_vse.common.errors import UserError
 from dist_vse.config import TextConfig
 from dist_vse.models.text import GruTrunk, PretrainedTrunk, TextTrunk, build_text_trunk
+from dist_vse.models.tokenizer import AnyWords
 from tests.support.tiny_models import write_tiny_bert
 
 torch.set_num_threads(1)
@@ -33,7 +34,7 @@ def build(kind: str, bert: Path, *, checkpointing: bool = False, dropout: float 
         dropout=dropout,
     )
     torch.manual_seed(0)
-    return build_text_trunk(config, vocab_size=11, pad_id=0, grad_checkpointing=checkpointing)
+    return build_text_trunk(config, AnyWords(11), grad_checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +113,7 @@ def test_half_precision_weights_become_float32(bert: Path, tmp_path: Path) -> No
 
 def load(folder: Path, *, max_tokens: int = 16, vocab_size: int = 11) -> TextTrunk:
     config = TextConfig(kind="pretrained", weights=str(folder), max_tokens=max_tokens)
-    return build_text_trunk(config, vocab_size=vocab_size, pad_id=0, grad_checkpointing=False)
+    return build_text_trunk(config, AnyWords(vocab_size), grad_checkpointing=False)
 
 
 def test_pretrained_errors(bert: Path, tmp_path: Path) -> None:

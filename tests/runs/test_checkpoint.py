@@ -1,6 +1,5 @@
 """Checkpoints: whole or not at all, onto any number of ranks and any stage."""
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -89,20 +88,6 @@ def _load_everywhere(folders: list[Path], name: str) -> dict[tuple[int, int], tu
             take_step(engine, 2)
             results[number, stage] = (same, _parameters(engine))
     return results
-
-
-def _forget_order(folder: Path) -> Progress | None:
-    """Load a checkpoint of a version that had one order only."""
-    _write_source(folder, 0, "sgd")
-    path = checkpoint.latest(folder)
-    assert path is not None
-    manifest = checkpoint.read_manifest(path)
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
-    return checkpoint.load_latest(folder, build_engine(0, "sgd"))
-
-
-def test_a_checkpoint_keeps_the_format_of_its_order(tmp_path: Path) -> None:
-    assert run_distributed(_forget_order, 1, tmp_path) == [Progress(2, 2 * B, [[0, 0]], order=1)]
 
 
 @pytest.mark.timeout(300)

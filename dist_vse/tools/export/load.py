@@ -20,7 +20,7 @@ from dist_vse.models.pretrained import pretrained_tokenizer
 from dist_vse.models.save import TRUNK_WEIGHTS
 from dist_vse.models.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
 from dist_vse.runs.files import VOCABULARY_NAME
-from dist_vse.tools.export.folder import HEADS, TEXT, read_description
+from dist_vse.tools.export.folder import HEADS, IMAGE, TEXT, read_description
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -100,8 +100,13 @@ def build(folder: Path) -> DualEncoder:
     config = description.model
     model = build_model(config, LossConfig(), description)
     try:
-        if config.text.weights is None and config.pretrained is None:
-            model.text.trunk.load_state_dict(load_file(folder / TEXT / TRUNK_WEIGHTS))
+        if config.pretrained is None:
+            for section, tower, part in (
+                (config.image, model.image, IMAGE),
+                (config.text, model.text, TEXT),
+            ):
+                if section.weights is None:  # no library has loaded them
+                    tower.trunk.load_state_dict(load_file(folder / part / TRUNK_WEIGHTS))
         heads = load_file(folder / HEADS)
         for side, tower in (("image", model.image), ("text", model.text)):
             own = {k.removeprefix(f"{side}."): v for k, v in heads.items() if k.startswith(side)}

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,10 +15,8 @@ from safetensors.torch import save_file
 from dist_vse.common.errors import UserError, first_line, writing
 from dist_vse.config import ModelConfig, TrainConfig
 from dist_vse.models.dual_encoder import DualEncoder
-from dist_vse.models.image import ImageTrunk
 from dist_vse.models.pretrained import save_pretrained
-from dist_vse.models.save import save_image_trunk, save_text_trunk, save_tokenizer
-from dist_vse.models.text import TextTrunk
+from dist_vse.models.save import TRUNK_WEIGHTS, save_image_trunk, save_text_trunk, save_tokenizer
 from dist_vse.models.tokenizer import Tokenizer, WordTokenizer
 from dist_vse.runs.environment import read_environment
 from dist_vse.runs.files import VOCABULARY_NAME
@@ -152,24 +150,19 @@ def _write_trunks(
     folder: Path, model: DualEncoder, tokenizer: Tokenizer, shape: ModelConfig
 ) -> ModelConfig:
     """Write both trunks and the tokenizer; return the shape with its weights in the folder."""
-    image = save_image_trunk(
-        cast(ImageTrunk, model.image.trunk),
-        folder / IMAGE,
-        size=shape.image.size,
-        squash=shape.image.squash,
-        resampling=shape.image.resampling,
-    )
-    save_text_trunk(cast(TextTrunk, model.text.trunk), folder / TEXT)
+    save_image_trunk(model.image.trunk, folder / IMAGE, shape.image)
+    save_text_trunk(model.text.trunk, folder / TEXT)
     if isinstance(tokenizer, WordTokenizer):
         tokenizer.save(folder / VOCABULARY_NAME)
     else:
         assert shape.text.weights is not None
         save_tokenizer(shape.text.weights, folder / TEXT)
-    weights = TEXT if shape.text.kind == "pretrained" else None
+    image = f"{IMAGE}/{TRUNK_WEIGHTS}" if shape.image.kind == "timm" else None
+    text = TEXT if shape.text.kind == "pretrained" else None
     return dataclasses.replace(
         shape,
-        image=dataclasses.replace(shape.image, weights=str(image.relative_to(folder))),
-        text=dataclasses.replace(shape.text, weights=weights),
+        image=dataclasses.replace(shape.image, weights=image),
+        text=dataclasses.replace(shape.text, weights=text),
     )
 
 

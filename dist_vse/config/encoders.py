@@ -1,0 +1,79 @@
+"""The encoders: one table entry each, and the config's sections that choose one.
+
+To add an encoder, write its builder and add an entry: `module:function`, which is imported when a
+model is built. `models.image.build_image_trunk` and `models.text.build_text_trunk` say what a
+builder is given and what it returns. `dist-vse export` saves any encoder, and loads it again.
+"""
+
+from dataclasses import dataclass
+
+from dist_vse.config.checks import at_least, check, one_of, share
+
+IMAGE_ENCODERS = {"timm": "dist_vse.models.image:build_timm"}
+TEXT_ENCODERS = {
+    "gru": "dist_vse.models.text:build_gru",
+    "transformer": "dist_vse.models.text:build_transformer",
+    "pretrained": "dist_vse.models.text:build_pretrained",
+}
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The image encoder's trunk: any timm model, or another kind."""
+
+    kind: str = "timm"
+    """`timm`; others are entries of `IMAGE_ENCODERS`."""
+    name: str = "resnet18"
+    """A timm architecture, such as resnet152 or vit_base_patch16_224."""
+    weights: str | None = None
+    """A .safetensors or .pth file of pretrained weights; none starts from random ones."""
+    frozen: bool = False
+    """Keep the trunk as it is (in eval mode) and train the head alone."""
+    size: int = 224
+    """Side of the square input, pixels."""
+    squash: bool = False
+    """Without a random crop, make the whole image the square; else its middle."""
+    resampling: str = "bicubic"
+    """`bicubic` or `bilinear`, of images in evaluation."""
+
+    def __post_init__(self) -> None:
+        one_of("model.image.kind", self.kind, tuple(IMAGE_ENCODERS))
+        at_least(8, model__image__size=self.size)
+        one_of("model.image.resampling", self.resampling, ("bicubic", "bilinear"))
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder's trunk: a transformers model from a folder, or one from scratch."""
+
+    kind: str = "transformer"
+    """`gru` or `transformer` (from scratch, on words), or `pretrained` (transformers)."""
+    weights: str | None = None
+    """Folder of a transformers model with its tokenizer; for `pretrained` only."""
+    frozen: bool = False
+    """Keep the trunk as it is (in eval mode) and train the head alone."""
+    max_tokens: int = 32
+    """Longer captions are cut."""
+    width: int = 256
+    """Size of the hidden states, from scratch."""
+    depth: int = 2
+    """Layers, from scratch."""
+    word_dim: int = 300
+    """Size of the word vectors of `gru`."""
+    min_count: int = 1
+    """Rarer words of the training captions become <unk>."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of("model.text.kind", self.kind, tuple(TEXT_ENCODERS))
+        at_least(1, model__text__max_tokens=self.max_tokens, model__text__depth=self.depth)
+        share(model__text__dropout=self.dropout)
+        check(
+            (self.kind == "pretrained") == (self.weights is not None),
+            f"model.text.weights ({self.weights}) is the folder of a transformers model: give it "
+            f"with model.text.kind=pretrained (it is {self.kind}), and only there",
+        )
+        check(
+            self.kind != "transformer" or self.width % 64 == 0,
+            f"model.text.width ({self.width}) must be a multiple of 64, the width of a head",
+        )
