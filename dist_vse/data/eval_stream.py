@@ -67,8 +67,8 @@ def eval_batches(
 
 def eval_share(num_samples: int, batch_size: int, placement: Placement) -> tuple[int, int]:
     """Return the first sample of a rank's share, and the one after its last."""
-    # Shares of whole batches: a batch holds the same rows for any number of ranks, so that its
-    # features have the same last bits.
+    # Shares of whole batches: a batch holds the same rows for any number of ranks, so its features
+    # are the same to the last bit.
     num_batches = -(-num_samples // batch_size)
     rank, world_size = placement
     start, stop = (
@@ -80,7 +80,7 @@ def eval_share(num_samples: int, batch_size: int, placement: Placement) -> tuple
 def captions(index: Index, split: str) -> Iterator[str]:
     """Yield all captions of a split in the order of the index, reading no image.
 
-    Samples with broken metadata or no caption are left out, as in training.
+    Samples with broken metadata or no caption are skipped, as in training.
     """
     reader = ShardReader(index, split, max_open=1)
     try:
@@ -133,7 +133,7 @@ class _Share:
             except BadSampleError as error:
                 name = f"{reader.key(shard, row)} in {reader.shard_name(shard)}"
                 raise UserError(
-                    f"{name} cannot be evaluated ({error}); mend it, or leave it out by running "
+                    f"{name} cannot be evaluated ({error}); fix it, or leave it out by running "
                     "`dist-vse shard` with --max-bad"
                 ) from error
             keys.append(meta.key)

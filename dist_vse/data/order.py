@@ -1,11 +1,13 @@
 """The order in which an epoch's samples are read: a pure function of (seed, epoch).
 
-Each data set is an endless row of turns. A turn holds every sample once: its shards are permuted
-and laid end to end on a ring. An epoch takes the next `per_epoch` samples of each data set, cuts
-them into streams, and interleaves the data sets evenly within each stream, which is shuffled within
-blocks of `shuffle_window` samples. The streams are of equal length, to one sample: those that get
-one more of a data set begin where those of the data set before ended. So a stream reads few shards,
-one after the other, needs memory for one block only, and can start at any position at once.
+Each data set is an endless sequence of turns. A turn holds every sample once: its shards are
+permuted and laid end to end on a ring. An epoch takes the next `per_epoch` samples of each data set
+and cuts them into streams. Within a stream the data sets are interleaved evenly, and the samples
+are shuffled within blocks of `shuffle_window`.
+
+When a data set does not divide evenly, the leftover samples are dealt out round-robin, continuing
+from the previous data set. So stream lengths differ by at most one. A stream reads few shards at a
+time, needs memory for one block only, and can start at any position without reading what is before.
 """
 
 from bisect import bisect_right
@@ -32,7 +34,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Order:
-    """All that an epoch's order depends on, beside its number."""
+    """All that an epoch's order depends on, apart from its number."""
 
     sources: tuple[Source, ...]
     seed: int
@@ -50,7 +52,7 @@ class Order:
 
 
 class Place(NamedTuple):
-    """Where a sample stands."""
+    """The position of a sample."""
 
     source: int
     turn: int  # how often the data set was read before
@@ -59,7 +61,7 @@ class Place(NamedTuple):
 
 
 class _Ring(NamedTuple):
-    """A turn of a data set. Lists: a sample is one look-up, where NumPy takes longer."""
+    """One turn of a data set. Lists, because NumPy takes longer for single look-ups."""
 
     shards: list[int]
     starts: list[int]  # where each of these begins
@@ -70,20 +72,20 @@ class _Block(NamedTuple):
     """A window of a stream."""
 
     number: int
-    starts: list[int]  # of each source, in its endless row
+    starts: list[int]  # of each source, in its endless sequence
     counts: list[int]  # samples up to and with each source
     order: list[int]
 
 
 class EpochOrder:
-    """One epoch's order; each of its samples stands at exactly one (stream, position)."""
+    """One epoch's order; each of its samples has exactly one (stream, position)."""
 
     def __init__(self, order: Order, epoch: int) -> None:
         """Cut the streams."""
         assert order.per_epoch >= order.streams >= 1, order
         self._order, self._epoch = order, epoch
         self._seed = order.seed % 2**64
-        self._cuts = []  # for each source (streams + 1,), in its endless row
+        self._cuts = []  # for each source (streams + 1,), in its endless sequence
         taken = epoch * order.per_epoch
         for source in order.sources:
             cuts = _cuts(source.per_epoch, order.streams, taken)
@@ -97,7 +99,7 @@ class EpochOrder:
         return sum(self._counts(stream))
 
     def stream_sample(self, stream: int, position: int) -> Place:
-        """Return what stands at a position of the stream, 0 <= position < its length."""
+        """Return the sample at a position of the stream, 0 <= position < its length."""
         number, place = divmod(position, self._order.shuffle_window)
         if stream not in self._blocks or self._blocks[stream].number != number:
             self._blocks[stream] = self._block(stream, number)
@@ -139,7 +141,7 @@ class EpochOrder:
         return _Block(number, starts, np.cumsum(sizes).tolist(), _permutation(seed, size).tolist())
 
     def _place(self, source: int, at: int) -> Place:
-        """Find a place of the source's endless row."""
+        """Find the sample at an index of the source's endless sequence."""
         turn, place = divmod(at, self._order.sources[source].num_samples)
         if (source, turn) not in self._rings:
             self._rings[source, turn] = self._ring(source, turn)
@@ -152,7 +154,7 @@ class EpochOrder:
         sizes = np.array(self._order.sources[source].shard_sizes, np.int64)
         shards = _permutation((self._seed, turn, 0, source), len(sizes))
         starts = np.cumsum(sizes[shards]) - sizes[shards]
-        # Begun anywhere: the streams cut even a single shard at new places.
+        # Starts anywhere, so that the streams cut even a single shard at new positions.
         offset = int(_raw((self._seed, turn, 1, source), 1)[0]) % int(sizes.sum())
         return _Ring(shards.tolist(), starts.tolist(), offset)
 
@@ -160,8 +162,8 @@ class EpochOrder:
 def shares(counts: Sequence[int], position: int) -> list[int]:
     """Return how many of the first `position` samples of a stream come from each source.
 
-    Spread evenly: each source has its share of all that the ones before it left, rounded down.
-    So no share ever shrinks as the position grows, and in the end each source has all of its own.
+    Spread evenly: each source gets its share of what the sources before it left, rounded down. So
+    no share shrinks as the position grows, and at the end each source has given all its samples.
     """
     left, total = position, sum(counts)
     result = []
@@ -173,9 +175,9 @@ def shares(counts: Sequence[int], position: int) -> list[int]:
 
 
 def _cuts(total: int, streams: int, taken: int) -> NDArray[np.int64]:
-    """Cut `total` samples into streams; the longer ones take turns, so that streams stay in step.
+    """Cut `total` samples into streams whose lengths differ by at most one.
 
-    `taken` samples were cut before, of any data set: as if dealt to the streams one by one.
+    `taken` samples of any data set were dealt before; the leftovers continue round-robin.
     """
     length, longer = divmod(total, streams)
     lengths = length + ((np.arange(streams) - taken) % streams < longer)
@@ -187,7 +189,7 @@ def _permutation(seed: Sequence[int], size: int) -> NDArray[np.intp]:
 
 
 def _raw(seed: Sequence[int], size: int) -> NDArray[np.uint64]:
-    # Raw bits: NumPy promises them for all versions, which it does not for Generator.permutation.
-    # A resumed run must find the order that it left.
+    # Raw bits: NumPy guarantees them over versions, but not Generator.permutation. A resumed run
+    # must find the same order.
     raw: NDArray[np.uint64] = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(size)
     return raw

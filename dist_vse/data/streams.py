@@ -1,7 +1,7 @@
 """A worker's streams: each reads its own samples in its own order, and skips the bad ones.
 
-Which caption and which crop a sample gets is drawn from (seed, turn, sample), never from the
-worker or the rank; so a stream yields the same wherever it is read.
+The caption and the crop of a sample are drawn from (seed, turn, sample), never from the worker or
+the rank. So a stream yields the same samples wherever it is read.
 """
 
 import struct
@@ -25,8 +25,8 @@ from dist_vse.data.prefetch import Prefetcher
 from dist_vse.data.reader import ShardReader
 from dist_vse.data.samples import Part, Skipped, Tokenizer
 
-MAX_OPEN_SHARDS = 256  # a process may have 1,024 files open, as a rule
-READ_TOGETHER = 32  # samples, then decoded together: either way of work stays in the caches
+MAX_OPEN_SHARDS = 256  # a process may usually have 1,024 files open
+READ_TOGETHER = 32  # samples read, then decoded together: code and data stay in the CPU's caches
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrainSet:
     index: Index
     split: str
     weight: float = 1.0
-    """How often an epoch holds each sample; one half: every other epoch."""
+    """How often an epoch holds each sample; 0.5 means every other epoch."""
 
     @property
     def num_samples(self) -> int:
@@ -64,7 +64,7 @@ def open_train_sets(data: DataConfig) -> list[TrainSet]:
 
 
 class _Sample(NamedTuple):
-    """What is known of a sample before its image is decoded."""
+    """A sample before its image is decoded."""
 
     caption: str
     image_id: int
@@ -83,7 +83,7 @@ class _Bad(NamedTuple):
 
 
 class _Draws:
-    """One random generator, set anew for each sample: to make one takes 5 % of a decoding."""
+    """One random generator, seeded for each sample: a new one would take 5 % of a decoding."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed % 2**64
@@ -106,58 +106,58 @@ class RankStreams:
     sets: Sequence[TrainSet]
     order: Order
     first: int  # this rank's first stream
-    state: NDArray[np.int64]  # (L/W, 2): where this rank's streams stand
+    state: NDArray[np.int64]  # (L/W, 2): the positions of this rank's streams
     part_size: int  # samples that a stream gives to a batch
     transform: Transform
     tokenizer: Tokenizer
-    slots: torch.Tensor | None = None
-    """Shared room for batches of this rank, uint8 (number, b, h, w, 3), if there are workers."""
-    read_images: bool = True  # else batches hold none: their features are known
+    buffers: torch.Tensor | None = None
+    """Shared memory for batches of this rank, uint8 (number, b, h, w, 3), if there are workers."""
+    read_images: bool = True  # if not, batches hold none: their features are precomputed
 
     def __call__(
         self, worker: int, num_workers: int
     ) -> Generator[tuple[Part, ...], int | None, None]:
         """Yield the parts of this worker's streams, batch by batch, for ever.
 
-        What is sent is the slot that takes the images of the next batch. Without one, its parts
-        hold them.
+        The caller sends the number of the buffer for the next batch's images. Without one, the
+        parts hold the images.
         """
         numbers = range(worker, len(self.state), num_workers)
         readers = self._readers(len(numbers))
         prefetcher = Prefetcher(readers)
-        # Streams stand in one epoch or on both sides of its end; more only with many bad samples.
+        # Streams are in one epoch or two neighbouring ones; in more only with many bad samples.
         epochs = lru_cache(maxsize=4)(self.order.epoch)
         streams = [_Stream(self, readers, prefetcher, epochs, number) for number in numbers]
-        slot = None
+        buffer = None
         try:
             while True:
-                rooms = self._rooms(slot, numbers)
-                parts = [stream.part(room) for stream, room in zip(streams, rooms, strict=True)]
-                if slot is not None:
+                outputs = self._outputs(buffer, numbers)
+                parts = [stream.part(out) for stream, out in zip(streams, outputs, strict=True)]
+                if buffer is not None:
                     parts = [replace(part, images=None) for part in parts]
-                slot = yield tuple(parts)
+                buffer = yield tuple(parts)
         finally:
             for reader in readers:
                 reader.close()
 
-    def _rooms(self, slot: int | None, streams: range) -> Iterator[torch.Tensor]:
-        """Yield the room of each stream's images, uint8 (k, h, w, 3)."""
+    def _outputs(self, buffer: int | None, streams: range) -> Iterator[torch.Tensor]:
+        """Yield the memory for each stream's images, uint8 (k, h, w, 3)."""
         side = self.transform.size if self.read_images else 0
         for stream in streams:
-            if slot is None or self.slots is None:
-                # Channels last: as decoders write them, and as convolutions like to read them.
+            if buffer is None or self.buffers is None:
+                # Channels last: decoders write and convolutions read them in this order.
                 yield torch.empty((self.part_size, side, side, 3), dtype=torch.uint8)
             else:
-                yield self.slots[slot, stream * self.part_size : (stream + 1) * self.part_size]
+                yield self.buffers[buffer, stream * self.part_size : (stream + 1) * self.part_size]
 
     def _readers(self, streams: int) -> list[ShardReader]:
         """Open nothing yet; shuffling reads from all the shards of a stream's block at once."""
         readers = []
         for a_set, source in zip(self.sets, self.order.sources, strict=True):
             in_block = self.order.shuffle_window * source.per_epoch // self.order.per_epoch
-            shards_a_block = 2 + in_block * len(source.shard_sizes) // source.num_samples
-            most = max(2, MAX_OPEN_SHARDS // len(self.sets))
-            max_open = min(most, streams * shards_a_block)
+            shards_per_block = 2 + in_block * len(source.shard_sizes) // source.num_samples
+            limit = max(2, MAX_OPEN_SHARDS // len(self.sets))
+            max_open = min(limit, streams * shards_per_block)
             readers.append(ShardReader(a_set.index, a_set.split, max_open=max_open))
         return readers
 
@@ -184,7 +184,7 @@ class _Stream:
         self._first = np.cumsum([0, *sizes[:-1]]).tolist()  # number of each set's first sample
 
     def part(self, images: torch.Tensor) -> Part:
-        """Read on, and return this stream's share of the next batch; `images` takes the pixels."""
+        """Return this stream's share of the next batch; its pixels are written to `images`."""
         samples = self._good_samples(images.numpy())
         ids = np.array(
             [(sample.image_id, image_id(sample.caption)) for sample in samples], np.int64
@@ -202,13 +202,13 @@ class _Stream:
             skipped=skipped,
         )
 
-    def _good_samples(self, rooms: NDArray[np.uint8]) -> list[_Sample]:
-        """Return the next samples that can be used; their pixels go to `rooms`, one each."""
+    def _good_samples(self, out: NDArray[np.uint8]) -> list[_Sample]:
+        """Return the next samples that can be used; their pixels go to `out`."""
         good: list[_Sample] = []
-        while len(good) < len(rooms):
-            together = min(READ_TOGETHER, len(rooms) - len(good))
+        while len(good) < len(out):
+            together = min(READ_TOGETHER, len(out) - len(good))
             for read in [self._read() for _ in range(together)]:
-                sample = self._decode(read, rooms[len(good)]) if isinstance(read, _Sample) else read
+                sample = self._decode(read, out[len(good)]) if isinstance(read, _Sample) else read
                 if isinstance(sample, _Sample):
                     good.append(sample)
                     self._bad_in_a_row = 0
@@ -217,7 +217,7 @@ class _Stream:
         return good
 
     def _read(self) -> _Sample | _Bad:
-        """Read the next sample: its captions, and the image as it lies there."""
+        """Read the next sample: its captions and the bytes of its image file."""
         epoch, place = self._advance()
         reader, (source, turn, shard, row) = self._readers[place.source], place
         try:
@@ -225,7 +225,7 @@ class _Stream:
         except BadSampleError as error:
             return _Bad(str(error), epoch, place)
         image = reader.image(shard, row) if self._plan.read_images else b""
-        choice = (turn + image_id(meta.key)) % len(meta.captions)  # samples start differently
+        choice = (turn + image_id(meta.key)) % len(meta.captions)  # starts differ
         origin = turn, self._first[source] + reader.number(shard, row)
         caption, number = meta.captions[choice], reader.image_id(shard, row)
         return _Sample(caption, number, origin, image, epoch, place)
@@ -241,9 +241,9 @@ class _Stream:
         return sample._replace(image=b"")  # its memory is free for the next one
 
     def _skip(self, bad: _Bad) -> None:
-        """Note a bad sample.
+        """Record a bad sample.
 
-        Raises UserError if a whole stream has no other.
+        Raises UserError if a whole stream has only bad ones.
         """
         (_, _, shard, row), reader = bad.place, self._readers[bad.place.source]
         name = reader.shard_name(shard)
@@ -253,11 +253,11 @@ class _Stream:
             sets = "; ".join(str(a_set) for a_set in self._plan.sets)
             raise UserError(
                 f"{sets}: {self._bad_in_a_row} samples in a row cannot be used (the last: "
-                f"{self._skipped[-1]}); mend them and shard again"
+                f"{self._skipped[-1]}); fix them and shard again"
             )
 
     def _advance(self) -> tuple[int, Place]:
-        """Return the epoch and place of this position, and step to the next one."""
+        """Return the epoch and place of this position, and move to the next one."""
         while self._position >= self._epochs(self._epoch).stream_length(self._stream):
             self._epoch, self._position = self._epoch + 1, 0
         place = self._epochs(self._epoch).stream_sample(self._stream, self._position)

@@ -12,7 +12,7 @@ from dist_vse.config import DataConfig, ImageConfig
 from dist_vse.data.decode import Transform
 from dist_vse.data.order import Order, Source
 from dist_vse.data.samples import ONE_PROCESS, Batch, Placement, Tokenizer, join_parts
-from dist_vse.data.shared_buffers import Slots
+from dist_vse.data.shared_buffers import BatchBuffers
 from dist_vse.data.streams import RankStreams, TrainSet
 from dist_vse.data.workers import run_workers
 
@@ -53,7 +53,7 @@ def train_batches(
     _check_state(where, order, state)
     rank_streams = streams // world_size
     rows = global_batch_size // world_size
-    # One batch is made while another waits; more where batches are small.
+    # One batch is made while another waits; more if batches are small.
     prefetch = max(2, -(-SAMPLES_AHEAD * max(1, num_workers) // rows))
     plan = RankStreams(
         sets=sets,
@@ -87,13 +87,13 @@ def _source(a_set: TrainSet) -> Source:
 
 
 def _batches(plan: RankStreams, rows: int, num_workers: int, prefetch: int) -> Iterator[Batch]:
-    slots = None
+    buffers = None
     if num_workers and plan.read_images:
-        # Beside those under way, one is handed out and one is still held. They are made with the
-        # first batch, at which the ranks wait for each other: it may be one that finds no room.
-        slots = Slots(prefetch + 2, rows, plan.transform.size)
-        plan = replace(plan, slots=slots.images)
-    tasks = slots.tasks(num_workers) if slots else repeat(None)
+        # Besides those in flight, one batch is in use and one is still held. The buffers are
+        # allocated with the first batch, where all ranks see if one has no memory for them.
+        buffers = BatchBuffers(prefetch + 2, rows, plan.transform.size)
+        plan = replace(plan, buffers=buffers.images)
+    tasks = buffers.tasks(num_workers) if buffers else repeat(None)
     items = run_workers(plan, num_workers=num_workers, prefetch=prefetch, tasks=tasks)
     workers = max(1, num_workers)
     while True:
@@ -102,7 +102,7 @@ def _batches(plan: RankStreams, rows: int, num_workers: int, prefetch: int) -> I
         parts = [
             of_workers[stream % workers][stream // workers] for stream in range(len(plan.state))
         ]
-        yield join_parts(parts, slots.take() if slots else None, plan.tokenizer.pad_id)
+        yield join_parts(parts, buffers.take() if buffers else None, plan.tokenizer.pad_id)
 
 
 def _check_samples(where: str, num_samples: int, streams: int, global_batch_size: int) -> None:
