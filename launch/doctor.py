@@ -24,6 +24,7 @@ from launch.submit import plan_submission
 
 if TYPE_CHECKING:
     from dist_vse.models.tokenizer import Tokenizer
+    from dist_vse.tools.plan.step_memory import StepMemory
 
 
 @dataclass(frozen=True)
@@ -65,35 +66,17 @@ class Checkup:
         return sum(n for n, _ in numbers), sum(n for n, trained in numbers if trained)
 
     @functools.cached_property
-    def states_gib(self) -> float:
-        """Memory of a rank for weights, gradients and optimizer."""
-        config, size = self.config, self.cluster.world_size
-        whole, trained = self.sizes
-        share = [size if config.engine.zero_stage >= least else 1 for least in (3, 2, 1)]
-        kept = state_tensors(config.optim)
-        numbers = whole / share[0] + trained / share[1] + trained * (1 + kept) / share[2]
-        return 4 * numbers / GIB
+    def step_memory(self) -> "StepMemory":
+        """Memory of a rank in a step."""
+        from dist_vse.tools.plan.step_memory import step_memory
 
-    @functools.cached_property
-    def rank_gib(self) -> float:
-        """Peak memory of a rank in a step, with its activations.
-
-        The activations of a pretrained checkpoint (`model.pretrained`) are not known.
-        """
-        from dist_vse.tools.plan.check import settings_of
-        from dist_vse.tools.plan.count import count_work
-        from dist_vse.tools.plan.memory import Place, fullest, moments
-
-        config, size = self.config, self.cluster.world_size
-        config.check_world_size(size)
-        if config.model.pretrained is not None:
-            return self.states_gib
-        settings = settings_of(config, global_batch=config.global_batch_size, world_size=size)
-        if isinstance(config.chunk_size, str):  # auto: the smallest that it may choose
-            settings = settings.changed(chunk_size=1)
-        work = count_work(config, vocabulary=self.tokenizer.vocab_size)
-        peak = fullest(moments(work, settings, Place(on_cpu=not self.cluster.gpus_per_node)))
-        return max(self.states_gib, peak.total / GIB)
+        return step_memory(
+            self.config,
+            self.cluster.world_size,
+            parameters=self.sizes,
+            vocabulary=self.tokenizer.vocab_size,
+            on_cpu=not self.cluster.gpus_per_node,
+        )
 
 
 def doctor(
@@ -182,11 +165,12 @@ def _samples(checkup: Checkup) -> str:
 
 def _memory(checkup: Checkup) -> str:
     cluster = checkup.cluster
-    needed = checkup.rank_gib * cluster.processes_per_node
+    states, rank = checkup.step_memory.states / GIB, checkup.step_memory.peak / GIB
+    needed = rank * cluster.processes_per_node
     what = "weights, gradients and optimizer"
-    words = f"{checkup.rank_gib:.2f} GiB a rank in a step ({checkup.states_gib:.2f} for {what})"
+    words = f"{rank:.2f} GiB a rank in a step ({states:.2f} for {what})"
     if checkup.config.model.pretrained is not None:
-        words = f"{checkup.rank_gib:.2f} GiB a rank for {what}, without a chunk's activations"
+        words = f"{rank:.2f} GiB a rank for {what}, without a chunk's activations"
     if not cluster.gpus_per_node and cluster.mem_gib and needed > cluster.mem_gib:
         raise UserError(
             f"{words}: {needed:.1f} GiB a node, but mem_gib is {cluster.mem_gib}; ask for more, "
@@ -224,7 +208,7 @@ def _rank_check(checkup: Checkup, folder: str) -> RankCheck:
     """Return the ranks' part; what is unknown here was reported by an earlier check."""
     needed_gib, shard = 0.0, None
     with contextlib.suppress(UserError):
-        needed_gib = checkup.rank_gib
+        needed_gib = checkup.step_memory.peak / GIB
     with contextlib.suppress(UserError):
         paths = (index.root / s.path for index, s in checkup.shards() if not is_remote(s.path))
         shard = next(map(str, paths), None)

@@ -149,6 +149,15 @@ def test_a_measurement_can_be_rendered(measured: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_measurement_is_what_plans_are_checked_against(
+    measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hardware = str(ROOT / "configs/hardware/epyc_2cores.yaml")
+    assert main(["plan", "--check", str(measured), "--hardware", hardware]) in (0, 1)
+    assert "memory 4 of 4 rows" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_measurement_has_all_parts(measured: Path) -> None:
     report = json.loads(measured.read_text())
     rows = report["rows"]

@@ -22,7 +22,7 @@ from dist_vse.distributed.spawn import RankGroup, run_rank_groups
 from dist_vse.engine.zero import IMPORTS
 from dist_vse.runs.environment import describe_environment
 from dist_vse.tools.bench.checks import at_least_one, writable
-from dist_vse.tools.bench.scale_cases import Case, plan_cases, share
+from dist_vse.tools.bench.scale_cases import Case, plan_cases, read_settings, share
 from dist_vse.tools.bench.scale_page import write_page
 from dist_vse.tools.bench.scale_rows import Row, compare, compare_with_baseline, join, together
 from dist_vse.tools.bench.scale_run import Budget, RoundRobin, measure
@@ -97,12 +97,15 @@ def _on_this_machine(cases: Sequence[Case], budget: Budget) -> list[Row]:
 
 
 def _report(args: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
+    path, overrides = read_settings(args.settings)
     return {
         "benchmark": "scale",
         **describe_environment(),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "settings": list(args.settings),
+        "config": path,
+        "overrides": overrides,
         "command": _command(args),
         "rounds": args.rounds,
         "steps": args.steps,

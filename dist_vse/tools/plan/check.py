@@ -7,10 +7,9 @@ from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import TrainConfig
-from dist_vse.config.optimizers import state_tensors
 from dist_vse.tools.plan.choose import Plan, price
 from dist_vse.tools.plan.hardware import Hardware
-from dist_vse.tools.plan.settings import Settings
+from dist_vse.tools.plan.settings import Settings, settings_of
 from dist_vse.tools.plan.work import Work
 
 TIME_BOUND, MEMORY_BOUND = 0.15, 0.10  # errors that the plan is held to
@@ -62,25 +61,6 @@ def check_rows(
         for row in rows
         if row["precision"] == work.precision
     ]
-
-
-def settings_of(config: TrainConfig, *, global_batch: int, world_size: int) -> Settings:
-    """Return the config's own settings, for a batch and a number of ranks."""
-    rows = global_batch // world_size
-    chunk, kept = config.chunk_size, config.cache.keep_graphs
-    return Settings(
-        global_batch=global_batch,
-        world_size=world_size,
-        chunk_size=rows if isinstance(chunk, str) else chunk,
-        keep_graphs=1 if isinstance(kept, str) else kept,
-        zero_stage=config.engine.zero_stage,
-        coalesce=config.engine.coalesce,
-        transport=config.loss.transport,
-        loss=config.loss.name,
-        loss_gib=config.loss.memory_gib,
-        bf16_products=config.loss.bf16_products,
-        state_tensors=state_tensors(config.optim),
-    )
 
 
 def settings_of_row(row: dict[str, Any], config: TrainConfig) -> Settings:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.units import GIB
-from dist_vse.losses.registry import HARDEST
 from dist_vse.tools.plan.hardware import Hardware
 from dist_vse.tools.plan.memory import Memory, Place, fullest, moments
 from dist_vse.tools.plan.seconds import Seconds, step_seconds
@@ -103,7 +102,7 @@ def candidates(start: Settings) -> Iterator[Settings]:
     chunks = [rows // count for count in range(1, rows + 1) if rows % count == 0]
     chunks = _thin([chunk for chunk in chunks if chunk > 1] or chunks)
     budgets = {0.0, start.loss_gib, start.similarity_bytes / GIB}
-    budgets = {0.0} if start.loss in HARDEST else budgets
+    budgets = {0.0} if start.hardest else budgets
     transports = ("gather", "ring") if start.world_size > 1 else ("gather",)
     for chunk, stage in itertools.product(chunks, SIMPLEST):
         for transport, budget in itertools.product(transports, sorted(budgets)):

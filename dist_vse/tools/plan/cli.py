@@ -20,6 +20,10 @@ GPUS = (8, 64, 512, 4096)
 HARDWARE = "configs/hardware/a100_80g.yaml"
 VOCABULARY = 8192
 WIDTH = 150
+NOT_CHECKED = (
+    "not checked: no prediction for this hardware was compared with a measurement; "
+    "`dist-vse plan --check` does that"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Predict step time, memory and efficiency of a config on numbers of GPUs that are not "
         "here, and recommend chunk size, kept graphs, ZeRO stage, gather or ring. docs/plan.md "
-        "tells the model, and how far off it is."
+        "describes the model, and docs/benchmarks/plan.md its errors."
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="the run's YAML")
     parser.add_argument(
@@ -75,24 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="instead: predict the rows of `dist-vse bench scale --out FILE`; print the errors",
     )
-    instead.add_argument(
-        "--peers",
-        action="store_true",
-        help="instead: the loss's memory beside the table that Inf-CL has published",
-    )
-    instead.add_argument(
-        "--plots",
-        metavar="DIR",
-        type=Path,
-        help="instead: draw how cost grows with N, b, W and d, as SVG",
-    )
     parser.add_argument("--rounds", type=int, default=5, help="of --calibrate (default: 5)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan, or do what is asked for instead; return the exit code."""
-    if args.peers:
-        return _peers(args)
     config = _read_config(args)
     if args.rounds < 1 or args.vocabulary < 1:
         raise UserError(f"--rounds ({args.rounds}), --vocabulary ({args.vocabulary}): at least 1")
@@ -105,12 +96,6 @@ def run(args: argparse.Namespace) -> int:
     hardware = load_hardware(args.hardware or HARDWARE)
     if args.check is not None:
         return _check(args, config, hardware, read_report(args.check))
-    if args.plots is not None:
-        from dist_vse.tools.plan.plots import write_plots
-
-        for path in write_plots(_count(config, args.vocabulary), config, hardware, args.plots):
-            print(f"wrote {path}")
-        return 0
     batches = args.batch or [config.global_batch_size]
     cases = [(batch, size) for batch in batches for size in args.gpus]
     _check_cases(cases, hardware)
@@ -124,11 +109,10 @@ def _read_config(args: argparse.Namespace) -> "TrainConfig":
     if given is not None and "=" in given and not Path(given).exists():
         given, overrides = None, [given, *overrides]
     if given is None and args.check is not None:  # of the rows' own settings
-        from dist_vse.tools.bench.scale_cases import read_settings
         from dist_vse.tools.plan.check import read_report
 
-        given, settings = read_settings(read_report(args.check)["settings"])
-        overrides = [*settings, *overrides]
+        report = read_report(args.check)
+        given, overrides = report["config"], [*report["overrides"], *overrides]
     return load_config(given, overrides)
 
 
@@ -152,8 +136,8 @@ def _plan(
     hardware: "Hardware",
     cases: Sequence[tuple[int, int]],
 ) -> int:
-    from dist_vse.tools.plan.check import settings_of
     from dist_vse.tools.plan.choose import as_overrides, choose, explain, price
+    from dist_vse.tools.plan.settings import settings_of
     from dist_vse.tools.plan.table import memory_table, plan_table, seconds_table
 
     starts = [settings_of(config, global_batch=n, world_size=size) for n, size in cases]
@@ -163,8 +147,9 @@ def _plan(
     console.print(
         f"{work.model}: {work.forward.flops / 1e9:.3g} GFLOP a pair forward, "
         f"{work.backward.flops / 1e9:.3g} backward; {work.trainable / 1e6:.4g} M "
-        f"parameters learn, {work.frozen / 1e6:.1f} M are frozen. {hardware.name}."
+        f"parameters learn, {work.frozen / 1e6:.1f} M are frozen."
     )
+    console.print(f"{hardware.name}: {hardware.checked or NOT_CHECKED}", soft_wrap=True)
     for table in (plan_table(plans, "the plan"), seconds_table(plans), memory_table(plans)):
         console.print(table)
     for plan in plans:
@@ -247,26 +232,6 @@ def _check(
         },
     )
     return 0 if in_time == in_memory == len(checked) else 1
-
-
-def _peers(args: argparse.Namespace) -> int:
-    from dist_vse.tools.plan import peers
-    from dist_vse.tools.plan.table import peers_table
-
-    _console().print(peers_table())
-    _write(
-        args.out,
-        {
-            "rows": [
-                {
-                    **asdict(row),
-                    "predicted_gib": peers.predict(row.way, row.ranks, row.batch_k * 1024),
-                }
-                for row in peers.TABLE
-            ]
-        },
-    )
-    return 0
 
 
 def _console() -> Any:

@@ -7,7 +7,6 @@ from dist_vse.common.units import GIB
 from dist_vse.config.checks import at_least, check
 from dist_vse.config.load import load_yaml
 
-DEFAULT = "configs/hardware/a100_80g.yaml"
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class Hardware:
     """A cluster of equal nodes; a rank has a GPU, or shares the cores of its node."""
 
     name: str = "unnamed"
+    checked: str = ""
+    """How predictions for it compare with measurements; empty where nothing was compared."""
     ranks_per_node: int = 8
     """GPUs of a node; for processes on a CPU: the most that may share one node."""
     cores: int = 0

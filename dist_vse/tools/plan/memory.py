@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 
-from dist_vse.losses.registry import HARDEST, ON_LOGITS
 from dist_vse.losses.tiles import default_tile, tile_shape
 from dist_vse.tools.plan.settings import Settings
 from dist_vse.tools.plan.traffic import travelling_bytes
@@ -22,7 +21,6 @@ BUCKET = FP32 * (1 << 26)  # bytes; the engine's largest
 LIVE = FP32 * 1_000_000_000  # bytes of parameters that ZeRO 3 gathers at most at once
 WHOLE_BUCKET = FP32 * 500_000_000  # of ZeRO 0's reduction
 VECTORS = 48  # bytes of a row or column of the batch that is no feature: sums, ids, shares
-PHASES = ("encode", "loss", "second_pass", "reduce", "step")
 
 
 @dataclass(frozen=True)
@@ -134,12 +132,12 @@ def loss_bytes(settings: Settings, width: int, place: Place) -> tuple[float, flo
     """Return the features (with all that is as wide) and the similarities at the loss's peak."""
     rows, total = settings.rank_batch, settings.global_batch
     own, everyone = FP32 * rows * width, FP32 * total * width
-    dense = settings.loss not in HARDEST
+    dense = not settings.hardest
     height, across = place.tile(dense=dense)
     tiles = FP32 * min(rows, height) * min(total, across) * (2 if dense else 1)
     kept = settings.kept_similarities
     share = settings.caption_bytes / FP32  # of the captions that came from other ranks
-    scaled = own if settings.loss in ON_LOGITS else 0.0
+    scaled = own if settings.on_logits else 0.0
     vectors = VECTORS * (rows + total)
     leaves = 2 * own
     if settings.ring:

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dist_vse.losses.registry import HARDEST
 from dist_vse.tools.plan.hardware import ChunkSpeed, Hardware
 from dist_vse.tools.plan.settings import Settings
 from dist_vse.tools.plan.traffic import (
@@ -158,7 +157,7 @@ def loss_seconds(work: Work, settings: Settings, hardware: Hardware) -> float:
     if hardware.cores:  # tiles stay in the cache, and `attained_loss` was measured with them
         passes = 0.0
     again = 1 - settings.kept_similarities / settings.similarity_bytes
-    if settings.loss in HARDEST:
+    if settings.hardest:
         taken = products + PASS_BYTES * passes
     else:
         taken = (3 + again) * products + ((1 + again) * PASS_BYTES + BACK_BYTES) * passes

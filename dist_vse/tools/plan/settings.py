@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 
 from dist_vse.common.units import GIB
-from dist_vse.losses.registry import HARDEST, caption_bytes
+from dist_vse.config import TrainConfig
+from dist_vse.config.optimizers import state_tensors
+from dist_vse.losses.registry import HARDEST, ON_LOGITS, caption_bytes
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Settings:
         return self.transport == "ring" and self.world_size > 1
 
     @property
+    def hardest(self) -> bool:
+        """Whether the loss looks at the hardest negatives only."""
+        return self.loss in HARDEST
+
+    @property
+    def on_logits(self) -> bool:
+        """Whether the loss is one of similarities over a temperature."""
+        return self.loss in ON_LOGITS
+
+    @property
     def caption_bytes(self) -> int:
         """Bytes of a number of a caption's features on its way to other ranks."""
         return caption_bytes(self.loss, bf16_products=self.bf16_products)
@@ -61,10 +73,29 @@ class Settings:
     @property
     def kept_similarities(self) -> float:
         """Bytes of similarities that stay from the loss's forward to its backward."""
-        if self.loss in HARDEST:
+        if self.hardest:
             return 0.0
         return min(self.loss_gib * GIB, self.similarity_bytes)
 
     def changed(self, **values: object) -> "Settings":
         """Return other settings."""
         return replace(self, **values)  # type: ignore[arg-type]
+
+
+def settings_of(config: TrainConfig, *, global_batch: int, world_size: int) -> Settings:
+    """Return the config's own settings, for a batch and a number of ranks."""
+    rows = global_batch // world_size
+    chunk, kept = config.chunk_size, config.cache.keep_graphs
+    return Settings(
+        global_batch=global_batch,
+        world_size=world_size,
+        chunk_size=rows if isinstance(chunk, str) else chunk,
+        keep_graphs=1 if isinstance(kept, str) else kept,
+        zero_stage=config.engine.zero_stage,
+        coalesce=config.engine.coalesce,
+        transport=config.loss.transport,
+        loss=config.loss.name,
+        loss_gib=config.loss.memory_gib,
+        bf16_products=config.loss.bf16_products,
+        state_tensors=state_tensors(config.optim),
+    )

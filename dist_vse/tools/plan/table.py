@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from dist_vse.common.units import GIB
-from dist_vse.tools.plan import peers
 from dist_vse.tools.plan.check import MEMORY_BOUND, TIME_BOUND, Checked
 from dist_vse.tools.plan.choose import Plan
 from dist_vse.tools.report.numbers import figure
@@ -99,31 +98,10 @@ def parts_table(checked: Sequence[Checked]) -> Table:
     return table
 
 
-def peers_table() -> Table:
-    """Return Inf-CL's published figures beside the arithmetic, and beside our loss."""
-    table = _table(
-        "memory of the loss, GiB a GPU, ViT-L/14 (d = 768): published by Inf-CL, and predicted",
-        "GPUs", "batch", "way", "published", "predicted", "error", "ours, gather", "ours, ring",
-    )  # fmt: skip
-    for row in peers.TABLE:
-        batch = row.batch_k * peers.THOUSAND
-        predicted = peers.predict(row.way, row.ranks, batch)
-        table.add_row(
-            str(row.ranks),
-            f"{batch:,}",
-            row.way,
-            f"{row.gib:.2f}",
-            "" if predicted is None else f"{predicted:.2f}",
-            "" if predicted is None else f"{predicted / row.gib - 1:+.1%}",
-            *(f"{peers.ours(row.ranks, batch, t):.2f}" for t in ("gather", "ring")),
-        )
-    return table
-
-
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in headings:
-        words = heading in ("row", "loss", "way", "when", "captions")
+        words = heading in ("row", "loss", "when", "captions")
         table.add_column(_words(heading), justify="left" if words else "right")
     return table
 
