@@ -8,7 +8,6 @@ from dist_vse.config.checks import at_least, check
 from dist_vse.config.load import load_yaml
 
 
-
 @dataclass(frozen=True)
 class LinkConfig:
     """A level of the network, as a rank sees it when all ranks talk at once."""
