@@ -13,17 +13,17 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def at_least(least: float, **values: float) -> None:
+def at_least(minimum: float, **values: float) -> None:
     """Check numbers; a name's double underscore stands for the dot of its key."""
     for name, value in values.items():
         key = name.replace("__", ".")
-        check(value >= least, f"{key} ({value}) must be at least {least}")
+        check(value >= minimum, f"{key} ({value}) must be at least {minimum}")
 
 
-def number_or_auto(least: int, **values: int | str) -> None:
+def number_or_auto(minimum: int, **values: int | str) -> None:
     for name, value in values.items():
         if isinstance(value, int):
-            at_least(least, **{name: value})
+            at_least(minimum, **{name: value})
         elif value != AUTO:
             key = name.replace("__", ".")
             raise UserError(f"{key}={value!r} must be a number or {AUTO}")

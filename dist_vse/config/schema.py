@@ -1,7 +1,8 @@
 """The configuration of a run: its sections, and every check that spans several of them.
 
 Two batch numbers matter: `global_batch_size` is the science, `chunk_size` the hardware; the
-rest is derived. Only `train.main` and the builders see a config: a component takes plain values.
+rest is derived. A component takes its own section, or plain values; what joins several sections
+(`training.setup`, `training.batches`, `evaluation.batches` …) takes the whole.
 """
 
 from dataclasses import dataclass, field

@@ -7,7 +7,7 @@ from dist_vse.config.encoders import ImageConfig, TextConfig
 
 LOSSES = ("convse", "convse++", "info_nce", "vse0", "vse++", "siglip")
 PRECISIONS = ("fp32", "bf16")
-LEAST_LEARNED = 0.01  # temperature, as CLIP bounds it
+MIN_LEARNED_TEMPERATURE = 0.01  # as CLIP bounds it
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,9 @@ class LossConfig:
         at_least(0, loss__margin=self.margin, loss__memory_gib=self.memory_gib)
         at_least(0, loss__warmup_samples=self.warmup_samples)
         check(
-            not self.learn_temperature or self.temperature >= LEAST_LEARNED,
-            f"loss.temperature ({self.temperature}) must be at least {LEAST_LEARNED} where it is "
-            "learned",
+            not self.learn_temperature or self.temperature >= MIN_LEARNED_TEMPERATURE,
+            f"loss.temperature ({self.temperature}) must be at least {MIN_LEARNED_TEMPERATURE} "
+            "where it is learned",
         )
 
 

@@ -152,7 +152,7 @@ def load_latest(folder: Path, engine: ZeroEngine) -> Progress | None:
     if world_size == distributed.world_size():
         own = load_file(path / _rank_file(distributed.rank()))
         restore(RandomState(own[_RANDOM_CPU], own.get(_RANDOM_CUDA)))
-    else:  # nobody's place is taken exactly: draw anew, not again what was drawn at the start
+    else:  # no rank's state fits: draw other numbers than those drawn at the start
         torch.manual_seed(torch.initial_seed() + 7919 * manifest["step"])
     return Progress(manifest["step"], manifest["samples_seen"], manifest["streams"])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from dist_vse.common.log import logger
 from dist_vse.config import TrainConfig
 from dist_vse.config.checks import AUTO
-from dist_vse.config.sections import LEAST_LEARNED
+from dist_vse.config.sections import MIN_LEARNED_TEMPERATURE
 from dist_vse.models.pretrained import read_start
 from dist_vse.runs.folder import find_earlier_start
 
@@ -35,7 +35,7 @@ def with_start(config: TrainConfig) -> TrainConfig:
     start = read_start(config.model.pretrained)
     temperature = start.temperature
     if config.loss.learn_temperature:
-        temperature = max(LEAST_LEARNED, temperature)
+        temperature = max(MIN_LEARNED_TEMPERATURE, temperature)
     bias = config.loss.bias if start.bias is None else start.bias
     logger.info(
         "%s: %s, %d pixels, %d tokens, %d dimensions, temperature %.4g",

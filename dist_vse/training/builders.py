@@ -1,4 +1,4 @@
-"""From the config to the parts: the only place beside `train` that sees a TrainConfig."""
+"""From the config to the engine and to the loss of a step."""
 
 import math
 from collections.abc import Mapping

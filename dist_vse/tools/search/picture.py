@@ -11,7 +11,7 @@ from dist_vse.data.index import IMAGE_FORMATS
 from dist_vse.tools.search.found import Found
 
 CELL, GAP, MARGIN = 160, 16, 24  # pixels
-COLUMNS, LEAST_COLUMNS = 10, 3
+COLUMNS, MIN_COLUMNS = 10, 3
 LINE, TITLE_LINE = 19, 27  # pixels from line to line
 CAPTION_LINES = 4
 INK, SOFT = "#1c2024", "#5a626b"
@@ -25,8 +25,8 @@ def draw_sheet(found: Sequence[Found], pictures: dict[str, str], name: str) -> I
     Warns where the font has no glyph for a text of the sheet, which goes by `name`.
     """
     _warn_of_gaps((text for f in found for text in (f.query, *f.captions)), name)
-    most = max(len(answers.keys) for answers in found)
-    columns = min(COLUMNS, max(LEAST_COLUMNS, most))
+    longest = max(len(answers.keys) for answers in found)
+    columns = min(COLUMNS, max(MIN_COLUMNS, longest))
     width = columns * (CELL + GAP) - GAP
     blocks = [_block(answers, pictures, columns, width) for answers in found]
     height = sum(block.height + MARGIN for block in blocks) + MARGIN
@@ -38,8 +38,8 @@ def draw_sheet(found: Sequence[Found], pictures: dict[str, str], name: str) -> I
     return sheet
 
 
-def wrap(text: str, font: Font, width: int, most: int | None = None) -> list[str]:
-    """Break a text into lines of at most `width` pixels, the last of `most` ending in dots."""
+def wrap(text: str, font: Font, width: int, max_lines: int | None = None) -> list[str]:
+    """Break a text into lines of at most `width` pixels, the last of `max_lines` ending in dots."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()
@@ -52,12 +52,12 @@ def wrap(text: str, font: Font, width: int, most: int | None = None) -> list[str
             if lines[-1] and font.getlength(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
-    if most is None or len(lines) <= most:
+    if max_lines is None or len(lines) <= max_lines:
         return lines
-    last = lines[most - 1]
+    last = lines[max_lines - 1]
     while last and font.getlength(f"{last}…") > width:
         last = last[:-1]
-    return [*lines[: most - 1], f"{last.rstrip()}…"]
+    return [*lines[: max_lines - 1], f"{last.rstrip()}…"]
 
 
 def _block(answers: Found, pictures: dict[str, str], columns: int, width: int) -> Image.Image:
