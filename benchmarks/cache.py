@@ -22,7 +22,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.config import EngineConfig
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.engine.zero import ZeroEngine
-from dist_vse.losses.global_loss import global_loss
+from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.tools.bench.checks import at_least_one
 from dist_vse.tools.bench.table import Table
 from dist_vse.training.grad_cache import train_step
@@ -127,13 +127,9 @@ def _our_step(
     def step() -> None:
         images, tokens = (x.chunk(num_chunks) for x in pairs)
         chunks = [model.prepare(images=i, tokens=t) for i, t in zip(images, tokens, strict=True)]
-        train_step(engine, _info_nce, chunks, keep_graphs=keep_graphs)
+        train_step(engine, GlobalLoss("info_nce"), chunks, keep_graphs=keep_graphs)
 
     return step
-
-
-def _info_nce(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
-    return global_loss("info_nce", images, texts, log_scale, bias).loss
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -23,8 +23,9 @@ from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.units import GIB
 from dist_vse.distributed.spawn import run_on_ranks
+from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.losses.global_loss import global_loss
-from dist_vse.losses.reference import dense_loss
+from dist_vse.losses.options import LossOptions
 from dist_vse.tools.bench.checks import at_least_one
 from dist_vse.tools.bench.table import Table
 from dist_vse.tools.bench.traffic import bytes_sent
@@ -84,7 +85,8 @@ def make_features(rows: int, width: int) -> list[Tensor]:
 def differentiate(features: list[Tensor], name: str, **options: Any) -> list[Tensor]:
     """Run one loss forward and backward; return it and the features' gradients."""
     log_scale = torch.tensor([TEMPERATURE]).log().neg()
-    loss = global_loss(name, features[0], features[1], log_scale, torch.zeros(1), **options).loss
+    chosen = LossOptions(**options)
+    loss = global_loss(name, features[0], features[1], log_scale, torch.zeros(1), chosen).loss
     return [loss.detach(), *torch.autograd.grad(loss, features)]
 
 

@@ -31,12 +31,13 @@ from dist_vse.runs.metrics import Recorder, log_line, peak_memory_gib, progress_
 from dist_vse.runs.saver import Saver
 from dist_vse.runs.skipped import SkippedLog
 from dist_vse.training.batches import build_train_batches
-from dist_vse.training.builders import build_ahead, build_loss, launcher_conflicts
 from dist_vse.training.chunks import make_chunks
+from dist_vse.training.engine import launcher_conflicts
 from dist_vse.training.grad_cache import train_step
 from dist_vse.training.profiler import profiled
 from dist_vse.training.schedule import learning_rate
 from dist_vse.training.setup import Run, set_up
+from dist_vse.training.step_loss import build_loss
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, saved a checkpoint, and can be continued."""
@@ -110,11 +111,9 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         total = config.total_steps * config.global_batch_size
         rate = learning_rate(progress.samples_seen, config.optim, total_samples=total)
         engine.set_learning_rate(rate)
-        statistics: dict[str, Tensor] = {}
-        ahead = build_ahead(config)
-        loss_fn = build_loss(config, batch, progress.samples_seen, statistics, ahead)
+        loss = build_loss(config, batch, progress.samples_seen)
         chunks = make_chunks(engine.module, batch, config, run.features)
-        loss = train_step(engine, loss_fn, chunks, keep_graphs=run.keep_graphs, announce=ahead.send)
+        output = train_step(engine, loss, chunks, keep_graphs=run.keep_graphs)
 
         progress = _advance(progress, batch, config.global_batch_size)
         watchdog.progress()
@@ -131,8 +130,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         if save or log:
             _flush(run, skipped_log)
         if log:
-            statistics |= {"loss": loss, "lr": torch.tensor(rate)}
-            _log(run, progress, statistics, recorder)
+            _log(run, progress, {**output.stats, "loss": output.loss, "lr": rate}, recorder)
         score = None
         # Who was asked to stop saves first: the time that is left may be short.
         if last or (_due(progress.step, config.eval_every) and not stopped):
@@ -182,9 +180,11 @@ def _flush(run: Run, skipped_log: SkippedLog) -> None:
     skipped_log.flush()
 
 
-def _log(run: Run, progress: Progress, statistics: dict[str, Tensor], recorder: Recorder) -> None:
+def _log(
+    run: Run, progress: Progress, statistics: dict[str, Tensor | float], recorder: Recorder
+) -> None:
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen}
-    values |= {name: number.item() for name, number in statistics.items()}
+    values |= {name: float(number) for name, number in statistics.items()}
     values |= {**run.meter.rates(), "memory_gib": peak_memory_gib()}
     with run.exclusive_write():
         recorder.write("train", progress.step, values)

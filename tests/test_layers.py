@@ -27,7 +27,7 @@ LAYERS = (
 LEVEL = {name: level for level, name in enumerate(LAYERS)}
 
 OWNERS = {
-    "torch.distributed": {"dist_vse/distributed/"},
+    "torch.distributed": {"dist_vse/distributed/", "dist_vse/common/cpu.py"},
     "deepspeed": {"dist_vse/engine/"},
     "timm": {"dist_vse/models/"},
     "transformers": {"dist_vse/models/"},

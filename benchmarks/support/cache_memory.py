@@ -8,7 +8,8 @@ from benchmarks.support.workload import Workload, make_model, make_optimizer, ma
 from dist_vse.common.memory import TensorMemoryTracker
 from dist_vse.common.units import GIB
 from dist_vse.engine.plain import PlainEngine
-from dist_vse.losses.global_loss import global_loss
+from dist_vse.losses.global_loss import GlobalLoss
+from dist_vse.losses.options import LossOptions
 from dist_vse.runs.metrics import peak_memory_gib
 from dist_vse.tools.bench.table import Table
 from dist_vse.training.grad_cache import train_step
@@ -47,15 +48,13 @@ def weigh(load: Workload, batch: int, chunk_size: int) -> dict[str, Any]:
     pieces = zip(images.split(chunk_size), tokens.split(chunk_size), strict=True)
     chunks = [model.prepare(images=i, tokens=t) for i, t in pieces]
 
-    def info_nce(*outputs: Tensor) -> Tensor:
-        return global_loss("info_nce", *outputs, memory_gib=0).loss
-
+    loss = GlobalLoss("info_nce", LossOptions(memory_gib=0))
     engine.storages = TensorMemoryTracker()
-    train_step(engine, info_nce, chunks[:2], keep_graphs=0)  # optimizer states are made here
+    train_step(engine, loss, chunks[:2], keep_graphs=0)  # optimizer states are made here
     engine.own = engine.outside = 0
     resident = peak_memory_gib()
     with TensorMemoryTracker() as engine.storages:
-        train_step(engine, info_nce, chunks, keep_graphs=0)
+        train_step(engine, loss, chunks, keep_graphs=0)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return {
         "global_batch": batch,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.losses.matmul import Products
+from dist_vse.losses.matmul import Matmul
 from dist_vse.losses.statistics import closeness
 from dist_vse.losses.tiles import CPU_TILE, ranges, tile_shape
 
@@ -17,20 +17,19 @@ from dist_vse.losses.tiles import CPU_TILE, ranges, tile_shape
 def bare_steps(images: Tensor, texts: Tensor) -> dict[str, Callable[[], object]]:
     """Return steps on features (b, d) of this rank, each to be called on all ranks."""
     columns = distributed.gather_rows(texts)
-    products = Products(images, bf16=False)
-    embedding = images.shape[1]
+    products = Matmul(images, bf16=False)
     height, width = tile_shape(CPU_TILE, dense=True)
     tile = products.similarities(slice(0, height), columns[:width]).flatten()
-    row_grad, column_grad = torch.zeros_like(images), torch.zeros_like(columns)
-    turned, turned_grad = images[:height].flatten(), torch.zeros(embedding * width)
+    column_grad = torch.zeros_like(columns)
+    sums = products.gradient_sums(columns, strip=width)
     statistic = torch.zeros(len(columns))
     everything = torch.zeros(len(images), len(columns))  # there already: new memory costs time
     largest = torch.zeros(len(images))
 
     def places(*, dense: bool) -> Iterator[tuple[slice, slice]]:
         height, width = tile_shape(CPU_TILE, dense=dense)
-        for c in ranges(0, len(columns), width):
-            for r in ranges(0, len(images), height):
+        for r in ranges(0, len(images), height):
+            for c in ranges(0, len(columns), width):
                 yield r, c
 
     def dense_tiles() -> Iterator[tuple[slice, slice, Tensor]]:
@@ -46,10 +45,7 @@ def bare_steps(images: Tensor, texts: Tensor) -> dict[str, Callable[[], object]]
             else:
                 products.similarities(r, columns[c])  # again, for the backward
             del similarities
-            products.add_gradients(
-                weights, _shaped(turned, embedding, len(weights)), columns[c],
-                row_grad[r], _shaped(turned_grad, embedding, weights.shape[1]),
-            )  # fmt: skip
+            sums.add(r, c, weights)
 
     def multiply_once() -> None:
         for r, c in places(dense=False):

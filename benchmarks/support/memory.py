@@ -12,6 +12,7 @@ from benchmarks.support.open_clip_loss import peer_loss, peer_version
 from dist_vse import distributed
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.losses.global_loss import global_loss
+from dist_vse.losses.options import LossOptions
 
 TRACED = 65_536  # up to this batch every allocation is traced; beyond it takes too long
 PEER_BYTES = 24  # a similarity, over both of OpenCLIP's matrices, their softmax and gradients
@@ -79,7 +80,9 @@ def _step(name: str, features: list[torch.Tensor]) -> None:
         loss = peer(*features, 10.0)
     else:
         ten, zero = torch.full((1,), 10.0).log(), torch.zeros(1)
-        loss = global_loss(name, features[0], features[1], ten, zero, memory_gib=0).loss
+        loss = global_loss(
+            name, features[0], features[1], ten, zero, LossOptions(memory_gib=0)
+        ).loss
     torch.autograd.grad(loss, features)
 
 

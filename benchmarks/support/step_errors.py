@@ -15,8 +15,8 @@ from benchmarks.support.cache_peers import open_clip_step
 from benchmarks.support.workload import Workload, make_model, make_pairs
 from dist_vse import distributed
 from dist_vse.engine.plain import PlainEngine
-from dist_vse.losses.global_loss import global_loss
-from dist_vse.losses.reference import dense_loss
+from dist_vse.losses.dense_loss import dense_loss
+from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.training.grad_cache import train_step
 
 LOAD = Workload("test_vit", 32, text_width=64, text_depth=1, num_tokens=8, embedding=16)
@@ -76,7 +76,7 @@ def _ours(chunks: int, count: int) -> Gradients:
     pieces = zip(*(x.chunk(count) for x in make_pairs(LOAD, ROWS * chunks)), strict=True)
     with _given_to_optimizer(model) as (optimizer, gradients):
         inputs = [model.prepare(images=images, tokens=tokens) for images, tokens in pieces]
-        train_step(PlainEngine(model, optimizer), _info_nce, inputs)
+        train_step(PlainEngine(model, optimizer), GlobalLoss("info_nce"), inputs)
     return gradients
 
 
@@ -93,7 +93,3 @@ def _given_to_optimizer(model: nn.Module) -> Iterator[tuple[torch.optim.Optimize
     hook = optimizer.register_step_pre_hook(keep)
     yield optimizer, gradients
     hook.remove()
-
-
-def _info_nce(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
-    return global_loss("info_nce", images, texts, log_scale, bias).loss

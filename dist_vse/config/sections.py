@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 from dist_vse.config.checks import at_least, check, number_or_auto, one_of, share
 from dist_vse.config.encoders import ImageConfig, TextConfig
+from dist_vse.losses.options import DUPLICATES, TRANSPORTS
+from dist_vse.losses.registry import check_name
 
-LOSSES = ("convse", "convse++", "info_nce", "vse0", "vse++", "siglip")
 PRECISIONS = ("fp32", "bf16")
 MIN_LEARNED_TEMPERATURE = 0.01  # as CLIP bounds it
 
@@ -143,7 +144,8 @@ class LossConfig:
     """The loss over the global batch."""
 
     name: str = "convse"
-    """convse, convse++ (Jain and Verma 2021), info_nce (CLIP), vse0, vse++, siglip."""
+    """convse, convse++ (Jain and Verma 2021), info_nce (CLIP), vse0, vse++, siglip; or one of your
+    own: `module:NAME` of a LossSpec (CONTRIBUTING.md)."""
     temperature: float = 0.1
     """t of convse, convse++, info_nce and siglip; its start where it is learned."""
     learn_temperature: bool = False
@@ -166,9 +168,9 @@ class LossConfig:
     """Compute the similarities in bfloat16 (statistics stay float32)."""
 
     def __post_init__(self) -> None:
-        one_of("loss.name", self.name, LOSSES)
-        one_of("loss.duplicates", self.duplicates, ("mask", "positive"))
-        one_of("loss.transport", self.transport, ("gather", "ring"))
+        check_name(self.name, key="loss.name")
+        one_of("loss.duplicates", self.duplicates, DUPLICATES)
+        one_of("loss.transport", self.transport, TRANSPORTS)
         check(self.temperature > 0, f"loss.temperature ({self.temperature}) must be above 0")
         check(
             self.temperature_end is None or self.temperature_end > 0,

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_vse.common import cpu
 from dist_vse.common.step_timer import collective
-from dist_vse.distributed import gloo
 from dist_vse.distributed.group import world_size
 
 # The newer names first: the older ones are deprecated since torch 2.14.
@@ -35,8 +35,8 @@ def gather_rows(x: Tensor) -> Tensor:
 def _start_gather(rows: Tensor) -> tuple[Tensor, list[Any]]:
     """Return memory for the rows of all ranks, (b, ...) -> (B, ...), and the work that fills it."""
     out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-    if gloo.suits(rows):
-        return out, gloo.start_gather(out, rows)
+    if cpu.has_direct_gather(rows):
+        return out, cpu.start_gather(out, rows)
     return out, [_all_gather_single(out, rows, async_op=True)]
 
 
@@ -46,7 +46,7 @@ def reduce_scatter_rows(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     if dist.get_backend() == "gloo":
-        return gloo.reduce_scatter(x.contiguous())
+        return cpu.reduce_scatter(x.contiguous())
     out = x.new_empty((x.shape[0] // world_size(), *x.shape[1:]))
     _reduce_scatter_single(out, x.contiguous())
     return out

@@ -3,8 +3,8 @@
 One product for the maxima; the gradient is sparse, each active row or column moves two features.
 https://arxiv.org/abs/2110.08872, https://arxiv.org/abs/1707.05612
 
-Maxima come first, places after: a tile is read once for the maxima of its blocks, and the place is
-looked for only in the block that has the maximum.
+Maxima come first, the argmax after: a tile is read once for the maxima of its blocks, and the
+index is searched only in the block that has the maximum.
 
 Among equals the lowest index of the global batch is the hardest. Similarities closer than a few
 roundings are equal: the same two features give other last bits in another place of a product, and
@@ -17,12 +17,25 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
 from dist_vse import distributed
+from dist_vse.losses.pairwise import Hinges
 from dist_vse.losses.positives import Positives
+from dist_vse.losses.tiled import TermInputs, TermResult, Terms
 from dist_vse.losses.tiles import Tile
 from dist_vse.losses.transport import Block
 
 ROUNDINGS = 16
 BLOCKS = {1: 64, 0: 16}  # entries along a row, along a column: strided, so fewer
+
+
+def hardest_terms(inputs: TermInputs) -> Terms:
+    """Return the hardest negative's hinge, the mean of all violations, or a share of each."""
+    positives, margin, weight = inputs.positives, inputs.margin, inputs.hard_negative_weight
+    return Terms(
+        dense=Hinges(positives, margin, mean=True, weight=1 - weight) if weight < 1 else None,
+        sparse=Hardest(positives, margin, weight=weight, bound=inputs.largest)
+        if weight > 0
+        else None,
+    )
 
 
 class Hardest:
@@ -36,27 +49,26 @@ class Hardest:
         tolerance = ROUNDINGS * torch.finfo(positives.rows.dtype).eps * bound
         self.rows = _Best(len(positives.rows), positives.rows, tolerance)
         self.columns = _Best(self.layout.total, positives.rows, tolerance)
-        self.own_pull, self.row_pull, self.column_pull = (positives.rows,) * 3
 
-    def see(self, tile: Tile) -> None:
+    def accumulate(self, tile: Tile) -> None:
         first_row = self.layout.own.start + tile.rows.start
         self.rows.update(tile.values, 1, tile.rows, tile.columns.start)
         self.columns.update(tile.values, 0, tile.columns, first_row)
 
-    def conclude(self) -> Tensor:
+    def finalize(self) -> TermResult:
         self.columns.join()
         row_hinges = self.margin + self.rows.values - self.positives.rows
         column_hinges = self.margin + self.columns.values - self.positives.columns()
-        self.row_pull = (row_hinges > 0) * self.positives.row_share * self.weight
-        self.column_pull = (column_hinges > 0) * self.positives.column_share * self.weight
-        self.own_pull = self.row_pull + self.column_pull[self.layout.own]
+        self.row_weight = (row_hinges > 0) * self.positives.row_share * self.weight
+        self.column_weight = (column_hinges > 0) * self.positives.column_share * self.weight
         total = row_hinges.clamp(min=0).sum() + column_hinges[self.layout.own].clamp(min=0).sum()
-        return total * self.weight
+        own_weight = self.row_weight + self.column_weight[self.layout.own]
+        return TermResult(total * self.weight, own_weight, self.row_weight, self.column_weight)
 
     def gradients(self, block: Block, rows: Tensor) -> tuple[Tensor, Tensor]:
         own, there = self.layout.own, block.columns
-        i, of_rows = _pairs(self.rows.places, self.row_pull, there)
-        j, of_columns = _pairs(self.columns.places[there], self.column_pull[there], own)
+        i, of_rows = _pairs(self.rows.indices, self.row_weight, there)
+        j, of_columns = _pairs(self.columns.indices[there], self.column_weight[there], own)
         i, j = torch.cat([i, of_columns]), torch.cat([of_rows, j])
         return (
             _sums(block.features, j, i, len(rows), self.weight),
@@ -68,35 +80,35 @@ class Hardest:
 
 
 class _Best:
-    """The largest value met so far, for each of `count`, and the first place that has it (or is
+    """The largest value met so far, for each of `count`, and the first index that has it (or is
     closer to it than the tolerance)."""
 
     def __init__(self, count: int, like: Tensor, tolerance: float) -> None:
         self.values = like.new_full((count,), float("-inf"))
         nowhere = torch.iinfo(torch.int32).max
-        self.places = torch.full((count,), nowhere, dtype=torch.int32, device=like.device)
+        self.indices = torch.full((count,), nowhere, dtype=torch.int32, device=like.device)
         self.tolerance = tolerance
 
     def update(self, tile: Tensor, dim: int, where: slice, start: int) -> None:
-        """Take in for all `where` what lies along a tile's dimension, from place `start` on."""
-        values, places = self.values[where], self.places[where]
+        """Take in for all `where` what lies along a tile's dimension, from index `start` on."""
+        values, indices = self.values[where], self.indices[where]
         largest, first = _first_largest(tile, dim, self.tolerance)
-        place = (first + start).to(places.dtype)
-        lower = torch.where(largest < values - self.tolerance, places, places.minimum(place))
-        places.copy_(torch.where(largest > values + self.tolerance, place, lower))
+        index = (first + start).to(indices.dtype)
+        lower = torch.where(largest < values - self.tolerance, indices, indices.minimum(index))
+        indices.copy_(torch.where(largest > values + self.tolerance, index, lower))
         torch.maximum(values, largest, out=values)
 
     def join(self) -> None:
         """Agree over the ranks."""
         largest = distributed.all_reduce_max(self.values.clone())
         nowhere = torch.iinfo(torch.int32).max
-        self.places[self.values < largest - self.tolerance] = nowhere
-        distributed.all_reduce_min(self.places)
+        self.indices[self.values < largest - self.tolerance] = nowhere
+        distributed.all_reduce_min(self.indices)
         self.values = largest
 
 
 def _first_largest(values: Tensor, dim: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Return the maxima along `dim` of a tile, and the first places that reach them."""
+    """Return the maxima along `dim` of a tile, and the first indices that reach them."""
     size = BLOCKS[dim]
     short = -values.shape[dim] % size
     if short:
@@ -126,10 +138,11 @@ def _first(values: Tensor, thresholds: Tensor) -> Tensor:
     return (width - left.long()).clamp_(max=width - 1)
 
 
-def _pairs(places: Tensor, pull: Tensor, among: slice) -> tuple[Tensor, Tensor]:
-    """Return which of (n,) have their hardest negative `among` places, and where in there."""
-    chosen = ((places >= among.start) & (places < among.stop) & (pull > 0)).nonzero().view(-1)
-    return chosen, places[chosen] - among.start
+def _pairs(indices: Tensor, weight: Tensor, among: slice) -> tuple[Tensor, Tensor]:
+    """Return which of (n,) have their hardest negative `among` indices, and where in there."""
+    inside = (indices >= among.start) & (indices < among.stop)
+    chosen = (inside & (weight > 0)).nonzero().view(-1)
+    return chosen, indices[chosen] - among.start
 
 
 def _sums(features: Tensor, sources: Tensor, targets: Tensor, count: int, weight: float) -> Tensor:

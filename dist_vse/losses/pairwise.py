@@ -9,7 +9,18 @@ from torch.nn.functional import softplus
 
 from dist_vse import distributed
 from dist_vse.losses.positives import Positives
+from dist_vse.losses.tiled import TermInputs, TermResult, Terms
 from dist_vse.losses.tiles import EXACT, Tile
+
+
+def sigmoid_terms(inputs: TermInputs) -> Terms:
+    """Return SigLIP's."""
+    return Terms(dense=Sigmoid(inputs.positives, inputs.bias))
+
+
+def hinge_terms(inputs: TermInputs) -> Terms:
+    """Return VSE0's."""
+    return Terms(dense=Hinges(inputs.positives, inputs.margin, mean=False, weight=1.0))
 
 
 class Sigmoid:
@@ -17,7 +28,7 @@ class Sigmoid:
 
     With z a pair's logit plus the bias, a negative gives softplus(z) and a positive softplus(-z).
     The latter is softplus(z) - z: so duplicates that are positives are like negatives in the tiles,
-    and pull with 1 outside of them.
+    and weigh 1 outside of them.
     """
 
     def __init__(self, positives: Positives, bias: Tensor) -> None:
@@ -25,20 +36,18 @@ class Sigmoid:
         self.bias = bias
         self.row_sums = torch.zeros_like(positives.rows)
         self.largest = torch.full_like(self.row_sums, float("-inf"))
-        self.own_pull = (-positives.own.similarities - bias).sigmoid()
-        self.row_pull = torch.ones_like(self.row_sums)
-        self.column_pull = self.row_sums.new_zeros(()).expand(positives.layout.total)
-        self._weight_sum = torch.zeros_like(bias)
+        self.own_weight = (-positives.own.similarities - bias).sigmoid()
+        self._grad_sum = torch.zeros_like(bias)
 
     def prepare(self, tile: Tile) -> None:
         tile.values.add_(self.bias)
 
-    def see(self, tile: Tile) -> None:
+    def accumulate(self, tile: Tile) -> None:
         self.row_sums[tile.rows] += softplus(tile.values, threshold=EXACT).sum(1)
         largest = self.largest[tile.rows]
         torch.maximum(largest, tile.negative_maxima(float("-inf")), out=largest)
 
-    def conclude(self) -> Tensor:
+    def finalize(self) -> TermResult:
         own = self.positives.own.similarities
         # A mean over the positives times their number, less the own one: the sum of the duplicates.
         duplicates = (
@@ -46,20 +55,22 @@ class Sigmoid:
             - own
             + self._num_duplicates() * self.bias
         )
-        return (self.row_sums + softplus(-own - self.bias, threshold=EXACT) - duplicates).sum()
+        total = (self.row_sums + softplus(-own - self.bias, threshold=EXACT) - duplicates).sum()
+        no_weight = own.new_zeros(()).expand(self.positives.layout.total)
+        return TermResult(total, self.own_weight, torch.ones_like(own), no_weight)
 
-    def weigh(self, tile: Tile) -> Tensor:
+    def grad_logits(self, tile: Tile) -> Tensor:
         weights = tile.values.sigmoid_()
-        self._weight_sum += weights.sum()
+        self._grad_sum += weights.sum()
         return weights
 
     def hardest(self) -> Tensor:
         return self.largest - self.bias
 
     def take_bias_grad(self) -> Tensor:
-        """Return this rank's share of the gradient in the bias (1,), after a backward sweep."""
-        grad = self._weight_sum - (self.own_pull + self._num_duplicates()).sum()
-        self._weight_sum = torch.zeros_like(self.bias)
+        """Return this rank's gradient in the bias (1,) after a backward pass."""
+        grad = self._grad_sum - (self.own_weight + self._num_duplicates()).sum()
+        self._grad_sum = torch.zeros_like(self.bias)
         return grad
 
     def _num_duplicates(self) -> Tensor:
@@ -84,12 +95,11 @@ class Hinges:
         self.column_stats = self.row_stats.new_zeros(2, len(self.column_thresholds))
         self.largest = torch.full_like(self.row_thresholds, float("-inf"))
         self.positives = positives
-        self.own_pull, self.row_pull, self.column_pull = (self.row_thresholds,) * 3
 
     def prepare(self, tile: Tile) -> None:
         """The similarities themselves are what it works on."""
 
-    def see(self, tile: Tile) -> None:
+    def accumulate(self, tile: Tile) -> None:
         thresholds = self.row_thresholds[tile.rows].unsqueeze(1)
         _add_violations(self.row_stats[:, tile.rows], tile, thresholds, 1)
         thresholds = self.column_thresholds[tile.columns]
@@ -97,23 +107,27 @@ class Hinges:
         largest = self.largest[tile.rows]
         torch.maximum(largest, tile.values.amax(1), out=largest)
 
-    def conclude(self) -> Tensor:
+    def finalize(self) -> TermResult:
         distributed.all_reduce_sum(self.column_stats)
         row_terms, self.row_weights = self._weigh_violations(*self.row_stats)
         column_terms, self.column_weights = self._weigh_violations(*self.column_stats)
-        self.row_pull = self.row_stats[1] * self.row_weights * self.positives.row_share
-        self.column_pull = self.column_stats[1] * self.column_weights * self.positives.column_share
-        self.own_pull = self.row_pull + self.column_pull[self.layout.own]
-        return row_terms.sum() + column_terms[self.layout.own].sum()
+        row_weight = self.row_stats[1] * self.row_weights * self.positives.row_share
+        column_weight = self.column_stats[1] * self.column_weights * self.positives.column_share
+        total = row_terms.sum() + column_terms[self.layout.own].sum()
+        own_weight = row_weight + column_weight[self.layout.own]
+        return TermResult(total, own_weight, row_weight, column_weight)
 
-    def weigh(self, tile: Tile) -> Tensor:
-        torch.gt(tile.values, self.column_thresholds[tile.columns], out=tile.spare)
-        tile.spare.mul_(self.column_weights[tile.columns])
+    def grad_logits(self, tile: Tile) -> Tensor:
+        torch.gt(tile.values, self.column_thresholds[tile.columns], out=tile.workspace)
+        tile.workspace.mul_(self.column_weights[tile.columns])
         tile.values.gt_(self.row_thresholds[tile.rows].unsqueeze(1))
-        return tile.values.mul_(self.row_weights[tile.rows].unsqueeze(1)).add_(tile.spare)
+        return tile.values.mul_(self.row_weights[tile.rows].unsqueeze(1)).add_(tile.workspace)
 
     def hardest(self) -> Tensor:
         return self.largest
+
+    def take_bias_grad(self) -> None:
+        """There is no bias."""
 
     def _weigh_violations(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Return the terms of rows (or columns), and what one violation of each weighs."""
@@ -125,6 +139,6 @@ class Hinges:
 
 def _add_violations(stats: Tensor, tile: Tile, thresholds: Tensor, dim: int) -> None:
     """Add a tile's sums and counts of violations to `stats` (2, ...) along its dimension."""
-    torch.sub(tile.values, thresholds, out=tile.spare).clamp_(min=0)
-    stats[0] += tile.spare.sum(dim)
-    stats[1] += tile.spare.gt_(0).sum(dim)
+    torch.sub(tile.values, thresholds, out=tile.workspace).clamp_(min=0)
+    stats[0] += tile.workspace.sum(dim)
+    stats[1] += tile.workspace.gt_(0).sum(dim)

@@ -1,4 +1,4 @@
-"""The pairs that belong together: their similarities, and how they pull on the features.
+"""The pairs that belong together: their similarities, and what they give to the gradient.
 
 A row's positive is its own pair, or the mean over its own pair and its duplicates where those
 count as positives; so too a column's. b rows on this rank, N on all.
@@ -81,27 +81,27 @@ class Positives:
         """Gather the means of all columns (N,)."""
         return self.layout.gather(self.own_columns)
 
-    def add_own_gradient(self, pull: Tensor, row_grad: Tensor, column_grad: Tensor) -> None:
-        """Add the pull (b,) of own pairs to the gradients of rows and own columns."""
-        row_grad.addcmul_(self._columns, pull.unsqueeze(1), value=-1)
-        column_grad.addcmul_(self._rows, pull.unsqueeze(1), value=-1)
+    def add_own_gradient(self, weight: Tensor, row_grad: Tensor, column_grad: Tensor) -> None:
+        """Add what own pairs weigh (b,) to the gradients of rows and own columns."""
+        row_grad.addcmul_(self._columns, weight.unsqueeze(1), value=-1)
+        column_grad.addcmul_(self._rows, weight.unsqueeze(1), value=-1)
 
     def add_duplicates_gradient(
         self,
         block: Block,
-        row_pull: Tensor,
-        column_pull: Tensor,
+        row_weight: Tensor,
+        column_weight: Tensor,
         row_grad: Tensor,
         column_grad: Tensor,
     ) -> None:
-        """Add the pull (b,) and (N,) of duplicates to the gradients of rows and columns."""
+        """Add what duplicates weigh, (b,) and (N,), to the gradients of rows and columns."""
         if not self.average_duplicates:
             return
         for i, j in self._pairs(block):
-            pull = -(row_pull[i] + column_pull[j]).unsqueeze(1)
+            grad = -(row_weight[i] + column_weight[j]).unsqueeze(1)
             local = j - block.columns.start
-            row_grad.index_add_(0, i, block.features[local] * pull)
-            column_grad.index_add_(0, local, self._rows[i] * pull)
+            row_grad.index_add_(0, i, block.features[local] * grad)
+            column_grad.index_add_(0, local, self._rows[i] * grad)
 
     def _pairs(self, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the duplicates among a block's columns: rows here, columns of the global batch."""

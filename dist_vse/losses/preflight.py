@@ -1,4 +1,4 @@
-"""What the ranks tell each other before a loss starts: one small gather.
+"""What the ranks exchange before a loss starts: one small gather.
 
 That every rank's arguments fit, and are alike; how many rows each has, and how long features are.
 """
@@ -21,7 +21,7 @@ CLOSE = 1e-6  # the temperature's logarithm and the bias are alike if they diffe
 
 
 @dataclass(frozen=True)
-class Survey:
+class Metadata:
     """What all ranks must know of each other's features."""
 
     layout: Layout
@@ -29,10 +29,10 @@ class Survey:
     smallest_own: float
 
 
-def take_survey(
+def exchange_metadata(
     own: OwnPairs, log_scale: Tensor, bias: Tensor, settings: Mapping[str, object]
-) -> Survey:
-    """AsyncSendRecv a few numbers a rank; the host waits for the device here.
+) -> Metadata:
+    """Exchange a few numbers a rank; the host waits for the device here.
 
     Raises UserError, the same on every rank, where a rank refused its arguments or where
     log_scale (1,), bias (1,) or the settings differ between ranks.
@@ -56,11 +56,11 @@ def take_survey(
         model = {"log_scale": float(log_scale), "bias": float(bias)}
         raise UserError(_difference(distributed.all_gather_object({**settings, **model})))
     layout = Layout(tuple(int(count) for count in counts), distributed.rank())
-    return Survey(layout, max(row_norms) * max(column_norms), min(smallest))
+    return Metadata(layout, max(row_norms) * max(column_norms), min(smallest))
 
 
-def refuse(fault: str) -> NoReturn:
-    """Raise UserError for this rank's `fault`, on this rank and on those in `take_survey`."""
+def raise_on_all_ranks(fault: str) -> NoReturn:
+    """Raise UserError for this rank's `fault`, here and on the ranks in `exchange_metadata`."""
     _exchange(torch.full((NUMBERS,), -1.0, dtype=torch.float64, device=distributed.device()))
     _raise_first(distributed.all_gather_object(fault))
 

@@ -1,112 +1,101 @@
 """The losses as their papers write them: dense, on one process. The oracle of the tests.
 
-These hold the whole N x N matrix, so they are for reading, tests and `dist-vse verify`; training
-uses `global_loss`. N pairs: row i is image i, column j caption j; s = image_features @
-text_features.T. A `positive` mask tells the pairs that belong together (the diagonal, and
-duplicates where they count as positives), `negative` those that do not; a pair may be neither.
+These hold the whole N x N matrix, so they are for reading, tests and `dist-vse verify`
+(`dense_loss` finds them by name); training uses `global_loss`. N pairs: row i is image i, column j
+caption j.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def dense_loss(
-    name: str,
-    image_features: Tensor,
-    text_features: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
-    *,
-    image_ids: Tensor | None = None,
-    text_ids: Tensor | None = None,
-    margin: float = 0.2,
-    hardness: float = 1.0,
-    duplicates: str = "mask",
-) -> Tensor:
-    """Return the loss called `name` of N pairs: features (N, d), log_scale and bias (1,), ids (N,).
+@dataclass(frozen=True)
+class DensePairs:
+    """All pairs of a batch: similarities, and which pairs belong together.
 
-    Arguments as for `dist_vse.losses.global_loss`, which equals it on any number of ranks.
+    `positive` are the pairs that belong together (the diagonal, and duplicates where they count
+    as positives), `negative` those that do not. A pair may be neither.
     """
-    s = image_features @ text_features.T  # (N, N)
-    positive, negative = pair_masks(len(s), image_ids, text_ids, duplicates, s.device)
-    scale = log_scale.exp()
-    if name == "convse":
-        return convse(s * scale, positive, negative)
-    if name == "info_nce":
-        return convse(s * scale, positive, negative) / 2  # CLIP, https://arxiv.org/abs/2103.00020
-    if name == "siglip":
-        return siglip(s * scale + bias, positive, negative)
-    if name == "vse0":
-        return vse0(s, positive, negative, margin)
-    assert name in ("vse++", "convse++"), name
-    total = vse_max(s, positive, negative, margin, hardness)
-    return total if name == "vse++" else (total * scale / max(1, len(s))).view(())
+
+    s: Tensor  # (N, N) cosines
+    scale: Tensor  # (1,), 1/t
+    bias: Tensor  # (1,)
+    positive: Tensor  # (N, N)
+    negative: Tensor  # (N, N)
+    margin: float
+    hard_negative_weight: float
+
+    @property
+    def logits(self) -> Tensor:
+        """Similarities over the temperature (N, N)."""
+        return self.s * self.scale
+
+    @property
+    def count(self) -> int:
+        """N, at least 1 so that it can divide."""
+        return max(1, len(self.s))
 
 
-def pair_masks(
-    count: int, image_ids: Tensor | None, text_ids: Tensor | None, duplicates: str, on: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return which pairs (N, N) are positives and which are negatives.
-
-    Duplicates are pairs i != j of equal image or caption id: `mask` makes them neither.
-    """
-    own = torch.eye(count, dtype=torch.bool, device=on)
-    same = own.clone()
-    for ids in (image_ids, text_ids):
-        if ids is not None:
-            same |= ids.view(-1, 1) == ids.view(1, -1)
-    return (same if duplicates == "positive" else own), ~same
-
-
-def convse(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+def convse(pairs: DensePairs) -> Tensor:
     """Return ConVSE: cross-entropy of images to captions plus that of captions to images.
 
     The sum is not halved. Several positives a row are averaged outside the logarithm.
     https://arxiv.org/abs/2110.08872, https://arxiv.org/abs/2004.11362 (L_out)
     """
-    candidates = logits.masked_fill(~(positive | negative), float("-inf"))
+    logits, positive = pairs.logits, pairs.positive
+    candidates = logits.masked_fill(~(positive | pairs.negative), float("-inf"))
     rows = candidates.logsumexp(1) - masked_mean(logits, positive, 1)
     columns = candidates.logsumexp(0) - masked_mean(logits, positive, 0)
-    return (rows + columns).sum() / max(1, len(logits))
+    return (rows + columns).sum() / pairs.count
 
 
-def siglip(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+def info_nce(pairs: DensePairs) -> Tensor:
+    """Return CLIP's loss, half of ConVSE. https://arxiv.org/abs/2103.00020"""
+    return convse(pairs) / 2
+
+
+def siglip(pairs: DensePairs) -> Tensor:
     """Return SigLIP's sigmoid loss: every pair is a yes or no. https://arxiv.org/abs/2303.15343"""
-    terms = positive * logsigmoid(logits) + negative * logsigmoid(-logits)
-    return -terms.sum() / max(1, len(logits))
+    logits = pairs.logits + pairs.bias
+    terms = pairs.positive * logsigmoid(logits) + pairs.negative * logsigmoid(-logits)
+    return -terms.sum() / pairs.count
 
 
-def vse0(s: Tensor, positive: Tensor, negative: Tensor, margin: float) -> Tensor:
+def vse0(pairs: DensePairs) -> Tensor:
     """Return the sum of all hinges (VSE0 of https://arxiv.org/abs/1707.05612)."""
-    return sum(
-        (violations(s, positive, negative, margin, dim).sum() for dim in (1, 0)), s.sum() * 0
-    )
+    return sum((violations(pairs, dim).sum() for dim in (1, 0)), pairs.s.sum() * 0)
 
 
-def vse_max(
-    s: Tensor, positive: Tensor, negative: Tensor, margin: float, hardness: float = 1.0
-) -> Tensor:
-    """Return the sum over rows and columns of the hardest hinge: VSE++; ConVSE++ is it / (N t).
+def vse_plus_plus(pairs: DensePairs) -> Tensor:
+    """Return the sum over rows and columns of the hardest hinge.
 
-    Below a hardness of 1 the mean of the row's (column's) violations takes the rest of the weight.
+    Below a hard-negative weight of 1 the mean of the row's (column's) violations takes the rest.
     Among equals the lowest index is the hardest. https://arxiv.org/abs/1707.05612
     """
-    total = s.sum() * 0
+    total, weight = pairs.s.sum() * 0, pairs.hard_negative_weight
     for dim in (1, 0):
-        hinges = violations(s, positive, negative, margin, dim)  # (N, N)
+        hinges = violations(pairs, dim)  # (N, N)
         if hinges.numel():
-            hardest = hinges.gather(dim, first_argmax(s.masked_fill(~negative, float("-inf")), dim))
-            total = total + hardness * hardest.sum()
+            negatives = pairs.s.masked_fill(~pairs.negative, float("-inf"))
+            hardest = hinges.gather(dim, first_argmax(negatives, dim))
+            total = total + weight * hardest.sum()
         mean = hinges.sum(dim) / (hinges > 0).sum(dim).clamp(min=1)
-        total = total + (1 - hardness) * mean.sum()
+        total = total + (1 - weight) * mean.sum()
     return total
 
 
-def violations(s: Tensor, positive: Tensor, negative: Tensor, margin: float, dim: int) -> Tensor:
+def convse_plus_plus(pairs: DensePairs) -> Tensor:
+    """Return ConVSE++, which is VSE++ / (N t). https://arxiv.org/abs/2110.08872"""
+    return (vse_plus_plus(pairs) * pairs.scale / pairs.count).view(())
+
+
+def violations(pairs: DensePairs, dim: int) -> Tensor:
     """Return by how much each negative comes within the margin of its row's (column's) positive."""
-    own = masked_mean(s, positive, dim).unsqueeze(dim)
-    return (margin + s - own).clamp(min=0) * negative
+    own = masked_mean(pairs.s, pairs.positive, dim).unsqueeze(dim)
+    return (pairs.margin + pairs.s - own).clamp(min=0) * pairs.negative
 
 
 def masked_mean(s: Tensor, mask: Tensor, dim: int) -> Tensor:

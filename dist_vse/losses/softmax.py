@@ -14,11 +14,20 @@ from torch.nn.functional import softplus
 
 from dist_vse import distributed
 from dist_vse.losses.positives import Positives
+from dist_vse.losses.tiled import TermInputs, TermResult, Terms
 from dist_vse.losses.tiles import EXACT, Tile
 
 SAFE = 86.0  # 2^86 times any number of columns is within float32's range
 LN2 = math.log(2)
 LOW = -1e30  # no logit is as low, and 2^(LOW - LOW) is 1
+
+
+def softmax_terms(inputs: TermInputs) -> Terms:
+    """Return the softmax in the cheaper of two ways that is exact for these similarities."""
+    shift = shared_shift(inputs.largest, inputs.smallest_own)
+    if shift is None:
+        return Terms(dense=RunningSoftmax(inputs.positives))
+    return Terms(dense=SharedSoftmax(inputs.positives, shift))
 
 
 def shared_shift(largest: float, smallest_own: float) -> float | None:
@@ -41,40 +50,42 @@ class SharedSoftmax:
         self.row_sums = torch.zeros_like(positives.rows)
         self.column_sums = self.row_sums.new_zeros(positives.layout.total)
         self.largest = torch.zeros_like(self.row_sums)
-        self.own_pull, self.row_pull = self.row_sums, positives.row_share
-        self.column_pull = positives.column_share
 
     def prepare(self, tile: Tile) -> None:
         if self.shift:
             tile.values.sub_(self.shift)
         tile.values.exp2_()
 
-    def see(self, tile: Tile) -> None:
+    def accumulate(self, tile: Tile) -> None:
         self.row_sums[tile.rows] += tile.values.sum(1)
         self.column_sums[tile.columns] += tile.values.sum(0)
         largest = self.largest[tile.rows]
         torch.maximum(largest, tile.negative_maxima(0.0), out=largest)
 
-    def conclude(self) -> Tensor:
+    def finalize(self) -> TermResult:
         layout, own = self.positives.layout, self.positives.own.similarities
         distributed.all_reduce_sum(self.column_sums)
-        total, self.own_pull = _terms(
+        result = _result(
             self.positives,
             self.row_sums.log2() + self.shift,
             self.column_sums[layout.own].log2() + self.shift,
         )
-        # From here on these are what a power weighs in the gradient.
-        self.row_sums.add_((own - self.shift).exp2_()).reciprocal_()
-        self.column_sums.add_((layout.gather(own) - self.shift).exp2_()).reciprocal_()
-        return total
+        # What a power weighs in the gradient, in the memory of the sums.
+        self.row_weights = self.row_sums.add_((own - self.shift).exp2_()).reciprocal_()
+        own_powers = (layout.gather(own) - self.shift).exp2_()
+        self.column_weights = self.column_sums.add_(own_powers).reciprocal_()
+        return result
 
-    def weigh(self, tile: Tile) -> Tensor:
-        rows, columns = self.row_sums[tile.rows], self.column_sums[tile.columns]
-        torch.add(rows.unsqueeze(1), columns, out=tile.spare)
-        return tile.values.mul_(tile.spare)
+    def grad_logits(self, tile: Tile) -> Tensor:
+        rows, columns = self.row_weights[tile.rows], self.column_weights[tile.columns]
+        torch.add(rows.unsqueeze(1), columns, out=tile.workspace)
+        return tile.values.mul_(tile.workspace)
 
     def hardest(self) -> Tensor:
         return self.largest.log2() + self.shift
+
+    def take_bias_grad(self) -> None:
+        """There is no bias."""
 
 
 class RunningSoftmax:
@@ -82,63 +93,84 @@ class RunningSoftmax:
 
     def __init__(self, positives: Positives) -> None:
         self.positives = positives
-        self.row_max = torch.full_like(positives.rows, LOW)
-        self.row_sums = torch.zeros_like(self.row_max)
-        self.column_max = self.row_max.new_full((positives.layout.total,), LOW)
-        self.column_sums = torch.zeros_like(self.column_max)
-        self.largest = torch.full_like(self.row_max, float("-inf"))
-        self.own_pull, self.row_pull = self.row_sums, positives.row_share
-        self.column_pull = positives.column_share
+        self.sums = RunningSums(positives)
 
     def prepare(self, tile: Tile) -> None:
         """The logits themselves are what it works on."""
 
-    def see(self, tile: Tile) -> None:
+    def accumulate(self, tile: Tile) -> None:
+        self.sums.accumulate(tile)
+
+    def finalize(self) -> TermResult:
+        layout, own = self.positives.layout, self.positives.own.similarities
+        row_logs, column_logs = self.sums.join()
+        result = _result(self.positives, row_logs, column_logs[layout.own])
+        # The log-sum-exps with the own pair: what grad_logits normalizes by.
+        self.row_logs = torch.logaddexp2(row_logs, own)
+        self.column_logs = torch.logaddexp2(column_logs, layout.gather(own))
+        return result
+
+    def grad_logits(self, tile: Tile) -> Tensor:
+        return normalized_powers(tile, self.row_logs, self.column_logs)
+
+    def hardest(self) -> Tensor:
+        return self.sums.largest
+
+    def take_bias_grad(self) -> None:
+        """There is no bias."""
+
+
+class RunningSums:
+    """The log-sum-exps (to base 2) of each row's and each column's tiles."""
+
+    def __init__(self, positives: Positives) -> None:
+        self.row_max = torch.full_like(positives.rows, LOW)
+        self.row_sums = torch.zeros_like(self.row_max)
+        self.column_max = self.row_max.new_full((positives.layout.total,), LOW)
+        self.column_sums = torch.zeros_like(self.column_max)
+        self.largest = torch.full_like(self.row_max, float("-inf"))  # negatives of each row
+
+    def accumulate(self, tile: Tile) -> None:
+        """Take a tile in."""
         _add_powers(self.row_max[tile.rows], self.row_sums[tile.rows], tile, 1)
         _add_powers(self.column_max[tile.columns], self.column_sums[tile.columns], tile, 0)
         largest = self.largest[tile.rows]
         torch.maximum(largest, tile.negative_maxima(float("-inf")), out=largest)
 
-    def conclude(self) -> Tensor:
-        layout, own = self.positives.layout, self.positives.own.similarities
+    def join(self) -> tuple[Tensor, Tensor]:
+        """Join the ranks' columns; return the log-sum-exps of rows (b,) and columns (N,)."""
         largest = distributed.all_reduce_max(self.column_max.clone())
         self.column_sums *= (self.column_max - largest).exp2()
         distributed.all_reduce_sum(self.column_sums)
-        # From here on these are the logarithms of the sums.
-        self.row_sums.log2_().add_(self.row_max)
-        self.column_sums.log2_().add_(largest)
-        total, self.own_pull = _terms(self.positives, self.row_sums, self.column_sums[layout.own])
-        self.row_sums = torch.logaddexp2(self.row_sums, own)
-        self.column_sums = torch.logaddexp2(self.column_sums, layout.gather(own))
-        return total
-
-    def weigh(self, tile: Tile) -> Tensor:
-        torch.sub(tile.values, self.column_sums[tile.columns], out=tile.spare)
-        tile.values.sub_(self.row_sums[tile.rows].unsqueeze(1)).exp2_()
-        return tile.values.add_(tile.spare.exp2_())
-
-    def hardest(self) -> Tensor:
-        return self.largest
+        row_logs = self.row_sums.log2_().add_(self.row_max)
+        return row_logs, self.column_sums.log2_().add_(largest)
 
 
-def _terms(positives: Positives, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of the terms of rows and own columns, and the pull of own pairs (b,).
+def normalized_powers(tile: Tile, row_logs: Tensor, column_logs: Tensor) -> Tensor:
+    """Return 2^(z - row) + 2^(z - column) of a tile's logits z; overwrites the tile."""
+    torch.sub(tile.values, column_logs[tile.columns], out=tile.workspace)
+    tile.values.sub_(row_logs[tile.rows].unsqueeze(1)).exp2_()
+    return tile.values.add_(tile.workspace.exp2_())
+
+
+def _result(positives: Positives, rows: Tensor, columns: Tensor) -> TermResult:
+    """Return the sum of the terms of rows and own columns, and the weights of positives.
 
     `rows` and `columns` (b,) are log-sum-exps without the own pair. Kept apart, it costs no
     digits where the softmax is nearly certain: both results are then as small as they should be.
     """
     own = positives.own.similarities
-    total, pull = own.new_zeros(()), torch.zeros_like(own)
+    total, own_weight = own.new_zeros(()), torch.zeros_like(own)
     for others, mean in ((rows, positives.rows), (columns, positives.own_columns)):
         gap = (others - own) * LN2
         total = total + (softplus(gap, threshold=EXACT) / LN2 + (own - mean)).sum()
-        pull += gap.sigmoid() + (positives.row_share - 1)
-    return total, pull
+        own_weight += gap.sigmoid() + (positives.row_share - 1)
+    return TermResult(total, own_weight, positives.row_share, positives.column_share)
 
 
 def _add_powers(maximum: Tensor, sums: Tensor, tile: Tile, dim: int) -> None:
     """Update running maxima and sums of powers, in place, along a tile's dimension."""
     raised = torch.maximum(maximum, tile.values.amax(dim))
-    torch.sub(tile.values, raised.unsqueeze(dim), out=tile.spare)
-    sums.mul_((maximum - raised).exp2_()).add_(tile.spare.exp2_().sum(dim))
+    torch.sub(tile.values, raised.unsqueeze(dim), out=tile.workspace)
+    sums.mul_((maximum - raised).exp2_()).add_(tile.workspace.exp2_().sum(dim))
     maximum.copy_(raised)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.losses.tiled import Sweep
+from dist_vse.losses.tiled import TiledLoss
 
 SAMPLE = 128  # rows of a rank among which uniformity is measured
 
 
 def summarize(
     local_total: Tensor,
-    sweep: Sweep,
+    tiled: TiledLoss,
     image_features: Tensor,
     text_features: Tensor,
     *,
@@ -22,12 +22,12 @@ def summarize(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Join the ranks' numbers by one all-reduce; return the global total and the statistics.
 
-    The sweep's similarities are cosines times `scale` (1,).
+    The tiles' similarities are cosines times `scale` (1,).
     """
-    layout, duplicates = sweep.positives.layout, sweep.positives.duplicates
-    pairs = sweep.positives.own
+    layout, duplicates = tiled.positives.layout, tiled.positives.duplicates
+    pairs = tiled.positives.own
     own = pairs.similarities / scale
-    hardest = (sweep.terms[0].hardest() / scale).clamp(min=-1)  # without a negative: -1
+    hardest = (tiled.terms[0].hardest() / scale).clamp(min=-1)  # without a negative: -1
     unit = scale.view(())
     distances = pairs.row_squares / unit.square() + pairs.column_squares - 2 * own.sum()
     sums = [

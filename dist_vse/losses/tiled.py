@@ -1,32 +1,50 @@
-"""The sweep over all tiles: once forward for a term's statistics, once more for its gradient.
+"""The tiled pass: all similarities of this rank's images, a tile at a time, never all at once.
 
-b rows (images) on this rank, N columns (captions) on all ranks, d embedding.
+Forward, each tile goes into a term's statistics. Backward, each tile is computed again (or was
+kept) and its gradient goes into the features. b rows (images) on this rank, N columns (captions)
+on all ranks, d embedding.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dist_vse.losses.matmul import Products
+from dist_vse.losses.matmul import Matmul
 from dist_vse.losses.positives import Positives
 from dist_vse.losses.tiles import Tile, ranges, tile_shape
 from dist_vse.losses.transport import Block, Transport
 
 
+class TermInputs(NamedTuple):
+    """What a loss may make its terms of."""
+
+    positives: Positives
+    largest: float  # no |similarity| of the global batch is larger
+    smallest_own: float  # of all own pairs
+    bias: Tensor  # (1,)
+    margin: float
+    hard_negative_weight: float
+
+
+class TermResult(NamedTuple):
+    """What a term found: its sum, and what each positive's similarity weighs in it."""
+
+    total: Tensor
+    own_weight: Tensor  # (b,) minus the gradient in the similarities of own pairs
+    row_weight: Tensor  # (b,) and
+    column_weight: Tensor  # (N,): their sum is minus the gradient in a positive duplicate's
+
+
 class Term(Protocol):
     """A part of a loss: a sum over rows and columns of what their candidates give."""
 
-    own_pull: Tensor  # (b,) minus the gradient in the similarities of own pairs
-    row_pull: Tensor  # (b,) and
-    column_pull: Tensor  # (N,): their sum is the same for a pair of duplicates that are positives
-
-    def see(self, tile: Tile) -> None:
+    def accumulate(self, tile: Tile) -> None:
         """Take a tile into the statistics."""
 
-    def conclude(self) -> Tensor:
-        """Join the ranks' statistics; return the sum of this rank's terms, and set the pulls."""
+    def finalize(self) -> TermResult:
+        """Join the ranks' statistics; return this rank's part."""
 
     def hardest(self) -> Tensor:
         """Return each row's largest similarity with a negative (b,); -inf without any."""
@@ -36,10 +54,13 @@ class Dense(Term, Protocol):
     """A term whose gradient touches every pair."""
 
     def prepare(self, tile: Tile) -> None:
-        """Turn a tile of similarities, in place, into what `see` and `weigh` work on."""
+        """Turn a tile of similarities, in place, into what the term works on."""
 
-    def weigh(self, tile: Tile) -> Tensor:
-        """Return the gradient in the tile's similarities; may overwrite the tile."""
+    def grad_logits(self, tile: Tile) -> Tensor:
+        """Return the gradient in a prepared tile's similarities; may overwrite the tile."""
+
+    def take_bias_grad(self) -> Tensor | None:
+        """Return this rank's gradient in the bias (1,) after a backward pass, if it has one."""
 
 
 class Sparse(Term, Protocol):
@@ -49,13 +70,19 @@ class Sparse(Term, Protocol):
         """Return the gradient of a block's pairs in the rows (b, d) and its columns (c, d)."""
 
 
-class Sweep:
-    """Runs one or two terms over all pairs of this rank's rows with the global batch's columns.
+class Terms(NamedTuple):
+    """The terms of a loss: one of a kind, or one of each."""
+
+    dense: Dense | None = None
+    sparse: Sparse | None = None
+
+
+class TiledLoss:
+    """Runs a loss's terms over all pairs of this rank's rows with the global batch's columns.
 
     Own pairs are -inf in the tiles: what they give is a matter of b numbers, not of b x N.
-    Duplicates are -inf as well, unless they are positives and the terms count those as
-    candidates. Up to `budget` bytes of prepared tiles are kept from the forward sweep for the
-    backward one.
+    Duplicates are -inf as well, unless they are `candidates`. Up to `budget` bytes of prepared
+    tiles are kept from forward to backward.
     """
 
     def __init__(
@@ -63,9 +90,8 @@ class Sweep:
         rows: Tensor,
         transport: Transport,
         positives: Positives,
+        terms: Terms,
         *,
-        dense: Dense | None,
-        sparse: Sparse | None,
         duplicates_are_candidates: bool,
         tile: int,
         budget: int,
@@ -74,29 +100,30 @@ class Sweep:
         self.rows = rows
         self.transport = transport
         self.positives = positives
-        self.dense = dense
-        self.sparse = sparse
+        self.dense, self.sparse = terms
+        self.terms: list[Term] = [term for term in terms if term is not None]
         self.duplicates_are_candidates = duplicates_are_candidates
-        self.height, self.width = tile_shape(tile, dense=dense is not None)
+        self.height, self.width = tile_shape(tile, dense=self.dense is not None)
         self.budget = budget
-        self.products = Products(rows, bf16=bf16)
-        self.terms: list[Term] = [term for term in (dense, sparse) if term is not None]
+        self.matmul = Matmul(rows, bf16=bf16)
+        self._results: list[TermResult] = []
         self._kept: dict[tuple[int, int], Tensor] = {}
 
     def forward(self, *, keep: bool) -> Tensor:
         """Return the sum of this rank's terms; `keep` tiles if a backward will follow."""
-        self._see_all(self.budget if keep and self.dense is not None else 0)
-        return torch.stack([term.conclude() for term in self.terms]).sum()
+        self._accumulate(self.budget if keep and self.dense is not None else 0)
+        self._results = [term.finalize() for term in self.terms]
+        return torch.stack([result.total for result in self._results]).sum()
 
-    def _see_all(self, room: int) -> None:
+    def _accumulate(self, room: int) -> None:
         """Show every tile to the terms; keep as many as fit in `room` bytes."""
-        spare = self._spare()
+        workspace = self._workspace()
         for block in self.transport.blocks():
-            operand = self.products.operand(block.features)
-            for rows, columns in self._places(block):
-                tile = self._compute(rows, columns, operand, block, spare)
+            operand = self.matmul.operand(block.features)
+            for rows, columns in self._tiles(block):
+                tile = self._compute(rows, columns, operand, block, workspace)
                 for term in self.terms:
-                    term.see(tile)
+                    term.accumulate(tile)
                 if tile.values.nbytes <= room:
                     room -= tile.values.nbytes
                     self._kept[rows.start, columns.start] = tile.values
@@ -114,9 +141,13 @@ class Sweep:
 
         column_grad = self.transport.collect(contribute)
         assert row_grad is not None
-        for term in self.terms:
-            self.positives.add_own_gradient(term.own_pull, row_grad, column_grad)
+        for result in self._results:
+            self.positives.add_own_gradient(result.own_weight, row_grad, column_grad)
         return row_grad, column_grad
+
+    def take_bias_grad(self) -> Tensor | None:
+        """Return this rank's gradient in the bias (1,) after `backward`, if the loss has one."""
+        return self.dense.take_bias_grad() if self.dense is not None else None
 
     def _gradients(self, block: Block) -> tuple[Tensor, Tensor]:
         """Return the gradient of a block's pairs in the rows (b, d) and its columns (c, d)."""
@@ -129,46 +160,34 @@ class Sweep:
         for of_rows, of_columns in others:
             row_grad += of_rows
             column_grad += of_columns
-        for term in self.terms:
+        for result in self._results:
             self.positives.add_duplicates_gradient(
-                block, term.row_pull, term.column_pull, row_grad, column_grad
+                block, result.row_weight, result.column_weight, row_grad, column_grad
             )
         return row_grad, column_grad
 
     def _dense_gradients(self, term: Dense, block: Block) -> tuple[Tensor, Tensor]:
-        """Return a dense term's; a tile's columns' is summed up turned, in the memory it will fill.
-
-        Kept tiles go as they are used up.
-        """
-        operand = self.products.operand(block.features)
-        row_grad = torch.zeros_like(self.rows)
-        column_grad = self.rows.new_zeros(block.features.shape)
-        spare = self._spare()
+        """Return a dense term's; kept tiles go as they are used up."""
+        operand = self.matmul.operand(block.features)
+        sums = self.matmul.gradient_sums(operand, strip=self.width)
+        workspace = self._workspace()
         for rows in ranges(0, len(self.rows), self.height):
-            turned = self.products.turned(rows)
             for columns in ranges(block.columns.start, block.columns.stop, self.width):
                 kept = self._kept.pop((rows.start, columns.start), None)
                 if kept is None:
-                    tile = self._compute(rows, columns, operand, block, spare)
+                    tile = self._compute(rows, columns, operand, block, workspace)
                 else:
-                    tile = self._tile(rows, columns, kept, spare)
-                here = block.within(columns)
-                self.products.add_gradients(
-                    term.weigh(tile), turned, operand[here], row_grad[rows],
-                    _turned(column_grad[here]),
-                )  # fmt: skip
+                    tile = self._tile(rows, columns, kept, workspace)
+                sums.add(rows, block.within(columns), term.grad_logits(tile))
                 del tile, kept
-        for columns in ranges(0, len(column_grad), self.width):
-            part = column_grad[columns]
-            part.copy_(_turned(part).clone().T)
-        return row_grad, column_grad
+        return sums.finish()
 
     def _compute(
-        self, rows: slice, columns: slice, operand: Tensor, block: Block, spare: Tensor
+        self, rows: slice, columns: slice, operand: Tensor, block: Block, workspace: Tensor
     ) -> Tile:
         """Return a tile of what the terms work on."""
-        here = block.within(columns)
-        tile = self._tile(rows, columns, self.products.similarities(rows, operand[here]), spare)
+        values = self.matmul.similarities(rows, operand[block.within(columns)])
+        tile = self._tile(rows, columns, values, workspace)
         self._hide_own_entries(tile)
         if tile.duplicates is not None and not self.duplicates_are_candidates:
             tile.values[tile.duplicates] = float("-inf")
@@ -187,27 +206,22 @@ class Sweep:
             shift = offset - tile.columns.start
             entries[:, first + shift : last + shift].diagonal().fill_(float("-inf"))
 
-    def _places(self, block: Block) -> Iterator[tuple[slice, slice]]:
+    def _tiles(self, block: Block) -> Iterator[tuple[slice, slice]]:
         for columns in ranges(block.columns.start, block.columns.stop, self.width):
             for rows in ranges(0, len(self.rows), self.height):
                 yield rows, columns
 
-    def _spare(self) -> Tensor:
+    def _workspace(self) -> Tensor:
         """Return memory for the intermediate results of a dense term, as large as a tile."""
         height = min(self.height, len(self.rows)) if self.dense is not None else 0
         return self.rows.new_empty(height * min(self.width, self.positives.layout.total))
 
-    def _tile(self, rows: slice, columns: slice, values: Tensor, spare: Tensor) -> Tile:
+    def _tile(self, rows: slice, columns: slice, values: Tensor, workspace: Tensor) -> Tile:
         duplicates = self.positives.duplicates
         return Tile(
             values,
-            spare[: values.numel()].view(values.shape) if self.dense is not None else spare,
+            workspace[: values.numel()].view(values.shape) if self.dense is not None else workspace,
             rows,
             columns,
             duplicates.pairs(rows, columns) if duplicates is not None else None,
         )
-
-
-def _turned(columns: Tensor) -> Tensor:
-    """Return the memory of a tile's columns (c, d) as that of (d, c)."""
-    return columns.view(columns.shape[1], columns.shape[0])

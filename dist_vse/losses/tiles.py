@@ -40,7 +40,7 @@ class Tile:
     """Some of this rank's rows times some columns of the global batch."""
 
     values: Tensor  # (rows, columns): similarities, or what a term made of them
-    spare: Tensor  # as large, for intermediate results
+    workspace: Tensor  # as large, for intermediate results
     rows: slice
     columns: slice
     duplicates: (

@@ -8,6 +8,7 @@ from torch import nn
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import LossConfig, ModelConfig
+from dist_vse.losses.registry import find_loss
 from dist_vse.models.dual_encoder import DualEncoder, Tower
 from dist_vse.models.image import build_image_trunk
 from dist_vse.models.pretrained import Parts, build_pretrained
@@ -42,7 +43,7 @@ def build_model(
         temperature=loss.temperature,
         learn_temperature=loss.learn_temperature,
         bias=loss.bias,
-        learn_bias=loss.name == "siglip",
+        learn_bias=find_loss(loss.name).learns_bias,
     )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(

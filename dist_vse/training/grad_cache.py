@@ -8,8 +8,8 @@ their graphs from the first pass, so that only the others are encoded twice.
 Shape letters: b rows on this rank, d embedding size, k chunks, c = b / k rows of one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,11 +19,21 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.random_state import RandomState, random_state, replay
 from dist_vse.distributed import all_reduce_mean, device
 from dist_vse.engine import Engine
+from dist_vse.losses.global_loss import LossOutput
 from dist_vse.models.dual_encoder import frozen_statistics
 from dist_vse.training.prefetch_to_device import Chunk, prefetch_to_device
 
-LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(image_features (b, d), text_features (b, d), log_scale (1,), bias (1,)) -> the rank's loss."""
+
+class Loss(Protocol):
+    """The loss of one step, such as a GlobalLoss."""
+
+    def prefetch(self, text_features: Tensor) -> None:
+        """Take a chunk's text features (c, d) before the next chunk is encoded."""
+
+    def __call__(
+        self, image_features: Tensor, text_features: Tensor, log_scale: Tensor, bias: Tensor
+    ) -> LossOutput:
+        """Return the rank's loss: features (b, d), log_scale and bias (1,)."""
 
 
 class _Encoded(NamedTuple):
@@ -36,21 +46,19 @@ class _Encoded(NamedTuple):
 
 def train_step(
     engine: Engine,
-    loss_fn: LossFn,
+    loss: Loss,
     chunks: Sequence[Chunk],
     *,
     keep_graphs: int = 1,
-    announce: Callable[[Tensor], None] | None = None,
-) -> Tensor:
+) -> LossOutput:
     """Step as if the global batch had been one forward and one backward.
 
     `keep_graphs` chunks keep their activations from the first pass to the second. One of them
     costs no memory at the peak, since the second pass holds one chunk's graph anyway; with one
-    chunk it makes the step an ordinary one. `announce` is told each chunk's text features (c, d)
-    before the next chunk is encoded.
+    chunk it makes the step an ordinary one.
 
-    Returns the global loss, the mean over the ranks. Raises UserError on every rank, before
-    anything is updated, if it is not finite.
+    Returns the global loss (the mean over the ranks) and the batch's statistics. Raises UserError
+    on every rank, before anything is updated, if the loss is not finite.
     """
     graphs = min(keep_graphs, len(chunks))
     assert engine.max_live_graphs is None or graphs <= engine.max_live_graphs, (
@@ -63,11 +71,10 @@ def train_step(
     encoded: list[_Encoded] = []
     for i, chunk in enumerate(prefetch_to_device(chunks, device())):
         encoded.append(_encode(engine, chunk, keep_graph=i >= first_kept))
-        if announce is not None:
-            announce(encoded[i].outputs[1])
+        loss.prefetch(encoded[i].outputs[1])
 
     step_timer.begin("loss")
-    mean_loss, cache = _gradients_of_outputs(loss_fn, encoded)
+    output, cache = _gradients_of_outputs(loss, encoded)
 
     # Pass 2: <output, cached gradient> has the gradient of the loss in the parameters. Kept
     # graphs go first, so that their memory is free for the others. BatchNorm's statistics have
@@ -84,12 +91,12 @@ def train_step(
     step_timer.begin("step")
     engine.step()
     step_timer.begin(step_timer.OTHER)
-    return mean_loss
+    return output
 
 
 def _gradients_of_outputs(
-    loss_fn: LossFn, encoded: Sequence[_Encoded]
-) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    loss: Loss, encoded: Sequence[_Encoded]
+) -> tuple[LossOutput, list[tuple[Tensor, ...]]]:
     """Return the global loss and the cache: each chunk's gradients in its outputs.
 
     autograd.grad, not backward: it reaches no parameter and so fires no engine hook.
@@ -97,16 +104,16 @@ def _gradients_of_outputs(
     columns = zip(*(chunk.outputs for chunk in encoded), strict=True)
     leaves = [torch.cat([part.detach() for part in c]).requires_grad_() for c in columns]
     image_features, text_features, log_scale, bias = leaves  # (b, d), (b, d), (k,), (k,)
-    loss = loss_fn(image_features, text_features, log_scale.mean(0, True), bias.mean(0, True))
-    mean_loss = all_reduce_mean(loss.detach().clone())
+    output = loss(image_features, text_features, log_scale.mean(0, True), bias.mean(0, True))
+    mean_loss = all_reduce_mean(output.loss.detach().clone())
     if not torch.isfinite(mean_loss):
         raise UserError(
             f"the loss is {mean_loss.item()}: nothing was updated; lower optim.lr, set "
             "optim.clip_norm, or raise loss.temperature"
         )
-    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(output.loss, leaves, allow_unused=True, materialize_grads=True)
     by_output = (_split_like(grad, encoded, i) for i, grad in enumerate(grads))
-    return mean_loss, list(zip(*by_output, strict=True))
+    return output._replace(loss=mean_loss), list(zip(*by_output, strict=True))
 
 
 def _encode(engine: Engine, chunk: Chunk, *, keep_graph: bool) -> _Encoded:

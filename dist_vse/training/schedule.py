@@ -37,7 +37,7 @@ def learning_rate(samples_seen: int, optim: OptimConfig, *, total_samples: int) 
     return optim.lr * _COURSES[optim.schedule](min(1.0, progress))
 
 
-def warmup_share(samples_seen: int, warmup_samples: int) -> float:
+def warmup_fraction(samples_seen: int, warmup_samples: int) -> float:
     """Return how far a linear warm-up has come: 0 at its start, 1 at its end and without one."""
     return 1.0 if warmup_samples == 0 else min(1.0, samples_seen / warmup_samples)
 

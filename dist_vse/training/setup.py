@@ -23,8 +23,8 @@ from dist_vse.runs.metrics import Meter
 from dist_vse.runs.resolve import resolve
 from dist_vse.runs.trackers import check_trackers
 from dist_vse.runs.trained import run_tokenizer
-from dist_vse.training.builders import wrap_model
 from dist_vse.training.chunking import agree, choose_chunks
+from dist_vse.training.engine import wrap_model
 from dist_vse.training.flops import count_flops, peak_flops
 from dist_vse.training.frozen_features import open_run_features
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.cache import _info_nce
 from benchmarks.support.cache_memory import weigh
 from benchmarks.support.cache_peers import open_clip_step
 from benchmarks.support.workload import Workload, make_model, make_pairs
 from dist_vse.engine.plain import PlainEngine
+from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.training.grad_cache import train_step
 from tests.support.distributed import run_distributed
 
@@ -28,7 +28,9 @@ def _update_errors() -> dict[str, float]:
     start, ours, theirs = make_model(LOAD), make_model(LOAD), make_model(LOAD)
     engine = PlainEngine(ours, _sgd(ours))
     pieces = zip(*(x.chunk(4) for x in pairs), strict=True)
-    train_step(engine, _info_nce, [ours.prepare(images=i, tokens=t) for i, t in pieces])
+    train_step(
+        engine, GlobalLoss("info_nce"), [ours.prepare(images=i, tokens=t) for i, t in pieces]
+    )
     step = open_clip_step(theirs, _sgd(theirs), pairs, 4)
     assert step is not None
     step()

@@ -20,7 +20,7 @@ from dist_vse.losses.global_loss import global_loss
 from dist_vse.tools.plan.check import settings_of
 from dist_vse.tools.plan.count import count_work
 from dist_vse.tools.plan.memory import state_bytes
-from dist_vse.training.builders import launcher_conflicts
+from dist_vse.training.engine import launcher_conflicts
 from dist_vse.training.grad_cache import train_step
 from launch.cluster import ClusterConfig
 from launch.doctor import Checkup

@@ -10,13 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from dist_vse.common import cpu
 from dist_vse.common.errors import UserError
 from dist_vse.common.memory import measure
-from dist_vse.losses import matmul
-from dist_vse.losses.global_loss import global_loss
-from dist_vse.losses.reference import dense_loss
 from dist_vse.losses.statistics import collapsed
-from tests.support.loss_cases import NAMES, Case, error, gradients
+from tests.support.loss_cases import NAMES, Case, dense_loss, error, global_loss, gradients
 
 torch.set_num_threads(1)
 
@@ -29,7 +27,7 @@ torch.set_num_threads(1)
     temperature=st.sampled_from([1.0, 0.1, 0.02, 0.005]),
     groups=st.integers(1, 30),
     duplicates=st.sampled_from(["mask", "positive"]),
-    hardness=st.sampled_from([0.0, 0.3, 1.0]),
+    weight=st.sampled_from([0.0, 0.3, 1.0]),
     kept=st.sampled_from([0.0, 4e-7, 1.0]),
     seed=st.integers(0, 10_000),
 )
@@ -40,13 +38,13 @@ def test_equals_the_dense_loss_in_float64(
     temperature: float,
     groups: int,
     duplicates: str,
-    hardness: float,
+    weight: float,
     kept: float,
     seed: int,
 ) -> None:
     case = Case(
         name, count, temperature=temperature, groups=groups, duplicates=duplicates,
-        hardness=hardness, seed=seed,
+        weight=weight, seed=seed,
     )  # fmt: skip
     ours = gradients(global_loss, case, tile=tile, memory_gib=kept)
     assert error(ours, gradients(dense_loss, case)) < 1e-10
@@ -62,7 +60,7 @@ def test_equals_the_dense_loss_in_float32(name: str) -> None:
 
 
 def test_equals_the_dense_loss_where_torch_has_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_onednn", None)
+    monkeypatch.setattr(cpu, "_onednn", None)
     for name in ("convse", "convse++"):
         case = Case(name, 70, groups=60, width=64)
         ours = gradients(global_loss, case, dtype=torch.float32, tile=16)
@@ -70,7 +68,7 @@ def test_equals_the_dense_loss_where_torch_has_no_onednn(monkeypatch: pytest.Mon
 
 
 def test_onednns_products_get_no_features_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    product = matmul._onednn
+    product = cpu._onednn
     if product is None:
         pytest.skip("this torch has no oneDNN")
 
@@ -78,7 +76,7 @@ def test_onednns_products_get_no_features_with_gaps(monkeypatch: pytest.MonkeyPa
         assert left.is_contiguous() and (right.is_contiguous() or right.T.is_contiguous())
         return product(left, right, *settings)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(matmul, "_onednn", looked_at)
+    monkeypatch.setattr(cpu, "_onednn", looked_at)
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(2, 70, 64, generator=generator)[:, :, :48].requires_grad_()
     global_loss("convse", images, texts, torch.zeros(1), torch.zeros(1), tile=16).loss.backward()
@@ -248,5 +246,5 @@ def test_what_does_not_fit_together_is_told() -> None:
         global_loss("convse", x, x[:3], one, one)
     with pytest.raises(UserError, match=r"int64, one a row \(4 rows\)"):
         global_loss("convse", x, x, one, one, image_ids=torch.arange(3))
-    with pytest.raises(UserError, match=r"hardness \(2"):
-        global_loss("vse++", x, x, one, one, hardness=2.0)
+    with pytest.raises(UserError, match=r"hard_negative_weight \(2"):
+        global_loss("vse++", x, x, one, one, hard_negative_weight=2.0)

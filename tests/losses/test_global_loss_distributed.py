@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.losses.async_gather import Ahead
-from dist_vse.losses.global_loss import global_loss
-from dist_vse.losses.reference import dense_loss
-from dist_vse.losses.registry import ON_LOGITS
+from dist_vse.losses.registry import LOSSES
 from dist_vse.tools.bench.traffic import bytes_sent
 from tests.support.distributed import run_distributed
-from tests.support.loss_cases import NAMES, Case, error, gradients
+from tests.support.loss_cases import (
+    NAMES,
+    Case,
+    dense_loss,
+    error,
+    global_loss,
+    gradients,
+    step_loss,
+)
 
+IN_BF16 = [name for name, spec in LOSSES.items() if spec.captions_in_bf16]
 RAGGED = {1: (10,), 2: (7, 3), 3: (7, 3, 0), 4: (0, 6, 1, 3)}
 EVEN = {1: (12,), 2: (6, 6), 3: (4, 4, 4), 4: (3, 3, 3, 3)}
 
@@ -43,7 +49,7 @@ def _compare(
     """Return the error of each case against one process in float64."""
     counts = shares[distributed.world_size()]
     errors = {}
-    for name, transport, duplicates, (temperature, hardness, tile, kept) in itertools.product(
+    for name, transport, duplicates, (temperature, weight, tile, kept) in itertools.product(
         names,
         ("gather", "ring"),
         ("mask", "positive"),
@@ -53,7 +59,7 @@ def _compare(
             name,
             sum(counts),
             temperature=temperature,
-            hardness=hardness,
+            weight=weight,
             duplicates=duplicates,
             groups=8,
         )
@@ -61,14 +67,14 @@ def _compare(
         _take_part(case, counts)
         options: dict[str, Any] = {"transport": transport, "tile": tile, "memory_gib": kept}
         ours = _whole(gradients(global_loss, case, dtype=dtype, **options))
-        errors[f"{name} {transport} {duplicates} t={temperature} h={hardness}"] = error(ours, exact)
+        errors[f"{name} {transport} {duplicates} t={temperature} w={weight}"] = error(ours, exact)
     return errors
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ragged_ranks_equal_one_process_in_float64(world_size: int) -> None:
     for errors in run_distributed(_compare, world_size, RAGGED, torch.float64, NAMES):
-        assert len(errors) == 6 * 2 * 2 * 3
+        assert len(errors) == len(NAMES) * 2 * 2 * 3
         assert max(errors.values()) < 1e-10, errors
 
 
@@ -104,21 +110,21 @@ def test_among_copies_the_first_of_the_global_batch_is_the_hardest() -> None:
             torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)
 
 
-def _sent_before(transport: str, dtype: torch.dtype, bf16_products: bool) -> bool:
+def _prefetched(transport: str, dtype: torch.dtype, bf16_products: bool) -> bool:
     case = Case("convse", 12, width=64)
     _take_part(case, EVEN[distributed.world_size()])
     leaves, found = case.leaves(dtype), []
-    for ahead in (None, Ahead(transport, rounded=bf16_products)):
-        if ahead is not None:
-            for piece in leaves[1].split([1, len(leaves[1]) - 1]):
-                ahead.send(piece)
-                distributed.barrier()  # other collectives may come between
-        options: dict[str, Any] = {"transport": transport, "tile": 5, "ahead": ahead}
+    for prefetch in (False, True):
+        options: dict[str, Any] = {"transport": transport, "tile": 5}
         options["bf16_products"] = bf16_products
-        loss = global_loss(case.name, *leaves, **case.options, **options).loss
+        step = step_loss(case.name, **case.options, **options)
+        if prefetch:
+            for piece in leaves[1].split([1, len(leaves[1]) - 1]):
+                step.prefetch(piece)
+                distributed.barrier()  # other collectives may come between
+        loss = step(*leaves).loss
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         found.append([loss.detach(), *grads])
-    assert ahead is not None and ahead.take() is None  # nothing is left for the next step
     return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -132,10 +138,10 @@ def _sent_before(transport: str, dtype: torch.dtype, bf16_products: bool) -> boo
         ("ring", torch.float32, False),
     ],
 )
-def test_what_was_sent_before_gives_the_same_to_the_bit(
+def test_what_was_prefetched_gives_the_same_to_the_bit(
     world_size: int, transport: str, dtype: torch.dtype, bf16_products: bool
 ) -> None:
-    assert all(run_distributed(_sent_before, world_size, transport, dtype, bf16_products))
+    assert all(run_distributed(_prefetched, world_size, transport, dtype, bf16_products))
 
 
 def _one_bad_rank(name: str, transport: str) -> float:
@@ -171,7 +177,7 @@ def _in_bf16(counts: tuple[int, ...]) -> dict[str, float]:
     """Return how far bfloat16 products are from one process in float64, captions rounded before."""
     errors = {}
     for name, transport, duplicates in itertools.product(
-        ON_LOGITS, ("gather", "ring"), ("mask", "positive")
+        IN_BF16, ("gather", "ring"), ("mask", "positive")
     ):
         case = Case(name, sum(counts), width=64, duplicates=duplicates, groups=8)
         exact = gradients(dense_loss, case)[1:3]  # the features'
@@ -212,7 +218,7 @@ def test_only_one_side_is_sent(transport: str, bf16: bool) -> None:
     # backward, and brings a gradient home in a fourth turn.
     shown, home = (3 / 4, 3 / 4) if transport == "gather" else (3 / 4 + 3 / 4, 1)
     for name in NAMES:
-        features = (shown / 2 if bf16 and name in ON_LOGITS else shown) * total * width
+        features = (shown / 2 if bf16 and LOSSES[name].captions_in_bf16 else shown) * total * width
         gradients = home * total * width
         for sent in run_distributed(_floats_sent, 4, name, transport, bf16):
             assert features + gradients < sent <= features + gradients + 6 * total, name

@@ -7,16 +7,15 @@ import torch
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
-from dist_vse.losses.async_gather import Ahead
-from dist_vse.losses.global_loss import global_loss
 from tests.support.distributed import run_distributed
+from tests.support.loss_cases import global_loss, step_loss
 
 
 def _verdicts(odd: int) -> dict[str, str]:
     """Return what a rank is told where the rank `odd` passes something else than the others."""
     x, zero, ten = torch.eye(4)[:3], torch.zeros(1), torch.full((1,), 10.0).log()
     ids, leaf = torch.arange(3), x.clone().requires_grad_()
-    same: dict[str, Any] = {"args": ("convse", x, x, ten, zero), "hardness": 1.0}
+    same: dict[str, Any] = {"args": ("convse", x, x, ten, zero), "hard_negative_weight": 1.0}
     others: dict[str, dict[str, Any]] = {
         "name": {"args": ("convs", x, x, ten, zero)},
         "rows": {"args": ("convse", x, x[:2], ten, zero)},
@@ -28,17 +27,23 @@ def _verdicts(odd: int) -> dict[str, str]:
         "bias": {"args": ("convse", x, x, ten, zero - 1)},
         "gradient": {"args": ("convse", leaf, x, ten, zero)},
         "duplicates": {"image_ids": ids},
-        "hardness": {"hardness": 0.5},
+        "weight": {"hard_negative_weight": 0.5},
         "transport": {"transport": "ring"},
-        "ahead": {"ahead": Ahead("ring")},
-        "rounded": {"ahead": Ahead("ring", rounded=True)},
+        "prefetched": {"prefetched": 3},
+        "prefetched rows": {"prefetched": 2},
     }
     told = {}
     for what, other in others.items():
-        given = same | other if distributed.rank() == odd else same
-        options = {key: value for key, value in given.items() if key != "args"}
+        given = same | other if distributed.rank() == odd else dict(same)
+        name, *tensors = given.pop("args")
+        prefetched = given.pop("prefetched", 0)
+        if "prefetched" in what:  # a ring sends nothing ahead: no rank waits for another here
+            given["transport"] = "ring"
+        loss = step_loss(name, **given)
         try:
-            global_loss(*given["args"], **options)
+            if prefetched:
+                loss.prefetch(x[:prefetched])
+            loss(*tensors)
             told[what] = "nothing"
         except UserError as error:
             told[what] = str(error)
@@ -51,7 +56,7 @@ def test_every_rank_is_told_what_one_of_them_passes_that_does_not_fit() -> None:
     first, *others = run_distributed(_verdicts, 3, 1)
     assert others == [first, first]
     expected = {
-        "name": "loss 'convs' is unknown; did you mean 'convse'? (on rank 1)",
+        "name": "loss='convs' is unknown; did you mean 'convse'? (on rank 1)",
         "rows": "image_features (3, 4) and text_features (2, 4) must have one shape "
         "(rows, embedding) (on rank 1)",
         "ids": "ids (torch.int32 (3,)) must be int64, one a row (3 rows) (on rank 1)",
@@ -62,11 +67,11 @@ def test_every_rank_is_told_what_one_of_them_passes_that_does_not_fit() -> None:
         "bias": "bias is 0.0 on rank 0 and -1.0 on rank 1",
         "gradient": "gradient is False on rank 0 and True on rank 1",
         "duplicates": "num_ids is 0 on rank 0 and 1 on rank 1",
-        "hardness": "hardness is 1.0 on rank 0 and 0.5 on rank 1; pass the same on all ranks",
+        "weight": "hard_negative_weight is 1.0 on rank 0 and 0.5 on rank 1; pass the same "
+        "on all ranks",
         "transport": "transport is gather on rank 0 and ring on rank 1",
-        "ahead": "sent_ahead is False on rank 0 and True on rank 1",
-        "rounded": "captions were sent ahead in bfloat16, and convse with bf16_products=False "
-        "takes them as they are; send them with Ahead(transport) (on rank 1)",
+        "prefetched": "prefetched is False on rank 0 and True on rank 1",
+        "prefetched rows": "2 rows were prefetched, but the loss is given 3 (on rank 1)",
     }
     for what, text in expected.items():
         assert text in first[what], what
@@ -75,11 +80,13 @@ def test_every_rank_is_told_what_one_of_them_passes_that_does_not_fit() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_fault_of_all_ranks_is_told_without_a_rank(world_size: int) -> None:
     for told in run_distributed(_all_wrong, world_size):
-        assert told == "hardness (2.0) must be between 0 (all violations) and 1 (hardest)"
+        assert told == (
+            "hard_negative_weight (2.0) must be between 0 (all violations) and 1 (the hardest)"
+        )
 
 
 def _all_wrong() -> str:
     x, zero = torch.eye(4), torch.zeros(1)
     with pytest.raises(UserError) as error:
-        global_loss("convse++", x, x, zero, zero, hardness=2.0)
+        global_loss("convse++", x, x, zero, zero, hard_negative_weight=2.0)
     return str(error.value)

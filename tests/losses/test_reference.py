@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dist_vse.losses.reference import dense_loss, first_argmax
+from dist_vse.losses.reference import first_argmax
+from tests.support.loss_cases import NAMES, dense_loss
 
-NAMES = ("convse", "convse++", "info_nce", "vse0", "vse++", "siglip")
 BIAS = torch.tensor([-3.0], dtype=torch.float64)
 
 
@@ -130,7 +130,7 @@ def test_among_equal_negatives_the_lowest_index_gets_the_gradient() -> None:
 def test_hardness_goes_from_the_mean_of_violations_to_the_hardest() -> None:
     images, texts = features(8)
     losses = [
-        dense_loss("vse++", images, texts, log_scale(0.1), BIAS, hardness=h).item()
+        dense_loss("vse++", images, texts, log_scale(0.1), BIAS, hard_negative_weight=h).item()
         for h in (0.0, 0.25, 1.0)
     ]
     assert losses[0] < losses[2]

@@ -24,12 +24,12 @@ class RecordedTrain:
         real, folder = train.build_train_batches, Path(self.folder)
         build_loss = train.build_loss
 
-        def poisoned(config: Any, batch: Any, samples_seen: int, *others: Any) -> Any:
-            loss_fn = build_loss(config, batch, samples_seen, *others)
+        def poisoned(config: Any, batch: Any, samples_seen: int) -> Any:
+            loss = build_loss(config, batch, samples_seen)
             step = samples_seen // config.global_batch_size + 1
             if distributed.rank() == 1 and (folder / f"poison-{step}").exists():
-                return lambda *features: loss_fn(*features) * float("inf")
-            return loss_fn
+                return _Infinite(loss)
+            return loss
 
         def recorded(*args: Any) -> Iterator[Any]:
             rank, start = distributed.rank(), args[-1].step
@@ -48,6 +48,17 @@ class RecordedTrain:
         train.build_train_batches = recorded  # type: ignore[assignment]
         train.build_loss = poisoned
         return self.train()
+
+
+class _Infinite:
+    """A loss that is not finite."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss, self.prefetch = loss, loss.prefetch
+
+    def __call__(self, *outputs: Any) -> Any:
+        output = self.loss(*outputs)
+        return output._replace(loss=output.loss * float("inf"))
 
 
 def pause_at(folder: Path, step: int) -> None:

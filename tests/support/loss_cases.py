@@ -8,9 +8,48 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dist_vse.losses.global_loss import LossOutput, global_loss
+from dist_vse.losses import dense_loss as dense
+from dist_vse.losses import global_loss as losses
+from dist_vse.losses.global_loss import GlobalLoss, LossOutput
+from dist_vse.losses.options import LossOptions
+from dist_vse.losses.registry import LOSSES
 
-NAMES = ("convse", "convse++", "info_nce", "vse0", "vse++", "siglip")
+NAMES = tuple(LOSSES)
+
+
+def global_loss(name: str, *tensors: Tensor, **options: Any) -> LossOutput:
+    """Call `global_loss` with options given by name."""
+    return losses.global_loss(name, *tensors, **_split(options))
+
+
+def dense_loss(name: str, *tensors: Tensor, **options: Any) -> Tensor:
+    """Call `dense_loss` with options given by name."""
+    return dense.dense_loss(name, *tensors, **_split(options))
+
+
+def step_loss(name: str, **options: Any) -> GlobalLoss:
+    """Return the loss of one step, with options given by name."""
+    return GlobalLoss(name, **_split(options))
+
+
+def _split(options: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments in which all but the ids is a LossOptions."""
+    ids = {name: value for name, value in options.items() if name.endswith("_ids")}
+    others = {name: value for name, value in options.items() if name not in ids}
+    return {**ids, "options": LossOptions(**others)}
+
+
+class Plain:
+    """The loss of a train step as a plain function."""
+
+    def __init__(self, fn: Callable[..., Tensor]) -> None:
+        self.fn = fn
+
+    def prefetch(self, text_features: Tensor) -> None:
+        """Nothing travels ahead."""
+
+    def __call__(self, *outputs: Tensor) -> LossOutput:
+        return LossOutput(self.fn(*outputs), {})
 
 
 class Case:
@@ -28,7 +67,7 @@ class Case:
         temperature: float = 0.1,
         groups: int = 10**6,
         duplicates: str = "mask",
-        hardness: float = 1.0,
+        weight: float = 1.0,
         seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -41,7 +80,7 @@ class Case:
         self.name = name
         self.log_scale = torch.tensor([-math.log(temperature)], dtype=torch.float64)
         self.bias = torch.tensor([-2.0], dtype=torch.float64)
-        self.options: dict[str, Any] = {"duplicates": duplicates, "hardness": hardness}
+        self.options: dict[str, Any] = {"duplicates": duplicates, "hard_negative_weight": weight}
 
     def to(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.images.to(dtype), self.texts.to(dtype)

@@ -12,7 +12,7 @@ from dist_vse import distributed
 from dist_vse.config import EngineConfig, OptimConfig
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.zero import ZeroEngine
-from dist_vse.losses.global_loss import global_loss
+from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.runs import lease
 from dist_vse.runs.checkpoint import Progress
 from dist_vse.runs.saver import Saver
@@ -38,7 +38,7 @@ def take_step(engine: ZeroEngine, step: int) -> None:
     rank, rows = distributed.rank(), B // distributed.world_size()
     images, tokens = (x[rank * rows : (rank + 1) * rows] for x in tiny_batch(B, step))
     chunk = engine.module.prepare(images=images, tokens=tokens)
-    train_step(engine, lambda *features: global_loss("convse", *features).loss, [chunk])
+    train_step(engine, GlobalLoss("convse"), [chunk])
 
 
 def open_saver(

@@ -17,13 +17,14 @@ from dist_vse.engine import Engine
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.engine.zero import ZeroEngine
-from dist_vse.losses.global_loss import global_loss
+from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.training import grad_cache
-from dist_vse.training.grad_cache import LossFn, train_step
+from dist_vse.training.grad_cache import train_step
 from dist_vse.training.prefetch_to_device import Chunk
 from tests.support.collectives import Collectives
 from tests.support.distributed import run_distributed
+from tests.support.loss_cases import Plain
 from tests.support.tiny import tiny_batch, tiny_model
 
 B = 16  # pairs in the global batch
@@ -42,12 +43,6 @@ def _engine(stage: int | None, model: DualEncoder, **options: Any) -> Engine:
         return PlainEngine(model, _sgd(model))
     rows = B // distributed.world_size()
     return ZeroEngine(model, _sgd(model), EngineConfig(stage, **options), rank_batch_size=rows)
-
-
-def _loss(name: str) -> LossFn:
-    return lambda images, texts, log_scale, bias: (
-        global_loss(name, images, texts, log_scale, bias, margin=0.2).loss
-    )
 
 
 def _rank_chunks(model: DualEncoder, step: int, num_chunks: int) -> list[Chunk]:
@@ -77,7 +72,7 @@ def _outputs_with_dropout(stage: int | None, keep_graphs: int, options: dict[str
     engine = _Recording(_engine(stage, model, **options))
     torch.manual_seed(1 + distributed.rank())
     chunk = _rank_chunks(model, 0, 4)[0]
-    train_step(engine, _loss("convse"), [chunk] * 3, keep_graphs=keep_graphs)
+    train_step(engine, GlobalLoss("convse"), [chunk] * 3, keep_graphs=keep_graphs)
     return engine.outputs
 
 
@@ -112,7 +107,7 @@ def _traffic(stage: int | None) -> tuple[int, list[Counter[str]]]:
         for step in range(2):  # ZeRO 3 learns the order of its modules in the first
             counted, chunks = Collectives(), _rank_chunks(model, step, num_chunks)
             with counted:
-                train_step(engine, _loss("convse"), chunks, keep_graphs=kept)
+                train_step(engine, GlobalLoss("convse"), chunks, keep_graphs=kept)
         counts.append(counted.num_bytes)
     return size, counts
 
@@ -131,7 +126,7 @@ def test_gradients_are_reduced_once_a_step_however_many_chunks_there_are(stage: 
 def _kept_graphs_that_zero_3_gets_wrong() -> None:
     model = tiny_model()
     engine = _engine(3, model, coalesce=False)
-    train_step(engine, _loss("convse"), _rank_chunks(model, 0, 4), keep_graphs=2)
+    train_step(engine, GlobalLoss("convse"), _rank_chunks(model, 0, 4), keep_graphs=2)
 
 
 def test_kept_graphs_that_zero_3_gets_wrong_are_refused() -> None:
@@ -146,7 +141,7 @@ def test_the_random_state_moves_on_between_steps() -> None:
     chunk = model.prepare(images=images, tokens=tokens)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    train_step(engine, _loss("convse"), [chunk, chunk])
+    train_step(engine, GlobalLoss("convse"), [chunk, chunk])
     assert not torch.equal(before, torch.get_rng_state())
 
 
@@ -156,7 +151,7 @@ def test_a_loss_that_is_not_finite_updates_nothing() -> None:
     before = _parameters(model)
     chunk = _rank_chunks(model, 0, 1)
     with pytest.raises(UserError, match="the loss is nan: nothing was updated"):
-        train_step(engine, lambda i, *_: i.sum() * float("nan"), chunk)
+        train_step(engine, Plain(lambda i, *_: i.sum() * float("nan")), chunk)
     assert torch.equal(before, _parameters(model))
 
 
@@ -167,7 +162,7 @@ def test_batch_norms_statistics_move_once_a_chunk(keep_graphs: int) -> None:
     model.image.head.append(norm)
     train_step(
         PlainEngine(model, _sgd(model)),
-        _loss("convse"),
+        GlobalLoss("convse"),
         _rank_chunks(model, 0, 4),
         keep_graphs=keep_graphs,
     )
@@ -187,7 +182,7 @@ def test_images_stay_on_the_host_until_their_chunks_turn(monkeypatch: pytest.Mon
 
     chunks = _rank_chunks(model, 0, 4)
     monkeypatch.setattr(grad_cache, "device", lambda: torch.device("meta"))
-    train_step(_Watching(model, _sgd(model)), _loss("convse"), chunks, keep_graphs=0)
+    train_step(_Watching(model, _sgd(model)), GlobalLoss("convse"), chunks, keep_graphs=0)
     assert images_at == ["meta"] * 8
     assert all(chunk["images"].device.type == "cpu" for chunk in chunks)
 
@@ -198,7 +193,7 @@ def test_activation_checkpointing_changes_no_number() -> None:
         model = tiny_model(dropout=0.3, grad_checkpointing=grad_checkpointing)
         torch.manual_seed(1)
         chunks = _rank_chunks(model, 0, 4)
-        train_step(PlainEngine(model, _sgd(model)), _loss("convse"), chunks, keep_graphs=2)
+        train_step(PlainEngine(model, _sgd(model)), GlobalLoss("convse"), chunks, keep_graphs=2)
         trained.append(_parameters(model))
     assert torch.equal(*trained)
 
@@ -212,7 +207,7 @@ def test_compiled_trunks_train_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for compiled in (False, True):
         model = tiny_model(compiled=compiled)
         chunks = _rank_chunks(model, 0, 2)
-        train_step(PlainEngine(model, _sgd(model)), _loss("convse"), chunks, keep_graphs=1)
+        train_step(PlainEngine(model, _sgd(model)), GlobalLoss("convse"), chunks, keep_graphs=1)
         trained.append(_parameters(model))
     eager, other = trained
     assert (eager - other).norm() < 1e-5 * (eager - start).norm()
@@ -230,7 +225,7 @@ def test_compiled_trunks_draw_the_same_dropout_in_both_passes(
     seen: list[tuple[Tensor, ...]] = []
     model.register_forward_hook(lambda _, __, out: seen.append(out))
     chunks = _rank_chunks(model, 0, 2)
-    train_step(PlainEngine(model, _sgd(model)), _loss("convse"), chunks, keep_graphs=0)
+    train_step(PlainEngine(model, _sgd(model)), GlobalLoss("convse"), chunks, keep_graphs=0)
     first, second = seen[:2], seen[:1:-1]
     for a, b in zip(first, second, strict=True):
         assert all(torch.equal(x.detach(), y.detach()) for x, y in zip(a, b, strict=True))

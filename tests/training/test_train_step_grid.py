@@ -20,14 +20,13 @@ from dist_vse.engine import Engine, gradient_reduction, zero
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.engine.zero import ZeroEngine
-from dist_vse.losses.async_gather import Ahead
-from dist_vse.losses.global_loss import global_loss
-from dist_vse.losses.reference import dense_loss
+from dist_vse.losses.dense_loss import dense_loss
+from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.models.build import build_head
 from dist_vse.models.dual_encoder import DualEncoder, Tower
 from dist_vse.models.image import ImageTrunk
 from dist_vse.models.text import TransformerTrunk
-from dist_vse.training.grad_cache import LossFn, train_step
+from dist_vse.training.grad_cache import train_step
 from dist_vse.training.prefetch_to_device import Chunk
 from tests.support.distributed import run_distributed
 from tests.support.tiny import VOCABULARY, tiny_batch
@@ -93,12 +92,6 @@ def _reference(loss_name: str, clip_norm: float = 0.0) -> tuple[Tensor, Tensor]:
     return before, _parameters(model)
 
 
-def _loss(name: str, ahead: Ahead) -> LossFn:
-    return lambda images, texts, log_scale, bias: (
-        global_loss(name, images, texts, log_scale, bias, margin=0.2, ahead=ahead).loss
-    )
-
-
 def _rank_chunks(model: DualEncoder, seed: int, num_chunks: int) -> list[Chunk]:
     rank, rows = distributed.rank(), B // distributed.world_size()
     images, tokens = (x[rank * rows : (rank + 1) * rows] for x in tiny_batch(B, seed))
@@ -113,9 +106,7 @@ def _error(
     before, expected = _reference(loss_name, clip_norm)
     for step in range(STEPS):
         chunks = _rank_chunks(engine.module, step, num_chunks)
-        ahead = Ahead("gather")
-        loss_fn = _loss(loss_name, ahead)
-        train_step(engine, loss_fn, chunks, keep_graphs=kept, announce=ahead.send)
+        train_step(engine, GlobalLoss(loss_name), chunks, keep_graphs=kept)
     if isinstance(engine, ZeroEngine):
         with engine.gathered_parameters():
             found = _parameters(engine.module)

@@ -1,4 +1,4 @@
-"""What `dist-vse bench scale` measures: a run's step, made by the builders of `dist-vse train`."""
+"""What `dist-vse bench scale` measures: a run's step, made as `dist-vse train` makes it."""
 
 import itertools
 import tempfile
@@ -15,17 +15,18 @@ from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.data.streams import open_train_sets
 from dist_vse.engine.zero import ZeroEngine
-from dist_vse.losses.registry import caption_bytes
+from dist_vse.losses.registry import find_loss
 from dist_vse.models.build import build_model
 from dist_vse.models.tokenizer import AnyWords, Tokenizer
 from dist_vse.runs.checkpoint import Progress
 from dist_vse.runs.trained import run_tokenizer
 from dist_vse.training.batches import build_train_batches
-from dist_vse.training.builders import build_ahead, build_loss, wrap_model
 from dist_vse.training.chunking import agree, choose_chunks
 from dist_vse.training.chunks import make_chunks
+from dist_vse.training.engine import wrap_model
 from dist_vse.training.flops import Flops, count_flops
 from dist_vse.training.grad_cache import train_step
+from dist_vse.training.step_loss import build_loss
 
 VOCABULARY = 8192  # of a text encoder from scratch, on made-up pairs
 
@@ -45,11 +46,10 @@ class StepHarness:
         step_timer.begin("data")
         batch = next(self.batches)
         step_timer.begin("encode")
-        ahead = build_ahead(self.config)
-        loss_fn = build_loss(self.config, batch, 0, {}, ahead)
+        loss = build_loss(self.config, batch, 0)
         chunks = make_chunks(self.engine.module, batch, self.config)
         kept = self.keep_graphs
-        train_step(self.engine, loss_fn, chunks, keep_graphs=kept, announce=ahead.send)
+        train_step(self.engine, loss, chunks, keep_graphs=kept)
 
     def known_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's inputs, features (captions of all ranks too, which are
@@ -58,7 +58,7 @@ class StepHarness:
         rows = self.config.global_batch_size // ranks
         gathered = rows * ranks if ranks > 1 and self.config.loss.transport == "gather" else 0
         loss, width = self.config.loss, self.config.model.embed_dim
-        caption = caption_bytes(loss.name, bf16_products=loss.bf16_products)
+        caption = find_loss(loss.name).caption_bytes(bf16_products=loss.bf16_products)
         pixels, tokens = 3 * self.config.model.image.size**2, self.config.model.text.max_tokens
         trainable = [p for p in self.engine.module.parameters() if p.requires_grad]
         return {

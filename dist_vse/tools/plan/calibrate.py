@@ -23,6 +23,7 @@ from dist_vse.config import TrainConfig
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.global_loss import global_loss
+from dist_vse.losses.options import LossOptions
 from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics
 from dist_vse.tools.plan.count import build_for_plan, model_key
 from dist_vse.tools.plan.hardware import ChunkSpeed, Hardware, LinkConfig
@@ -125,7 +126,9 @@ def _loss_rate(width: int, rounds: int) -> float:
     ten, zero = torch.full((1,), 10.0).log(), torch.zeros(1)
 
     def loss() -> None:
-        total = global_loss("info_nce", features[0], features[1], ten, zero, memory_gib=0).loss
+        total = global_loss(
+            "info_nce", features[0], features[1], ten, zero, LossOptions(memory_gib=0)
+        ).loss
         torch.autograd.grad(total, features)
 
     return 4 * 2 * rows * LOSS_ROWS * width / fastest(loss, rounds) / TERA

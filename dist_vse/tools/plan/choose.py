@@ -102,7 +102,7 @@ def candidates(start: Settings) -> Iterator[Settings]:
     chunks = [rows // count for count in range(1, rows + 1) if rows % count == 0]
     chunks = _thin([chunk for chunk in chunks if chunk > 1] or chunks)
     budgets = {0.0, start.loss_gib, start.similarity_bytes / GIB}
-    budgets = {0.0} if start.hardest else budgets
+    budgets = budgets if start.loss_spec.cost.dense_gradient else {0.0}
     transports = ("gather", "ring") if start.world_size > 1 else ("gather",)
     for chunk, stage in itertools.product(chunks, SIMPLEST):
         for transport, budget in itertools.product(transports, sorted(budgets)):

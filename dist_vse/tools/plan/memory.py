@@ -132,12 +132,12 @@ def loss_bytes(settings: Settings, width: int, place: Place) -> tuple[float, flo
     """Return the features (with all that is as wide) and the similarities at the loss's peak."""
     rows, total = settings.rank_batch, settings.global_batch
     own, everyone = FP32 * rows * width, FP32 * total * width
-    dense = not settings.hardest
+    dense = settings.loss_spec.cost.dense_gradient
     height, across = place.tile(dense=dense)
     tiles = FP32 * min(rows, height) * min(total, across) * (2 if dense else 1)
     kept = settings.kept_similarities
     share = settings.caption_bytes / FP32  # of the captions that came from other ranks
-    scaled = own if settings.on_logits else 0.0
+    scaled = own if settings.loss_spec.similarity_unit is not None else 0.0
     vectors = VECTORS * (rows + total)
     leaves = 2 * own
     if settings.ring:

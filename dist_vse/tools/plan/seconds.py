@@ -157,7 +157,7 @@ def loss_seconds(work: Work, settings: Settings, hardware: Hardware) -> float:
     if hardware.cores:  # tiles stay in the cache, and `attained_loss` was measured with them
         passes = 0.0
     again = 1 - settings.kept_similarities / settings.similarity_bytes
-    if settings.hardest:
+    if not settings.loss_spec.cost.dense_gradient:
         taken = products + PASS_BYTES * passes
     else:
         taken = (3 + again) * products + ((1 + again) * PASS_BYTES + BACK_BYTES) * passes

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig
 from dist_vse.config.optimizers import state_tensors
-from dist_vse.losses.registry import HARDEST, ON_LOGITS, caption_bytes
+from dist_vse.losses.registry import LossSpec, find_loss
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,14 @@ class Settings:
         return self.transport == "ring" and self.world_size > 1
 
     @property
-    def hardest(self) -> bool:
-        """Whether the loss looks at the hardest negatives only."""
-        return self.loss in HARDEST
-
-    @property
-    def on_logits(self) -> bool:
-        """Whether the loss is one of similarities over a temperature."""
-        return self.loss in ON_LOGITS
+    def loss_spec(self) -> LossSpec:
+        """The loss's entry in the registry."""
+        return find_loss(self.loss)
 
     @property
     def caption_bytes(self) -> int:
         """Bytes of a number of a caption's features on its way to other ranks."""
-        return caption_bytes(self.loss, bf16_products=self.bf16_products)
+        return self.loss_spec.caption_bytes(bf16_products=self.bf16_products)
 
     @property
     def similarity_bytes(self) -> float:
@@ -73,7 +68,7 @@ class Settings:
     @property
     def kept_similarities(self) -> float:
         """Bytes of similarities that stay from the loss's forward to its backward."""
-        if self.hardest:
+        if not self.loss_spec.cost.dense_gradient:
             return 0.0
         return min(self.loss_gib * GIB, self.similarity_bytes)
 

@@ -8,6 +8,7 @@ each. Rings pass every level, so the slowest link of those in use sets their pac
 import math
 from dataclasses import dataclass
 
+from dist_vse.losses.registry import find_loss
 from dist_vse.tools.plan.hardware import Hardware, LinkConfig
 from dist_vse.tools.plan.settings import Settings
 from dist_vse.tools.plan.work import FP32, Work
@@ -75,12 +76,9 @@ def loss_collectives(settings: Settings, width: int) -> list[Collective]:
         Collective("all_reduce", 48.0),  # telemetry
         Collective("all_reduce", FP32),  # the loss
     ]
-    if settings.hardest:  # own similarities, the maxima, their places
-        small += [Collective("all_gather", numbers), Collective("all_reduce", numbers, calls=2)]
-    elif settings.loss == "vse0":
-        small += [Collective("all_gather", numbers), Collective("all_reduce", 2 * numbers)]
-    elif settings.loss != "siglip":  # sums of the columns, own similarities
-        small += [Collective("all_gather", numbers), Collective("all_reduce", numbers)]
+    cost = find_loss(settings.loss).cost
+    small += [Collective("all_gather", numbers)] * cost.gathers
+    small += [Collective("all_reduce", each * numbers) for each in cost.reduces]
     return small + feature_collectives(settings, width)
 
 

@@ -5,19 +5,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from dist_vse.losses.registry import loss_label
 from dist_vse.tools.report.chart import Series, line_chart
 from dist_vse.tools.report.numbers import ordinal
 from dist_vse.tools.report.record import Line, Record
 from dist_vse.tools.report.results import cell
-
-_LOSS_NAMES = {
-    "convse": "ConVSE",
-    "convse++": "ConVSE++",
-    "info_nce": "InfoNCE",
-    "vse0": "VSE0",
-    "vse++": "VSE++",
-    "siglip": "SigLIP",
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,7 @@ def header(record: Record) -> str:
         f'<div class="card"><dt>{name}</dt><dd>{value}<span class="unit">{unit}</span></dd></div>'
         for name, value, unit in figures
     )
-    loss = _LOSS_NAMES.get(config.loss.name, config.loss.name)
+    loss = loss_label(config.loss.name)
     return (
         f"<h1>{escape(record.name)}</h1>"
         f'<p class="lead">Trained with {escape(loss)} over global batches of '

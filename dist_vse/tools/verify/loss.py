@@ -14,7 +14,7 @@ from dist_vse.tools.verify.one_process import (
 )
 from dist_vse.tools.verify.problem import make_batch, make_features, part_of
 from dist_vse.tools.verify.table import Row, compare, relative_error
-from dist_vse.training.builders import build_loss
+from dist_vse.training.step_loss import build_loss
 
 NAMES = (
     "value",
@@ -53,8 +53,9 @@ def _check(config: TrainConfig, counts: list[int], section: str) -> list[Row]:
     start = sum(counts[: distributed.rank()])
     rows = slice(start, start + counts[distributed.rank()])
 
-    loss_fn = build_loss(config, part_of(batch, rows), samples_seen(config), {})
-    loss, grads = gradients(loss_fn, [images[rows], texts[rows], *whole[2:]])
+    step_loss = build_loss(config, part_of(batch, rows), samples_seen(config))
+    leaves = [images[rows], texts[rows], *whole[2:]]
+    loss, grads = gradients(lambda *x: step_loss(*x).loss, leaves)
     found = [distributed.all_reduce_mean(loss.clone()), *_join(grads)]
     value, grads = gradients(build_dense_loss(config, batch), whole)
     exact = [value, *grads]

@@ -8,9 +8,9 @@ from torch import Tensor
 from dist_vse import distributed
 from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
-from dist_vse.losses.reference import dense_loss
+from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.models.dual_encoder import DualEncoder
-from dist_vse.training.schedule import warmup_share
+from dist_vse.training.step_loss import loss_options
 
 FLOOR = {"float64": 1e-9, "fp32": 1e-5, "bf16": 2**-6}
 """Errors that are never held against a run: thousands of roundings of float64, some hundred of
@@ -43,11 +43,9 @@ def build_dense_loss(config: TrainConfig, batch: Batch, *, rounded: bool = False
             texts,
             log_scale,
             bias,
+            loss_options(config, samples_seen(config)),
             image_ids=batch.image_ids.to(here),
             text_ids=batch.text_ids.to(here),
-            margin=loss.margin,
-            hardness=warmup_share(samples_seen(config), loss.warmup_samples),
-            duplicates=loss.duplicates,
         ).view(())
 
     return fn

@@ -20,9 +20,10 @@ from dist_vse.tools.verify.problem import (
     small_model,
 )
 from dist_vse.tools.verify.table import Row, compare, relative_error
-from dist_vse.training.builders import build_ahead, build_loss, wrap_model
 from dist_vse.training.chunks import make_chunks
+from dist_vse.training.engine import wrap_model
 from dist_vse.training.grad_cache import train_step
+from dist_vse.training.step_loss import build_loss
 
 PARTS = {
     "movement of image trunk": "image.trunk.",
@@ -90,13 +91,11 @@ def _take_step(
     count = config.global_batch_size // distributed.world_size()
     start = count * distributed.rank()
     share = part_of(batch, slice(start, start + count))
-    ahead = build_ahead(config)
-    loss_fn = build_loss(config, share, samples_seen(config), {}, ahead)
+    loss = build_loss(config, share, samples_seen(config))
     chunks = make_chunks(engine.module, share, config)
-    kept = kept_graphs(config)
-    loss = train_step(engine, loss_fn, chunks, keep_graphs=kept, announce=ahead.send)
+    output = train_step(engine, loss, chunks, keep_graphs=kept_graphs(config))
     with engine.gathered_parameters():
-        return loss, _copy(engine.module)
+        return output.loss, _copy(engine.module)
 
 
 def _copy(model: DualEncoder) -> dict[str, Tensor]:

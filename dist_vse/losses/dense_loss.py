@@ -1,0 +1,52 @@
+"""A loss of one process by its name: what `global_loss` must equal on any number of ranks."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dist_vse.losses.options import LossOptions
+from dist_vse.losses.reference import DensePairs
+from dist_vse.losses.registry import find_loss
+
+
+def dense_loss(
+    name: str,
+    image_features: Tensor,
+    text_features: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    options: LossOptions | None = None,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+) -> Tensor:
+    """Return the loss called `name` of N pairs: features (N, d), log_scale and bias (1,), ids (N,).
+
+    Arguments as for `global_loss`, which equals it on any number of ranks.
+    """
+    options = options or LossOptions()
+    if options.temperature is not None:
+        log_scale = torch.full_like(log_scale, -math.log(options.temperature))
+    s = image_features @ text_features.T  # (N, N)
+    positive, negative = pair_masks(len(s), image_ids, text_ids, options.duplicates, s.device)
+    pairs = DensePairs(
+        s, log_scale.exp(), bias, positive, negative, options.margin, options.hard_negative_weight
+    )
+    loss: Tensor = find_loss(name).load("dense")(pairs)
+    return loss
+
+
+def pair_masks(
+    count: int, image_ids: Tensor | None, text_ids: Tensor | None, duplicates: str, on: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return which pairs (N, N) are positives and which are negatives.
+
+    Duplicates are pairs i != j of equal image or caption id: `mask` makes them neither.
+    """
+    own = torch.eye(count, dtype=torch.bool, device=on)
+    same = own.clone()
+    for ids in (image_ids, text_ids):
+        if ids is not None:
+            same |= ids.view(-1, 1) == ids.view(1, -1)
+    return (same if duplicates == "positive" else own), ~same

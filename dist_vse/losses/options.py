@@ -1,0 +1,43 @@
+"""How a loss over the global batch is computed; nothing here imports torch."""
+
+from dataclasses import dataclass
+
+DUPLICATES = ("mask", "positive")
+TRANSPORTS = ("gather", "ring")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The choices of one step's loss, alike on all ranks but for memory_gib and tile."""
+
+    margin: float = 0.2
+    """m of the hinge losses."""
+    hard_negative_weight: float = 1.0
+    """From 0 (the mean of all violations) to 1 (the hardest negative alone): convse++, vse++."""
+    duplicates: str = "mask"
+    """Pairs of equal image or caption id: `mask` (no negatives) or `positive`."""
+    transport: str = "gather"
+    """`gather` the captions' features once, or pass them round a `ring`."""
+    bf16_products: bool = False
+    """Compute similarities in bfloat16; statistics stay float32."""
+    temperature: float | None = None
+    """t where a schedule sets it; None takes the model's."""
+    memory_gib: float = 0.25
+    """Tiles of similarities kept from forward for backward, GiB a rank."""
+    tile: int | None = None
+    """Size of a tile; None takes the device's."""
+
+    def fault(self) -> str | None:
+        """Say what is wrong, if anything is."""
+        for what, value, choices in (
+            ("duplicates", self.duplicates, DUPLICATES),
+            ("transport", self.transport, TRANSPORTS),
+        ):
+            if value not in choices:
+                return f"{what} {value!r} is unknown; choose {' or '.join(choices)}"
+        if not 0 <= self.hard_negative_weight <= 1:
+            return (
+                f"hard_negative_weight ({self.hard_negative_weight}) must be between 0 (all "
+                "violations) and 1 (the hardest)"
+            )
+        return None

@@ -1,0 +1,40 @@
+"""The loss of a step, as the run's config and its schedules have it."""
+
+from dist_vse import distributed
+from dist_vse.config import TrainConfig
+from dist_vse.data.samples import Batch
+from dist_vse.losses.global_loss import GlobalLoss
+from dist_vse.losses.options import LossOptions
+from dist_vse.training.schedule import temperature, warmup_fraction
+
+
+def build_loss(config: TrainConfig, batch: Batch, samples_seen: int) -> GlobalLoss:
+    """Return the loss of this rank's batch, in the step that starts after `samples_seen` pairs."""
+    here = distributed.device()
+    return GlobalLoss(
+        config.loss.name,
+        loss_options(config, samples_seen),
+        image_ids=batch.image_ids.to(here),
+        text_ids=batch.text_ids.to(here),
+    )
+
+
+def loss_options(config: TrainConfig, samples_seen: int) -> LossOptions:
+    """Return how the loss is computed after `samples_seen` pairs."""
+    loss, scheduled = config.loss, None
+    if loss.temperature_end is not None:
+        scheduled = temperature(
+            samples_seen,
+            start=loss.temperature,
+            end=loss.temperature_end,
+            total_samples=config.total_steps * config.global_batch_size,
+        )
+    return LossOptions(
+        margin=loss.margin,
+        hard_negative_weight=warmup_fraction(samples_seen, loss.warmup_samples),
+        duplicates=loss.duplicates,
+        transport=loss.transport,
+        bf16_products=loss.bf16_products,
+        temperature=scheduled,
+        memory_gib=loss.memory_gib,
+    )
