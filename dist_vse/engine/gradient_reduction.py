@@ -60,8 +60,12 @@ class _Bucket:
         assert self._reduction is not None and self._message is not None, "not sent"
         self._reduction.wait()
         if self._owner in (None, rank()):
-            averages = self._message.div_(world_size())
-            parts = averages.split([item.length for item in self._slices])
+            # To the bit as DeepSpeed averages under ZeRO 0 (all own all), and under 1 and 2.
+            if self._owner is None:
+                self._message.mul_(1 / world_size())
+            else:
+                self._message.div_(world_size())
+            parts = self._message.split([item.length for item in self._slices])
             for item, part in zip(self._slices, parts, strict=True):
                 item.gradient().copy_(part)
         self._message = self._reduction = None
@@ -94,9 +98,10 @@ class GradientReduction:
 
         A parameter that took no part in the backward gets zeros.
         """
-        if world_size() == 1:
+        if world_size() == 1:  # nothing is sent, but rounded as if it were
             for item in self._slices:
-                item.gradient()
+                gradient = item.gradient()
+                gradient.copy_(gradient.to(item.wire_dtype))
         if not self._started:
             return
         self._started = False

@@ -115,3 +115,15 @@ def test_no_more_is_sent_than_deepspeed_itself_would_send() -> None:
     sent = {kind: run_distributed(_bytes_reduced, 2, kind)[0] for kind in ("fp32", "bf16")}
     assert sent["fp32"][0] == sent["fp32"][1] > 0
     assert sent["bf16"][0] == sent["bf16"][1] < sent["fp32"][0]
+
+
+def test_one_process_rounds_as_several_do_and_fills_in_zeros() -> None:
+    used, unused = (nn.Parameter(torch.tensor([1.0, 1 / 3])) for _ in range(2))
+    slices = [GradientSlice(p, 0, 2, None, torch.bfloat16) for p in (used, unused)]
+    reduction = GradientReduction(slices)
+    reduction.start()
+    (used * torch.tensor([1.0, 1 / 3])).sum().backward()
+    reduction.finish()
+    assert used.grad is not None and unused.grad is not None
+    assert used.grad.tolist() == [1.0, float(torch.tensor(1 / 3).bfloat16())]
+    assert unused.grad.tolist() == [0.0, 0.0]
