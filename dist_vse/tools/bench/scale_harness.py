@@ -14,6 +14,7 @@ from dist_vse.common import step_timer
 from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.data.streams import open_train_sets
+from dist_vse.engine.deepspeed_internals import whole_shape
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.registry import find_loss
 from dist_vse.models.build import build_model
@@ -64,12 +65,12 @@ class StepHarness:
         return {
             "inputs": rows * (pixels + 8 * tokens),
             "outputs": (4 * 2 * rows + caption * gathered) * width,
-            "gradients": sum(_size(p) * p.itemsize for p in trainable),
+            "gradients": sum(whole_shape(p).numel() * p.itemsize for p in trainable),
         }
 
     def num_parameters(self) -> int:
         """Return how many parameters the model has, on all ranks together."""
-        return sum(_size(p) for p in self.engine.module.parameters())
+        return sum(whole_shape(p).numel() for p in self.engine.module.parameters())
 
 
 def build_harness(config: TrainConfig, *, stream: bool) -> StepHarness:
@@ -118,7 +119,3 @@ def _made_up(config: TrainConfig) -> Batch:
         state=np.zeros((0, 2), np.int64),
         skipped=(),
     )
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO 3 splits them
