@@ -10,6 +10,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.memory import measure
 from dist_vse.common.random_state import random_state
 from dist_vse.common.units import GIB
+from dist_vse.models.pretrained import PooledTrunk
 from dist_vse.training import chunking
 from dist_vse.training.chunking import Chunking, Pairs, agree, choose_chunking
 from tests.support.distributed import run_distributed
@@ -101,6 +102,13 @@ def test_a_try_leaves_no_trace() -> None:
     assert torch.equal(state.cpu, random_state().cpu)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_text_encoder_of_a_whole_checkpoint_is_tried_too() -> None:
+    """It pools by itself, and so knows no padding token."""
+    model = tiny_model()
+    model.text.trunk = PooledTrunk(model.text.trunk)
+    assert chunking._try(model, PAIRS, 4, False) is not None
 
 
 def _agreed() -> Chunking:
