@@ -1,8 +1,6 @@
 """Check a sample: its captions, and its image by its structure or by decoding it."""
 
-import io
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +24,9 @@ EXTENSIONS = {
 }
 MAX_PIXELS = 1024**3 // 4 // 3  # Pillow's own limit, from which on it suspects a bomb
 _PNG_START = b"\x89PNG\r\n\x1a\n"
+# PNG chunks that no decoder stumbles over, with their length where it is fixed.
+_PNG_CHUNKS = dict.fromkeys((b"PLTE", b"IDAT", b"IEND", b"tEXt", b"eXIf", b"tIME", b"bKGD"))
+_PNG_CHUNKS |= {b"IHDR": 13, b"pHYs": 9, b"gAMA": 4, b"sRGB": 1, b"cHRM": 32}
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a frame's header
 _JPEG_SEGMENT = struct.Struct(">BBH")  # 0xFF, marker, length
 _JPEG_FRAME = struct.Struct(">HH")  # height, width
@@ -63,26 +64,26 @@ def check_image(data: bytes | memoryview, *, decode: bool = True) -> str:
     extension = None if decode else _extension_if_whole(data)
     if extension is not None:
         return extension
-    with open_image(data) as image:
+    with checked_image(data) as image:
         image.verify()  # checksums; an image can't be used after it
-    with open_image(data) as image:
+    with checked_image(data) as image:
         image.load()
         assert image.format is not None, "an opened image has a format"
         return EXTENSIONS[image.format]
 
 
 @contextmanager
-def open_image(data: bytes | memoryview) -> "Iterator[Image.Image]":
+def checked_image(data: bytes | memoryview) -> "Iterator[Image.Image]":
     """Open an image for the body; raise BadSampleError for what goes wrong there or in the body."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
+
+    from dist_vse.data.image_file import open_image  # here: most images are never opened
 
     if not data:
         raise BadSampleError("the image file is empty (0 bytes)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                yield image
+        with open_image(data) as image:
+            yield image
     except UnidentifiedImageError as error:
         known = ", ".join(IMAGE_FORMATS)
         raise BadSampleError(f"the file is no image of a known format ({known})") from error
@@ -119,11 +120,16 @@ def _jpeg_pixels(data: bytes | memoryview) -> int:
 
 
 def _png_pixels(data: bytes | memoryview) -> int:
-    """Return width x height if every chunk has its checksum and IEND is the last; else 0."""
+    """Return width x height if every chunk has its checksum and IEND is the last; else 0.
+
+    It is 0 too for chunks that decoders may refuse, such as compressed text.
+    """
     at, pixels, kind = len(_PNG_START), 0, b""
     while at + 12 <= len(data) and kind != b"IEND":
         length, kind = int.from_bytes(data[at : at + 4], "big"), bytes(data[at + 4 : at + 8])
         end = at + 8 + length
+        if _PNG_CHUNKS.get(kind, -1) not in (None, length):
+            return 0
         if zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             return 0
         if kind == b"IHDR":

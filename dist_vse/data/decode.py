@@ -1,14 +1,13 @@
 """From the bytes of an image file to a square of 8-bit RGB."""
 
-import io
 import math
-import warnings
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from dist_vse.data.image_file import open_image, orientation
 from dist_vse.data.index import IMAGE_FORMATS
 from dist_vse.data.jpeg import Pixels, decode_at, plain_size, scale_for
 
@@ -84,7 +83,7 @@ def _transform(
     image = None
     size = plain_size(data) if transform.scaled else None
     if size is None:
-        image = _open(data)
+        image = open_image(data)
         size = image.size
     flip = transform.flip and rng is not None and rng.random() < 0.5
     # The crop is taken before the image is turned upright: both kinds treat width and height alike.
@@ -95,24 +94,18 @@ def _transform(
     else:
         box = center_box(*size)
     if image or not _decode_scaled(data, size, box, out):
-        _decode_any(data, image or _open(data), transform, box, out)
+        _decode_any(data, image or open_image(data), transform, box, out)
     if flip:
         cv2.flip(out, 1, dst=out)
     if transform.color_jitter > 0 and rng is not None:
         jitter_colors(out, transform.color_jitter, rng)
 
 
-def _open(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-
-
 def _decode_any(
     data: bytes, image: Image.Image, transform: Transform, box: Box, out: Pixels
 ) -> None:
     """Crop and resize whatever Pillow can open, and turn it upright."""
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    stored = orientation(image)
     scaled = transform.scaled and image.format == "JPEG" and image.mode in ("RGB", "L")
     if not (scaled and _decode_scaled(data, image.size, box, out)):
         image = _resizable(image)
@@ -120,8 +113,8 @@ def _decode_any(
         how = RESAMPLINGS[transform.resampling]
         image = image.resize(size, how, box=box, reducing_gap=2.0)
         out[:] = np.asarray(image.convert("RGB"))
-    if orientation in range(2, 9):
-        out[:] = _upright(out.copy(), orientation)
+    if stored > 1:
+        out[:] = _upright(out.copy(), stored)
 
 
 def center_box(width: int, height: int) -> Box:
@@ -186,12 +179,12 @@ def _round(start: float, stop: float, length: int) -> tuple[int, int]:
     return first, max(first + 1, min(round(stop), length))
 
 
-def _upright(pixels: Pixels, orientation: int) -> Pixels:
+def _upright(pixels: Pixels, stored: int) -> Pixels:
     """Turn the stored pixels upright (EXIF 2.3, table 6)."""
-    if orientation >= 5:
+    if stored >= 5:
         pixels = pixels.transpose(1, 0, 2)
-    rows = -1 if orientation in (3, 4, 7, 8) else 1
-    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    rows = -1 if stored in (3, 4, 7, 8) else 1
+    columns = -1 if stored in (2, 3, 6, 7) else 1
     return pixels[::rows, ::columns]
 
 

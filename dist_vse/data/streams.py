@@ -225,7 +225,8 @@ class _Stream:
         except BadSampleError as error:
             return _Bad(str(error), epoch, place)
         image = reader.image(shard, row) if self._plan.read_images else b""
-        choice = (turn + image_id(meta.key)) % len(meta.captions)  # starts differ
+        # Samples start with different captions.
+        choice = (turn + image_id(meta.key)) % len(meta.captions)
         origin = turn, self._first[source] + reader.number(shard, row)
         caption, number = meta.captions[choice], reader.image_id(shard, row)
         return _Sample(caption, number, origin, image, epoch, place)

@@ -7,12 +7,12 @@ from typing import cast
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
+from dist_vse.data.image_file import orientation, turned
 from dist_vse.data.jpeg import COLOURED, Pixels, decode_at, plain_size, scale_for
-from shards.sample_checks import EXTENSIONS, open_image
+from shards.sample_checks import EXTENSIONS, checked_image
 
-ORIENTATION = ExifTags.Base.Orientation
 FORMATS = ("jpeg", "png", "webp")
 REDUCING_GAP = 3.0  # Pillow: from 3 on nearly the same as a full resampling
 SMOOTH_FROM = 1.5  # shrink factor from which averaging is more accurate than cubic
@@ -45,15 +45,16 @@ def recode_image(data: bytes, how: Recode) -> tuple[bytes, str]:
         pixels = _shrunk_jpeg(data, size, how.max_side, "RGB")
         if pixels is not None:
             return _jpeg(pixels, how.quality), "jpg"
-    with open_image(data) as image:
+    with checked_image(data) as image:
         image_format = "JPEG" if image.format == "MPO" else image.format or ""
         target = how.format.upper() or (image_format if image_format.lower() in FORMATS else "PNG")
         too_large = 0 < how.max_side < max(image.size)
         if not too_large and image_format == (how.format.upper() or image_format):
             image.load()
             return data, EXTENSIONS[image_format]
+        stored = orientation(image)
         changed = _shrunk(data, image, how.max_side) if too_large else _averageable(image)
-        return _encoded(ImageOps.exif_transpose(changed), target, how.quality), EXTENSIONS[target]
+        return _encoded(turned(changed, stored), target, how.quality), EXTENSIONS[target]
 
 
 def _shrunk(data: bytes, image: Image.Image, max_side: int) -> Image.Image:
@@ -64,20 +65,8 @@ def _shrunk(data: bytes, image: Image.Image, max_side: int) -> Image.Image:
         pixels = _shrunk_jpeg(data, image.size, max_side, colours)
     if pixels is None:
         size = _fitted(image.size, max_side)
-        result = _averageable(image).resize(
-            size, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP
-        )
-    else:
-        result = Image.fromarray(pixels)
-    return _oriented(result, image)
-
-
-def _oriented(result: Image.Image, source: Image.Image) -> Image.Image:
-    """Note on `result` how `source` is to be turned, whether EXIF or only XMP says so."""
-    exif = Image.Exif()
-    exif[ORIENTATION] = source.getexif().get(ORIENTATION, 1)
-    result.info["exif"] = exif.tobytes()
-    return result
+        return _averageable(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
+    return Image.fromarray(pixels)
 
 
 def _shrunk_jpeg(data: bytes, size: tuple[int, int], max_side: int, colours: str) -> Pixels | None:
@@ -122,7 +111,7 @@ def _averageable(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):  # 16 bits a pixel, whichever way they are stored
         values = np.asarray(image).clip(0, 65535) // 257
-        return _oriented(Image.fromarray(values.astype(np.uint8)), image)
+        return Image.fromarray(values.astype(np.uint8))
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     return image.convert("RGBA" if transparent else "RGB")
 

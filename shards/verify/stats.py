@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.data.index import Index, Shard, read_index
 from shards.pool import ordered_map
-from shards.sample_checks import BadSampleError, open_image
+from shards.sample_checks import BadSampleError, checked_image
 from shards.verify.read import Stored, local_tar, read_stored
 
 THUMB, TEXT_LINES, COLUMNS = 160, 3, 8  # of a contact sheet: pixels, lines, thumbs
@@ -84,7 +84,7 @@ def _count(stats: Stats, stored: Stored) -> None:
     stats.languages.update(json.loads(stored.meta).get("languages", ()))
     stats.kilobytes[len(stored.image) // 1000] += 1
     stats.image_ids[stored.image_id] += 1
-    with open_image(stored.image) as image:
+    with checked_image(stored.image) as image:
         stats.sides[max(image.size)] += 1
         stats.formats[str(image.format)] += 1
 
@@ -125,7 +125,7 @@ def write_contact_sheet(folder: Path, path: Path, *, count: int = 48) -> int:
 def _thumb(data: bytes) -> Image.Image:
     """Return a small picture (RGBA) of an image: grey, and marked so, of one that is unusable."""
     try:
-        with open_image(data) as image:
+        with checked_image(data) as image:
             thumb = image.convert("RGBA")
             thumb.thumbnail((THUMB, THUMB))
             return thumb

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import LossConfig, ModelConfig
 from dist_vse.data.decode import BadSampleError, Transform, decode_image
+from dist_vse.data.image_file import orientation, turned
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.pretrained import pretrained_tokenizer
@@ -130,7 +130,7 @@ def _check_list(given: object, name: str) -> None:
 def _read(image: "str | Path | Image") -> bytes:
     if isinstance(image, str | Path):
         return Path(image).read_bytes()
-    image = ImageOps.exif_transpose(image)  # PNG would lose the orientation
+    image = turned(image, orientation(image))  # PNG would lose the orientation
     buffer = io.BytesIO()  # without loss, so that it is treated as its file would be
     keep = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
     (image if keep else image.convert("RGB")).save(buffer, "PNG")
