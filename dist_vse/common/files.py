@@ -8,11 +8,12 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from dist_vse.common.errors import writing
 
 READ_BYTES = 1 << 20
+_LEFTOVERS = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN"))
 
 
 @contextlib.contextmanager
@@ -81,6 +82,15 @@ def atomic_output(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             yield temporary
+
+
+def is_leftover(path: str | PurePath) -> bool:
+    """Return whether a path from a data set's folder, or in a tar, was left by the system.
+
+    Hidden files and folders (`.DS_Store`, `._x`, `.ipynb_checkpoints`) are never data.
+    """
+    parts = PurePath(path).parts
+    return any(part in _LEFTOVERS or (part[:1] == "." and part != "..") for part in parts)
 
 
 def sha256_of_file(path: Path) -> str:

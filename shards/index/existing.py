@@ -21,7 +21,7 @@ from shards.build.output_checks import check_indexable
 from shards.build.plan import check_split
 from shards.build.sync import Advance, ShardBuilder, sync_shards
 from shards.error_budget import ErrorBudget
-from shards.index.wds_reader import Sample, read_samples
+from shards.index.wds_reader import Sample, plain_tars, read_samples
 from shards.manifest import ShardEntry, Skipped, read_manifest, shard_files, write_manifest
 from shards.pool import ordered_map
 from shards.remote import local_copy
@@ -77,7 +77,7 @@ def _expand(text: str) -> list[str]:
         if is_remote(name):
             found.append(name)
         elif path.is_dir():
-            found += sorted(str(p) for p in path.glob("*.tar"))
+            found += map(str, plain_tars(path))
         elif "*" in name:
             found += sorted(glob(name))
         else:

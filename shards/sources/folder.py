@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import is_leftover
 from shards.record import Record
 from shards.sources.paths import existing_folder, read_lines
 
@@ -31,7 +32,8 @@ def read_folder(path: Path, *, split: str | None = None) -> Iterator[Record]:
             "leave --split out, or give one of the folders as INPUT"
         )
     for child in sorted(path.iterdir()):
-        stray = None if child.name in folders else next(_image_paths(child), None)
+        ours = child.name in folders or is_leftover(child.name)
+        stray = None if ours else next(_image_paths(child), None)
         if stray is not None:
             raise UserError(
                 f"{stray}: lies outside the split folders {', '.join(folders)}; move it into one"
@@ -54,7 +56,9 @@ def _images(root: Path, folder: Path, split: str) -> Iterator[Record]:
 
 
 def _image_paths(path: Path) -> Iterator[Path]:
-    """Yield the images at or under `path`, sorted."""
+    """Yield the images at or under `path`, sorted, but not what the system left there."""
     for candidate in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if is_leftover(candidate.relative_to(path) if path.is_dir() else candidate.name):
+            continue
         if candidate.suffix.lower() in SUFFIXES and candidate.is_file():
             yield candidate

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import INDEX_NAME, is_remote, read_index
-from shards.index.wds_reader import read_samples
+from shards.index.wds_reader import plain_tars, read_samples
 from shards.manifest import read_planned
 from shards.record import Member, Record
 from shards.sources.paths import existing
@@ -54,7 +54,7 @@ def _tars_in(folder: Path) -> list[tuple[Path, str]]:
             f"{folder}: the run that makes split {cut!r} was cut; run it to the end first"
         )
     if not (folder / INDEX_NAME).is_file():
-        return [(tar, "") for tar in sorted(folder.glob("*.tar"))]
+        return [(tar, "") for tar in plain_tars(folder)]
     tars = []
     for name, split in read_index(folder).splits.items():
         for shard in split.shards:

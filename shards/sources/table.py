@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.files import is_leftover
 from shards.record import Record
-from shards.sources.paths import existing, existing_file, existing_folder, image_in
+from shards.sources.paths import existing_file, existing_folder, image_in
 
 Row = tuple[str, dict[str, Any]]  # where it stands, its columns
 
@@ -139,7 +140,9 @@ def _parquet_rows(path: Path, columns: _Columns) -> Iterator[Row]:
         raise UserError(
             f"{path}: Parquet needs a package more; pip install 'dist_vse[parquet]'"
         ) from None
-    files = sorted(existing(path).glob("*.parquet")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [f for f in sorted(path.glob("*.parquet")) if not is_leftover(f.name)]
     for part in files:
         number = 0
         with existing_file(part).open("rb") as file:

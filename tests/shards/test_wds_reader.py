@@ -31,13 +31,13 @@ def test_an_extension_that_comes_again_begins_another_sample(tmp_path: Path) -> 
     first, second, third = read_samples(tar)
     assert first.image != second.image
     assert [sample.captions for sample in (first, second)] == [("one",), ("two",)]
-    assert third.fault == "no image"
+    assert third.fault == "no image (d.Txt)"
     run_shard("index", tar, "--out", tmp_path / "index", "--max-bad", "1", *ONE)
     run_shard("reshard", tar, tmp_path / "out", "--max-bad", "1", *ONE)
     for folder in (tmp_path / "index", tmp_path / "out"):
         assert read_index(folder).split("train").num_samples == 2
         (skipped,) = (folder / "skipped.jsonl").read_text().splitlines()
-        assert json.loads(skipped)["reason"] == "no image"
+        assert json.loads(skipped)["reason"] == "no image (d.Txt)"
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])

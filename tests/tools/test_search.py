@@ -26,7 +26,7 @@ from dist_vse.tools.search.embed import embed_split, open_model
 from dist_vse.tools.search.found import Found, Queries
 from dist_vse.tools.search.picture import draw_sheet, wrap
 from dist_vse.tools.search.run import search
-from dist_vse.tools.search.zeroshot import class_features, zeroshot
+from dist_vse.tools.search.zeroshot import _read_folder, class_features, zeroshot
 from tests.support.datasets import describe, draw, write_dataset
 from tests.support.runs import trained_run
 
@@ -280,3 +280,17 @@ def test_faiss_finds_the_same(trained: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"pip install 'dist_vse\[faiss\]'"):
         search(trained, **how, top=4, sheet=None, faiss=True)  # type: ignore[arg-type]
+
+
+def test_what_a_system_leaves_is_no_class(tmp_path: Path) -> None:
+    for name in (
+        "cat/a.jpg",
+        "cat/._a.jpg",
+        "cat/.Trash-0/b.jpg",
+        "__MACOSX/c.jpg",
+        ".hidden/d.jpg",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    assert _read_folder(tmp_path) == {"cat": [tmp_path / "cat/a.jpg"]}

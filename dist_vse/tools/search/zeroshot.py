@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import is_leftover
 from dist_vse.common.log import setup_logging
 from dist_vse.evaluation.retrieval.checks import check_finite
 from dist_vse.evaluation.retrieval.scoring import TIE
@@ -102,9 +103,13 @@ def _read_folder(data: Path) -> dict[str, list[Path]]:
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; give a folder with one folder of images a class")
     found = {
-        folder.name: sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+        folder.name: sorted(
+            f
+            for f in folder.rglob("*")
+            if f.suffix.lower() in SUFFIXES and not is_leftover(f.relative_to(folder))
+        )
         for folder in sorted(data.iterdir())
-        if folder.is_dir()
+        if folder.is_dir() and not is_leftover(folder.name)
     }
     empty = [name for name, files in found.items() if not files]
     if not found or empty:
