@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The one exception for errors that a user can fix."""
 
 import contextlib
 import errno
@@ -9,10 +9,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong: the message says what, where, and what to do.
+    """The user's input is wrong: the message says what, where, and what to do.
 
-    Commands print it as one line and end with exit code 2; any other exception is a fault of
-    ours and shows its traceback.
+    Commands print it as one line and exit with code 2. Any other exception is our bug and shows its
+    traceback.
     """
 
 
@@ -23,9 +23,9 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write there (a full disk, no right to) into a UserError."""
+    """Turn an OSError of writing there (a full disk, missing permission) into a UserError."""
     try:
         yield
     except OSError as error:
-        remedy = "make room" if error.errno in FULL else "give a place that can be written"
+        remedy = "make room" if error.errno in FULL else "give a path that can be written"
         raise UserError(f"{path}: can't be written ({first_line(error)}); {remedy}") from error

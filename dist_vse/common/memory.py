@@ -1,4 +1,4 @@
-"""How many bytes a piece of work allocates: what it leaves behind, and what it needs at most."""
+"""Measure how many bytes a function allocates: what it keeps, and its peak."""
 
 import weakref
 from collections.abc import Callable
@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Allocated:
-    """Bytes beyond those that were allocated before."""
+    """Bytes in addition to those allocated before."""
 
-    held: int  # after the work, while its result lives
-    peak: int  # at most at once, during it
+    held: int  # after the call, while its result is alive
+    peak: int  # maximum during the call
 
 
 def measure(work: Callable[[], T], device: torch.device) -> tuple[T, Allocated]:
     """Run `work`; return its result and what it allocated on the device.
 
-    On the CPU the tensors that operators return are counted, not what an operator needs inside.
+    On the CPU only the tensors that operators return are counted, not their internal workspace.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -39,9 +39,9 @@ def measure(work: Callable[[], T], device: torch.device) -> tuple[T, Allocated]:
 
 
 class TensorMemoryTracker(TorchDispatchMode):
-    """Follows the memory of all tensors that are made inside the block.
+    """Tracks the memory of all tensors that are made inside the block.
 
-    `held` and `peak` are bytes; `peak` may be set back to `held` to look at a part of the work.
+    `held` and `peak` are bytes. Set `peak` to `held` to measure a later part of the work.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class TensorMemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for given in tree_iter((args, kwargs)):  # what is first seen as an input was there before
+        for given in tree_iter((args, kwargs)):  # a tensor first seen as an input existed before
             if isinstance(given, torch.Tensor):
                 self._count(given.untyped_storage(), made=False)
         result = func(*args, **(kwargs or {}))

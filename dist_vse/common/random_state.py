@@ -1,4 +1,4 @@
-"""Saving and replaying the random state, so that two forwards draw the same dropout."""
+"""Save and replay the random state, so that two forwards draw the same dropout."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ class RandomState:
 
 
 def random_state() -> RandomState:
-    """Return the random state as it is now."""
+    """Return the current random state."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return RandomState(torch.get_rng_state(), cuda)
 
@@ -31,7 +31,7 @@ def restore(state: RandomState) -> None:
 
 @contextlib.contextmanager
 def replay(state: RandomState) -> Iterator[None]:
-    """Draw inside the block what was drawn after `state`; then go on as if it had not been."""
+    """Draw in the block what was drawn after `state`; then restore the state of before."""
     now = random_state()
     restore(state)
     try:

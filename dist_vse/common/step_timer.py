@@ -1,7 +1,8 @@
-"""What a step's time goes into: seconds by part.
+"""Measure a training step: seconds by part.
 
-The train step says where it is (`begin("encode")`), and every collective is cut out of the part
-around it. Who wants to know listens; where nobody does, a word costs less than a microsecond.
+The train step announces each part (`begin("encode")`), and every collective is counted apart from
+the part around it. A `Listener` receives these events. Without one, an event costs less than a
+microsecond.
 """
 
 import threading
@@ -17,15 +18,15 @@ PARTS = ("data", "encode", "gather", "loss", "second_pass", "reduce", "step")
 """In the order of a step. `gather`: the loss's collectives, features and statistics, with the
 wait for slower ranks; `reduce`: the engine's, gradients and parameters."""
 OTHER = "other"
-"""What belongs to no part: between two steps."""
+"""Time that belongs to no part: between two steps."""
 _COLLECTIVES = {"loss": "gather", "encode": "reduce", "second_pass": "reduce", "step": "reduce"}
 
 
 class Listener(Protocol):
-    """Is told when a part begins; the one before ends with it."""
+    """Called when a part begins, which ends the part before."""
 
     def begin(self, part: str) -> None:
-        """Take note."""
+        """Handle the event."""
 
 
 _listeners: list[Listener] = []
@@ -33,7 +34,7 @@ _part = OTHER
 
 
 def begin(part: str) -> None:
-    """Say that a part begins here."""
+    """Announce that a part begins here."""
     global _part
     _part = part
     for listener in _listeners:
@@ -41,16 +42,16 @@ def begin(part: str) -> None:
 
 
 def current() -> str:
-    """Return the part that this moment belongs to."""
+    """Return the current part."""
     return _part
 
 
 @contextmanager
 def collective(part: str | None = None) -> Iterator[None]:
-    """Count the block, a collective, for itself: as `part`, or by the part in which it stands.
+    """Count a collective in the block separately: as `part`, or by the part around it.
 
-    Also a decorator. What ranks say to each other between the parts (all that is no step) stays
-    where it is; so does what another thread starts (autograd's, on a GPU) beside this one's work.
+    Also a decorator. Collectives between the parts (outside of a step) are not counted separately,
+    nor are those that another thread starts (autograd's, on a GPU).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -65,7 +66,7 @@ def collective(part: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Tell the listener of the parts in the block."""
+    """Send the events in the block to the listener."""
     _listeners.append(listener)
     try:
         listener.begin(_part)
@@ -75,18 +76,18 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 class Clock:
-    """Adds up the seconds of each part; on a GPU by its own events, so that nothing waits."""
+    """Adds up the seconds of each part; on a GPU with its events, without synchronising."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
 
     def begin(self, part: str) -> None:
-        """Note when the part begins."""
+        """Record when the part begins."""
         self._marks.append((part, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Return the seconds of every part since the last reading; waits for a GPU."""
+        """Return the seconds of every part since the last reading; synchronises a GPU."""
         if not self._marks:
             return dict.fromkeys((*PARTS, OTHER), 0.0)
         self.begin(self._marks[-1][0])
