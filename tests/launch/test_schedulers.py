@@ -42,6 +42,7 @@ def test_a_scheduler_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> No
         find_scheduler("pbs")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_new_scheduler_needs_only_its_row_in_the_table(
     toy_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
