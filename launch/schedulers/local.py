@@ -32,9 +32,6 @@ _SLURM_ONLY = (
 )
 """Settings that mean nothing without a queue."""
 
-_started: dict[str, Any] = {}
-"""The jobs that this process started, by id: Python warns if it forgets a running child."""
-
 
 class Local:
     """Processes of this machine."""
@@ -135,7 +132,6 @@ class Local:
         executor.update_parameters(**spec.parameters)
         with _detached(), _environment(spec.env):
             started = executor.submit(work)
-        _started[started.job_id] = started
         logs = str(started.task(0).paths.stderr).replace("_0_log.err", "_RANK_log.err")
         return SubmittedJob(
             started.job_id, self.name, logs, started.num_tasks, socket.gethostname()
