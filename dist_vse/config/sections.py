@@ -144,8 +144,8 @@ class LossConfig:
     """The loss over the global batch."""
 
     name: str = "convse"
-    """convse, convse++ (Jain and Verma 2021), info_nce (CLIP), vse0, vse++, siglip; or one of your
-    own: `module:NAME` of a LossSpec (CONTRIBUTING.md)."""
+    """A loss of docs/losses.md; or one of your own: `module:NAME` of a LossSpec
+    (CONTRIBUTING.md)."""
     temperature: float = 0.1
     """t of convse, convse++, info_nce and siglip; its start where it is learned."""
     learn_temperature: bool = False
