@@ -57,6 +57,21 @@ def info_nce(pairs: DensePairs) -> Tensor:
     return convse(pairs) / 2
 
 
+def dcl(pairs: DensePairs) -> Tensor:
+    """Return decoupled contrastive learning: InfoNCE without positives in the denominators.
+
+    The sum of both directions, halved as CLIP's is. A row (or column) without a negative gives
+    nothing. https://arxiv.org/abs/2110.06848
+    """
+    rows = pairs.logits, pairs.positive, pairs.negative
+    total = pairs.s.sum() * 0
+    for z, positive, negative in (rows, tuple(x.T for x in rows)):
+        some = negative.any(1)
+        denominators = z.masked_fill(~negative, float("-inf"))[some].logsumexp(1)
+        total = total + (denominators - masked_mean(z, positive, 1)[some]).sum()
+    return total / (2 * pairs.count)
+
+
 def siglip(pairs: DensePairs) -> Tensor:
     """Return SigLIP's sigmoid loss: every pair is a yes or no. https://arxiv.org/abs/2303.15343"""
     logits = pairs.logits + pairs.bias

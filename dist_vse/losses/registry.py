@@ -120,6 +120,17 @@ LOSSES = {
             captions_in_bf16=True,
         ),
         LossSpec(
+            name="dcl",
+            label="DCL",
+            paper="https://arxiv.org/abs/2110.06848",
+            dense=_DENSE + "dcl",
+            terms="dist_vse.losses.decoupled:decoupled_terms",
+            similarity_unit=lambda scale: scale / LN2,
+            loss_unit=lambda scale, n: 0.5 * LN2 / n,
+            captions_in_bf16=True,
+            cost=LossCost(gathers=0, reduces=(1, 1)),  # the maxima, the sums
+        ),
+        LossSpec(
             name="siglip",
             label="SigLIP",
             paper="https://arxiv.org/abs/2303.15343",
