@@ -127,7 +127,7 @@ def test_among_equal_negatives_the_lowest_index_gets_the_gradient() -> None:
     assert grad.abs().sum(1).nonzero().view(-1).tolist() == [3]
 
 
-def test_hardness_goes_from_the_mean_of_violations_to_the_hardest() -> None:
+def test_the_weight_goes_from_the_mean_of_violations_to_the_hardest() -> None:
     images, texts = features(8)
     losses = [
         dense_loss("vse++", images, texts, log_scale(0.1), BIAS, hard_negative_weight=h).item()

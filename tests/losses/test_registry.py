@@ -1,0 +1,92 @@
+"""One entry a loss: ours, and losses registered from outside the package."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_vse import distributed
+from dist_vse.common.errors import UserError
+from dist_vse.config import load_config
+from dist_vse.losses.registry import LOSSES, check_name, find_loss, loss_label
+from dist_vse.tools.plan.settings import Settings
+from dist_vse.tools.plan.traffic import loss_collectives
+from dist_vse.tools.report.page import write_report
+from dist_vse.tools.verify.contract import check
+from tests.support.distributed import run_distributed
+from tests.support.loss_cases import Case, dense_loss, error, global_loss, gradients
+from tests.support.runs import read_logged, read_losses, trained_run
+
+TOY = "tests.support.toy_loss:TOY"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_entry_is_whole(name: str) -> None:
+    spec = find_loss(name)
+    assert spec.name == name and spec.label and spec.paper.startswith("https://")
+    assert callable(spec.load("dense")) and callable(spec.load("terms"))
+    assert loss_collectives(Settings(64, 2, 8, loss=name), 16)
+
+
+def test_the_registry_imports_no_torch() -> None:
+    code = (
+        "import sys, dist_vse.losses.registry, dist_vse.config; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("convse+", r"loss='convse\+' is unknown; did you mean 'convse"),
+        ("my_losses:MINE", r"can't be imported \(No module named 'my_losses'\); put its module's"),
+        ("tests.support.toy_loss:NONE", "can't be imported .*NONE"),
+        ("tests.support.toy_loss:dense", "is a function, not a LossSpec"),
+    ],
+)
+def test_a_loss_that_is_none_is_named(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_loss(name)
+
+
+def test_a_config_may_name_a_loss_from_outside_without_importing_it() -> None:
+    check_name("nowhere:MINE")
+    assert loss_label("nowhere:MINE") == "nowhere:MINE" and loss_label("dcl") == "DCL"
+    assert load_config(None, ["loss.name=nowhere:MINE"]).loss.name == "nowhere:MINE"
+
+
+def _errors() -> dict[str, float]:
+    found, counts = {}, (7, 3)
+    for transport, duplicates, tile in itertools.product(("gather", "ring"), ("mask",), (3, 64)):
+        case = Case(TOY, sum(counts), duplicates=duplicates, groups=8)
+        exact = gradients(dense_loss, case)
+        start = sum(counts[: distributed.rank()])
+        case.part = slice(start, start + counts[distributed.rank()])
+        grads = gradients(global_loss, case, transport=transport, tile=tile)
+        features = [distributed.all_gather_rows(x) / 2 for x in grads[1:3]]
+        found[f"{transport} {tile}"] = error([grads[0], *features], exact[:3])
+    return found
+
+
+def test_a_loss_from_outside_equals_its_dense_form_on_ragged_ranks() -> None:
+    for errors in run_distributed(_errors, 2):
+        assert max(errors.values()) < 1e-10, errors
+
+
+def test_a_loss_from_outside_is_trained_reported_and_verified(tmp_path: Path) -> None:
+    more = (f"loss.name={TOY}", "total_steps=6", "log_every=1", "engine.zero_stage=2")
+    run_dir = trained_run(tmp_path, {"train": 64, "val": 8}, *more)
+    losses = read_losses(run_dir)
+    assert losses[-1] < losses[0]
+    assert all(-1 <= x <= 1 for x in read_logged(run_dir, "hardest_similarity"))  # telemetry
+    out = tmp_path / "report.html"
+    write_report(run_dir, None, out)
+    assert TOY in out.read_text()
+    assert run_distributed(_verified, 2) == [0, 0]
+
+
+def _verified() -> int:
+    result = check(load_config(None, [f"loss.name={TOY}", "engine.zero_stage=3"]))
+    return result.code
