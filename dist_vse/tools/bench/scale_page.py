@@ -9,21 +9,11 @@ from dist_vse.common.step_timer import OTHER, PARTS
 from dist_vse.tools.bench.scale_cases import BASE, INDEPENDENT, STRONG, WEAK
 from dist_vse.tools.bench.scale_rows import label
 from dist_vse.tools.bench.scale_tables import MEMORY, MIB
-from dist_vse.tools.report.bars import legend, stacked_bars
-from dist_vse.tools.report.chart import Point, Series, line_chart
+from dist_vse.tools.report.chart import Point, Series, bars_figure, line_figure
 from dist_vse.tools.report.page import document
 
 Row = dict[str, Any]
 _COLOURS = ("c6", "c1", "c4", "c5", "c3", "c2", "c7", "c8")
-_STYLE = """<style>
-.keys { display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: .8125rem; color: var(--soft);
-  margin: 2px 0 8px; }
-.keys svg { display: inline-block; width: 12px; height: 12px; margin-right: 6px; }
-.bar.c1 { fill: var(--s1); } .bar.c2 { fill: var(--s2); } .bar.c3 { fill: var(--c3); }
-.bar.c4 { fill: var(--c4); } .bar.c5 { fill: var(--c5); } .bar.c6 { fill: var(--c6); }
-.bar.c7 { fill: var(--soft); } .bar.c8 { fill: var(--line); }
-.wide { margin-top: 16px; }
-</style>"""
 
 
 def write_page(report: dict[str, Any], path: Path) -> None:
@@ -36,7 +26,6 @@ def write_page(report: dict[str, Any], path: Path) -> None:
         f"{report['date']}. Settings: {' '.join(report['settings']) or 'the small model'}."
     )
     parts = [
-        _STYLE,
         f'<h1>Scaling</h1><p class="lead">{escape(about)}</p>',
         _speed(rows),
         _bars(
@@ -76,12 +65,8 @@ def _speed(rows: Sequence[Row]) -> str:
     if not series:
         return ""
     title = "Pairs a second over processes"
-    drawn = line_chart(title, series, from_zero=True, x_label="processes")
-    keys = legend({s.label: s.style for s in series})
-    return (
-        f'<div class="charts"><figure class="card"><header><h3>{title}</h3></header>{keys}'
-        f"{drawn}</figure></div>"
-    )
+    drawn = line_figure(title, series, from_zero=True, x_label="processes")
+    return f'<div class="charts">{drawn}</div>'
 
 
 def _bars(title: str, rows: Sequence[tuple[str, dict[str, float]]], names: Sequence[str]) -> str:
@@ -90,7 +75,4 @@ def _bars(title: str, rows: Sequence[tuple[str, dict[str, float]]], names: Seque
     renamed = [
         (row, {spoken[n]: v for n, v in parts.items() if n in spoken}) for row, parts in rows
     ]
-    return (
-        f'<figure class="card wide"><header><h3>{title}</h3></header>{legend(styles)}'
-        f"{stacked_bars(title, renamed, styles)}</figure>"
-    )
+    return bars_figure(title, renamed, styles)

@@ -1,7 +1,7 @@
-"""Line charts as inline SVG; colours and fonts come from the page's style sheet."""
+"""Line charts and stacked bars as inline SVG; colours and fonts are those of the style sheet."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -9,6 +9,7 @@ from dist_vse.tools.report.numbers import figure, short
 
 WIDTH, HEIGHT = 400, 210  # of the drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 26  # margins
+BARS_WIDTH, BARS_LEFT, BARS_RIGHT, ROW, BAR = 960, 250, 74, 30, 18
 MAX_POINTS = 200
 """Longer curves become means over bins, drawn on the band between each bin's extremes."""
 
@@ -61,6 +62,68 @@ def line_chart(title: str, series: Sequence[Series], *, from_zero: bool, x_label
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}: '
         f'{escape(spoken)}">{body}</svg>'
+    )
+
+
+def line_figure(
+    title: str, series: Sequence[Series], *, unit: str = "", from_zero: bool, x_label: str
+) -> str:
+    """Draw a line chart in its frame, with a legend where it has several lines."""
+    keys = legend({s.label: s.style for s in series}) if len(series) > 1 else ""
+    drawing = line_chart(title, series, from_zero=from_zero, x_label=x_label)
+    unit = f'<span class="unit">{unit}</span>' if unit else ""
+    return f'<figure class="card"><header><h3>{title}</h3>{unit}</header>{keys}{drawing}</figure>'
+
+
+def bars_figure(
+    title: str, rows: Sequence[tuple[str, Mapping[str, float]]], styles: Mapping[str, str]
+) -> str:
+    """Draw stacked bars in their frame, with a legend."""
+    keys = legend(styles, mark='<rect class="bar {}" width="24" height="8" rx="2"/>')
+    drawing = stacked_bars(title, rows, styles)
+    return f'<figure class="card wide"><header><h3>{title}</h3></header>{keys}{drawing}</figure>'
+
+
+def legend(styles: Mapping[str, str], mark: str = '<path class="line {}" d="M1 4H23"/>') -> str:
+    """Return the labels, each after a mark in its style."""
+    keys = "".join(
+        f'<span><svg viewBox="0 0 24 8" aria-hidden="true">{mark.format(style)}</svg>'
+        f"{escape(label)}</span>"
+        for label, style in styles.items()
+    )
+    return f'<div class="legend">{keys}</div>'
+
+
+def stacked_bars(
+    title: str, rows: Sequence[tuple[str, Mapping[str, float]]], styles: Mapping[str, str]
+) -> str:
+    """Draw a bar a row, its parts side by side in the order of `styles` (part to CSS class)."""
+    most = max((sum(parts.values()) for _, parts in rows), default=0.0) or 1.0
+    scale = (BARS_WIDTH - BARS_LEFT - BARS_RIGHT) / most
+    spoken = "; ".join(f"{name}: {figure(sum(parts.values()))}" for name, parts in rows)
+    body = []
+    for number, (name, parts) in enumerate(rows):
+        y, x = number * ROW + 6, float(BARS_LEFT)
+        middle = y + BAR / 2
+        body.append(
+            f'<text x="{BARS_LEFT - 10}" y="{middle}" dy=".35em" text-anchor="end">'
+            f"{escape(name)}</text>"
+        )
+        for part, style in styles.items():
+            value = parts.get(part, 0.0)
+            if value > 0:
+                body.append(
+                    f'<rect class="bar {style}" x="{x:.1f}" y="{y}" width="{value * scale:.1f}" '
+                    f'height="{BAR}"><title>{escape(f"{name}, {part}")}: {figure(value)}</title>'
+                    "</rect>"
+                )
+                x += value * scale
+        total = figure(sum(parts.values()))
+        body.append(f'<text x="{x + 8:.1f}" y="{middle}" dy=".35em">{total}</text>')
+    height = len(rows) * ROW + 6
+    return (
+        f'<svg viewBox="0 0 {BARS_WIDTH} {height}" role="img" aria-label="{escape(title)}: '
+        f'{escape(spoken)}">{"".join(body)}</svg>'
     )
 
 

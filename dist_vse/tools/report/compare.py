@@ -6,11 +6,10 @@ from pathlib import Path
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import flat_config
-from dist_vse.tools.report.chart import Series
+from dist_vse.tools.report.chart import Series, legend, line_figure
 from dist_vse.tools.report.page import write_page
 from dist_vse.tools.report.record import Record, Result, read_record
 from dist_vse.tools.report.results import RESULT_ROWS, cell, table_title
-from dist_vse.tools.report.sections import figure_of
 
 COLOURS = 6
 """Runs that the page has colours for."""
@@ -40,15 +39,8 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def _header(names: Sequence[str]) -> str:
-    keys = "".join(f"<span>{_key(n)}{escape(name)}</span>" for n, name in enumerate(names, 1))
-    return f'<h1>Runs side by side</h1><div class="legend" style="margin-top: 12px">{keys}</div>'
-
-
-def _key(number: int) -> str:
-    return (
-        '<svg viewBox="0 0 24 8" aria-hidden="true">'
-        f'<path class="line c{number}" d="M1 4H23"/></svg>'
-    )
+    styles = {name: f"c{number}" for number, name in enumerate(names, 1)}
+    return f"<h1>Runs side by side</h1>{legend(styles)}"
 
 
 def _settings(records: Sequence[Record], names: Sequence[str]) -> str:
@@ -142,7 +134,9 @@ def _charts(records: Sequence[Record], names: Sequence[str]) -> str:
             if (points := _points(record, kind, field))
         ]
         if series:
-            drawn.append(figure_of(title, unit, series, from_zero=from_zero, x_label="pairs"))
+            drawn.append(
+                line_figure(title, series, unit=unit, from_zero=from_zero, x_label="pairs")
+            )
     return f'<h2>Training</h2><div class="charts">{"".join(drawn)}</div>'
 
 

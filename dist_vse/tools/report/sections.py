@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from dist_vse.losses.registry import loss_label
-from dist_vse.tools.report.chart import Series, line_chart
+from dist_vse.tools.report.chart import Series, line_figure
 from dist_vse.tools.report.numbers import ordinal
 from dist_vse.tools.report.record import Line, Record
 from dist_vse.tools.report.results import cell
@@ -106,8 +106,12 @@ def charts(record: Record) -> str:
         ]
         if series:
             drawn.append(
-                figure_of(
-                    chart.title, chart.unit, series, from_zero=chart.from_zero, x_label="steps"
+                line_figure(
+                    chart.title,
+                    series,
+                    unit=chart.unit,
+                    from_zero=chart.from_zero,
+                    x_label="steps",
                 )
             )
     return f'<h2>Training</h2><div class="charts">{"".join(drawn)}</div>'
@@ -115,23 +119,6 @@ def charts(record: Record) -> str:
 
 def _points(lines: Iterable[Line], field: str) -> list[tuple[float, float]]:
     return [(line["step"], line[field]) for line in lines if field in line]
-
-
-def figure_of(title: str, unit: str, series: list[Series], *, from_zero: bool, x_label: str) -> str:
-    """Draw one chart in its frame, with a legend where it has several lines."""
-    legend = ""
-    if len(series) > 1:
-        keys = "".join(
-            f'<span><svg viewBox="0 0 24 8" aria-hidden="true"><path class="line '
-            f'{s.style}" d="M1 4H23"/></svg>{escape(s.label)}</span>'
-            for s in series
-        )
-        legend = f'<div class="legend">{keys}</div>'
-    drawing = line_chart(title, series, from_zero=from_zero, x_label=x_label)
-    return (
-        f'<figure class="card"><header><h3>{title}</h3><span class="unit">{unit}</span>'
-        f"</header>{legend}{drawing}</figure>"
-    )
 
 
 def examples(record: Record, images: dict[str, str] | None) -> str:

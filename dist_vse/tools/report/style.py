@@ -58,6 +58,9 @@ svg { display: block; width: 100%; height: auto; margin-top: auto; }
 .legend { display: grid; grid-template-columns: repeat(2, auto); justify-content: start;
   gap: 0 18px; font-size: .8125rem; margin-bottom: 8px; color: var(--soft); }
 .legend svg { display: inline-block; width: 24px; height: 8px; margin-right: 6px; }
+h1 + .legend { margin-top: 12px; }
+.wide { margin-top: 16px; }
+.wide .legend { display: flex; flex-wrap: wrap; gap: 2px 18px; }
 svg text { fill: var(--soft); font: 11.5px system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
 svg .grid { stroke: var(--line); stroke-width: 1; fill: none; }
@@ -65,12 +68,13 @@ svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap:
 svg .band { opacity: .18; stroke: none; }
 .line.s1, .line.s3 { stroke: var(--s1); } .dot.s1, .band.s1, .dot.s3 { fill: var(--s1); }
 .line.s2, .line.s4 { stroke: var(--s2); } .dot.s2, .band.s2, .dot.s4 { fill: var(--s2); }
-.line.c1 { stroke: var(--s1); } .dot.c1, .band.c1 { fill: var(--s1); }
-.line.c2 { stroke: var(--s2); } .dot.c2, .band.c2 { fill: var(--s2); }
-.line.c3 { stroke: var(--c3); } .dot.c3, .band.c3 { fill: var(--c3); }
-.line.c4 { stroke: var(--c4); } .dot.c4, .band.c4 { fill: var(--c4); }
-.line.c5 { stroke: var(--c5); } .dot.c5, .band.c5 { fill: var(--c5); }
-.line.c6 { stroke: var(--c6); } .dot.c6, .band.c6 { fill: var(--c6); }
+.line.c1 { stroke: var(--s1); } .dot.c1, .band.c1, .bar.c1 { fill: var(--s1); }
+.line.c2 { stroke: var(--s2); } .dot.c2, .band.c2, .bar.c2 { fill: var(--s2); }
+.line.c3 { stroke: var(--c3); } .dot.c3, .band.c3, .bar.c3 { fill: var(--c3); }
+.line.c4 { stroke: var(--c4); } .dot.c4, .band.c4, .bar.c4 { fill: var(--c4); }
+.line.c5 { stroke: var(--c5); } .dot.c5, .band.c5, .bar.c5 { fill: var(--c5); }
+.line.c6 { stroke: var(--c6); } .dot.c6, .band.c6, .bar.c6 { fill: var(--c6); }
+.bar.c7 { fill: var(--soft); } .bar.c8 { fill: var(--line); }
 svg .line.s3, svg .line.s4 { stroke-dasharray: 2 5; }
 
 .examples { display: grid; gap: 12px; padding: 0; margin: 16px 0 0; list-style: none; }

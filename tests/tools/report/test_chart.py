@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dist_vse.tools.report.chart import Series, line_chart
+from dist_vse.tools.report.chart import Series, bars_figure, line_chart
 from dist_vse.tools.report.numbers import figure, ordinal, short
 
 
@@ -57,3 +57,15 @@ def test_numbers() -> None:
     assert [ordinal(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 112, 1022)] == [
         *("1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "112th", "1,022nd")
     ]
+
+
+def test_bars_lie_side_by_side_and_a_legend_names_them() -> None:
+    rows = [("one", {"a": 1.0, "b": 3.0}), ("<two>", {"b": 2.0})]
+    svg = bars_figure("Seconds", rows, {"a": "c1", "b": "c2"})
+    found = re.findall(r'class="bar (c\d)" x="([\d.]+)" y="(\d+)" width="([\d.]+)"', svg)
+    (a, x_a, y_a, w_a), (b, x_b, y_b, w_b), (c, x_c, y_c, w_c) = found
+    assert (a, b, c) == ("c1", "c2", "c2") and y_a == y_b != y_c
+    assert float(x_b) == pytest.approx(float(x_a) + float(w_a)) and x_c == x_a
+    assert float(w_b) == pytest.approx(3 * float(w_a))
+    assert float(w_b) == pytest.approx(1.5 * float(w_c))
+    assert "&lt;two&gt;" in svg and re.findall(r"</svg>(\w)</span>", svg) == ["a", "b"]
