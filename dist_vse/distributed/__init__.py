@@ -17,6 +17,7 @@ from dist_vse.distributed.collectives import (
     all_reduce_sum,
     barrier,
     broadcast_object,
+    gather_ragged_rows,
     gather_rows,
     reduce_scatter_rows,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "device",
+    "gather_ragged_rows",
     "gather_rows",
     "is_main_process",
     "main_process_only",

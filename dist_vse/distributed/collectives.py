@@ -4,7 +4,7 @@ Every rank starts its collectives in the same order. All of them also work in on
 process group. Shape letters: b rows on this rank, B rows on all ranks, W ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,9 +57,17 @@ def all_gather_rows(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     counts: list[int] = gather_rows(torch.tensor([len(x)], device=x.device)).tolist()
-    padded = x.new_zeros((max(counts), *x.shape[1:]))
+    return gather_ragged_rows(x, counts)
+
+
+def gather_ragged_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """Gather rows of all ranks, of which each holds so many: (b, ...) -> (B, ...)."""
+    longest = max(counts)
+    if min(counts) == longest:
+        return gather_rows(x)
+    padded = x.new_zeros((longest, *x.shape[1:]))
     padded[: len(x)] = x
-    parts = gather_rows(padded).split(max(counts))
+    parts = gather_rows(padded).split(longest)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 

@@ -33,13 +33,7 @@ class Layout:
 
     def gather(self, rows: Tensor) -> Tensor:
         """Concatenate the rows of all ranks, (b, ...) -> (N, ...)."""
-        longest = max(self.counts)
-        if min(self.counts) == longest:
-            return distributed.gather_rows(rows)
-        padded = rows.new_zeros((longest, *rows.shape[1:]))
-        padded[: len(rows)] = rows
-        parts = distributed.gather_rows(padded).split(longest)
-        return torch.cat([part[:n] for part, n in zip(parts, self.counts, strict=True)])
+        return distributed.gather_ragged_rows(rows, self.counts)
 
     def scatter_sum(self, rows: Tensor) -> Tensor:
         """Sum over the ranks and keep this rank's rows, (N, ...) -> (b, ...)."""
@@ -81,10 +75,6 @@ class DuplicatePairs:
         if not len(i):
             return None
         return left[i] - (rows.start + self.offset), right[j] - columns.start
-
-    def related(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Tell which pairs (rows, columns) of the global batch are duplicates, or own pairs."""
-        return (self.ids[rows].unsqueeze(1) == self.ids[columns].unsqueeze(0)).any(2)
 
     def _within(self, start: int, stop: int) -> Tensor:
         return self.flagged[bisect_left(self._sorted, start) : bisect_left(self._sorted, stop)]
