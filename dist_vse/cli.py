@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.terminal import printable
 from dist_vse.common.version import __version__
 from dist_vse.tools.bench import cli as bench
 from dist_vse.tools.export import cli as export
@@ -32,15 +33,34 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit code; 2 after a UserError, which is one line."""
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     try:
         return COMMANDS[args.command].run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; overrides may stand behind options.
+
+    Before Python 3.12.7 argparse ends a list of positional arguments at the first option, and takes
+    `submit CONFIG --cluster FILE key=value` for an error.
+    """
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(args, "overrides") and all(_is_override(word) for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
 
 
 def _parser() -> argparse.ArgumentParser:

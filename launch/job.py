@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import submitit
@@ -11,6 +13,7 @@ import submitit
 from dist_vse.common import signals
 from dist_vse.common.log import logger, setup_logging
 from launch.environment import Place, conflicts
+from launch.result import Result, last_message, result_path, write_result
 from launch.schedulers.base import Scheduler
 
 
@@ -35,13 +38,16 @@ class Job:
         os.chdir(self.folder)  # Python was started in the folder of the pinned code
         environment = submitit.JobEnvironment()
         self.scheduler.enter_rank(environment)
-        environment.paths.result_pickle.unlink(missing_ok=True)  # of an earlier attempt
+        log = Path(environment.paths.stderr)
+        result_path(log).unlink(missing_ok=True)  # of an earlier attempt
         enter(self._place(environment), self.env)
         try:
             result = self.work()
         except Exception as error:
             self.scheduler.on_error(environment, error)
+            write_result(log, Result(1, last_message(traceback.format_exc())))
             raise
+        write_result(log, Result(result if isinstance(result, int) else 0))
         self.scheduler.on_result(environment, result)
         return result
 

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_vse.common.errors import first_line
+from dist_vse.common.reading import BadFileError
+from dist_vse.common.terminal import one_line
+from launch.result import read_result, result_path
 from launch.schedulers.base import SubmittedJob
 
 # What a rank reports when another one is gone: an effect, to be shown after the cause.
@@ -13,7 +17,6 @@ _LOST_PEER = re.compile(
     r"Connection (closed|reset) by peer|DistBackendError|DistNetworkError|Broken pipe"
 )
 _USER_ERROR = "dist_vse.common.errors.UserError: "
-_MAX_MESSAGE = 400
 
 
 @dataclass(frozen=True)
@@ -68,22 +71,12 @@ def _outcomes(logs: Sequence[Path], state: str, results_delay_s: int) -> list[Ou
 
 
 def _outcome(rank: int, log: Path, state: str) -> Outcome:
-    """Read how a rank ended from the result that submitit wrote for it beside its log."""
-    from submitit.core.utils import pickle_load
-
-    path = log.with_name(log.name.replace("_log.err", "_result.pkl"))
-    if not path.exists():
-        return Outcome(rank, log, error=f"killed, or exited without a result ({state})")
-    ended = path.stat().st_mtime
-    kind, result = pickle_load(path)
-    if kind == "success":
-        return Outcome(rank, log, code=result, ended=ended)
-    return Outcome(rank, log, error=last_message(result), ended=ended)
-
-
-def last_message(trace: str) -> str:
-    """Return the message at the end of a traceback, on one line."""
-    lines = trace.rstrip().splitlines()
-    frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
-    message = " ".join(lines[frames[-1] + 1 if frames else 0 :]) or lines[-1].strip()
-    return message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + " ..."
+    """Read how a rank ended from the result beside its log."""
+    try:
+        result = read_result(log)
+        if result is None:
+            return Outcome(rank, log, error=f"killed, or exited without a result ({state})")
+        ended = result_path(log).stat().st_mtime
+    except (BadFileError, OSError) as error:
+        return Outcome(rank, log, error=f"its result can't be read ({first_line(error)})")
+    return Outcome(rank, log, result.code, one_line(result.error), ended)

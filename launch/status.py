@@ -1,10 +1,12 @@
 """Where a submitted run stands: its job, its last step, and why it ended."""
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_vse.common.errors import UserError
+from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.reading import BadFileError, is_count, is_number, json_lines
+from dist_vse.common.terminal import printable
 from dist_vse.runs.files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME
 from launch.outcome import find_outcome
 from launch.schedulers import find_scheduler
@@ -15,6 +17,11 @@ from launch.schedulers.base import (
     load_job,
     was_submitted,
 )
+
+RECALLS = ("i2t_r1", "t2i_r1", "rsum")
+_NUMBERS = {"train": ("loss",), "eval": RECALLS}
+"""What a line of metrics must hold, by its kind."""
+_TAIL_BYTES = 1 << 20
 
 
 def job_state(job: SubmittedJob) -> JobState:
@@ -37,9 +44,9 @@ def causes(run_dir: Path) -> list[str]:
     """Return one line for each cause of a run's early end; none if it completed, or still runs."""
     try:
         job = load_job(run_dir)
+        state = job_state(job)
     except UserError:
         return []
-    state = job_state(job)
     if not state.ended:
         return []
     code, lines = find_outcome(job, state.name)
@@ -83,20 +90,35 @@ def status(run_dir: Path) -> str:
     lines.append(f"last checkpoint: {finished[-1] if finished else 'none'}")
     lines += [f"ended: {cause}" for cause in reasons]
     lines.append(f"log: {job.log(0)}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def last_metrics(run_dir: Path, kind: str) -> dict[str, Any] | None:
-    """Return the last line of metrics of a kind (train, eval); None if there is none."""
-    path, last = run_dir / METRICS_NAME, None
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            record: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # it is being written
-        if record["kind"] == kind:
-            last = record
-    return last
+    """Return the last line of metrics of a kind (train, eval); None if there is none.
+
+    A line that is damaged, or being written, is left out. Raises UserError if the file can't be
+    read.
+    """
+    path = run_dir / METRICS_NAME
+    try:
+        size = path.stat().st_size if path.is_file() else 0
+        for start in (max(0, size - _TAIL_BYTES), 0):  # a long run's file may have a GiB
+            found = [line for line in _metrics(path, start) if line["kind"] == kind]
+            if found or start == 0:
+                break
+    except (BadFileError, OSError) as error:
+        raise UserError(f"{path}: can't be read ({first_line(error)})") from error
+    return found[-1] if found else None
+
+
+def _metrics(path: Path, start: int) -> Iterator[dict[str, Any]]:
+    """Yield the whole lines behind byte `start` whose values have the types that we write."""
+    for _, line in json_lines(path, start=start):
+        if not is_count(line.get("step")):
+            continue
+        numbers = _NUMBERS.get(str(line.get("kind")))
+        if numbers and all(is_number(line.get(name)) for name in numbers):
+            yield line
 
 
 def total_steps(run_dir: Path) -> int:

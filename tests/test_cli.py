@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_vse import cli
+from tests.support.paths import ROOT
 
 COMMANDS = (
     "shard",
@@ -59,3 +60,18 @@ def test_a_users_slip_is_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert error.startswith(message)
     assert error.count("\n") == 1
+
+
+def test_overrides_may_stand_behind_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"output_dir: {tmp_path}/run\n")
+    cluster = str(ROOT / "configs" / "clusters" / "local.yaml")
+    words = ["submit", str(config), "loss.name=convse", "--cluster", cluster, "seed=9", "--dry-run"]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "sede=9"]) == 2
+    assert "did you mean 'seed'" in capsys.readouterr().err
+    for odd in ("seed", "--sede=9"):
+        with pytest.raises(SystemExit):
+            cli.main([*words, odd])

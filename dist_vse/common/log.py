@@ -6,6 +6,8 @@ import sys
 
 from tqdm import tqdm
 
+from dist_vse.common.terminal import printable
+
 logger = logging.getLogger("dist_vse")
 
 
@@ -13,7 +15,7 @@ class _Handler(logging.Handler):
     """Writes above a progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
 def setup_logging() -> None:

@@ -4,15 +4,17 @@ To add one, write a class with the members of `Scheduler` and add it to the tabl
 launch/schedulers/__init__.py. Nothing else compares schedulers by name.
 """
 
-import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dist_vse.common.errors import UserError
+from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import write_json
+from dist_vse.common.reading import BadFileError, is_count, read_json
+from dist_vse.common.terminal import one_line
 from launch.cluster import ClusterConfig
 
 Work = Callable[[], Any]
@@ -23,6 +25,7 @@ NO_EXIT_CODE = ("ENDED", "FORGOTTEN")
 
 _JOB_FILE = "job.json"
 _TURN_S = 0.2
+_MAX_RANKS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,26 @@ def load_job(run_dir: Path) -> SubmittedJob:
         raise UserError(f"{run_dir}: {what}; give the output_dir of a submitted run")
     path = run_dir / "submit" / _JOB_FILE
     try:
-        return SubmittedJob(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: written by another version; remove it") from error
+        return _checked(SubmittedJob(**read_json(path)))
+    except (BadFileError, TypeError) as error:
+        reason = one_line(first_line(error))
+        raise UserError(
+            f"{path}: damaged, or written by another version ({reason}); remove it"
+        ) from error
+
+
+def _checked(job: SubmittedJob) -> SubmittedJob:
+    """Return a job read from a file. Raises BadFileError for values that `start` never writes.
+
+    The id becomes an argument of scancel and scontrol, which would take another one for an option.
+    """
+    if not all(isinstance(value, str) for name, value in vars(job).items() if name != "num_ranks"):
+        raise BadFileError("job_id, scheduler, logs and host must be text")
+    if not re.fullmatch(r"\d+(_\d+)?", job.job_id, re.ASCII):
+        raise BadFileError(f"job_id is {job.job_id[:40]!r}")
+    if not is_count(job.num_ranks) or not 1 <= job.num_ranks <= _MAX_RANKS:
+        raise BadFileError(f"num_ranks is {str(job.num_ranks)[:40]}")
+    return job
 
 
 @dataclass(frozen=True)
@@ -91,8 +111,8 @@ class JobState:
 class Scheduler(Protocol):
     """One way to run the ranks of a job.
 
-    Every rank must run `python -m submitit.core._submit FOLDER`, which calls the pickled work and
-    stores its result beside the rank's log. submitit's executors do so.
+    Every rank must run `python -m submitit.core._submit FOLDER`, which calls the pickled work; the
+    work stores its result beside the rank's log. submitit's executors do so.
     """
 
     name: str

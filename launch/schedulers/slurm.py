@@ -16,6 +16,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.runs.lease import LostLease
 from launch.cluster import ClusterConfig
 from launch.environment import job_port
+from launch.result import result_path
 from launch.schedulers import sbatch, scontrol
 from launch.schedulers.base import JobSpec, JobState, SubmittedJob, Work
 
@@ -172,14 +173,13 @@ def _submitted(job: Any) -> SubmittedJob:
 
 
 def _exit_with(environment: Any, code: Any) -> None:
-    """Store rank 0's result as submitit does, and exit with it as the process's code."""
-    from submitit.core.utils import JobPaths, cloudpickle_dump, temporary_save_path
+    """Exit with rank 0's result as the process's code, once the other ranks have stored theirs."""
+    from submitit.core.utils import JobPaths
 
     own = environment.paths
     others = [JobPaths(own.folder, own.job_id, rank) for rank in range(1, environment.num_tasks)]
+    logs = [Path(other.stderr) for other in others]
     end = time.monotonic() + _RESULTS_WAIT_S  # srun ends the other ranks with this one
-    while not all(other.result_pickle.exists() for other in others) and time.monotonic() < end:
+    while not all(result_path(log).exists() for log in logs) and time.monotonic() < end:
         time.sleep(0.1)
-    with temporary_save_path(own.result_pickle) as path:
-        cloudpickle_dump(("success", code), path)
     sys.exit(code)

@@ -17,6 +17,7 @@ from dist_vse.runs.lease import LostLease
 from launch.cancel import cancel
 from launch.job import Job
 from launch.outcome import find_outcome
+from launch.result import Result, write_result
 from launch.runs import find_runs, table
 from launch.schedulers import sbatch, scontrol
 from launch.schedulers.base import SubmittedJob
@@ -147,29 +148,25 @@ def test_an_earlier_attempt_leaves_no_mark_on_the_job(slurm: Path, tmp_path: Pat
     done = _run_on_slurm(tmp_path, lose_the_run)
     assert done.returncode == 1 and done.stderr.endswith("error: taken\n")
     assert not (tmp_path / "final-7").exists()
-    assert not (tmp_path / "7" / "7_0_result.pkl").exists()
+    assert not (tmp_path / "7" / "7_0_result.json").exists()
 
 
 def _submitted_run(folder: Path, **values: object) -> Path:
     """Leave the file and the results of a job that failed on both ranks."""
-    from submitit.core.utils import cloudpickle_dump
-
     logs = folder / "logs" / "7_RANK_log.err"
     for path in (logs.parent, folder / "run" / "submit"):
         path.mkdir(parents=True)
     note = {"job_id": "7", "scheduler": "slurm", "logs": str(logs), "num_ranks": 2, "host": "h"}
     (folder / "run" / "submit" / "job.json").write_text(json.dumps(note | values))
     for rank in (0, 1):
-        error = "Traceback\n  File\ndist_vse.common.errors.UserError: no room; make some"
-        cloudpickle_dump(("error", error), logs.with_name(f"7_{rank}_result.pkl"))
+        error = "dist_vse.common.errors.UserError: no room; make some"
+        write_result(logs.with_name(f"7_{rank}_log.err"), Result(1, error))
     return folder / "run"
 
 
 def test_status_and_runs_say_why_a_job_failed_even_a_forgotten_one(
     slurm: Path, tmp_path: Path
 ) -> None:
-    from submitit.core.utils import cloudpickle_dump
-
     run_dir = _submitted_run(tmp_path)
     assert "ended:" not in status(run_dir)  # it runs: these are of an earlier attempt
     cause = f"2 ranks: no room; make some (log: {tmp_path}/logs/7_0_log.err)"
@@ -181,10 +178,10 @@ def test_status_and_runs_say_why_a_job_failed_even_a_forgotten_one(
         _, row, last = table([run_dir]).splitlines()
         assert row.split() == ["run", word.lower(), "0/0"] and last == f"run: {cause}"
     for rank in (0, 1):
-        cloudpickle_dump(("success", 130), tmp_path / "logs" / f"7_{rank}_result.pkl")
+        write_result(tmp_path / "logs" / f"7_{rank}_log.err", Result(130))
     assert "ended: saved and stopped; submit the run again" in status(run_dir)
-    (tmp_path / "logs" / "7_1_result.pkl").unlink()
-    (tmp_path / "logs" / "7_0_result.pkl").unlink()
+    (tmp_path / "logs" / "7_1_result.json").unlink()
+    (tmp_path / "logs" / "7_0_result.json").unlink()
     assert "2 ranks: killed, or exited without a result (FORGOTTEN)" in status(run_dir)
 
 

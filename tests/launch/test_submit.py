@@ -20,7 +20,7 @@ from dist_vse.config import load_config
 from launch.document import document
 from launch.environment import IDENTITY, Place, conflicts, free_port, job_port
 from launch.job import Job
-from launch.outcome import last_message
+from launch.result import last_message
 from launch.schedulers.base import SubmittedJob
 from launch.schedulers.sbatch import nested_names, script
 from launch.status import job_state
