@@ -1,4 +1,9 @@
-"""What leaves a trunk or a head is float32, or float64 where the model is (`dist-vse verify`)."""
+"""In which floating-point type what is computed.
+
+What leaves a trunk or a head is float32, or float64 where the model is (`dist-vse verify`).
+"""
+
+import contextlib
 
 import torch
 from torch import Tensor
@@ -7,3 +12,17 @@ from torch import Tensor
 def at_least_float32(x: Tensor) -> Tensor:
     """Widen half precision, such as autocast leaves it; keep float32 and float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the block in which a model runs in `engine.precision`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def float32_rnn(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Return the block in which an RNN takes `x` on a GPU in the precision that `x` has.
+
+    Autocast runs cuDNN's RNNs in float16 even where it was asked for bfloat16, and without loss
+    scaling their gradients underflow. A CPU has no such rule.
+    """
+    return torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()

@@ -16,7 +16,7 @@ from dist_vse.config import TextConfig
 from dist_vse.config.encoders import TEXT_ENCODERS
 from dist_vse.models.encoder import enable_checkpointing, encoder_dim, load_encoder
 from dist_vse.models.entry import import_builder
-from dist_vse.models.precision import at_least_float32
+from dist_vse.models.precision import at_least_float32, float32_rnn
 from dist_vse.models.tokenizer import Vocabulary
 
 HEAD_WIDTH = 64
@@ -66,7 +66,9 @@ class GruTrunk(TextTrunk):
 
     def _states(self, tokens: Tensor) -> Tensor:
         # The state at a token knows nothing of what follows, so no packing is needed.
-        states: Tensor = self.gru(self.drop(self.words(tokens)))[0]
+        words = self.drop(self.words(tokens))
+        with float32_rnn(words):
+            states: Tensor = self.gru(words)[0]
         return states
 
 

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from dist_vse.common import step_timer
 from dist_vse.common.errors import UserError
-from dist_vse.common.random_state import RandomState, random_state, replay
+from dist_vse.common.random_state import (
+    Generator,
+    RandomState,
+    own_generators,
+    random_state,
+    replay,
+    restore,
+)
 from dist_vse.distributed import all_reduce_mean, device
 from dist_vse.engine import Engine
 from dist_vse.losses.global_loss import LossOutput
@@ -68,9 +75,10 @@ def train_step(
     # Pass 1: embeddings only, with a graph where it is kept.
     step_timer.begin("encode")
     first_kept = len(chunks) - graphs
+    generators = own_generators(engine.module)
     encoded: list[_Encoded] = []
     for i, chunk in enumerate(prefetch_to_device(chunks, device())):
-        encoded.append(_encode(engine, chunk, keep_graph=i >= first_kept))
+        encoded.append(_encode(engine, chunk, generators, keep_graph=i >= first_kept))
         loss.prefetch(encoded[i].outputs[1])
 
     step_timer.begin("loss")
@@ -116,8 +124,11 @@ def _gradients_of_outputs(
     return output._replace(loss=mean_loss), list(zip(*by_output, strict=True))
 
 
-def _encode(engine: Engine, chunk: Chunk, *, keep_graph: bool) -> _Encoded:
-    state = random_state()
+def _encode(
+    engine: Engine, chunk: Chunk, generators: Sequence[Generator], *, keep_graph: bool
+) -> _Encoded:
+    state = random_state(generators)
+    restore(state)  # as the second pass will, which matters to cuDNN
     with torch.set_grad_enabled(keep_graph):
         return _Encoded(engine(**chunk), state, keep_graph)
 

@@ -27,6 +27,7 @@ from dist_vse.training.chunking import agree, choose_chunks
 from dist_vse.training.engine import wrap_model
 from dist_vse.training.flops import count_flops, peak_flops
 from dist_vse.training.frozen_features import open_run_features
+from dist_vse.training.replay_check import check_replay
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ def set_up(config: TrainConfig) -> Run:
         tokenizer = run_tokenizer(config, run_dir, build=False)
         model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
         model = model.to(distributed.device())
+        check_replay(
+            model,
+            image_size=config.model.image.size,
+            num_tokens=config.model.text.max_tokens,
+            precision=config.engine.precision,
+        )
         chunking = choose_chunks(config, model)
         meter = _build_meter(config, model)
     chunking = agree(chunking)
