@@ -1,6 +1,6 @@
 """`python -m benchmarks NAME [options]`: measure dist_vse, and compare it with its peers.
 
-Run it in a checkout with the extra `bench`; the wheel has no benchmarks. With `--out FILE` the
+Run it in a checkout with the extra `dev`; the wheel has no benchmarks. With `--out FILE` the
 result is written as JSON; `python -m benchmarks render` makes docs/benchmarks/ from such files.
 """
 

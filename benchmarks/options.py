@@ -8,7 +8,7 @@ from pathlib import Path
 def _add_loss(loss: argparse.ArgumentParser) -> None:
     loss.description = (
         "Time the losses forward and backward in processes of one thread on this machine (gloo), "
-        "in turn with OpenCLIP's loss (extra `bench`) and with bare matrix products and "
+        "in turn with OpenCLIP's loss and with bare matrix products and "
         "collectives; count the bytes that are sent, and compare the gradients with float64. With "
         "--memory, measure a rank's peak memory as well."
     )

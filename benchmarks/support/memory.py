@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.support.open_clip_loss import peer_loss, peer_version
+from benchmarks.support.open_clip_loss import peer_loss
 from dist_vse import distributed
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.losses.global_loss import global_loss
 from dist_vse.losses.options import LossOptions
+from dist_vse.tools.verify.peer import peer_version
 
 TRACED = 65_536  # up to this batch every allocation is traced; beyond it takes too long
 PEER_BYTES = 24  # a similarity, over both of OpenCLIP's matrices, their softmax and gradients

@@ -1,19 +1,11 @@
 """The peer: OpenCLIP's loss, with the flags that give the gradient of the global batch."""
 
 from collections.abc import Callable
-from importlib import metadata
 
 from torch import Tensor
 
 from dist_vse import distributed
-
-
-def peer_version() -> str | None:
-    """Return the version of open_clip_torch (extra `bench`), or None where it is missing."""
-    try:
-        return metadata.version("open_clip_torch")
-    except metadata.PackageNotFoundError:
-        return None
+from dist_vse.tools.verify.peer import peer_version
 
 
 def peer_loss() -> Callable[..., Tensor] | None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.support.open_clip_loss import peer_version
 from dist_vse.common.errors import UserError
+from dist_vse.tools.verify.peer import peer_version
 
 ENDLESS = 10**8  # samples: the pipeline repeats its shards until an epoch has as many
 
@@ -17,7 +17,7 @@ def require_peer() -> str:
     """Return OpenCLIP's version; raise UserError if its pipeline is missing."""
     version = peer_version()
     if version is None:
-        raise UserError("the peer is missing; pip install 'dist_vse[bench]'")
+        raise UserError("OpenCLIP is not installed; pip install -e '.[dev]'")
     return version
 
 

@@ -26,9 +26,7 @@ def photographs(count: int, *, seed: int = 0) -> Iterator[tuple[bytes, str]]:
     try:
         from skimage import data
     except ImportError:
-        raise UserError(
-            "the photographs come with scikit-image; pip install 'dist_vse[bench]'"
-        ) from None
+        raise UserError("the photographs come with scikit-image; pip install -e '.[dev]'") from None
     rng = np.random.default_rng(seed)
     images = [Image.fromarray(getattr(data, name)()) for name in SUBJECTS]
     for number in range(count):

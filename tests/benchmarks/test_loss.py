@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.support.open_clip_loss import peer_version
+from dist_vse.tools.verify.peer import peer_version
 
 
 @pytest.mark.slow

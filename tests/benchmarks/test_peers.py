@@ -12,7 +12,6 @@ from benchmarks.__main__ import main
 from benchmarks.support import run_training as running
 from benchmarks.support.max_batch import largest_batch
 from benchmarks.support.model_size import model_sizes
-from benchmarks.support.open_clip_loss import peer_version
 from benchmarks.support.run_training import TrainingRun, run_training
 from benchmarks.support.step_errors import step_errors
 from benchmarks.support.trainer_data import CONTEXT, Model, write_data, write_words
@@ -28,6 +27,7 @@ from benchmarks.support.trainers import (
 )
 from dist_vse.common.errors import UserError
 from dist_vse.models.tokenizer import WordTokenizer
+from dist_vse.tools.verify.peer import peer_version
 from tests.support.distributed import run_distributed
 
 needs_peer = pytest.mark.skipif(peer_version() is None, reason="needs open_clip_torch")

@@ -14,7 +14,7 @@ from dist_vse.losses.registry import LOSSES, check_name, find_loss, loss_label
 from dist_vse.tools.plan.settings import Settings
 from dist_vse.tools.plan.traffic import loss_collectives
 from dist_vse.tools.report.page import write_report
-from dist_vse.tools.verify.contract import check
+from dist_vse.tools.verify.checks import check
 from tests.support.distributed import run_distributed
 from tests.support.loss_cases import Case, dense_loss, error, global_loss, gradients
 from tests.support.runs import read_logged, read_losses, trained_run

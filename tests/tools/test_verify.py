@@ -14,7 +14,7 @@ from dist_vse import cli, distributed
 from dist_vse.config import load_config
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.global_loss import GlobalLoss, LossOutput
-from dist_vse.tools.verify.contract import check, describe
+from dist_vse.tools.verify.checks import check, describe
 from dist_vse.tools.verify.loss import ragged_counts
 from dist_vse.tools.verify.peer import check_peer
 from dist_vse.tools.verify.table import Row, compare, verdict

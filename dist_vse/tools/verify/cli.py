@@ -12,7 +12,7 @@ from dist_vse.common.errors import UserError
 
 if TYPE_CHECKING:
     from dist_vse.config import TrainConfig
-    from dist_vse.tools.verify.contract import Result
+    from dist_vse.tools.verify.checks import Result
 
 PROCESSES = 2
 
@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer",
         choices=("open_clip",),
-        help="instead of a config: the flags of OpenCLIP's loss, beside ours (extra `bench`)",
+        help="instead of a config: the flags of OpenCLIP's loss, compared with ours (extra "
+        "`open_clip`)",
     )
 
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--processes {processes} must be at least 1")
 
     from dist_vse.distributed.spawn import run_on_ranks
-    from dist_vse.tools.verify.contract import Result, describe
+    from dist_vse.tools.verify.checks import Result, describe
 
     result: Result = run_on_ranks(check, processes)
     print(describe(result))
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def _join_group(args: argparse.Namespace) -> int:
     """Run as one rank of a launcher's group; every rank returns the same code."""
     from dist_vse import distributed
-    from dist_vse.tools.verify.contract import describe
+    from dist_vse.tools.verify.checks import describe
 
     with distributed.process_group():
         try:
@@ -88,17 +89,17 @@ def _join_group(args: argparse.Namespace) -> int:
 def _choose_check(args: argparse.Namespace) -> "Callable[[], Result]":
     """Return what every rank runs. Raises UserError for what the user can mend."""
     if args.peer is None:
-        config = _read_config(args)  # a slip in it is told before torch is imported
+        config = _read_config(args)  # an error in it is reported before torch is imported
 
-        from dist_vse.tools.verify.contract import check
+        from dist_vse.tools.verify.checks import check
 
         return partial(check, config)
     if args.config is not None:
         raise UserError(f"--peer {args.peer} takes no config; leave {args.config} out")
 
-    from dist_vse.tools.verify.peer import check_peer, peer_version
+    from dist_vse.tools.verify.peer import check_peer, require_peer
 
-    peer_version()
+    require_peer()
     return check_peer
 
 

@@ -5,14 +5,14 @@ from torch import Tensor
 from dist_vse import distributed
 from dist_vse.config import TrainConfig
 from dist_vse.losses.tiles import default_tile
-from dist_vse.tools.verify.one_process import (
-    FLOOR,
+from dist_vse.tools.verify.case import make_batch, make_features, part_of
+from dist_vse.tools.verify.reference import (
+    MIN_TOLERANCE,
     ROUNDING,
     build_dense_loss,
     gradients,
     samples_seen,
 )
-from dist_vse.tools.verify.problem import make_batch, make_features, part_of
 from dist_vse.tools.verify.table import Row, compare, relative_error
 from dist_vse.training.step_loss import build_loss
 
@@ -61,13 +61,13 @@ def _check(config: TrainConfig, counts: list[int], section: str) -> list[Row]:
     exact = [value, *grads]
     value, grads = gradients(build_dense_loss(config, batch, rounded=True), whole)
     rounded = [value, *grads]
-    floor = FLOOR["bf16" if config.loss.bf16_products else "float64"]
+    minimum = MIN_TOLERANCE["bf16" if config.loss.bf16_products else "float64"]
     result = []
     for name, ours, right, plain in zip(NAMES, found, exact, rounded, strict=True):
         if right is None or plain is None:
             continue  # the loss does not depend on it
         assert ours is not None, name
-        tolerance = max(floor, ROUNDING * relative_error(plain, right))
+        tolerance = max(minimum, ROUNDING * relative_error(plain, right))
         result.append(compare(section, name, ours, right, tolerance))
     return result
 

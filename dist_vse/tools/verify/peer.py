@@ -1,4 +1,4 @@
-"""OpenCLIP's loss with each combination of its flags, under PyTorch's DDP, beside ours.
+"""OpenCLIP's loss with each combination of its flags, under PyTorch's DDP, compared with ours.
 
 The same small model and batch, and the gradients as DDP leaves them: averaged over the ranks.
 """
@@ -16,9 +16,9 @@ from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.config import TrainConfig, load_config
 from dist_vse.losses.global_loss import global_loss
-from dist_vse.tools.verify.contract import Result
-from dist_vse.tools.verify.one_process import FLOOR, model_gradients
-from dist_vse.tools.verify.problem import make_batch, shrink, small_model
+from dist_vse.tools.verify.case import make_batch, shrink, small_model
+from dist_vse.tools.verify.checks import Result
+from dist_vse.tools.verify.reference import MIN_TOLERANCE, model_gradients
 from dist_vse.tools.verify.table import Row, compare
 
 OURS = "dist_vse"
@@ -28,14 +28,20 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(image features (b, d), text features (b, d), log_scale (1,)) -> what this rank minimises."""
 
 
-def peer_version() -> str:
-    """Return the version of open_clip_torch. Raises UserError where it is missing."""
+def peer_version() -> str | None:
+    """Return the version of open_clip_torch (extra `open_clip`), or None where it is missing."""
     try:
         return metadata.version("open_clip_torch")
-    except metadata.PackageNotFoundError as error:
-        raise UserError(
-            "--peer open_clip: it is not installed; pip install 'dist_vse[bench]'"
-        ) from error
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def require_peer() -> str:
+    """Return the version of open_clip_torch. Raises UserError where it is missing."""
+    version = peer_version()
+    if version is None:
+        raise UserError("--peer open_clip: it is not installed; pip install 'dist_vse[open_clip]'")
+    return version
 
 
 def check_peer() -> Result:
@@ -45,12 +51,13 @@ def check_peer() -> Result:
     config = shrink(load_config(None, settings), world_size)
     exact = _parts(_exact(config))
     rows: list[Row] = []
+    tolerance = MIN_TOLERANCE["fp32"]
     for name, loss in _losses().items():
         found = _parts(_under_ddp(config, loss))
-        rows += [compare(name, part, found[part], exact[part], FLOOR["fp32"]) for part in exact]
+        rows += [compare(name, part, found[part], exact[part], tolerance) for part in exact]
     ours = all(row.exact for row in rows if row.section == OURS)
     title = (
-        f"OpenCLIP {peer_version()} under DDP on {world_size} processes, "
+        f"OpenCLIP {require_peer()} under DDP on {world_size} processes, "
         "against one process in float64"
     )
     return Result(title, distributed.broadcast_object(rows), world_size, 0 if ours else 1)

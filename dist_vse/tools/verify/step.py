@@ -10,8 +10,7 @@ from dist_vse import distributed
 from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.models.dual_encoder import DualEncoder
-from dist_vse.tools.verify.one_process import FLOOR, ROUNDING, model_gradients, samples_seen
-from dist_vse.tools.verify.problem import (
+from dist_vse.tools.verify.case import (
     kept_graphs,
     make_batch,
     num_chunks,
@@ -19,6 +18,7 @@ from dist_vse.tools.verify.problem import (
     shrink,
     small_model,
 )
+from dist_vse.tools.verify.reference import MIN_TOLERANCE, ROUNDING, model_gradients, samples_seen
 from dist_vse.tools.verify.table import Row, compare, relative_error
 from dist_vse.training.chunks import make_chunks
 from dist_vse.training.engine import wrap_model
@@ -65,8 +65,8 @@ def check_step(config: TrainConfig) -> list[Row]:
     found = _movement(before, after)
 
     section = _describe(config, small)
-    floor = FLOOR["bf16" if small.loss.bf16_products else small.engine.precision]
-    tolerance = max(floor, ROUNDING * relative_error(rounded_loss, exact_loss))
+    minimum = MIN_TOLERANCE["bf16" if small.loss.bf16_products else small.engine.precision]
+    tolerance = max(minimum, ROUNDING * relative_error(rounded_loss, exact_loss))
     rows = [compare(section, "loss", found_loss, exact_loss, tolerance)]
     for part, prefix in PARTS.items():
         names = [name for name in exact if name.startswith(prefix)]
@@ -78,7 +78,7 @@ def check_step(config: TrainConfig) -> list[Row]:
         )
         digits = torch.finfo(torch.float32).eps * float(start.norm() / right.norm())
         noise = max(digits, relative_error(plain, right))
-        rows.append(compare(section, part, ours, right, max(floor, ROUNDING * noise)))
+        rows.append(compare(section, part, ours, right, max(minimum, ROUNDING * noise)))
     return rows
 
 

@@ -24,7 +24,7 @@ class Row:
 
     @property
     def exact(self) -> bool:
-        """Tell whether the error is within its tolerance (one that is no number is not)."""
+        """Return whether the error is within its tolerance; NaN never is."""
         return self.error <= self.tolerance
 
 

@@ -1,4 +1,4 @@
-"""What one process has with the whole batch: the dense loss and plain autograd."""
+"""The reference: one process with the whole batch, the dense loss and plain autograd."""
 
 from collections.abc import Callable
 
@@ -12,8 +12,8 @@ from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.training.step_loss import loss_options
 
-FLOOR = {"float64": 1e-9, "fp32": 1e-5, "bf16": 2**-6}
-"""Errors that are never held against a run: thousands of roundings of float64, some hundred of
+MIN_TOLERANCE = {"float64": 1e-9, "fp32": 1e-5, "bf16": 2**-6}
+"""Errors that are always allowed: thousands of roundings of float64, some hundred of
 float32, two of bfloat16."""
 ROUNDING = 4
 """A run's error may be that many times the error of one process in the same precision."""
@@ -22,7 +22,7 @@ DenseLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def samples_seen(config: TrainConfig) -> int:
-    """Return the moment that is looked at: the middle of the loss's warm-up, if it has one."""
+    """Return the moment that is checked: the middle of the loss's warm-up, if it has one."""
     return config.loss.warmup_samples // 2
 
 

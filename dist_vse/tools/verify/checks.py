@@ -1,4 +1,4 @@
-"""The gradient contract of a config: all checks, on all ranks, and what came of them."""
+"""All gradient checks of a config, on all ranks, and their result."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
 """A small batch and small towers for a config: everything but the encoders stays the user's.
 
-The contract is one of the loss, the ranks, the chunks and the engine; encoders of any size pass
-through it alike, so small ones show it in seconds.
+The checks are of the loss, the ranks, the chunks and the engine. Encoders of any size behave alike
+in them, so small ones show an error within seconds.
 """
 
 from dataclasses import replace
@@ -45,8 +45,8 @@ def shrink(config: TrainConfig, world_size: int) -> TrainConfig:
     Dropout is off, since one process cannot draw what several drew; SGD takes one step, since
     Adam would hide a wrong scale.
     """
-    most = min(MAX_CHUNKS, max(2, MAX_PAIRS // (world_size * ROWS)))
-    chunks = min(num_chunks(config, world_size), most)
+    max_chunks = min(MAX_CHUNKS, max(2, MAX_PAIRS // (world_size * ROWS)))
+    chunks = min(num_chunks(config, world_size), max_chunks)
     model = ModelConfig(
         image=ImageConfig(name="test_vit", size=SIZE),
         text=TextConfig(width=64, depth=1, max_tokens=TOKENS),
@@ -64,7 +64,7 @@ def shrink(config: TrainConfig, world_size: int) -> TrainConfig:
 
 
 def small_model(config: TrainConfig, *, frozen: tuple[bool, bool]) -> DualEncoder:
-    """Build the towers, alike on every rank; `frozen` tells which trunks (image, text) are."""
+    """Build the towers, alike on every rank; `frozen` says which trunks (image, text) are."""
     model = build_model(config.model, config.loss, AnyWords(VOCABULARY, PAD))
     model.image, model.text = (
         Tower(tower.trunk, tower.head, frozen=is_frozen)
