@@ -1,19 +1,31 @@
 """The encoders: one table entry each, and the config's sections that choose one.
 
-To add an encoder, write its builder and add an entry: `module:function`, which is imported when a
-model is built. `models.image.build_image_trunk` and `models.text.build_text_trunk` say what a
-builder is given and what it returns. `dist-vse export` saves any encoder, and loads it again.
+To add an encoder, write its builder and add an entry. `models.image.build_image_trunk` and
+`models.text.build_text_trunk` say what a builder is given and what it returns. `dist-vse export`
+saves any encoder, and loads it again.
 """
 
 from dataclasses import dataclass
 
 from dist_vse.config.checks import at_least, check, one_of, share
 
-IMAGE_ENCODERS = {"timm": "dist_vse.models.image:build_timm"}
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What the system knows of a kind of encoder."""
+
+    builder: str
+    """"module:function", which is imported when a model is built."""
+    from_library: bool = False
+    """Whether timm or transformers made it: it is exported in that library's own layout, and a text
+    encoder brings its tokenizer with its weights."""
+
+
+IMAGE_ENCODERS = {"timm": EncoderSpec("dist_vse.models.image:build_timm", from_library=True)}
 TEXT_ENCODERS = {
-    "gru": "dist_vse.models.text:build_gru",
-    "transformer": "dist_vse.models.text:build_transformer",
-    "pretrained": "dist_vse.models.text:build_pretrained",
+    "gru": EncoderSpec("dist_vse.models.text:build_gru"),
+    "transformer": EncoderSpec("dist_vse.models.text:build_transformer"),
+    "pretrained": EncoderSpec("dist_vse.models.text:build_pretrained", from_library=True),
 }
 
 
@@ -40,6 +52,11 @@ class ImageConfig:
         one_of("model.image.kind", self.kind, tuple(IMAGE_ENCODERS))
         at_least(8, model__image__size=self.size)
         one_of("model.image.resampling", self.resampling, ("bicubic", "bilinear"))
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """The table's entry."""
+        return IMAGE_ENCODERS[self.kind]
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class TextConfig:
         at_least(1, model__text__max_tokens=self.max_tokens, model__text__depth=self.depth)
         share(model__text__dropout=self.dropout)
         check(
-            (self.kind == "pretrained") == (self.weights is not None),
+            self.spec.from_library == (self.weights is not None),
             f"model.text.weights ({self.weights}) is the folder of a transformers model: give it "
             f"with model.text.kind=pretrained (it is {self.kind}), and only there",
         )
@@ -77,3 +94,8 @@ class TextConfig:
             self.kind != "transformer" or self.width % 64 == 0,
             f"model.text.width ({self.width}) must be a multiple of 64, the width of a head",
         )
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """The table's entry."""
+        return TEXT_ENCODERS[self.kind]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import ImageConfig
-from dist_vse.config.encoders import IMAGE_ENCODERS
 from dist_vse.models.entry import import_builder
 
 # What reading a file of something else raises, by its kind.
@@ -62,7 +61,7 @@ def build_image_trunk(config: ImageConfig, *, grad_checkpointing: bool) -> Image
     A builder is given the config and whether to recompute activations in backward; it loads the
     weights that the config names. Raises UserError as the builder does.
     """
-    build: Builder = import_builder(IMAGE_ENCODERS[config.kind])
+    build: Builder = import_builder(config.spec.builder)
     trunk = build(config, grad_checkpointing)
     make_sendable(trunk, f"model.image.name={config.name!r}")
     return trunk

@@ -19,7 +19,7 @@ def save_image_trunk(trunk: nn.Module, folder: Path, image: ImageConfig) -> None
     A trunk of another kind is written as plain tensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if image.kind != "timm":
+    if not image.spec.from_library:
         save_file(_tensors(trunk), folder / TRUNK_WEIGHTS, metadata={"format": "pt"})
         return
     assert isinstance(trunk, ImageTrunk)

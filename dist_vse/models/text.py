@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import TextConfig
-from dist_vse.config.encoders import TEXT_ENCODERS
 from dist_vse.models.encoder import enable_checkpointing, encoder_dim, load_encoder
 from dist_vse.models.entry import import_builder
 from dist_vse.models.precision import at_least_float32, float32_rnn
@@ -187,7 +186,7 @@ def build_text_trunk(
     A builder is given the config, the vocabulary, and whether to recompute activations in
     backward. Raises UserError if a pretrained model does not load or does not fit its tokenizer.
     """
-    build: Builder = import_builder(TEXT_ENCODERS[config.kind])
+    build: Builder = import_builder(config.spec.builder)
     return build(config, vocabulary, grad_checkpointing)
 
 

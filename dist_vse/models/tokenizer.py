@@ -212,7 +212,7 @@ def build_tokenizer(
     `vocabulary` are the words of an earlier run (`Tokenizer.vocabulary`); without them they are
     counted in `captions()`, which is called only then. Raises UserError as the tokenizers do.
     """
-    if config.kind == "pretrained":
+    if config.spec.from_library:
         assert config.weights is not None, "checked by TextConfig"
         return PretrainedTokenizer(config.weights, config.max_tokens)
     if vocabulary is None:

@@ -50,7 +50,7 @@ def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokeniz
     path = run_dir / VOCABULARY_NAME
     if path.is_file():
         return WordTokenizer.load(path)
-    if config.model.text.kind != "pretrained" and not build:
+    if not config.model.text.spec.from_library and not build:
         raise UserError(f"{path}: the run's vocabulary is missing; train the run first")
 
     def train_captions() -> Iterator[str]:

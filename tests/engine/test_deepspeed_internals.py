@@ -19,7 +19,7 @@ from dist_vse.engine import zero
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.engine.zero import ZeroEngine
-from dist_vse.losses.global_loss import global_loss
+from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.training.grad_cache import train_step
 from tests.support.collectives import Collectives
@@ -54,7 +54,7 @@ def _train(engine: Any, steps: int) -> Tensor:
         batch = _rank_batch(engine.module, step)
         halves = zip(*(value.chunk(2) for value in batch.values()), strict=True)
         chunks = [dict(zip(batch, half, strict=True)) for half in halves]
-        train_step(engine, lambda *features: global_loss("convse", *features).loss, chunks)
+        train_step(engine, GlobalLoss("convse"), chunks)
     return nn.utils.parameters_to_vector(engine.module.parameters()).detach().clone()
 
 
@@ -160,7 +160,7 @@ def _fragments_after_training(stage: int) -> tuple[dict[str, list[tuple[int, int
 
 def _train_split(engine: ZeroEngine) -> None:
     batch = _rank_batch(engine.module, 0)
-    train_step(engine, lambda *features: global_loss("convse", *features).loss, [batch])
+    train_step(engine, GlobalLoss("convse"), [batch])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

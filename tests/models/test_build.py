@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dist_vse
 from dist_vse.common.errors import UserError
 from dist_vse.config import ImageConfig, TextConfig
-from dist_vse.config.encoders import IMAGE_ENCODERS, TEXT_ENCODERS
+from dist_vse.config.encoders import IMAGE_ENCODERS, TEXT_ENCODERS, EncoderSpec
 from dist_vse.models.image import ImageTrunk
 from dist_vse.models.text import TextTrunk
 from dist_vse.models.tokenizer import Vocabulary
@@ -48,8 +48,8 @@ def build_bag(config: TextConfig, vocabulary: Vocabulary, grad_checkpointing: bo
 
 def learn(shards: Path, run_dir: Path) -> int | str:
     """Train two steps with both, in a process that knows their entries."""
-    IMAGE_ENCODERS["colours"] = ENTRY.format("build_colours")
-    TEXT_ENCODERS["bag"] = ENTRY.format("build_bag")
+    IMAGE_ENCODERS["colours"] = EncoderSpec(ENTRY.format("build_colours"))
+    TEXT_ENCODERS["bag"] = EncoderSpec(ENTRY.format("build_bag"))
     kinds = ["model.image.kind=colours", "model.text.kind=bag", "total_steps=2", "log_every=1"]
     return run(settings(shards, run_dir, *kinds))
 
@@ -60,8 +60,8 @@ def test_a_new_image_encoder_and_a_new_text_encoder_are_an_entry_each(
     write_dataset(tmp_path / "shards", {"train": [40, 24], "val": [8]})
     assert run_distributed(learn, 1, tmp_path / "shards", tmp_path / "run") == [0]
     assert len(read_losses(tmp_path / "run")) == 2
-    monkeypatch.setitem(IMAGE_ENCODERS, "colours", ENTRY.format("build_colours"))
-    monkeypatch.setitem(TEXT_ENCODERS, "bag", ENTRY.format("build_bag"))
+    monkeypatch.setitem(IMAGE_ENCODERS, "colours", EncoderSpec(ENTRY.format("build_colours")))
+    monkeypatch.setitem(TEXT_ENCODERS, "bag", EncoderSpec(ENTRY.format("build_bag")))
     trained = open_trained(tmp_path / "run").model.eval()
     assert isinstance(trained.text.trunk, BagOfWords)
     loaded = dist_vse.load(export_run(tmp_path / "run", tmp_path / "out", onnx=False)).model

@@ -97,7 +97,7 @@ def build_harness(config: TrainConfig, *, stream: bool) -> StepHarness:
 
 def _tokenizer(config: TrainConfig, stream: bool) -> Tokenizer | None:
     """Return the run's tokenizer; None where made-up words will do."""
-    if not stream and config.model.text.kind != "pretrained":
+    if not stream and not config.model.text.spec.from_library:
         return None
     with tempfile.TemporaryDirectory() as folder:
         return run_tokenizer(config, Path(folder), build=True)

@@ -157,8 +157,8 @@ def _write_trunks(
     else:
         assert shape.text.weights is not None
         save_tokenizer(shape.text.weights, folder / TEXT)
-    image = f"{IMAGE}/{TRUNK_WEIGHTS}" if shape.image.kind == "timm" else None
-    text = TEXT if shape.text.kind == "pretrained" else None
+    image = f"{IMAGE}/{TRUNK_WEIGHTS}" if shape.image.spec.from_library else None
+    text = TEXT if shape.text.spec.from_library else None
     return dataclasses.replace(
         shape,
         image=dataclasses.replace(shape.image, weights=image),
@@ -174,6 +174,6 @@ def _own_parts(shape: ModelConfig) -> str:
         else "cropped to the largest square in the middle, resized to",
         size=shape.image.size,
         resampling=shape.image.resampling,
-        text=PRETRAINED_TEXT if shape.text.kind == "pretrained" else "",
+        text=PRETRAINED_TEXT if shape.text.spec.from_library else "",
         relu=", with a ReLU between them" if shape.head_hidden else "",
     )

@@ -51,7 +51,7 @@ def model_key(config: TrainConfig) -> str:
 def build_for_plan(config: TrainConfig, vocabulary: int, device: str) -> DualEncoder:
     """Build the config's model with random weights (a pretrained text encoder with its own)."""
     text, pad = config.model.text, 0
-    if text.kind == "pretrained":
+    if text.spec.from_library:
         tokenizer = PretrainedTokenizer(str(text.weights), text.max_tokens)
         vocabulary, pad, device = tokenizer.vocab_size, tokenizer.pad_id, "cpu"
     with torch.device(device):
