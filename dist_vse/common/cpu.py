@@ -24,7 +24,7 @@ _MANY_BYTES = 2**16
 
 
 def has_inner_product(left: Tensor) -> bool:
-    """Tell whether `inner_product` is the faster way for such a factor."""
+    """Return whether `inner_product` is the faster way for such a factor."""
     return _onednn is not None and left.device.type == "cpu" and left.dtype == torch.float32
 
 
@@ -40,11 +40,16 @@ def inner_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def has_direct_gather(rows: Tensor) -> bool:
-    """Tell whether `start_gather` is faster than the backend's own all-gather.
+    """Return whether `start_gather` is faster than the backend's own all-gather.
 
     gloo passes all rows round and copies them once more.
     """
     return dist.get_backend() == "gloo" and rows.nbytes >= _MANY_BYTES
+
+
+def has_direct_reduce() -> bool:
+    """Return whether `reduce_scatter` is faster than the backend's own."""
+    return dist.get_backend() == "gloo"
 
 
 def start_gather(out: Tensor, rows: Tensor) -> list[Any]:

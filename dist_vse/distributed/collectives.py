@@ -45,7 +45,7 @@ def reduce_scatter_rows(x: Tensor) -> Tensor:
     """Sum over the ranks and keep this rank's rows, (B, ...) -> (b, ...)."""
     if world_size() == 1:
         return x
-    if dist.get_backend() == "gloo":
+    if cpu.has_direct_reduce():
         return cpu.reduce_scatter(x.contiguous())
     out = x.new_empty((x.shape[0] // world_size(), *x.shape[1:]))
     _reduce_scatter_single(out, x.contiguous())

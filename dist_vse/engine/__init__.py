@@ -1,8 +1,8 @@
 """What applies gradients: DeepSpeed's ZeRO, or plain PyTorch for tests and debugging.
 
-Convention of the gradients: every rank's loss is its part of the global mean, times W; the
-engine averages parameter gradients over the ranks. So the update equals one process with the
-whole batch.
+Convention of the gradients: every rank's loss is the global one, and the gradient in its own rows
+is W times theirs; the engine averages parameter gradients over the ranks. So the update equals
+one process with the whole batch.
 """
 
 from contextlib import AbstractContextManager

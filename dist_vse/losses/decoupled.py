@@ -8,8 +8,8 @@ negative gives nothing. b rows on this rank, N columns on all.
 import torch
 from torch import Tensor
 
+from dist_vse.losses.log_sum_exp import RunningSums, normalized_powers
 from dist_vse.losses.positives import Positives
-from dist_vse.losses.softmax import RunningSums, normalized_powers
 from dist_vse.losses.tiled import TermInputs, TermResult, Terms
 from dist_vse.losses.tiles import Tile
 
@@ -22,7 +22,8 @@ def decoupled_terms(inputs: TermInputs) -> Terms:
 class Decoupled:
     """A log-sum-exp of the negatives alone, with a running maximum.
 
-    The positive's power can't keep a sum from vanishing here, so one shift for all won't do.
+    Without the positive in the sum, a shift common to all rows could make it underflow; so each
+    row and each column has its own maximum.
     """
 
     def __init__(self, positives: Positives) -> None:
@@ -53,6 +54,3 @@ class Decoupled:
 
     def hardest(self) -> Tensor:
         return self.sums.largest
-
-    def take_bias_grad(self) -> None:
-        """There is no bias."""

@@ -33,7 +33,7 @@ def dense_loss(
     pairs = DensePairs(
         s, log_scale.exp(), bias, positive, negative, options.margin, options.hard_negative_weight
     )
-    loss: Tensor = find_loss(name).load("dense")(pairs)
+    loss: Tensor = find_loss(name).dense_loss(pairs)
     return loss
 
 

@@ -23,7 +23,7 @@ from dist_vse.losses.async_gather import PrefetchedGather
 from dist_vse.losses.layout import DuplicatePairs
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.positives import OwnPairs, Positives
-from dist_vse.losses.preflight import Metadata, exchange_metadata, raise_on_all_ranks
+from dist_vse.losses.preflight import Metadata, exchange_metadata, refuse
 from dist_vse.losses.registry import LossSpec, find_loss
 from dist_vse.losses.statistics import summarize
 from dist_vse.losses.tiled import TermInputs, TiledLoss
@@ -85,7 +85,7 @@ class GlobalLoss:
         """
         fault = self._fault or self._find_fault(image_features, text_features)
         if fault is not None:
-            raise_on_all_ranks(fault)
+            refuse(fault)
         spec, options = find_loss(self.name), self.options
         if options.temperature is not None:
             log_scale = torch.full_like(log_scale, -math.log(options.temperature))
@@ -109,7 +109,7 @@ class GlobalLoss:
                 tiled = self._build(spec, metadata, inputs, own)
                 local_total = tiled.forward(keep=keep)
                 total, stats = summarize(
-                    local_total, tiled, images, captions, scale=unit, margin=options.margin
+                    local_total, tiled, images, captions, unit=unit, margin=options.margin
                 )
             loss = _Total.apply(*inputs, tiled, total.to(dtype))
             loss = (loss * spec.loss_unit(scale, max(1, metadata.layout.total))).view(())
@@ -150,8 +150,7 @@ class GlobalLoss:
             else Gather(travelling, layout, gathered)
         )
         positives.include_duplicates(transport)
-        build_terms = spec.load("terms")
-        terms = build_terms(
+        terms = spec.build_terms(
             TermInputs(
                 positives,
                 metadata.largest,

@@ -15,7 +15,8 @@ from dist_vse.losses.tiles import EXACT, Tile
 
 def sigmoid_terms(inputs: TermInputs) -> Terms:
     """Return SigLIP's."""
-    return Terms(dense=Sigmoid(inputs.positives, inputs.bias))
+    sigmoid = Sigmoid(inputs.positives, inputs.bias)
+    return Terms(dense=sigmoid, take_bias_grad=sigmoid.take_bias_grad)
 
 
 def hinge_terms(inputs: TermInputs) -> Terms:
@@ -125,9 +126,6 @@ class Hinges:
 
     def hardest(self) -> Tensor:
         return self.largest
-
-    def take_bias_grad(self) -> None:
-        """There is no bias."""
 
     def _weigh_violations(self, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Return the terms of rows (or columns), and what one violation of each weighs."""

@@ -59,7 +59,7 @@ def exchange_metadata(
     return Metadata(layout, max(row_norms) * max(column_norms), min(smallest))
 
 
-def raise_on_all_ranks(fault: str) -> NoReturn:
+def refuse(fault: str) -> NoReturn:
     """Raise UserError for this rank's `fault`, here and on the ranks in `exchange_metadata`."""
     _exchange(torch.full((NUMBERS,), -1.0, dtype=torch.float64, device=distributed.device()))
     _raise_first(distributed.all_gather_object(fault))

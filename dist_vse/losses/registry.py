@@ -31,7 +31,7 @@ LN2 = math.log(2)
 
 @dataclass(frozen=True)
 class LossCost:
-    """What the plan must know of a loss beside its products."""
+    """What the plan must know of a loss, besides its products."""
 
     dense_gradient: bool = True
     """Whether the gradient touches every pair, so that tiles are kept or computed again."""
@@ -60,7 +60,6 @@ class LossSpec:
     positives_compete: bool = False
     """Whether positives stay among the candidates that the terms see (as in a softmax)."""
     learns_bias: bool = False
-    uses_margin: bool = False
     has_warmup: bool = False
     """Whether `loss.warmup_samples` moves it from the mean of all violations to the hardest."""
     captions_in_bf16: bool = False
@@ -72,11 +71,15 @@ class LossSpec:
         """Return the bytes of a number of a caption's features on its way to other ranks."""
         return 2 if bf16_products and self.captions_in_bf16 else 4
 
-    def load(self, function: str) -> Callable[..., Any]:
-        """Return `dense` or `terms`, imported where it is only named."""
-        found = getattr(self, function)
-        loaded: Callable[..., Any] = resolve_name(found) if isinstance(found, str) else found
-        return loaded
+    def dense_loss(self, pairs: "DensePairs") -> "Tensor":
+        """Return the loss of one process that has all pairs."""
+        loss: Tensor = _imported(self.dense)(pairs)
+        return loss
+
+    def build_terms(self, inputs: "TermInputs") -> "Terms":
+        """Return what the tiled pass runs."""
+        terms: Terms = _imported(self.terms)(inputs)
+        return terms
 
 
 _SOFTMAX = "dist_vse.losses.softmax:softmax_terms"
@@ -104,7 +107,6 @@ LOSSES = {
             dense=_DENSE + "convse_plus_plus",
             terms=_HARDEST,
             loss_unit=lambda scale, n: scale / n,
-            uses_margin=True,
             has_warmup=True,
             cost=LossCost(dense_gradient=False, reduces=(1, 1)),  # the maxima, their indices
         ),
@@ -149,7 +151,6 @@ LOSSES = {
             paper="https://arxiv.org/abs/1707.05612",
             dense=_DENSE + "vse0",
             terms="dist_vse.losses.pairwise:hinge_terms",
-            uses_margin=True,
             cost=LossCost(reduces=(2,)),  # sums and counts of violations
         ),
         LossSpec(
@@ -158,7 +159,6 @@ LOSSES = {
             paper="https://arxiv.org/abs/1707.05612",
             dense=_DENSE + "vse_plus_plus",
             terms=_HARDEST,
-            uses_margin=True,
             has_warmup=True,
             cost=LossCost(dense_gradient=False, reduces=(1, 1)),
         ),
@@ -173,8 +173,9 @@ def check_name(name: str, *, key: str = "loss") -> None:
     """
     if name in LOSSES or ":" in name or name in _entry_points():
         return
-    near = difflib.get_close_matches(name, LOSSES, n=1)
-    known = ", ".join(LOSSES)
+    names = [*LOSSES, *_entry_points()]
+    near = difflib.get_close_matches(name, names, n=1)
+    known = ", ".join(names)
     hint = f"did you mean {near[0]!r}?" if near else f"choose one of {known}, or module:NAME"
     raise UserError(f"{key}={name!r} is unknown; {hint}")
 
@@ -206,6 +207,11 @@ def find_loss(name: str) -> LossSpec:
 def loss_label(name: str) -> str:
     """Return a loss's label; of a loss from outside its name, without importing it."""
     return LOSSES[name].label if name in LOSSES else name
+
+
+def _imported(function: "str | Callable[..., Any]") -> "Callable[..., Any]":
+    found: Callable[..., Any] = resolve_name(function) if isinstance(function, str) else function
+    return found
 
 
 @cache

@@ -6,20 +6,18 @@ column's. Rows are whole on their rank; columns are joined over the ranks by one
 Logits, and terms, are in bits (to base 2): a power of 2 costs less than half of one of e.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from dist_vse import distributed
+from dist_vse.losses.log_sum_exp import RunningSums, normalized_powers
 from dist_vse.losses.positives import Positives
+from dist_vse.losses.registry import LN2
 from dist_vse.losses.tiled import TermInputs, TermResult, Terms
 from dist_vse.losses.tiles import EXACT, Tile
 
 SAFE = 86.0  # 2^86 times any number of columns is within float32's range
-LN2 = math.log(2)
-LOW = -1e30  # no logit is as low, and 2^(LOW - LOW) is 1
 
 
 def softmax_terms(inputs: TermInputs) -> Terms:
@@ -84,9 +82,6 @@ class SharedSoftmax:
     def hardest(self) -> Tensor:
         return self.largest.log2() + self.shift
 
-    def take_bias_grad(self) -> None:
-        """There is no bias."""
-
 
 class RunningSoftmax:
     """A running maximum for every row and every column: for very low temperatures."""
@@ -116,42 +111,6 @@ class RunningSoftmax:
     def hardest(self) -> Tensor:
         return self.sums.largest
 
-    def take_bias_grad(self) -> None:
-        """There is no bias."""
-
-
-class RunningSums:
-    """The log-sum-exps (to base 2) of each row's and each column's tiles."""
-
-    def __init__(self, positives: Positives) -> None:
-        self.row_max = torch.full_like(positives.rows, LOW)
-        self.row_sums = torch.zeros_like(self.row_max)
-        self.column_max = self.row_max.new_full((positives.layout.total,), LOW)
-        self.column_sums = torch.zeros_like(self.column_max)
-        self.largest = torch.full_like(self.row_max, float("-inf"))  # negatives of each row
-
-    def accumulate(self, tile: Tile) -> None:
-        """Take a tile in."""
-        _add_powers(self.row_max[tile.rows], self.row_sums[tile.rows], tile, 1)
-        _add_powers(self.column_max[tile.columns], self.column_sums[tile.columns], tile, 0)
-        largest = self.largest[tile.rows]
-        torch.maximum(largest, tile.negative_maxima(float("-inf")), out=largest)
-
-    def join(self) -> tuple[Tensor, Tensor]:
-        """Join the ranks' columns; return the log-sum-exps of rows (b,) and columns (N,)."""
-        largest = distributed.all_reduce_max(self.column_max.clone())
-        self.column_sums *= (self.column_max - largest).exp2()
-        distributed.all_reduce_sum(self.column_sums)
-        row_logs = self.row_sums.log2_().add_(self.row_max)
-        return row_logs, self.column_sums.log2_().add_(largest)
-
-
-def normalized_powers(tile: Tile, row_logs: Tensor, column_logs: Tensor) -> Tensor:
-    """Return 2^(z - row) + 2^(z - column) of a tile's logits z; overwrites the tile."""
-    torch.sub(tile.values, column_logs[tile.columns], out=tile.workspace)
-    tile.values.sub_(row_logs[tile.rows].unsqueeze(1)).exp2_()
-    return tile.values.add_(tile.workspace.exp2_())
-
 
 def _result(positives: Positives, rows: Tensor, columns: Tensor) -> TermResult:
     """Return the sum of the terms of rows and own columns, and the weights of positives.
@@ -166,11 +125,3 @@ def _result(positives: Positives, rows: Tensor, columns: Tensor) -> TermResult:
         total = total + (softplus(gap, threshold=EXACT) / LN2 + (own - mean)).sum()
         own_weight += gap.sigmoid() + (positives.row_share - 1)
     return TermResult(total, own_weight, positives.row_share, positives.column_share)
-
-
-def _add_powers(maximum: Tensor, sums: Tensor, tile: Tile, dim: int) -> None:
-    """Update running maxima and sums of powers, in place, along a tile's dimension."""
-    raised = torch.maximum(maximum, tile.values.amax(dim))
-    torch.sub(tile.values, raised.unsqueeze(dim), out=tile.workspace)
-    sums.mul_((maximum - raised).exp2_()).add_(tile.workspace.exp2_().sum(dim))
-    maximum.copy_(raised)

@@ -17,19 +17,18 @@ def summarize(
     image_features: Tensor,
     text_features: Tensor,
     *,
-    scale: Tensor,
+    unit: Tensor,
     margin: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Join the ranks' numbers by one all-reduce; return the global total and the statistics.
 
-    The tiles' similarities are cosines times `scale` (1,).
+    The tiles' similarities are cosines times `unit` (1,).
     """
     layout, duplicates = tiled.positives.layout, tiled.positives.duplicates
     pairs = tiled.positives.own
-    own = pairs.similarities / scale
-    hardest = (tiled.terms[0].hardest() / scale).clamp(min=-1)  # without a negative: -1
-    unit = scale.view(())
-    distances = pairs.row_squares / unit.square() + pairs.column_squares - 2 * own.sum()
+    own = pairs.similarities / unit
+    hardest = (tiled.terms[0].hardest() / unit).clamp(min=-1)  # without a negative: -1
+    distances = pairs.row_squares / unit.view(()).square() + pairs.column_squares - 2 * own.sum()
     sums = [
         local_total,
         own.sum(),

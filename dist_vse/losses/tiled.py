@@ -5,7 +5,7 @@ kept) and its gradient goes into the features. b rows (images) on this rank, N c
 on all ranks, d embedding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,12 +29,16 @@ class TermInputs(NamedTuple):
 
 
 class TermResult(NamedTuple):
-    """What a term found: its sum, and what each positive's similarity weighs in it."""
+    """What a term found: its sum, and the weight of each positive in it.
+
+    A weight is minus the gradient in the positive's similarity: own_weight[i] that of own pair i,
+    row_weight[i] + column_weight[j] that of a duplicate (i, j) that counts as positive.
+    """
 
     total: Tensor
-    own_weight: Tensor  # (b,) minus the gradient in the similarities of own pairs
-    row_weight: Tensor  # (b,) and
-    column_weight: Tensor  # (N,): their sum is minus the gradient in a positive duplicate's
+    own_weight: Tensor  # (b,)
+    row_weight: Tensor  # (b,)
+    column_weight: Tensor  # (N,)
 
 
 class Term(Protocol):
@@ -59,9 +63,6 @@ class Dense(Term, Protocol):
     def grad_logits(self, tile: Tile) -> Tensor:
         """Return the gradient in a prepared tile's similarities; may overwrite the tile."""
 
-    def take_bias_grad(self) -> Tensor | None:
-        """Return this rank's gradient in the bias (1,) after a backward pass, if it has one."""
-
 
 class Sparse(Term, Protocol):
     """A term whose gradient touches one pair a row and one a column."""
@@ -75,6 +76,8 @@ class Terms(NamedTuple):
 
     dense: Dense | None = None
     sparse: Sparse | None = None
+    take_bias_grad: Callable[[], Tensor] | None = None
+    """Returns this rank's gradient in a learned bias (1,), after a backward pass."""
 
 
 class TiledLoss:
@@ -100,8 +103,8 @@ class TiledLoss:
         self.rows = rows
         self.transport = transport
         self.positives = positives
-        self.dense, self.sparse = terms
-        self.terms: list[Term] = [term for term in terms if term is not None]
+        self.dense, self.sparse, self._take_bias_grad = terms
+        self.terms: list[Term] = [x for x in (self.dense, self.sparse) if x is not None]
         self.duplicates_are_candidates = duplicates_are_candidates
         self.height, self.width = tile_shape(tile, dense=self.dense is not None)
         self.budget = budget
@@ -147,7 +150,7 @@ class TiledLoss:
 
     def take_bias_grad(self) -> Tensor | None:
         """Return this rank's gradient in the bias (1,) after `backward`, if the loss has one."""
-        return self.dense.take_bias_grad() if self.dense is not None else None
+        return None if self._take_bias_grad is None else self._take_bias_grad()
 
     def _gradients(self, block: Block) -> tuple[Tensor, Tensor]:
         """Return the gradient of a block's pairs in the rows (b, d) and its columns (c, d)."""

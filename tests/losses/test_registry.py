@@ -10,7 +10,8 @@ import pytest
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
-from dist_vse.losses.registry import LOSSES, check_name, find_loss, loss_label
+from dist_vse.losses import registry
+from dist_vse.losses.registry import LOSSES, _imported, check_name, find_loss, loss_label
 from dist_vse.tools.plan.settings import Settings
 from dist_vse.tools.plan.traffic import loss_collectives
 from dist_vse.tools.report.page import write_report
@@ -26,7 +27,7 @@ TOY = "tests.support.toy_loss:TOY"
 def test_every_entry_is_whole(name: str) -> None:
     spec = find_loss(name)
     assert spec.name == name and spec.label and spec.paper.startswith("https://")
-    assert callable(spec.load("dense")) and callable(spec.load("terms"))
+    assert all(callable(_imported(x)) for x in (spec.dense, spec.terms))
     assert loss_collectives(Settings(64, 2, 8, loss=name), 16)
 
 
@@ -59,14 +60,16 @@ def test_a_config_may_name_a_loss_from_outside_without_importing_it() -> None:
 
 def _errors() -> dict[str, float]:
     found, counts = {}, (7, 3)
-    for transport, duplicates, tile in itertools.product(("gather", "ring"), ("mask",), (3, 64)):
+    for transport, duplicates, tile in itertools.product(
+        ("gather", "ring"), ("mask", "positive"), (3, 64)
+    ):
         case = Case(TOY, sum(counts), duplicates=duplicates, groups=8)
         exact = gradients(dense_loss, case)
         start = sum(counts[: distributed.rank()])
         case.part = slice(start, start + counts[distributed.rank()])
         grads = gradients(global_loss, case, transport=transport, tile=tile)
         features = [distributed.all_gather_rows(x) / 2 for x in grads[1:3]]
-        found[f"{transport} {tile}"] = error([grads[0], *features], exact[:3])
+        found[f"{transport} {duplicates} {tile}"] = error([grads[0], *features], exact[:3])
     return found
 
 
@@ -88,5 +91,13 @@ def test_a_loss_from_outside_is_trained_reported_and_verified(tmp_path: Path) ->
 
 
 def _verified() -> int:
-    result = check(load_config(None, [f"loss.name={TOY}", "engine.zero_stage=3"]))
-    return result.code
+    stages = [f"engine.zero_stage={stage}" for stage in range(4)]
+    return max(check(load_config(None, [f"loss.name={TOY}", stage])).code for stage in stages)
+
+
+def test_an_installed_package_may_register_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_entry_points", lambda: {"toy_squared": TOY})
+    assert find_loss("toy_squared").label == "Squared error"
+    assert load_config(None, ["loss.name=toy_squared"]).loss.name == "toy_squared"
+    with pytest.raises(UserError, match="did you mean 'toy_squared'"):
+        check_name("toy_square")

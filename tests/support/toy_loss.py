@@ -49,9 +49,6 @@ class SquaredError:
     def hardest(self) -> Tensor:
         return self.largest
 
-    def take_bias_grad(self) -> None:
-        """There is no bias."""
-
 
 def build_terms(inputs: TermInputs) -> Terms:
     return Terms(dense=SquaredError(inputs.positives))
