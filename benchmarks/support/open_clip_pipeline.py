@@ -32,6 +32,7 @@ def mend_reader() -> None:
         data.tar_file_expander = partial(data.tar_file_expander, eof_value=None)
 
 
+# More than eight parameters: OpenCLIP's own function reads as many settings.
 def peer_loader(
     tars: Sequence[str],
     *,
