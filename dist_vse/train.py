@@ -200,7 +200,12 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
     batches = build_eval_batches(run.config, run.index, run.tokenizer, split)
     average_statistics(run.engine.module)
     with run.engine.gathered_parameters():
-        evaluation = evaluate(run.engine.module, watchdog.each(batches), distributed.device())
+        evaluation = evaluate(
+            run.engine.module,
+            watchdog.each(batches),
+            distributed.device(),
+            precision=run.config.engine.precision,
+        )
     watchdog.progress()
     metrics = evaluation.metrics
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen, "split": split}

@@ -7,7 +7,7 @@ import torch
 
 from dist_vse.common.errors import UserError
 from dist_vse.distributed.collectives import all_gather_object, all_reduce_max
-from dist_vse.distributed.group import device, world_size
+from dist_vse.distributed.group import world_size
 
 
 def any_rank(flag: bool) -> bool:
@@ -19,7 +19,7 @@ def any_rank_each(flags: Sequence[bool]) -> list[bool]:
     """Return for several flags, in one reduction, whether each is set on any rank."""
     if world_size() == 1:
         return list(flags)
-    numbers = torch.tensor([float(flag) for flag in flags], device=device())
+    numbers = torch.tensor([float(flag) for flag in flags])  # on the host: no GPU is waited for
     return [number > 0 for number in all_reduce_max(numbers).tolist()]
 
 

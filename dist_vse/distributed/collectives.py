@@ -1,7 +1,8 @@
 """Collectives: what the ranks send each other.
 
 Every rank starts its collectives in the same order. All of them also work in one process without a
-process group. Shape letters: b rows on this rank, B rows on all ranks, W ranks.
+process group. A tensor in host memory goes over the host's group, with no GPU in between.
+Shape letters: b rows on this rank, B rows on all ranks, W ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +15,16 @@ from torch import Tensor
 
 from dist_vse.common import cpu
 from dist_vse.common.step_timer import collective
-from dist_vse.distributed.group import world_size
+from dist_vse.distributed.group import host_group, world_size
 
 # The newer names first: the older ones are deprecated since torch 2.14.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _group_of(x: Tensor) -> dist.ProcessGroup | None:
+    """Return the group that sends such a tensor; None is the default group."""
+    return None if x.is_cuda else host_group()
 
 
 @collective()
@@ -37,7 +43,7 @@ def _start_gather(rows: Tensor) -> tuple[Tensor, list[Any]]:
     out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
     if cpu.has_direct_gather(rows):
         return out, cpu.start_gather(out, rows)
-    return out, [_all_gather_single(out, rows, async_op=True)]
+    return out, [_all_gather_single(out, rows, group=_group_of(rows), async_op=True)]
 
 
 @collective()
@@ -48,7 +54,7 @@ def reduce_scatter_rows(x: Tensor) -> Tensor:
     if cpu.has_direct_reduce():
         return cpu.reduce_scatter(x.contiguous())
     out = x.new_empty((x.shape[0] // world_size(), *x.shape[1:]))
-    _reduce_scatter_single(out, x.contiguous())
+    _reduce_scatter_single(out, x.contiguous(), group=_group_of(x))
     return out
 
 
@@ -103,7 +109,7 @@ class AsyncReduce:
         start: Callable[..., Any] = (
             dist.all_reduce if owner is None else partial(dist.reduce, dst=owner)
         )
-        self._work: Any = start(x, async_op=True)
+        self._work: Any = start(x, group=_group_of(x), async_op=True)
 
     @collective()
     def wait(self) -> None:
@@ -140,7 +146,7 @@ def all_gather_object(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=host_group())
     return values
 
 
@@ -150,7 +156,7 @@ def broadcast_object(value: Any) -> Any:
     if world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=host_group())
     return values[0]
 
 
@@ -158,7 +164,7 @@ def broadcast_object(value: Any) -> Any:
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over the ranks, in place; return the tensor."""
     if world_size() > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=_group_of(x))
     return x
 
 
@@ -166,7 +172,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 def all_reduce_max(x: Tensor) -> Tensor:
     """Take the maximum over the ranks, in place; return the tensor."""
     if world_size() > 1:
-        dist.all_reduce(x, dist.ReduceOp.MAX)
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=_group_of(x))
     return x
 
 
@@ -174,7 +180,7 @@ def all_reduce_max(x: Tensor) -> Tensor:
 def all_reduce_min(x: Tensor) -> Tensor:
     """Take the minimum over the ranks, in place; return the tensor."""
     if world_size() > 1:
-        dist.all_reduce(x, dist.ReduceOp.MIN)
+        dist.all_reduce(x, dist.ReduceOp.MIN, group=_group_of(x))
     return x
 
 
@@ -187,4 +193,4 @@ def all_reduce_mean(x: Tensor) -> Tensor:
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=host_group())

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Sequence
 
 import torch
 
@@ -17,16 +18,38 @@ def check_accelerator() -> None:
         )
 
 
-def check_gpus() -> None:
-    """Raise UserError, on all ranks of a node, if it has fewer GPUs than processes."""
+def choose_gpu() -> None:
+    """Set LOCAL_RANK to 0 where this process sees one GPU only: that one must be its own.
+
+    A launcher gives each process a GPU of its own that way (`--gpus-per-task`). Raises UserError,
+    on all ranks of a node, if each sees several GPUs, but fewer than there are processes.
+    """
     names = ("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0")
     processes, local_rank = (int(os.environ.get(*name)) for name in names)
     processes, seen = max(processes, local_rank + 1), torch.cuda.device_count()
-    if processes > seen:
+    if seen == 1:
+        os.environ["LOCAL_RANK"] = "0"
+    elif processes > seen:
         raise UserError(
             f"{processes} processes, but PyTorch sees {seen} GPU(s) on {socket.gethostname()}: "
             "start one process a GPU, and let each see all of them (CUDA_VISIBLE_DEVICES)"
         )
+
+
+def check_own_gpus(gpus: Sequence[tuple[str, str]]) -> None:
+    """Raise UserError if two ranks of one node have the same GPU; `gpus` are (host, GPU) by rank.
+
+    Where a launcher says that it starts one process a node, nothing is checked.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        return
+    for rank, gpu in enumerate(gpus):
+        if gpu in gpus[:rank]:
+            raise UserError(
+                f"ranks {gpus.index(gpu)} and {rank} have the same GPU on {gpu[0]}: start one "
+                "process a GPU, and let each see all of them or one of its own "
+                "(CUDA_VISIBLE_DEVICES)"
+            )
 
 
 def check_alone() -> None:

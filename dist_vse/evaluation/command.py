@@ -21,6 +21,7 @@ from dist_vse.evaluation.evaluate import Evaluation, evaluate
 from dist_vse.evaluation.examples import save_examples
 from dist_vse.evaluation.retrieval import RECALLS, check_protocol
 from dist_vse.models.build import build_model
+from dist_vse.models.precision import use_precision
 from dist_vse.runs.environment import read_environment, trained_on
 from dist_vse.runs.files import EXAMPLES_NAME, RESULT_NAME
 from dist_vse.runs.folder import find_run, open_run
@@ -53,6 +54,8 @@ def eval_run(
             task = _open(location, split=split, data=data, protocol=protocol)
             tokenizer = run_tokenizer(task.config, task.run_dir, build=False)
             config = task.config
+            how["precision"] = config.engine.precision
+            use_precision(here, config.engine.precision)
             model = build_model(config.model, config.loss, tokenizer, seed=config.seed).to(here)
         batches = build_eval_batches(task.config, task.index, tokenizer, split)
         untrained = evaluate(model, batches, here, **{**how, "bootstrap": 0})

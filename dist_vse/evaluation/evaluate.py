@@ -27,6 +27,7 @@ from dist_vse.evaluation.retrieval import (
     summary,
     tasks_of,
 )
+from dist_vse.models.precision import evaluation_autocast
 
 
 class Encoders(Protocol):
@@ -73,9 +74,10 @@ def evaluate(
     recalls: Sequence[int] = RECALLS,
     bootstrap: int = 0,
     allow_collapse: bool = True,
+    precision: str = "fp32",
 ) -> Evaluation:
     """Embed this rank's batches and score retrieval over the whole split; see `embed`, `score`."""
-    split = embed(model, batches, device)
+    split = embed(model, batches, device, precision=precision)
     return score(
         split,
         device,
@@ -86,11 +88,18 @@ def evaluate(
     )
 
 
-def embed(model: Encoders, batches: Iterable[EvalBatch], device: torch.device) -> Embedded:
+def embed(
+    model: Encoders,
+    batches: Iterable[EvalBatch],
+    device: torch.device,
+    *,
+    precision: str = "fp32",
+) -> Embedded:
     """Embed this rank's batches and gather all ranks'.
 
-    The model runs in eval mode and is left as it was. Every rank must call; a rank may have no
-    batch. Raises UserError, on every rank, if there is no sample at all.
+    `precision` is the run's `engine.precision`, which a GPU evaluates in. The model runs in eval
+    mode and is left as it was. Every rank must call; a rank may have no batch. Raises UserError,
+    on every rank, if there is no sample at all.
     """
     keys: list[str] = []
     captions: list[str] = []
@@ -98,7 +107,12 @@ def embed(model: Encoders, batches: Iterable[EvalBatch], device: torch.device) -
     texts: list[Tensor] = []
     rows: list[Tensor] = []
     ids: list[Tensor] = []
-    with distributed.raise_on_all_ranks(), torch.no_grad(), _eval_mode(model):
+    with (
+        distributed.raise_on_all_ranks(),
+        torch.no_grad(),
+        _eval_mode(model),
+        evaluation_autocast(device, precision),
+    ):
         for batch in batches:
             images.append(model.encode_images(batch.images.to(device)))
             # In pieces: an image may have any number of captions.

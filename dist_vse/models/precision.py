@@ -19,6 +19,22 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def use_precision(device: torch.device, precision: str) -> None:
+    """Have a GPU compute float32 products and convolutions as `engine.precision` says.
+
+    fp32 means float32: PyTorch's default lets cuDNN's convolutions round to TF32 even there. tf32
+    allows TF32, and so does bf16 for the little that autocast leaves in float32.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def evaluation_autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the block in which a run is evaluated: a CPU stays in float32."""
+    return autocast(device, precision if device.type == "cuda" else "fp32")
+
+
 def float32_rnn(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Return the block in which an RNN takes `x` on a GPU in the precision that `x` has.
 

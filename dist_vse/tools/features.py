@@ -16,6 +16,7 @@ from dist_vse.data.index import Index, read_index
 from dist_vse.data.precomputed import Key, holds_features, write_manifest, write_part
 from dist_vse.data.samples import Placement
 from dist_vse.models.image import ImageTrunk, build_image_trunk
+from dist_vse.models.precision import use_precision
 from dist_vse.training.frozen_features import feature_key
 
 
@@ -63,6 +64,7 @@ def make_features(config: TrainConfig) -> None:
 
 def _write(config: TrainConfig, index: Index, folder: Path, key: Key) -> None:
     placement = Placement(distributed.rank(), distributed.world_size())
+    use_precision(distributed.device(), config.engine.precision)
     split, batch_size = config.data.train_split, config.fixed_chunk_size
     with distributed.raise_on_all_ranks():
         trunk = build_image_trunk(config.model.image, grad_checkpointing=False).eval()

@@ -55,9 +55,11 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_of(name: str, precision: str) -> float | None:
-    """Return the peak of a GPU by its name, in `bf16` or `fp32`."""
+    """Return the peak of a GPU by its name, in a precision of `engine.precision`."""
     found = next((peaks for gpu, peaks in _PEAKS.items() if gpu in name), None)
-    peak = found[0 if precision == "bf16" else 1] if found else None
+    bf16, fp32 = found or (None, None)
+    tf32 = fp32 if bf16 is None else bf16 / 2  # on the same tensor cores, for twice the bytes
+    peak = {"bf16": bf16, "tf32": tf32, "fp32": fp32}[precision]
     return None if peak is None else peak * 1e12
 
 

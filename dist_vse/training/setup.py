@@ -16,6 +16,7 @@ from dist_vse.data.streams import TrainSet, open_train_sets
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.precision import use_precision
 from dist_vse.models.tokenizer import Tokenizer
 from dist_vse.runs.folder import prepare_run_dir, write_config
 from dist_vse.runs.lease import Lease, acquire
@@ -85,6 +86,7 @@ def set_up(config: TrainConfig) -> Run:
         tokenizer = run_tokenizer(config, run_dir, build=False)
         model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
         model = model.to(distributed.device())
+        use_precision(distributed.device(), config.engine.precision)
         check_replay(
             model,
             image_size=config.model.image.size,

@@ -2,12 +2,18 @@
 
 import os
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
+from dist_vse.distributed import group, launcher_env
+from dist_vse.distributed.group import host_group
 from tests.support.distributed import run_distributed
 
 
@@ -140,3 +146,92 @@ def test_a_node_with_fewer_gpus_than_processes_is_named(
     processes = None if enough else f"{local_world_size or 5} processes, but PyTorch sees 4 GPU"
     with pytest.raises(expected, match=processes), distributed.process_group():
         pass
+
+
+def test_a_task_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    launcher_env.choose_gpu()
+    assert os.environ["LOCAL_RANK"] == "0"
+
+
+def test_two_ranks_of_a_node_with_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [("a", "GPU-1"), ("b", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1")]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # somebody puts two of one node on one GPU
+    launcher_env.check_own_gpus(gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    launcher_env.check_own_gpus(gpus[:3])
+    with pytest.raises(UserError, match="ranks 1 and 3 have the same GPU on b"):
+        launcher_env.check_own_gpus(gpus)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Let this process believe that it has a GPU; return how the group was asked for."""
+    asked: dict[str, Any] = {}
+    real = dist.init_process_group
+
+    def init_process_group(backend: str, **how: Any) -> None:
+        asked.update(how, backend=backend)
+        how.pop("device_id", None)
+        real("gloo", **how)
+
+    for name in ("RANK", "DS_ACCELERATOR", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    properties = SimpleNamespace(uuid="GPU-1")
+    for owner, name, value in (
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "set_device", lambda _: None),
+        (torch.cuda, "get_device_properties", lambda _: properties),
+        (dist, "init_process_group", init_process_group),
+        (torch.backends.cudnn, "allow_tf32", True),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    return asked
+
+
+def test_nccl_knows_its_gpu_and_a_second_group_sends_what_lies_on_the_host(
+    a_gpu: dict[str, Any],
+) -> None:
+    with distributed.process_group(timeout_s=20):
+        assert a_gpu["backend"] == "nccl"
+        assert a_gpu["device_id"] == torch.device("cuda", 0)
+        messages = host_group()
+        assert messages is not None and dist.get_backend(messages) == "gloo"
+        assert not torch.backends.cudnn.allow_tf32  # float32 means float32
+    assert host_group() is None
+
+
+def _groups_used() -> list[bool]:
+    """Return of each message between two ranks whether it went over the host's group."""
+    messages = dist.new_group(backend="gloo")
+    used: list[bool] = []
+
+    def watched(name: str) -> Callable[..., Any]:
+        real = getattr(dist, name)
+
+        def run(*args: Any, group: Any = None, **kwargs: Any) -> Any:
+            used.append(group is messages)
+            return real(*args, group=group, **kwargs)
+
+        return run
+
+    names = "all_reduce", "all_gather_object", "broadcast_object_list", "barrier"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group, "_host_group", messages)
+        for name in names:
+            patch.setattr(dist, name, watched(name))
+        assert distributed.any_rank_each([distributed.rank() == 1, False]) == [True, False]
+        with pytest.raises(UserError, match="no"), distributed.raise_on_all_ranks():
+            raise UserError("no")
+        assert distributed.broadcast_object(distributed.rank()) == 0
+        distributed.barrier()
+    return used
+
+
+def test_flags_errors_and_objects_do_not_pass_through_a_gpu() -> None:
+    for used in run_distributed(_groups_used, 2):
+        assert len(used) == 5 and all(used)

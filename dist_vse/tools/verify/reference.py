@@ -12,9 +12,9 @@ from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.training.step_loss import loss_options
 
-MIN_TOLERANCE = {"float64": 1e-9, "fp32": 1e-5, "bf16": 2**-6}
+MIN_TOLERANCE = {"float64": 1e-9, "fp32": 1e-5, "tf32": 2**-8, "bf16": 2**-6}
 """Errors that are always allowed: thousands of roundings of float64, some hundred of
-float32, two of bfloat16."""
+float32, two of TF32 and bfloat16."""
 ROUNDING = 4
 """A run's error may be that many times the error of one process in the same precision."""
 

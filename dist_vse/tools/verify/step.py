@@ -10,6 +10,7 @@ from dist_vse import distributed
 from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.precision import use_precision
 from dist_vse.tools.verify.case import (
     kept_graphs,
     make_batch,
@@ -43,6 +44,7 @@ def check_step(config: TrainConfig) -> list[Row]:
     """
     frozen = config.model.image.frozen, config.model.text.frozen
     small = shrink(config, distributed.world_size())
+    use_precision(distributed.device(), small.engine.precision)
     batch = make_batch(small.global_batch_size)
 
     model = small_model(small, frozen=frozen).double()
