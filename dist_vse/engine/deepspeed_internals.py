@@ -179,6 +179,19 @@ def keep_gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             modules.discard(_OUR_MODULE)
 
 
+def forget_module_order(engine: Any) -> None:
+    """Have ZeRO 3 record again in which order modules run; call it alike on every rank.
+
+    A rank that runs other modules than it has recorded drops its record (`_invalidate_trace` in
+    runtime/zero/partitioned_param_coordinator.py), and checks the next one with all ranks. A rank
+    that ran none keeps its record, and gathers parameters ahead instead: each waits for ever for
+    the other's collective.
+    """
+    coordinator = _private(_private(engine.optimizer, "parameter_offload"), "param_coordinator")
+    if not _private(coordinator, "is_invalid_trace")():
+        _private(coordinator, "_invalidate_trace")()
+
+
 def whole_shape(tensor: Tensor) -> torch.Size:
     """Return a tensor's shape; of a parameter that ZeRO 3 has split, that of the whole.
 

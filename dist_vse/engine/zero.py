@@ -120,7 +120,7 @@ class ZeroEngine:
             self._fragments()
             if self.stage == 3:
                 with internals.keep_gathered(list(self.module.parameters())):
-                    pass
+                    internals.forget_module_order(self.engine)
         except internals.MissingInternalError as missing:
             raise UserError(
                 f"{missing}: checkpoints can't be written or read; "
@@ -173,7 +173,8 @@ class ZeroEngine:
     def gathered_parameters(self, *, changed: bool = False) -> Iterator[None]:
         """Hold every parameter whole on every rank inside the block (ZeRO 3 splits them).
 
-        `changed` says that the block gives them new values, the same on all ranks.
+        `changed` says that the block gives them new values, the same on all ranks. The ranks may
+        run different numbers of forwards in the block.
         """
         if self.stage < 3:
             yield
@@ -188,6 +189,7 @@ class ZeroEngine:
             internals.keep_gathered(parameters),
         ):
             yield
+            internals.forget_module_order(self.engine)
 
     def dump_optimizer(self) -> dict[str, Tensor]:
         """Copy this rank's fragments of the optimizer's state to host memory, by name.

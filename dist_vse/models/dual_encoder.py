@@ -17,6 +17,7 @@ from dist_vse.distributed import all_reduce_mean
 from dist_vse.models.precision import at_least_float32
 
 MAX_LOG_SCALE = math.log(100)
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Tower(nn.Module):
@@ -174,10 +175,15 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
     ]
-    for layer in layers:
-        layer.track_running_stats = False  # in training mode: use the batch's, update nothing
+    kept = [{name: getattr(layer, name) for name in _STATISTICS} for layer in layers]
+    for layer, own in zip(layers, kept, strict=True):
+        # Copies move instead. With track_running_stats=False, nothing would; but then a forward
+        # saves two tensors fewer, and gradient checkpointing compares it with the first one.
+        for name, value in own.items():
+            setattr(layer, name, None if value is None else value.clone())
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for layer, own in zip(layers, kept, strict=True):
+            for name, value in own.items():
+                setattr(layer, name, value)

@@ -206,6 +206,40 @@ def test_keep_gathered() -> None:
         assert kept == 0
 
 
+def _train_around_forwards(stage: int, batches: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return the weights after training around forwards, and after as much training alone.
+
+    A rank runs as many forwards as `batches` says, as in an evaluation.
+    """
+    zero.PERSISTENT = 0
+    found = []
+    for evaluates in (True, False):
+        engine = _engine(stage)
+        for _ in range(3):  # the order of modules is recorded by the third step
+            _train(engine, 3)
+            if not evaluates:
+                continue
+            with engine.gathered_parameters(), torch.no_grad():
+                engine.module.eval()
+                for step in range(batches[distributed.rank()]):
+                    batch = _rank_batch(engine.module, step)
+                    engine.module.encode_images(batch["images"])
+                    engine.module.encode_texts(batch["tokens"])
+                engine.module.train()
+        with engine.gathered_parameters():
+            parameters = engine.module.parameters()
+            found.append(nn.utils.parameters_to_vector(parameters).detach().clone())
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("batches", [(1, 0), (0, 2)])
+def test_forget_module_order(stage: int, batches: tuple[int, ...]) -> None:
+    """Ranks that run different numbers of forwards go on training, and to the bit (no hang)."""
+    for around, alone in run_distributed(_train_around_forwards, 2, stage, batches, timeout=45):
+        assert torch.equal(around, alone)
+
+
 def _whole_shapes() -> tuple[dict[str, torch.Size], set[int]]:
     zero.PERSISTENT = 0
     parameters = dict(_engine(3).module.named_parameters())

@@ -17,10 +17,11 @@ def tiny_model(
     learn_temperature: bool = True,
     grad_checkpointing: bool = False,
     compiled: bool = False,
+    image: str = "test_vit",
 ) -> DualEncoder:
-    """Build a ViT of 32 pixels and a two-layer text transformer; equal weights every time."""
+    """Build an image trunk of 32 pixels and a text transformer; equal weights every time."""
     config = ModelConfig(
-        image=ImageConfig(name="test_vit", size=32),
+        image=ImageConfig(name=image, size=32),
         text=TextConfig(kind="transformer", width=64, depth=1, max_tokens=8, dropout=dropout),
         embed_dim=16,
         head_hidden=32,

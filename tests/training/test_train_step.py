@@ -198,6 +198,21 @@ def test_activation_checkpointing_changes_no_number() -> None:
     assert torch.equal(*trained)
 
 
+@pytest.mark.parametrize("keep_graphs", [0, 1, 2, 4])
+@pytest.mark.parametrize("image", ["test_resnet", "test_efficientnet"])
+def test_activation_checkpointing_is_exact_with_batch_norm(image: str, keep_graphs: int) -> None:
+    trained = []
+    for grad_checkpointing in (False, True):
+        model = tiny_model(grad_checkpointing=grad_checkpointing, image=image)
+        chunks = _rank_chunks(model, 0, 4)
+        engine = PlainEngine(model, _sgd(model))
+        train_step(engine, GlobalLoss("convse"), chunks, keep_graphs=keep_graphs)
+        trained.append(_parameters(model))
+        trained.append(torch.cat([b.detach().flatten().double() for b in model.buffers()]))
+    assert torch.equal(trained[0], trained[2]), "the parameters"
+    assert torch.equal(trained[1], trained[3]), "the statistics"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="nothing can be compiled without g++")
