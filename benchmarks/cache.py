@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.result import Result
-from benchmarks.support.cache_memory import memory_table, weigh
+from benchmarks.support.cache_memory import measure_memory, memory_table
 from benchmarks.support.cache_peers import Step, check_checkout, grad_cache_step, open_clip_step
 from benchmarks.support.workload import Workload, make_model, make_optimizer, make_pairs
 from dist_vse import distributed
@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> Result:
         report["speed"] = run_on_ranks(_measure, args.processes, load, args)
         tables.append(_table(report["speed"]))
     if args.memory:
-        report["memory"] = [run_on_ranks(weigh, 1, load, n, args.chunk) for n in args.memory]
+        report["memory"] = [
+            run_on_ranks(measure_memory, 1, load, n, args.chunk) for n in args.memory
+        ]
         tables.append(memory_table(report["memory"]))
     return Result(report, tables)
 

@@ -67,7 +67,7 @@ WAYS: dict[str, Way] = {
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Time and weigh the ways in turn, check that they agree."""
+    """Measure time and memory of every way, and check that they agree."""
     images, texts = _features(args.images, args.dim)
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     peaks = dict.fromkeys(WAYS, 0)

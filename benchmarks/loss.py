@@ -33,7 +33,7 @@ from dist_vse.tools.bench.traffic import bytes_sent
 Step = Callable[[], Any]
 TEMPERATURE = 0.1
 KEPT_MIB = 64  # of tiles, in the case between none and all
-EXACT_ROWS = 512  # of a rank, for the error beside float64
+EXACT_ROWS = 512  # of a rank, for the error compared with float64
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -135,7 +135,7 @@ def _time(step: Step) -> float:
 
 
 def _errors(features: list[Tensor], options: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return each case's gradient error (norm over norm) on a part of the batch, beside float64."""
+    """Return each case's gradient error (norm over norm) on a part of the batch, in float64."""
     world_size = distributed.world_size()
     whole = [distributed.gather_rows(x).double().requires_grad_() for x in features]
     log_scale = torch.tensor([TEMPERATURE], dtype=torch.float64).log().neg()
@@ -182,7 +182,7 @@ def _speed_table(result: dict[str, Any]) -> Table:
     table.note = (
         "limit: the bare float32 products of the case, in tiles that nobody looks at, and its bare "
         f"collectives; convse++ takes {seconds['convse++'] / whole:.2f} of its product as one "
-        "torch.mm and the collectives; error: of the gradient, beside float64; "
+        "torch.mm and the collectives; error: of the gradient, compared with float64; "
         f"telemetry takes {telemetry:.1%} of convse"
     )
     return table

@@ -56,7 +56,12 @@ def _add_cache(cache: argparse.ArgumentParser) -> None:
         "--grad-cache", type=Path, metavar="DIR", help="a checkout of luyug/GradCache, to compare"
     )
     cache.add_argument(
-        "--memory", type=int, nargs="*", default=[], metavar="N", help="batches to weigh"
+        "--memory",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="N",
+        help="batches to measure",
     )
     cache.add_argument("--chunk", type=int, default=64, help="pairs a chunk there [64]")
 
@@ -101,7 +106,7 @@ def _add_peers(peers: argparse.ArgumentParser) -> None:
     peers.add_argument("--limit-gib", type=float, default=4.0, help="of a rank's memory [4]")
     peers.add_argument("--chunk", type=int, default=16, help="pairs a chunk within it [16]")
     peers.add_argument(
-        "--most",
+        "--max-ratio",
         type=int,
         default=8,
         metavar="N",
@@ -111,7 +116,7 @@ def _add_peers(peers: argparse.ArgumentParser) -> None:
 
 
 def _add_shard(shard: argparse.ArgumentParser) -> None:
-    shard.add_argument("folder", metavar="DIR", type=Path, help="some GB of room for the files")
+    shard.add_argument("folder", metavar="DIR", type=Path, help="for the files, some GB")
     shard.add_argument("--images", type=int, default=20_000, help="untouched (default: 20000)")
     shard.add_argument("--resized", type=int, default=3_000, help="shrunk (default: 3000)")
     shard.add_argument("--repeats", type=int, default=3, help="timed rounds (default: 3)")
@@ -130,7 +135,7 @@ def _add_order(order: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="weigh a worker over an epoch of N samples (default: not)",
+        help="measure a worker's memory over an epoch of N samples (default: not)",
     )
 
 

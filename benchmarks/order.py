@@ -1,4 +1,4 @@
-"""Count what an epoch misses and repeats, here and with OpenCLIP; weigh a worker's memory.
+"""Count what an epoch misses and repeats, here and with OpenCLIP; measure a worker's memory.
 
 20 shards of 300 to 700 samples are read by W ranks with some workers each. Ours must show every
 sample once, in the same global batches whoever reads; OpenCLIP's pipeline is counted as it is,
@@ -31,7 +31,7 @@ from dist_vse.data.train_stream import train_batches
 from dist_vse.models.tokenizer import WordTokenizer
 from dist_vse.tools.bench.table import Table
 
-SHARDS, LEAST, MOST = 20, 300, 700
+SHARDS, MIN_SIZE, MAX_SIZE = 20, 300, 700
 BATCH, STREAMS = 240, 24  # both multiples of every W times workers
 
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> Result:
     """Count what `args` ask for."""
     require_peer()
     report: dict[str, Any] = {"rows": []}
-    sizes = np.random.default_rng(0).integers(LEAST, MOST + 1, SHARDS).tolist()
+    sizes = np.random.default_rng(0).integers(MIN_SIZE, MAX_SIZE + 1, SHARDS).tolist()
     with tempfile.TemporaryDirectory() as folder:
         index = write_tars(Path(folder), _numbered(sum(sizes)), "png", sizes)
         batches = set()
@@ -133,7 +133,7 @@ def _number(text: str) -> list[int]:
 
 
 def _numbered(count: int) -> Iterator[tuple[bytes, str]]:
-    """Yield tiny images whose captions tell them apart."""
+    """Yield tiny images, each with a caption of its own."""
     for number in range(count):
         pixels = np.random.default_rng(number % 97).integers(0, 256, (12, 12, 3), np.uint8)
         buffer = io.BytesIO()

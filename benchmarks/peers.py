@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> Result:
             errors = run_on_ranks(step_errors, args.processes, args.chunks)
             report["gradient_errors"] = errors
             tables.append(_speed_table(report["speed"], errors, args))
-        if args.most:
+        if args.max_ratio:
             report["largest"] = _measure_largest(setting, args)
             tables.append(_largest_table(report["largest"], args))
     return Result(report, tables)
@@ -57,9 +57,11 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} ({getattr(args, name)}) must be at least 1")
-    for name in ("workers", "rounds", "most"):
+    for name in ("workers", "rounds", "max_ratio"):
         if getattr(args, name) < 0:
-            raise UserError(f"--{name} ({getattr(args, name)}) must be at least 0")
+            raise UserError(
+                f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least 0"
+            )
     unit = args.processes * args.chunks * STREAMS
     if args.batch < 1 or args.batch % unit:
         raise UserError(
@@ -93,7 +95,7 @@ def _tasks(args: argparse.Namespace) -> dict[str, Task]:
 def _measure_speed(setting: Setting, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row a training: its seconds a step, by round, and its peaks of memory.
 
-    Each one is told when it ends: all of them take minutes.
+    Each one is printed when it ends: all of them take minutes.
     """
     tasks = _tasks(args)
     rows: dict[str, dict[str, Any]] = {
@@ -114,28 +116,28 @@ def _measure_speed(setting: Setting, args: argparse.Namespace) -> list[dict[str,
 def _measure_largest(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     """Search the largest batches: OpenCLIP's without accumulation, with it, and ours.
 
-    The last two are tried up to `--most` times the first, where time ends the search, not memory.
+    The last two are tried up to `--max-ratio` times the first: time ends the search, not memory.
     """
     limit = int(args.limit_gib * GIB)
     unit = args.processes * args.chunk
 
-    def search(trainer: str, first: int, *, chunk: int | None, most: int | None) -> Largest:
+    def search(trainer: str, first: int, *, chunk: int | None, max_batch: int | None) -> Largest:
         def peak(batch: int) -> int:
             chunks = 1 if chunk is None else batch // args.processes // chunk
             return train(setting, Task(trainer, batch, chunks, MEMORY_STEPS)).rank_bytes
 
-        found = largest_batch(peak, limit=limit, first=first, unit=unit, most=most)
+        found = largest_batch(peak, limit=limit, first=first, unit=unit, max_batch=max_batch)
         if found is None:
             raise UserError(f"--limit-gib ({args.limit_gib}) holds no batch of {trainer}; raise it")
         return found
 
-    plain = search(PEER, 4 * unit, chunk=None, most=None)
-    most = args.most * plain.batch
+    plain = search(PEER, 4 * unit, chunk=None, max_batch=None)
+    max_batch = args.max_ratio * plain.batch
     found = {"OpenCLIP": plain}
     for trainer, name in ((PEER, "OpenCLIP, accum_freq"), (OURS, "dist_vse")):
-        half = max(unit, most // 2 // unit * unit)
+        half = max(unit, max_batch // 2 // unit * unit)
         found[f"{name}, {args.chunk} pairs at a time"] = search(
-            trainer, half, chunk=args.chunk, most=most
+            trainer, half, chunk=args.chunk, max_batch=max_batch
         )
     return {name: vars(largest) for name, largest in found.items()}
 

@@ -16,7 +16,7 @@ MADE = "<!-- Made by `python -m benchmarks render` from benchmarks/results/{}/; 
 
 
 def render() -> None:
-    """Write every page anew; one whose results are gone is removed."""
+    """Write every page again; one whose results are gone is removed."""
     PAGES.mkdir(parents=True, exist_ok=True)
     pages = render_pages()
     for path in PAGES.glob("*.md"):
@@ -52,7 +52,7 @@ def section(result: dict[str, Any]) -> str:
 
 
 def _measured_on(result: dict[str, Any]) -> str:
-    """Say in one line when, on what, and with which versions."""
+    """Return one line: when, on what, and with which versions."""
     machine, versions = result["machine"], result.get("versions", {})
     words = [result["date"] or "date not noted", machine.get("cpu"), f"{machine['cores']} cores"]
     words.append(machine.get("gpu") or machine.get("device"))

@@ -15,7 +15,7 @@ from dist_vse.tools.bench.table import Table
 from dist_vse.training.grad_cache import train_step
 
 
-class _WeighingEngine(PlainEngine):
+class _MeasuredEngine(PlainEngine):
     """Notes how much a chunk's forward and backward add to what was allocated before them."""
 
     storages: TensorMemoryTracker
@@ -37,13 +37,13 @@ class _WeighingEngine(PlainEngine):
         self.own = max(self.own, self.storages.peak - self._before)
 
 
-def weigh(load: Workload, batch: int, chunk_size: int) -> dict[str, Any]:
+def measure_memory(load: Workload, batch: int, chunk_size: int) -> dict[str, Any]:
     """Take a step of `batch` pairs in one process; return bytes by what they are for.
 
     No graph is kept, so that a chunk's forward and backward stand alone.
     """
     model = make_model(load)
-    engine = _WeighingEngine(model, make_optimizer(model))
+    engine = _MeasuredEngine(model, make_optimizer(model))
     images, tokens = make_pairs(load, batch)
     pieces = zip(images.split(chunk_size), tokens.split(chunk_size), strict=True)
     chunks = [model.prepare(images=i, tokens=t) for i, t in pieces]
@@ -69,7 +69,7 @@ def weigh(load: Workload, batch: int, chunk_size: int) -> dict[str, Any]:
 
 
 def memory_table(results: list[dict[str, Any]]) -> Table:
-    """Return the table of what `weigh` returned for several batches."""
+    """Return the table of what `measure_memory` returned for several batches."""
     title = f"memory of a step in one process, chunks of {results[0]['chunk']} pairs"
     columns = ("batch", "a chunk's forward and backward", "/ smallest batch's")
     table = Table(title, (*columns, "features and cache", "inputs", "process's peak"))

@@ -1,6 +1,6 @@
 """What a loss cannot do without: its matrix products and its collectives, and nothing else.
 
-Beside them, what telemetry adds. b rows on a rank, N on all, d embedding.
+Besides them, what telemetry adds. b rows on a rank, N on all, d embedding.
 """
 
 from collections.abc import Callable, Iterator

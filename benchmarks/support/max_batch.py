@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 CLOSE = 0.97  # of the limit: near enough, as a peak varies by some percent
-MOST_TRIES = 6
+MAX_TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -18,23 +18,23 @@ class Largest:
 
 
 def largest_batch(
-    peak: Callable[[int], int], *, limit: int, first: int, unit: int, most: int | None = None
+    peak: Callable[[int], int], *, limit: int, first: int, unit: int, max_batch: int | None = None
 ) -> Largest | None:
-    """Search the multiples of `unit`, from `first` and twice that, but no more than `most`.
+    """Search the multiples of `unit`, from `first` and twice that, but none above `max_batch`.
 
     Memory grows with the batch along a line, nearly: two tries say where to look next. None if
     nothing that was tried fits in `limit` bytes.
     """
     tries: dict[int, int] = {}
     batch = first
-    while batch not in tries and len(tries) < MOST_TRIES:
+    while batch not in tries and len(tries) < MAX_TRIES:
         tries[batch] = peak(batch)
         fitting = [size for size, found in tries.items() if found <= limit]
         if fitting and tries[max(fitting)] >= CLOSE * limit:
             break
         batch = _next(tries, limit, unit)
-        if most is not None:
-            batch = min(batch, most)
+        if max_batch is not None:
+            batch = min(batch, max_batch)
     if not fitting:
         return None
     return Largest(max(fitting), tries[max(fitting)], tries, _by_line(tries, limit, unit))

@@ -60,7 +60,7 @@ def _resident(name: str, rows: int, width: int) -> tuple[int, float]:
 
 
 def _allocated(name: str, rows: int, width: int) -> int:
-    """Return the most bytes that are allocated at once in arrays of other sizes than features'."""
+    """Return the peak of the bytes in arrays of other sizes than features'."""
     features = _make_features(rows, width)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
         _step(name, features)

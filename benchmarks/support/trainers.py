@@ -44,7 +44,7 @@ class Task:
     keep_graphs: int | str = 1  # ours alone
 
     def total_steps(self, setting: Setting) -> int:
-        """Return how many the training is told to take."""
+        """Return how many steps the training is set to take."""
         return self.steps + READ_AHEAD * max(1, setting.workers) + 1
 
 
@@ -154,7 +154,7 @@ def _environment() -> dict[str, str]:
         os.environ
         | import_path()
         | {
-            "OMP_NUM_THREADS": "1",  # torchrun's own choice, which it tells of otherwise
+            "OMP_NUM_THREADS": "1",  # torchrun's own choice, which it would warn about
             "CUDA_VISIBLE_DEVICES": "",
             "DS_ACCELERATOR": "cpu",
             "GLOO_SOCKET_IFNAME": "lo",

@@ -57,7 +57,7 @@ class OptimizerSpec:
     deepspeed_type: str
     """Its `optimizer.type` in a DeepSpeed JSON file; upper and lower case are the same."""
     settings: Callable[[OptimConfig], dict[str, Any]]
-    """Its own keyword arguments, beside the learning rate and weight decay."""
+    """Its own keyword arguments, besides the learning rate and weight decay."""
     state_tensors: Callable[[OptimConfig], int]
     """How many numbers it keeps for each parameter that it trains."""
 

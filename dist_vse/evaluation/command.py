@@ -1,4 +1,4 @@
-"""`dist-vse eval`: a run's retrieval on a split, beside the untrained model and chance."""
+"""`dist-vse eval`: a run's retrieval on a split, compared with the untrained model and chance."""
 
 import dataclasses
 import json

@@ -47,7 +47,7 @@ def build_model(
     )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
-            "nothing is left to learn: both encoders are frozen, and there are no heads beside "
+            "nothing is left to learn: both encoders are frozen, and there are no heads besides "
             "them; set model.image.frozen=false or model.text.frozen=false"
         )
     return model

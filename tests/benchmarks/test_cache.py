@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.support.cache_memory import weigh
+from benchmarks.support.cache_memory import measure_memory
 from benchmarks.support.cache_peers import open_clip_step
 from benchmarks.support.workload import Workload, make_model, make_pairs
 from dist_vse.engine.plain import PlainEngine
@@ -52,7 +52,7 @@ def test_open_clips_loop_takes_the_same_step_on_our_model() -> None:
 
 
 def test_memory_is_told_apart_by_what_it_is_for() -> None:
-    small, large = (weigh(LOAD, batch, 16) for batch in (32, 128))
+    small, large = (measure_memory(LOAD, batch, 16) for batch in (32, 128))
     assert small["model_bytes"] == large["model_bytes"] > small["gradient_bytes"]
     assert large["input_bytes"] == 4 * small["input_bytes"]
     # The features and their gradients; their copies for the loss are gone by then.
@@ -71,7 +71,7 @@ def test_the_command_times_every_case_and_writes_the_numbers(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "message"),
     [
         ("--repeats", "-1", "--repeats (-1) must be at least 0"),
         ("--chunks", "0", "--chunks (0) must be at least 1"),
@@ -80,7 +80,7 @@ def test_the_command_times_every_case_and_writes_the_numbers(tmp_path: Path) -> 
     ],
 )
 def test_options_that_make_no_sense_are_one_line(
-    option: str, value: str, told: str, capsys: pytest.CaptureFixture[str]
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cache", option, value]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {told}")
+    assert capsys.readouterr().err.startswith(f"error: {message}")

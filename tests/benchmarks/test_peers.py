@@ -84,7 +84,7 @@ def test_the_largest_batch_is_found_on_a_curve(limit: int) -> None:
 
 
 def test_the_search_ends_at_its_bound_and_where_nothing_fits() -> None:
-    found = largest_batch(lambda batch: batch, limit=10_000, first=64, unit=8, most=128)
+    found = largest_batch(lambda batch: batch, limit=10_000, first=64, unit=8, max_batch=128)
     assert found is not None
     assert found.tries == {64: 64, 128: 128} and found.by_line == 10_000
     assert largest_batch(lambda batch: 100, limit=10, first=64, unit=8) is None

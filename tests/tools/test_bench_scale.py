@@ -16,7 +16,7 @@ from dist_vse.cli import main
 from dist_vse.common import step_timer
 from dist_vse.common.errors import UserError
 from dist_vse.tools.bench.scale_cases import Case, plan_cases, share
-from dist_vse.tools.bench.scale_memory import memory_parts, weigh
+from dist_vse.tools.bench.scale_memory import measure_memory, memory_parts
 from dist_vse.tools.bench.scale_rows import compare, compare_with_baseline, join
 from launch.environment import free_port
 from tests.support.paths import ROOT
@@ -99,7 +99,7 @@ def test_measurements_of_several_jobs_become_one() -> None:
     ]
 
 
-def test_memory_is_told_apart_at_the_borders_of_the_parts() -> None:
+def test_memory_is_split_where_the_parts_begin() -> None:
     def step(_: torch.Tensor) -> None:
         step_timer.begin("encode")
         features = torch.zeros(100)
@@ -115,8 +115,8 @@ def test_memory_is_told_apart_at_the_borders_of_the_parts() -> None:
         del gradient
         step_timer.begin(step_timer.OTHER)
 
-    _, borders = weigh(lambda: torch.zeros(500), step)
-    assert memory_parts(borders, inputs=300, outputs=400, gradients=7) == {
+    _, memory = measure_memory(lambda: torch.zeros(500), step)
+    assert memory_parts(memory, inputs=300, outputs=400, gradients=7) == {
         "inputs": 300,
         "state": 2000 - 300,
         "features": 800,

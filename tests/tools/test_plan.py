@@ -1,4 +1,4 @@
-"""The plan: its arithmetic, beside the real loss and engine, and its command."""
+"""The plan: its arithmetic, compared with the real loss and engine, and its command."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
 from dist_vse.tools.bench.scale_cases import SMALL
 from dist_vse.tools.bench.scale_harness import StepHarness, build_harness
-from dist_vse.tools.bench.scale_memory import weigh
+from dist_vse.tools.bench.scale_memory import measure_memory
 from dist_vse.tools.bench.traffic import bytes_sent_by_part
 from dist_vse.tools.plan.check import check_rows
 from dist_vse.tools.plan.choose import MARGIN, check_batch, choose, explain, price
@@ -71,8 +71,8 @@ def _measured(cases: list[list[str]]) -> list[tuple[dict[str, float], int]]:
     found = []
     for words in cases:
         build = partial(build_harness, case(words), stream=False)
-        harness, borders = weigh(build, StepHarness.step)
-        found.append((bytes_sent_by_part(harness.step), max(borders.most.values())))
+        harness, memory = measure_memory(build, StepHarness.step)
+        found.append((bytes_sent_by_part(harness.step), max(memory.peaks.values())))
     return found
 
 
@@ -122,7 +122,7 @@ def test_what_must_grow_grows(chosen: Settings) -> None:
         price(WORK, chosen.changed(keep_graphs=max(1, chosen.keep_graphs) + i), GPU) for i in (0, 1)
     )
     assert more.seconds.total <= fewer.seconds.total + 1e-12
-    # Where all are kept, none is made again beside the gradients: a little less.
+    # Where all are kept, none is made again during the gradients: a little less.
     assert more.memory.total >= 0.97 * fewer.memory.total
 
 

@@ -81,7 +81,7 @@ def test_ranks_that_share_cores_share_their_speed() -> None:
     cpu = Hardware(name="two cores", cores=2, ranks_per_node=1024)
     two, four = (price(WORK, Settings(64 * w, w, 64), cpu) for w in (2, 4))
     assert four.seconds.encode == pytest.approx(2 * two.seconds.encode)
-    assert four.room < two.room
+    assert four.rank_memory < two.rank_memory
 
 
 def test_interpolation_keeps_to_what_was_measured() -> None:

@@ -152,7 +152,7 @@ def test_slips_are_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in ("run", "embed"):  # all is told before the long work
+    for module in ("run", "embed"):  # all is reported before the long work
         monkeypatch.setattr(f"dist_vse.tools.search.{module}.embed_split", None)
     (tmp_path / "bare.txt").write_text("a photo\n")
     (tmp_path / "file").touch()

@@ -49,11 +49,11 @@ def check_pairs(pairs: Tensor, num_images: int, num_texts: int) -> None:
         ("image", "text", pairs[0], num_images),
         ("text", "image", pairs[1], num_texts),
     ):
-        least, most = (int(rows.min()), int(rows.max())) if len(rows) else (0, -1)
-        if least < 0:
-            raise UserError(f"the pairs hold {name} row {least}; rows start at 0")
-        if most >= count:
-            raise UserError(f"the pairs hold {name} row {most}, but there are {count} {name}s")
+        first, last = (int(rows.min()), int(rows.max())) if len(rows) else (0, -1)
+        if first < 0:
+            raise UserError(f"the pairs hold {name} row {first}; rows start at 0")
+        if last >= count:
+            raise UserError(f"the pairs hold {name} row {last}, but there are {count} {name}s")
         bare = (rows.bincount(minlength=count) == 0).nonzero()
         if len(bare):
             remedy = "caption them" if name == "image" else "name their image"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dist_vse.common.errors import UserError
 
-MOST_PAIRS = 2**26
+MAX_PAIRS = 2**26
 
 
 def own_pairs(image_of_text: Tensor) -> Tensor:
@@ -29,9 +29,9 @@ def content_pairs(image_of_text: Tensor, image_ids: Tensor, text_ids: Tensor) ->
     image_key, text_key = keys // len(texts), keys % len(texts)
     sizes = images[image_key] * texts[text_key]  # pairs that each pair of groups stands for
     total = int(sizes.sum())
-    if total > MOST_PAIRS:
+    if total > MAX_PAIRS:
         raise UserError(
-            f"{total:,} pairs are right by equal captions or images, more than {MOST_PAIRS:,}: "
+            f"{total:,} pairs are right by equal captions or images, more than {MAX_PAIRS:,}: "
             "such captions are classes; evaluate a smaller split or one of others (in training "
             "data.eval_split), and a trained model with `dist-vse zeroshot`"
         )

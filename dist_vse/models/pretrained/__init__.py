@@ -33,7 +33,7 @@ class _Library(Protocol):
 
 
 def read_start(folder: str) -> Start:
-    """Return what the checkpoint in a folder decides beside its weights.
+    """Return what the checkpoint in a folder decides besides its weights.
 
     Raises UserError, as do the other functions, if the folder holds no checkpoint that can be
     read.

@@ -63,7 +63,7 @@ class _Pooled(nn.Module):
 
 
 def knows(folder: Path) -> bool:
-    """Tell whether the folder's config is that of a CLIP or SigLIP model."""
+    """Return whether the folder's config is that of a CLIP or SigLIP model."""
     path = folder / CONFIG
     return path.is_file() and _model_type(path) in MODELS
 

@@ -13,7 +13,7 @@ from dist_vse.models.text import TextTrunk
 
 @dataclass(frozen=True)
 class Start:
-    """What a checkpoint decides beside its weights."""
+    """What a checkpoint decides besides its weights."""
 
     kind: str  # such as CLIPModel
     image_size: int

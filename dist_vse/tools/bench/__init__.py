@@ -1,1 +1,1 @@
-"""Benchmarks against peers, in the same run on the same machine."""
+"""`dist-vse bench scale`: speed, memory and traffic of a training step."""

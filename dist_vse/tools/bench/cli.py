@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
 def _add_scale(scale: argparse.ArgumentParser) -> None:
     scale.description = (
         "Train some steps of a config on several numbers of processes, and with settings varied "
-        "one at a time; tell pairs a second, efficiency, memory and seconds by part, and bytes "
+        "one at a time; report pairs a second, efficiency, memory and seconds by part, and bytes "
         "sent. Starts processes of this machine (gloo, one thread each), or joins a launcher's."
     )
     scale.add_argument(
@@ -39,8 +39,8 @@ def _add_scale(scale: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE,VALUE",
         help="settings to vary on the last W, such as chunk_size=32,128 loss.transport=ring",
     )
-    scale.add_argument("--rounds", type=int, default=3, help="visits to every case [3]")
-    scale.add_argument("--steps", type=int, default=2, help="timed steps of a visit [2]")
+    scale.add_argument("--rounds", type=int, default=3, help="measurements of every case [3]")
+    scale.add_argument("--steps", type=int, default=2, help="timed steps of each [2]")
     scale.add_argument(
         "--stream", action="store_true", help="read the config's data; else pairs are made up"
     )
@@ -48,12 +48,12 @@ def _add_scale(scale: argparse.ArgumentParser) -> None:
         "--no-independent",
         dest="independent",
         action="store_false",
-        help="skip the W single runs at once, beside which weak scaling is judged",
+        help="skip the W single runs at once, with which weak scaling is compared",
     )
     scale.add_argument(
         "--read", nargs="+", default=[], metavar="FILE", help="measure nothing; join such files"
     )
-    scale.add_argument("--baseline", metavar="FILE", help="an earlier --out, to tell ratios to")
+    scale.add_argument("--baseline", metavar="FILE", help="an earlier --out, to compare with")
     scale.add_argument("--page", metavar="FILE", help="write plots as one HTML page")
     scale.add_argument("--task", metavar="I/N", help="measure one share of N, for a job array")
     scale.add_argument("--out", metavar="FILE", help="write the numbers as JSON")

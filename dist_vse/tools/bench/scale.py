@@ -75,7 +75,7 @@ def _budget(args: argparse.Namespace) -> Budget:
 
 
 def _on_this_machine(cases: Sequence[Case], budget: Budget) -> list[Row]:
-    """Start the processes of all cases; teams of one size, and independent runs, take turns."""
+    """Start the processes of all cases; cases of one size, and independent runs, take turns."""
     # All are forked from one server, which has paid for the imports.
     os.environ["DS_ACCELERATOR"] = "cpu"
     multiprocessing.set_forkserver_preload([*IMPORTS, "dist_vse.tools.bench.scale_run"])
@@ -83,16 +83,16 @@ def _on_this_machine(cases: Sequence[Case], budget: Budget) -> list[Row]:
     for case in cases:
         groups.setdefault((case.world_size, case.runs), []).append(case)
     barrier = multiprocessing.get_context(START).Barrier(sum(size * runs for size, runs in groups))
-    teams = []
-    for turn, ((size, runs), members) in enumerate(groups.items()):
-        turns = RoundRobin(barrier, turn, len(groups))
-        teams += [RankGroup(measure, size, (members, budget, turns))] * runs
-    results = iter(run_rank_groups(teams, start_method=START))
+    rank_groups = []
+    for index, ((size, runs), members) in enumerate(groups.items()):
+        schedule = RoundRobin(barrier, index, len(groups))
+        rank_groups += [RankGroup(measure, size, (members, budget, schedule))] * runs
+    results = iter(run_rank_groups(rank_groups, start_method=START))
     rows: dict[int, Row] = {}
     for (_, runs), members in groups.items():
         several = [next(results) for _ in range(runs)]
         for number, case in enumerate(members):
-            rows[id(case)] = together([team[number] for team in several])
+            rows[id(case)] = together([rows_of_run[number] for rows_of_run in several])
     return [rows[id(case)] for case in cases]
 
 

@@ -54,7 +54,7 @@ class StepHarness:
 
     def known_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's inputs, features (captions of all ranks too, which are
-        gathered ahead) and gradients."""
+        gathered while chunks are encoded) and gradients."""
         ranks = distributed.world_size()
         rows = self.config.global_batch_size // ranks
         gathered = rows * ranks if ranks > 1 and self.config.loss.transport == "gather" else 0

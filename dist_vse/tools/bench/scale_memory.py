@@ -1,4 +1,4 @@
-"""A rank's memory by what it is for: the parts of a step, told apart at their borders."""
+"""A rank's memory by what it is for, from what is held when each part of a step begins."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -36,25 +36,25 @@ class _CudaHeap:
         torch.cuda.reset_peak_memory_stats()
 
 
-class Borders:
-    """Notes the bytes that are held when a part begins first, and the most of them in it."""
+class PartMemory:
+    """Notes the bytes that are held when a part first begins, and the peak within each part."""
 
     def __init__(self, heap: _Heap) -> None:
         self.heap = heap
         self.before: dict[str, int] = {}
-        self.most: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}
         self._part = step_timer.OTHER
 
     def begin(self, part: str) -> None:
         """End a part and begin the next."""
-        self.most[self._part] = max(self.most.get(self._part, 0), self.heap.peak)
+        self.peaks[self._part] = max(self.peaks.get(self._part, 0), self.heap.peak)
         self.heap.peak = self.heap.held
         self.before.setdefault(part, self.heap.held)
         self._part = part
 
 
-def weigh(build: Callable[[], T], step: Callable[[T], None]) -> tuple[T, Borders]:
-    """Build what takes steps, take two of them, and return it with the borders of the second.
+def measure_memory(build: Callable[[], T], step: Callable[[T], None]) -> tuple[T, PartMemory]:
+    """Build what takes steps, take two of them, and return it with the memory of the second.
 
     On the CPU the tensors that operators return are counted, not what an operator needs inside.
     """
@@ -62,13 +62,15 @@ def weigh(build: Callable[[], T], step: Callable[[T], None]) -> tuple[T, Borders
         built = build()
         step(built)  # which makes the optimizer's states
         heap.peak = heap.held
-        borders = Borders(heap)
-        with step_timer.listening(borders):
+        memory = PartMemory(heap)
+        with step_timer.listening(memory):
             step(built)
-    return built, borders
+    return built, memory
 
 
-def memory_parts(borders: Borders, *, inputs: int, outputs: int, gradients: int) -> dict[str, int]:
+def memory_parts(
+    memory: PartMemory, *, inputs: int, outputs: int, gradients: int
+) -> dict[str, int]:
     """Return bytes by what they are for; the first three and the larger of the next give the peak.
 
     `inputs` are the bytes of a rank's batch, `outputs` those of its features before the loss,
@@ -77,12 +79,12 @@ def memory_parts(borders: Borders, *, inputs: int, outputs: int, gradients: int)
     activations that stay from the first pass to the second. loss: at most, without the features.
     encoders: activations and gradients, at most.
     """
-    before, most = borders.before, borders.most
+    before, peaks = memory.before, memory.peaks
     start = before["encode"]
     kept = max(0, before["loss"] - start - outputs)
     features = before["second_pass"] - start - kept
-    in_encoders = max(most.get(part, 0) for part in ("encode", "second_pass", "reduce", "step"))
-    in_loss = max(most.get(part, 0) for part in ("loss", "gather"))
+    in_encoders = max(peaks.get(part, 0) for part in ("encode", "second_pass", "reduce", "step"))
+    in_loss = max(peaks.get(part, 0) for part in ("loss", "gather"))
     return {
         "inputs": inputs,
         "state": start - inputs,

@@ -43,9 +43,9 @@ def write_page(report: dict[str, Any], path: Path) -> None:
 
 
 def _mib(memory: dict[str, int]) -> dict[str, float]:
-    """Return what stands at the peak: of encoders and loss only the larger, as they take turns."""
-    lesser = "loss" if memory["encoders"] >= memory["loss"] + memory["kept_graphs"] else "encoders"
-    return {name: memory[name] / MIB for name in MEMORY if name != lesser}
+    """Return what stands at the peak: of encoders and loss only the larger, as one ends first."""
+    smaller = "loss" if memory["encoders"] >= memory["loss"] + memory["kept_graphs"] else "encoders"
+    return {name: memory[name] / MIB for name in MEMORY if name != smaller}
 
 
 def _speed(rows: Sequence[Row]) -> str:

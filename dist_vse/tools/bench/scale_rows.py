@@ -1,4 +1,4 @@
-"""The rows of `dist-vse bench scale`: joined, put beside each other, and beside a baseline's."""
+"""The rows of `dist-vse bench scale`: joined, and compared with each other and a baseline's."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ _IDENTITY = (
 
 
 def identity(row: Row) -> tuple[Any, ...]:
-    """Return what tells a row from those that measure something else."""
+    """Return what a row has in common only with other measurements of the same case."""
     return tuple(row.get(key) for key in _IDENTITY)
 
 

@@ -1,7 +1,7 @@
 """What every process of `dist-vse bench scale` does: train some steps of each case, and measure.
 
-Each visit to a case builds the engine anew, so that only one stands in memory at a time, and warms
-it up.
+The engine is built again for each round of a case, so that only one is in memory at a time, and
+warmed up.
 """
 
 import gc
@@ -23,7 +23,7 @@ from dist_vse.config import TrainConfig
 from dist_vse.runs.metrics import synchronize
 from dist_vse.tools.bench.scale_cases import Case
 from dist_vse.tools.bench.scale_harness import StepHarness, build_harness
-from dist_vse.tools.bench.scale_memory import memory_parts, weigh
+from dist_vse.tools.bench.scale_memory import measure_memory, memory_parts
 from dist_vse.tools.bench.traffic import bytes_sent_by_part
 from dist_vse.training.flops import Flops, peak_flops
 
@@ -34,53 +34,53 @@ class Budget:
 
     rounds: int
     steps: int
-    """Timed steps of a visit."""
+    """Timed steps of a round."""
     stream: bool
     """Read the config's data, not made-up pairs."""
 
 
 @dataclass(frozen=True)
 class RoundRobin:
-    """Lets teams of processes work one after another; who waits leaves the cores to the others."""
+    """Lets groups of processes work one after another; a waiting one leaves the cores to others."""
 
-    barrier: Any  # of multiprocessing, for the processes of all teams
-    mine: int
+    barrier: Any  # of multiprocessing, for the processes of all groups
+    index: int
     count: int
 
     def rounds(self, count: int) -> Iterator[int]:
-        """Yield the number of each round when it is this team's turn."""
+        """Yield the number of each round when it is this group's turn."""
         for number in range(count):
-            for turn in range(self.count):
+            for index in range(self.count):
                 self.barrier.wait()
-                if turn == self.mine:
+                if index == self.index:
                     yield number
         self.barrier.wait()
 
 
-def measure(cases: Sequence[Case], budget: Budget, turns: RoundRobin | None = None) -> Any:
-    """Measure the cases in turn; return a row each (on every rank; rank 0's are complete).
+def measure(cases: Sequence[Case], budget: Budget, schedule: RoundRobin | None = None) -> Any:
+    """Measure the cases one by one; return a row each (on every rank; rank 0's are complete).
 
-    Returns None where another team has failed. Raises UserError alike on every rank.
+    Returns None where another group has failed. Raises UserError alike on every rank.
     """
     try:
-        return _measure(cases, budget, turns)
+        return _measure(cases, budget, schedule)
     except BrokenBarrierError:
         return None
     except UserError:
-        if turns is not None:
-            turns.barrier.abort()
+        if schedule is not None:
+            schedule.barrier.abort()
         raise
 
 
 def _measure(
-    cases: Sequence[Case], budget: Budget, turns: RoundRobin | None
+    cases: Sequence[Case], budget: Budget, schedule: RoundRobin | None
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{} for _ in cases]
     steps: list[list[dict[str, float]]] = [[] for _ in cases]
-    for number in turns.rounds(budget.rounds) if turns else range(budget.rounds):
+    for number in schedule.rounds(budget.rounds) if schedule else range(budget.rounds):
         for case, row, taken in zip(cases, rows, steps, strict=True):
             if number == 0:
-                harness = _first_visit(case, budget, row)
+                harness = _first_round(case, budget, row)
             else:
                 harness = build_harness(case.config, stream=budget.stream)
                 harness.step()
@@ -92,12 +92,12 @@ def _measure(
     return rows
 
 
-def _first_visit(case: Case, budget: Budget, row: dict[str, Any]) -> StepHarness:
+def _first_round(case: Case, budget: Budget, row: dict[str, Any]) -> StepHarness:
     """Build the case and describe it, with its memory and its traffic."""
     build = partial(build_harness, case.config, stream=budget.stream)
-    harness, borders = weigh(build, StepHarness.step)
+    harness, memory = measure_memory(build, StepHarness.step)
     row |= _describe(case, harness, budget.stream)
-    row["memory_bytes"] = memory_parts(borders, **harness.known_bytes())
+    row["memory_bytes"] = memory_parts(memory, **harness.known_bytes())
     row["sent_bytes"] = bytes_sent_by_part(harness.step)
     return harness
 

@@ -218,7 +218,7 @@ def _chunk(config: TrainConfig, model: DualEncoder, rows: int, rounds: int) -> d
 def _with_hooks(
     config: TrainConfig, model: DualEncoder, chunks: list[dict[str, Any]], rounds: int
 ) -> list[dict[str, Any]]:
-    """Return the chunks with what ZeRO 3 adds to the smallest of them, beside its messages."""
+    """Return the chunks with what ZeRO 3 adds to the smallest of them besides its messages."""
     plain = chunks[0]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     rows, stage_3 = plain["rows"], replace(config.engine, zero_stage=3, coalesce=True)

@@ -1,4 +1,4 @@
-"""Predictions beside what `dist-vse bench scale --out` measured on the calibrated machine."""
+"""Predictions compared with what `dist-vse bench scale` measured on the calibrated machine."""
 
 import json
 from dataclasses import dataclass, replace
@@ -64,7 +64,7 @@ def check_rows(
 
 
 def settings_of_row(row: dict[str, Any], config: TrainConfig) -> Settings:
-    """Return the settings of a measured row; what it does not tell is the config's."""
+    """Return the settings of a measured row; what it does not state is the config's."""
     whole = settings_of(config, global_batch=row["global_batch"], world_size=row["world_size"])
     return replace(
         whole,

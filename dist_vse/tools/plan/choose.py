@@ -26,15 +26,15 @@ class Plan:
     seconds: Seconds
     memory: Memory
     moments: list[Memory]
-    room: float
+    rank_memory: float
     """Bytes that a rank may fill."""
     sent: float
     """Bytes that leave a rank in a step."""
 
     @property
     def fits(self) -> bool:
-        """Tell whether the step stays within the memory, with a margin."""
-        return self.memory.total <= MARGIN * self.room
+        """Return whether the step stays within the memory, with a margin."""
+        return self.memory.total <= MARGIN * self.rank_memory
 
     @property
     def pairs_per_s(self) -> float:
@@ -124,17 +124,17 @@ def kept_choices(chunks: int) -> list[int]:
 def explain(plan: Plan, work: Work) -> str:
     """Say in a line why these settings, or what to change where nothing fits."""
     settings, memory = plan.settings, plan.memory
-    room = f"{plan.room / GIB:.1f} GiB"
+    limit = f"{plan.rank_memory / GIB:.1f} GiB"
     if not plan.fits:
         return (
-            f"doesn't fit: at least {memory.total / GIB:.1f} of {room} a rank, most of it "
+            f"doesn't fit: at least {memory.total / GIB:.1f} of {limit} a rank, most of it "
             f"{_largest(memory)}; {_remedy(memory)}"
         )
     parts = []
     if settings.num_chunks == 1:
         parts.append("the whole share fits at once, so nothing is encoded twice")
     else:
-        kept = f"{settings.kept} of {settings.num_chunks} chunks keep their graphs within {room}"
+        kept = f"{settings.kept} of {settings.num_chunks} chunks keep their graphs within {limit}"
         others = settings.num_chunks > settings.kept
         parts.append(kept + ("; the others are encoded twice" if others else ""))
     parts.append(f"ZeRO {settings.zero_stage}: state takes {memory.state / GIB:.2f} GiB")

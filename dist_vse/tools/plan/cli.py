@@ -183,7 +183,7 @@ def _row(plan: "Plan") -> dict[str, Any]:
         "seconds": plan.seconds.parts(),
         "memory_bytes": {**plan.memory.parts(), "total": plan.memory.total},
         "fullest": plan.memory.phase,
-        "room_bytes": plan.room,
+        "rank_memory_bytes": plan.rank_memory,
         "sent_bytes": plan.sent,
     }
 
@@ -204,7 +204,7 @@ def _calibrate(args: argparse.Namespace, config: "TrainConfig") -> int:
 def _check(
     args: argparse.Namespace, config: "TrainConfig", hardware: "Hardware", report: dict[str, Any]
 ) -> int:
-    """Print predictions beside a report's rows; the code is 1 if one is out of bounds."""
+    """Print predictions compared with a report's rows; return 1 if one is out of bounds."""
     from dist_vse.tools.plan.check import MEMORY_BOUND, TIME_BOUND, check_rows
     from dist_vse.tools.plan.table import check_table, parts_table
 

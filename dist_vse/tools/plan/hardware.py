@@ -58,7 +58,7 @@ class Hardware:
     checked: str = ""
     """How predictions for it compare with measurements; empty where nothing was compared."""
     ranks_per_node: int = 8
-    """GPUs of a node; for processes on a CPU: the most that may share one node."""
+    """GPUs of a node; for processes on a CPU: the largest number on one node."""
     cores: int = 0
     """CPU cores of a node, which its processes share; 0: each rank has a device of its own."""
     memory_gib: float = 80.0
@@ -110,7 +110,7 @@ class Hardware:
         return max(1.0, self.ranks_on_node(world_size) / self.cores) if self.cores else 1.0
 
     def rank_memory(self, world_size: int) -> float:
-        """Return the bytes that a rank may fill beside what its process takes anyway."""
+        """Return the bytes that a rank may fill besides what its process takes anyway."""
         whole = self.memory_gib / (self.ranks_on_node(world_size) if self.cores else 1)
         return (whole - self.process_gib) * GIB
 

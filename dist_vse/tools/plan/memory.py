@@ -2,7 +2,7 @@
 
 P are the bytes of all gradients, b rows on a rank, N on all, W ranks, d embedding, m kept graphs.
 What DeepSpeed's stages hold is what their code holds (deepspeed 0.19, `tests/tools/test_plan.py`
-weighs the real engine beside it), which is more than the ZeRO paper counts: buckets, flat copies,
+measures the real engine), which is more than the ZeRO paper counts: buckets, flat copies,
 and a gradient that is whole until it is reduced.
 """
 
@@ -84,7 +84,7 @@ def gradient_bytes(work: Work, settings: Settings) -> dict[str, float]:
     """Return what the engine adds to its state, by phase.
 
     `gathering` are whole parameters: they come before a forward's activations and go before the
-    most of them, so that the larger of the two counts.
+    largest part of them, so that the larger of the two counts.
     """
     full = work.gradient_bytes
     share, stage = full / settings.world_size, settings.zero_stage
@@ -145,11 +145,13 @@ def loss_bytes(settings: Settings, width: int, place: Place) -> tuple[float, flo
         return leaves + scaled + own + travelling + vectors, tiles + kept
     gathered = share * everyone if settings.world_size > 1 else 0.0
     standing = leaves + scaled + gathered + own + everyone  # with both sides' gradients
-    home = own if settings.world_size > 1 else 0.0
+    returned = own if settings.world_size > 1 else 0.0  # gradients that come from other ranks
     if settings.world_size > 1 and place.on_cpu:  # gloo: what all other ranks sent
-        home = everyone - own
+        returned = everyone - own
     features = standing + vectors
-    return (features + home, 0.0) if home > tiles + kept else (features, tiles + kept)
+    if returned > tiles + kept:
+        return features + returned, 0.0
+    return features, tiles + kept
 
 
 def cache_bytes(settings: Settings, width: int) -> float:
@@ -157,7 +159,7 @@ def cache_bytes(settings: Settings, width: int) -> float:
     return 2.0 * FP32 * settings.rank_batch * width
 
 
-def ahead_bytes(settings: Settings, width: int) -> float:
+def prefetched_bytes(settings: Settings, width: int) -> float:
     """Return all ranks' captions, which are gathered while chunks are encoded."""
     gathers = settings.world_size > 1 and not settings.ring
     return float(settings.caption_bytes * settings.global_batch * width) if gathers else 0.0
@@ -169,9 +171,9 @@ def fullest(moments: Sequence[Memory]) -> Memory:
 
 
 def moments(work: Work, settings: Settings, place: Place) -> list[Memory]:
-    """Return a step's moments that may be the fullest, a phase's most each."""
+    """Return a step's moments that may be the fullest: the peak of each phase."""
     rows, width = settings.rank_batch, work.embed_dim
-    host = rows if place.on_cpu else settings.chunk  # a GPU gets a chunk's inputs at its turn
+    host = rows if place.on_cpu else settings.chunk  # a GPU holds one chunk's inputs
     inputs = float(work.hidden_bytes * rows + work.input_bytes * host)
     state = state_bytes(work, settings)
     grads = gradient_bytes(work, settings)
@@ -179,12 +181,12 @@ def moments(work: Work, settings: Settings, place: Place) -> list[Memory]:
     # Outputs of chunks without a graph wait for the second pass.
     waiting = 2.0 * FP32 * width * max(0, rows - settings.kept * settings.chunk)
     features, similarities = loss_bytes(settings, width, place)
-    cache, ahead = cache_bytes(settings, width), ahead_bytes(settings, width)
+    cache, prefetched = cache_bytes(settings, width), prefetched_bytes(settings, width)
 
     again = max(grads["gathering"], acts["second_pass"])
     at = partial(Memory, inputs=inputs, state=state)
     return [
-        at("encode", 0.0, max(grads["gathering"], acts["encode"]), waiting + ahead, 0.0),
+        at("encode", 0.0, max(grads["gathering"], acts["encode"]), waiting + prefetched, 0.0),
         at("loss", 0.0, acts["loss"], waiting + features, similarities),
         # Gradients come as the graph goes: whole at the end of the first backward.
         at("second_pass", 0.0, acts["first_backward"], waiting + cache, 0.0),

@@ -174,14 +174,14 @@ def gather_seconds(
     taken = total_seconds(moving, hardware, world_size)
     rest = total_seconds(every, hardware, world_size) - taken
     if settings.ring and not hardware.cores:  # where cores are shared, messages take them too
-        taken = max(_alone(moving, hardware, world_size), taken - hidden_by)
+        taken = max(_exposed(moving, hardware, world_size), taken - hidden_by)
     return taken + rest
 
 
 def reduce_seconds(
     work: Work, settings: Settings, hardware: Hardware, *, hidden_by: float
 ) -> float:
-    """Return the engine's collectives; but for ZeRO 3, gradients go beside the last backward."""
+    """Return the engine's collectives; but for ZeRO 3, during the last backward."""
     every, world_size = engine_collectives(work, settings), settings.world_size
     taken = total_seconds(every, hardware, world_size)
     once = settings.zero_stage < 2 or (settings.zero_stage == 2 and settings.coalesce)
@@ -191,8 +191,8 @@ def reduce_seconds(
     return taken - min(hidden_by, gradients * (1 - work.last / work.trainable))
 
 
-def _alone(exchanges: list[Collective], hardware: Hardware, world_size: int) -> float:
-    """Return what no work hides: the last gradients' way home."""
+def _exposed(exchanges: list[Collective], hardware: Hardware, world_size: int) -> float:
+    """Return what no work hides: the return of the last gradients to their rank."""
     gradients = exchanges[-1]
     return gradients.seconds(hardware, world_size) / gradients.calls
 

@@ -24,7 +24,7 @@ def plan_table(plans: Sequence[Plan], title: str) -> Table:
             figure(plan.seconds.total),
             figure(plan.pairs_per_s),
             f"{plan.seconds.efficiency:.0%}",
-            f"{plan.memory.total / GIB:.1f} {plan.room / GIB:.1f}",
+            f"{plan.memory.total / GIB:.1f} {plan.rank_memory / GIB:.1f}",
             f"{settings.chunk:,}",
             str(settings.num_chunks),
             str(settings.kept),
@@ -49,7 +49,7 @@ def seconds_table(plans: Sequence[Plan]) -> Table:
 def memory_table(plans: Sequence[Plan]) -> Table:
     """Return the memory of a rank by part, at the fullest moment."""
     names = list(plans[0].memory.parts())
-    table = _table("GiB a GPU by part, when it holds most", "GPUs", *names, "when")
+    table = _table("GiB a GPU by part, at its peak", "GPUs", *names, "when")
     for plan in plans:
         parts = (figure(value / GIB) for value in plan.memory.parts().values())
         table.add_row(f"{plan.settings.world_size:,}", *parts, _words(plan.memory.phase))
@@ -57,7 +57,7 @@ def memory_table(plans: Sequence[Plan]) -> Table:
 
 
 def check_table(checked: Sequence[Checked]) -> Table:
-    """Return predictions beside what was measured, with the errors."""
+    """Return predictions compared with what was measured, with the errors."""
     table = _table(
         f"predicted and measured (bounds: {TIME_BOUND:.0%} of the time, {MEMORY_BOUND:.0%} of the "
         "memory)",

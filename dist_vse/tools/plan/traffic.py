@@ -44,7 +44,7 @@ class Collective:
         levels = _levels(hardware, world_size)
         crowding = hardware.crowding(world_size)
         if self.kind == "exchange":
-            # All wait for the slowest link in turn.
+            # Each message waits for the slowest link.
             slowest = max(alpha_beta(link, self.num_bytes) for link, _ in levels)
             return crowding * self.calls * slowest
         rounds = _SHARES[self.kind] * self.calls
@@ -67,7 +67,7 @@ def alpha_beta(link: LinkConfig, num_bytes: float) -> float:
 
 
 def loss_collectives(settings: Settings, width: int) -> list[Collective]:
-    """Return those of the loss: features, statistics, gradients (`losses/`)."""
+    """Return the collectives of the loss: features, statistics, gradients (`losses/`)."""
     total = float(settings.global_batch)
     numbers = FP32 * total  # one a row of the batch
     small = [
@@ -83,12 +83,12 @@ def loss_collectives(settings: Settings, width: int) -> list[Collective]:
 
 
 def feature_collectives(settings: Settings, width: int) -> list[Collective]:
-    """Return those that move features and their gradients."""
+    """Return the collectives that move features and their gradients."""
     numbers = float(settings.global_batch) * width
     captions, gradients = settings.caption_bytes * numbers, FP32 * numbers
     if not settings.ring:
         return [Collective("all_gather", captions), Collective("reduce_scatter", gradients)]
-    # There once; and once more with the gradients, which go home at last.
+    # Once for the features; once more with the gradients, which end at their own rank.
     ranks = settings.world_size
     return [
         Collective("exchange", captions / ranks, calls=2 * (ranks - 1)),
@@ -97,7 +97,7 @@ def feature_collectives(settings: Settings, width: int) -> list[Collective]:
 
 
 def engine_collectives(work: Work, settings: Settings) -> list[Collective]:
-    """Return those of ZeRO: gradients, and parameters (`engine/zero.py`)."""
+    """Return the collectives of ZeRO: gradients, and parameters (`engine/zero.py`)."""
     full, whole, stage = work.gradient_bytes, work.weight_bytes, settings.zero_stage
     ranks, chunks = settings.world_size, settings.num_chunks
     travels, bf16 = travelling_bytes(work, settings), work.precision == "bf16"

@@ -68,11 +68,11 @@ class Work:
     held: Line
     """What a chunk's graph keeps from forward to backward."""
     forward_peak: Line
-    """The most a forward without a graph needs."""
+    """Peak of a forward without a graph."""
     graph_peak: Line
-    """The most a forward that keeps its graph needs; `held` is left of it."""
+    """Peak of a forward that keeps its graph; `held` is left of it."""
     backward_peak: Line
-    """The most that backward needs beyond the graph, without the parameters' gradients."""
+    """Peak of backward beyond the graph, without the parameters' gradients."""
     input_bytes: float
     """A pair's pixels and tokens."""
     hidden_bytes: float

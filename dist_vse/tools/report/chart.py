@@ -51,7 +51,7 @@ def line_chart(title: str, series: Sequence[Series], *, from_zero: bool, x_label
         return '<p class="note">No finite value.</p>'
     xs, ys = [x for x, _ in points], [y for _, y in points]
     whole = all(x == int(x) for x in xs)  # such as steps: no marks between
-    x_axis = _axis(min(xs), max(xs), 5, LEFT, WIDTH - RIGHT, tight=True, least=float(whole))
+    x_axis = _axis(min(xs), max(xs), 5, LEFT, WIDTH - RIGHT, tight=True, min_step=float(whole))
     y_axis = _axis(0 if from_zero else min(ys), max(ys), 4, HEIGHT - BOTTOM, TOP, tight=False)
     spoken = "; ".join(
         f"{s.label} from {figure(s.points[0][1])} to {figure(s.points[-1][1])}"
@@ -98,8 +98,8 @@ def stacked_bars(
     title: str, rows: Sequence[tuple[str, Mapping[str, float]]], styles: Mapping[str, str]
 ) -> str:
     """Draw a bar a row, its parts side by side in the order of `styles` (part to CSS class)."""
-    most = max((sum(parts.values()) for _, parts in rows), default=0.0) or 1.0
-    scale = (BARS_WIDTH - BARS_LEFT - BARS_RIGHT) / most
+    longest = max((sum(parts.values()) for _, parts in rows), default=0.0) or 1.0
+    scale = (BARS_WIDTH - BARS_LEFT - BARS_RIGHT) / longest
     spoken = "; ".join(f"{name}: {figure(sum(parts.values()))}" for name, parts in rows)
     body = []
     for number, (name, parts) in enumerate(rows):
@@ -135,16 +135,16 @@ def _axis(
     end: float,
     *,
     tight: bool,
-    least: float = 0.0,
+    min_step: float = 0.0,
 ) -> Axis:
     """Choose marks 1, 2 or 5 times a power of ten apart; `tight` ends the range at the data.
 
-    Marks are at least `least` apart.
+    Marks are at least `min_step` apart.
     """
     if high - low <= 1e-9 * abs(high):  # a flat line lies in the middle of a band round it
         spread = abs(high) / 2 or 1.0
         low, high = (low, high + spread) if low == 0 else (low - spread, high + spread)
-    raw = max((high - low) / count, least)
+    raw = max((high - low) / count, min_step)
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -84,7 +84,7 @@ def _results(records: Sequence[Record], names: Sequence[str]) -> str:
 
 
 def _result_table(found: Sequence[Result | None], names: Sequence[str], several: bool) -> str:
-    """Show a result of one kind for each run; `several` data sets are told apart in the title."""
+    """Show a result of one kind for each run; `several` data sets are named in the title."""
     one = next(result for result in found if result is not None)
     data = [f"data {one.data[:8] or 'not recorded'}"] if several else []
     groups: list[_Group] = [(None, [("checkpoint", [r.checkpoint if r else "" for r in found])])]

@@ -1,4 +1,4 @@
-"""What a run's folder tells: its config, its metrics, its results and its examples."""
+"""What a run's folder holds: its config, its metrics, its results and its examples."""
 
 import json
 import re
@@ -56,7 +56,7 @@ class Record:
         return trained_on(self.environment, self.config.data.index)
 
     def on_other_data(self, result: Result) -> bool:
-        """Tell whether the result is known to be on another data set than the run's own."""
+        """Return whether the result is known to be on another data set than the run's own."""
         return "" not in (self.data, result.data) and result.data != self.data
 
     def column_name(self, column: str) -> str:

@@ -82,9 +82,9 @@ def write_embeddings(found: Embedded, path: Path, origin: Origin) -> list[Path]:
     check_suffix(path)
     names = {"keys": found.keys, "captions": found.captions}
     if path.suffix == ".safetensors":
-        told = {name: json.dumps(rows) for name, rows in names.items()}
+        encoded = {name: json.dumps(rows) for name, rows in names.items()}
         with atomic_output(path) as temporary:
-            _write_safetensors(found, temporary, {**told, **origin})
+            _write_safetensors(found, temporary, {**encoded, **origin})
         return [path]
     if path.suffix == ".parquet":
         with atomic_output(path) as temporary:
@@ -100,14 +100,14 @@ def write_embeddings(found: Embedded, path: Path, origin: Origin) -> list[Path]:
     return [images, texts, rows]
 
 
-def _write_safetensors(found: Embedded, path: Path, told: dict[str, str]) -> None:
+def _write_safetensors(found: Embedded, path: Path, metadata: dict[str, str]) -> None:
     tensors = {
         "image_features": found.image_features,
         "text_features": found.text_features,
         "image_of_text": found.image_of_text,
     }
     try:
-        save_file(tensors, path, told)
+        save_file(tensors, path, metadata)
     except SafetensorError as error:  # it wraps the system's error
         raise OSError(first_line(error)) from error
 

@@ -1,4 +1,4 @@
-"""The report of a small run: one self-contained page that tells what it shows."""
+"""The report of a small run: one self-contained page that says what it shows."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def test_shows_what_was_found_at_once_and_what_last(run_dir: Path) -> None:
 
 def test_software_and_machine_are_those_of_the_run(run_dir: Path) -> None:
     page = report(run_dir)
-    assert "Software" not in page.text  # an older run told nothing, and nothing is made up
+    assert "Software" not in page.text  # the run recorded nothing, and nothing is made up
     line = {"step": 0, "versions": {"torch": "1.2.3"}, "machine": {"cores": 2}, "data": {"d": "ab"}}
     (run_dir / "environment.jsonl").write_text(json.dumps(line) + "\n")
     page = report(run_dir)
@@ -155,7 +155,7 @@ def test_a_page_that_cannot_be_written(
 ) -> None:
     monkeypatch.setattr(
         "dist_vse.tools.report.page.thumbnails", None
-    )  # told before the images are read
+    )  # reported before the images are read
     (run_dir / "file").touch()
     (run_dir / "folder").mkdir()
     for out in (run_dir / "file" / "page.html", run_dir / "folder"):
