@@ -235,7 +235,9 @@ def test_a_diverged_run_is_no_model(
 
 def test_where_nothing_can_be_written(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"out: can't be written .*; give a place"):
+    with pytest.raises(
+        UserError, match=r"out: can't be written .*; give a path that can be written"
+    ):
         export_run(runs / "gru", tmp_path / "file" / "out", onnx=False)
 
 

@@ -159,7 +159,9 @@ def test_a_page_that_cannot_be_written(
     (run_dir / "file").touch()
     (run_dir / "folder").mkdir()
     for out in (run_dir / "file" / "page.html", run_dir / "folder"):
-        with pytest.raises(UserError, match=r"can't be written \(.*; give a place"):
+        with pytest.raises(
+            UserError, match=r"can't be written \(.*; give a path that can be written"
+        ):
             if several:
                 write_comparison([run_dir, run_dir], out)
             else:
