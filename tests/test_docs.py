@@ -11,7 +11,11 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benc
 PATH = re.compile(r"(?<![\w/.{-])[a-z_]+/[\w/-]*\w\.(?:md|py|sbatch|sh|svg|yaml)\b")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 PROOF = re.compile(r"`(test_\w+)…` in `([\w/]+\.py)`")
+SELECTED = re.compile(r"\s-k (\w+)")
+BARE = re.compile(r"`([\w.-]+\.(?:md|py|sbatch|sh|svg|yaml))`")
 EXAMPLES = {"configs/my.yaml"}  # what a reader is to write
+WRITTEN = {"config.yaml"}  # into a run's folder
+FOLDERS = ("benchmarks", "configs", "demo", "dist_vse", "docs", "launch", "shards", "tests")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -25,6 +29,24 @@ def test_every_path_and_link_leads_somewhere(page: Path) -> None:
     ]
     dead += [link for link in LINK.findall(text) if not (page.parent / link).exists()]
     assert not dead, f"{page.name} names what isn't there: {dead}"
+
+
+def test_selected_tests_are_there() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    selected = set(SELECTED.findall(pages))
+    sources = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py")]
+    tests = re.findall(r"def (test_\w+)", "\n".join(sources))
+    assert len(selected) >= 2
+    missing = {word for word in selected if not any(word in name for name in tests)}
+    assert not missing, f"no test has a name with {missing}"
+
+
+def test_bare_file_names_are_those_of_files() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    names = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
+    names |= {path.name for path in ROOT.glob("*.*")}
+    missing = set(BARE.findall(pages)) - names - WRITTEN
+    assert not missing, f"no file is called {missing}"
 
 
 def test_contributing_names_tests_that_are_there() -> None:

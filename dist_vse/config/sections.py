@@ -147,7 +147,7 @@ class LossConfig:
     """A loss of docs/losses.md; or one of your own: `module:NAME` of a LossSpec
     (CONTRIBUTING.md)."""
     temperature: float = 0.1
-    """t of convse, convse++, info_nce and siglip; its start where it is learned."""
+    """t of a loss that has one; its start where it is learned."""
     learn_temperature: bool = False
     """Learn t (as 1/t, in log space, at most 100)."""
     temperature_end: float | None = None
