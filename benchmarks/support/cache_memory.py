@@ -1,4 +1,4 @@
-"""Memory of a cached step: what the encoders need at most, and what grows with the batch."""
+"""Memory of a cached step: what the encoders need at their peak, and what grows with the batch."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ class _MeasuredEngine(PlainEngine):
     """Notes how much a chunk's forward and backward add to what was allocated before them."""
 
     storages: TensorMemoryTracker
-    own = 0  # bytes, at most
-    outside = 0  # bytes that stood before a chunk was encoded, at most
+    own = 0  # peak of the bytes of a chunk
+    outside = 0  # peak of the bytes held before a chunk was encoded
 
     def __call__(self, **inputs: Tensor) -> Any:
         """Run the model's forward."""
@@ -61,7 +61,7 @@ def measure_memory(load: Workload, batch: int, chunk_size: int) -> dict[str, Any
         "chunk": chunk_size,
         "model_bytes": engine.own,
         "gradient_bytes": gradients,
-        "features_bytes": engine.outside - gradients,  # these stand from the first backward on
+        "features_bytes": engine.outside - gradients,  # these are held from the first backward on
         "input_bytes": images.nbytes + tokens.nbytes,
         "process_peak_bytes": int(peak_memory_gib() * GIB),
         "process_peak_bytes_of_two_chunks": int(resident * GIB),

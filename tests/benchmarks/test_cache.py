@@ -51,7 +51,7 @@ def test_open_clips_loop_takes_the_same_step_on_our_model() -> None:
         assert abs(errors["log_scale"] - 3) < 1e-3
 
 
-def test_memory_is_told_apart_by_what_it_is_for() -> None:
+def test_memory_is_split_by_what_it_is_for() -> None:
     small, large = (measure_memory(LOAD, batch, 16) for batch in (32, 128))
     assert small["model_bytes"] == large["model_bytes"] > small["gradient_bytes"]
     assert large["input_bytes"] == 4 * small["input_bytes"]

@@ -90,7 +90,7 @@ def test_the_search_ends_at_its_bound_and_where_nothing_fits() -> None:
     assert largest_batch(lambda batch: 100, limit=10, first=64, unit=8) is None
 
 
-def test_a_trainings_end_is_told_apart_from_a_failure(tmp_path: Path) -> None:
+def test_a_trainings_end_is_no_failure(tmp_path: Path) -> None:
     def run(program: str, timeout_s: float = 30.0) -> TrainingRun:
         return run_training(
             [sys.executable, "-c", program],
@@ -181,7 +181,7 @@ def test_both_sides_have_the_same_tokens(tmp_path: Path) -> None:
 
 @needs_peer
 @pytest.mark.slow
-def test_what_is_said_of_the_gradients() -> None:
+def test_the_gradients_errors_are_reported() -> None:
     for errors in run_distributed(step_errors, 2, 4):
         for name, parts in errors.items():
             wrong = name == "OpenCLIP 4"  # its temperature's gradient is K times too large

@@ -12,7 +12,7 @@ from benchmarks.support.shard_peers import shard_writer, write_photographs
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_the_benchmark_runs_and_tells(tmp_path: Path) -> None:
+def test_the_benchmark_runs_and_reports(tmp_path: Path) -> None:
     out = tmp_path / "numbers.json"
     sizes = ("--images", "6", "--resized", "4", "--repeats", "1")
     assert main(["shard", str(tmp_path / "work"), *sizes, "--out", str(out)]) == 0

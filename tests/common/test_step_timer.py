@@ -73,7 +73,7 @@ def test_what_another_thread_starts_belongs_to_no_part(ticking: None) -> None:
     assert seconds["second_pass"] == 1 and seconds["reduce"] == 0
 
 
-def test_nobody_is_told_after_the_block() -> None:
+def test_no_part_is_noted_after_the_block() -> None:
     watch = step_timer.Clock(torch.device("cpu"))
     with pytest.raises(RuntimeError), step_timer.listening(watch):
         raise RuntimeError

@@ -43,7 +43,7 @@ def test_every_sample_stands_once_in_an_epoch(
 
 @settings(max_examples=60, deadline=None)
 @given(SIZES, st.integers(1, 9), st.integers(1, 12))
-def test_lanes_stay_in_step_to_one_sample(sizes: list[int], streams: int, epochs: int) -> None:
+def test_streams_stay_in_step_to_one_sample(sizes: list[int], streams: int, epochs: int) -> None:
     order = plain(tuple(sizes), 0, min(streams, sum(sizes)), 7)
     lengths = np.array(
         [[order.epoch(e).stream_length(n) for n in range(order.streams)] for e in range(epochs)]
@@ -53,7 +53,7 @@ def test_lanes_stay_in_step_to_one_sample(sizes: list[int], streams: int, epochs
     assert (lengths.sum(axis=1) == sum(sizes)).all()
 
 
-def test_a_mixtures_longer_lanes_take_turns() -> None:
+def test_a_mixtures_longer_streams_take_turns() -> None:
     ten, three = Source((10,), 10), Source((3,), 3)
     mixtures = [
         ((ten, ten, ten), [5, 5, 5, 5, 5, 5]),
@@ -70,7 +70,7 @@ MIXTURES = st.lists(st.tuples(SIZES, st.integers(1, 30)), min_size=1, max_size=4
 
 @settings(max_examples=60, deadline=None)
 @given(MIXTURES, st.integers(1, 9), st.integers(1, 6))
-def test_lanes_of_a_mixture_stay_in_step_too(
+def test_streams_of_a_mixture_stay_in_step_too(
     mixture: list[tuple[list[int], int]], streams: int, epochs: int
 ) -> None:
     """So no stream is empty, and no more batches than needed cross an epoch's end."""
@@ -108,7 +108,7 @@ def test_a_single_shard_is_cut_at_new_places_in_every_epoch() -> None:
     assert len({frozenset(stream(order, epoch, 0)) for epoch in range(8)}) > 4
 
 
-def test_a_lane_reads_few_shards_at_a_time() -> None:
+def test_a_stream_reads_few_shards_at_a_time() -> None:
     order = plain((50,) * 40, 0, 4, 100)
     samples = stream(order, 0, 1)
     assert len(samples) == 500

@@ -61,7 +61,7 @@ def test_bad_samples_of_many_epochs_end_nothing(flawed: Index) -> None:
     assert len(skipped) > 24  # more than the stream is long, but never as many in a row
 
 
-def test_a_lane_without_a_good_sample_ends_the_stream(tmp_path: Path) -> None:
+def test_a_stream_without_a_good_sample_ends_the_run(tmp_path: Path) -> None:
     bad = [Sample(f"bad{n}", b"nothing", ("a",)) for n in range(8)]
     index = write_shards(tmp_path, {"train": [bad]})
     (stream,) = start(index, global_batch_size=2, num_streams=2)
@@ -103,7 +103,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, num_workers: int) -> None:
         next(stream)
 
 
-def test_too_little_shared_memory_is_told_with_the_first_batch(index: Index) -> None:
+def test_too_little_shared_memory_is_reported_with_the_first_batch(index: Index) -> None:
     """Not before: there the ranks do not wait for each other, and one alone may lack it."""
     (stream,) = start(index, num_workers=1, size=1_000_000)
     with pytest.raises(UserError, match=r"^no [\d,]+ bytes of shared memory for batches"):

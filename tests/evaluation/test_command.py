@@ -48,7 +48,7 @@ def test_results_on_other_data_stay_apart(
     assert len(list(run.glob("eval-*.json"))) == 2
 
 
-def test_a_place_that_cannot_be_written_is_told_before_the_work(
+def test_a_place_that_cannot_be_written_is_reported_before_the_work(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"

@@ -33,7 +33,7 @@ def score_of(images: Tensor, texts: Tensor, of_text: Tensor) -> Evaluation:
     return score(Embedded(keys, captions, images, texts, of_text, *ids), CPU)
 
 
-def test_examples_tell_the_best_answers_and_the_right_one(
+def test_examples_hold_the_best_answers_and_the_right_one(
     tmp_path: Path, ranked: Evaluation
 ) -> None:
     save_examples(ranked, tmp_path / "examples.json", split="val", num_queries=9, k=2)

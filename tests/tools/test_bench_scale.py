@@ -64,7 +64,7 @@ def _row(series: str, world_size: int, batch: int, rate: float, **more: Any) -> 
     return row | {"memory_bytes": {"peak": 100}} | more
 
 
-def test_efficiency_is_beside_the_right_row() -> None:
+def test_efficiency_is_compared_with_the_right_row() -> None:
     rows = [
         _row("base", 1, 16, 10.0),
         _row("strong", 2, 16, 15.0),

@@ -89,7 +89,7 @@ def test_features_need_a_folder(overrides: list[str]) -> None:
     assert "give data.features=DIR" in str(run_distributed(_features, 1, overrides)[0])
 
 
-def test_features_tell_what_made_them(tmp_path: Path) -> None:
+def test_features_name_what_made_them(tmp_path: Path) -> None:
     part = write_part(tmp_path, 0, 5, [torch.arange(6.0).view(3, 2), torch.ones(2, 2)])
     other = write_part(tmp_path, 1, 1, [torch.full((1, 2), 7.0)])
     assert part is not None and other is not None

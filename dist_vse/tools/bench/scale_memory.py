@@ -74,7 +74,7 @@ def memory_parts(
     """Return bytes by what they are for; the first three and the larger of the next give the peak.
 
     `inputs` are the bytes of a rank's batch, `outputs` those of its features before the loss,
-    `gradients` those of the trainable parameters. state: what stands between two steps (weights,
+    `gradients` those of the trainable parameters. state: what is held between two steps (weights,
     optimizer, the engine's buffers). features: with their gradients and copies. kept_graphs:
     activations that stay from the first pass to the second. loss: at most, without the features.
     encoders: activations and gradients, at most.

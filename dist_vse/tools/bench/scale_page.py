@@ -43,7 +43,7 @@ def write_page(report: dict[str, Any], path: Path) -> None:
 
 
 def _mib(memory: dict[str, int]) -> dict[str, float]:
-    """Return what stands at the peak: of encoders and loss only the larger, as one ends first."""
+    """Return what is held at the peak: of encoders and loss only the larger, as one ends first."""
     smaller = "loss" if memory["encoders"] >= memory["loss"] + memory["kept_graphs"] else "encoders"
     return {name: memory[name] / MIB for name in MEMORY if name != smaller}
 

@@ -10,7 +10,7 @@ from dist_vse.tools.bench.table import Table
 Row = dict[str, Any]
 MIB = 2**20
 MEMORY = ("state", "inputs", "features", "encoders", "loss")
-"""The first three stand all the time; the larger of the next two on top of them is the peak."""
+"""The first three are held all the time; the larger of the next two on top of them is the peak."""
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

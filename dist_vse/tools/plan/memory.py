@@ -65,7 +65,7 @@ class Memory:
 
 
 def state_bytes(work: Work, settings: Settings) -> float:
-    """Return what stands between two steps."""
+    """Return what is held between two steps."""
     whole, trained = work.weight_bytes, work.gradient_bytes
     stage, ranks = settings.zero_stage, settings.world_size
     kept = settings.state_tensors * trained  # by the optimizer
@@ -90,7 +90,7 @@ def gradient_bytes(work: Work, settings: Settings) -> dict[str, float]:
     share, stage = full / settings.world_size, settings.zero_stage
     bucket = min(BUCKET, full) * (2 if work.precision == "bf16" else 1)
     gathered = min(LIVE, work.weight_bytes) * (1 if settings.world_size > 1 else 0)
-    update = 4 * share  # the share's gradient, once more flat, and Adam's two temporaries
+    update = 4 * share  # the share's gradient, a flat copy, and Adam's two temporaries
     # Copies are on their way at the end of the last backward, when activations are gone.
     sent = travelling_bytes(work, settings) if settings.world_size > 1 else 0.0
     if stage == 0:
@@ -155,7 +155,7 @@ def loss_bytes(settings: Settings, width: int, place: Place) -> tuple[float, flo
 
 
 def cache_bytes(settings: Settings, width: int) -> float:
-    """Return the cached gradients of the features, which stand through the second pass."""
+    """Return the cached gradients of the features, which are held through the second pass."""
     return 2.0 * FP32 * settings.rank_batch * width
 
 

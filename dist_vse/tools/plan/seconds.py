@@ -24,7 +24,7 @@ from dist_vse.tools.plan.work import FP32, Ops, Work
 TERA = 1e12
 ADAM_BYTES = 40  # an element: weight, gradient and two moments, read and written, temporaries
 PASS_BYTES = 36  # an entry of a tile, forward: written, raised, summed twice, compared
-BACK_BYTES = 28  # weighed, and read by two products
+BACK_BYTES = 28  # backward: multiplied by its weight, and read by two products
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def step_memory(
     if config.model.pretrained is not None:
         return StepMemory(states, states)
     settings = settings_of(config, global_batch=config.global_batch_size, world_size=world_size)
-    if isinstance(config.chunk_size, str):  # auto: the least that it may take
+    if isinstance(config.chunk_size, str):  # auto: the smallest that it may choose
         settings = settings.changed(chunk_size=1)
     work = count_work(config, vocabulary=vocabulary)
     peak = fullest(moments(work, settings, Place(on_cpu=on_cpu))).total

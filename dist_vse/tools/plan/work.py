@@ -76,7 +76,7 @@ class Work:
     input_bytes: float
     """A pair's pixels and tokens."""
     hidden_bytes: float
-    """A pair's outputs of frozen trunks, which stand for the whole step."""
+    """A pair's outputs of frozen trunks, which are held for the whole step."""
 
     @property
     def weight_bytes(self) -> float:

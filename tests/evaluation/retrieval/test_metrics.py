@@ -1,4 +1,4 @@
-"""Retrieval metrics in VSE++'s way, beside chance, and of features that do not fit."""
+"""Retrieval metrics in VSE++'s way, compared with chance, and of features that do not fit."""
 
 import math
 

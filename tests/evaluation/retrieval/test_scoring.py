@@ -169,7 +169,7 @@ def test_the_chance_of_a_hit_in_long_ties() -> None:
 
 @pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4, 1e-8])
 def test_decisions_are_those_of_float64(spread: float) -> None:
-    """Scores much closer than float32 can tell apart, and hardly any tie."""
+    """Scores much closer than float32 can distinguish, and hardly any tie."""
     images = torch.nn.functional.normalize(unit(1, 64, 0) + spread * unit(90, 64, 1)).double()
     texts = torch.nn.functional.normalize(unit(1, 64, 0) + spread * unit(180, 64, 2)).double()
     images = images + spread * 1e-3 * unit(90, 64, 3).double()
