@@ -75,8 +75,8 @@ def _explain(row: Row, world_size: int) -> str:
         return f"another direction (cosine {row.cosine:.4f}, error {row.error:.0e})"
     text = f"{row.factor:.4g} times what one process has (error {row.error:.0e})"
     for factor, name, reason in (
-        (1 / world_size, "1/W", "a mean in the place of a sum"),
-        (world_size, "W", "a sum in the place of a mean"),
+        (1 / world_size, "1/W", "a mean stands where a sum belongs"),
+        (world_size, "W", "a sum stands where a mean belongs"),
     ):
         if world_size > 1 and abs(row.factor / factor - 1) < 1e-2:
             return f"{text}: {name}, {reason}"
