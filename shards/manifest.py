@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_json, write_json_lines
+from dist_vse.common.reading import BadFileError, is_file_name, parse_json, read_json
 from dist_vse.data.index import Shard
 
 MANIFEST_NAME = "receipts.jsonl"
@@ -62,10 +63,12 @@ def read_manifest(folder: Path) -> dict[str, ShardEntry]:
     entries = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            fields = json.loads(line)
+            fields = parse_json(line, dict)
             skipped = [Skipped(**entry) for entry in fields.pop("skipped")]
-            entries[fields["name"]] = ShardEntry(**fields, skipped=skipped)
-        except (ValueError, KeyError, TypeError):
+            entry = ShardEntry(**fields, skipped=skipped)
+            if all(map(is_file_name, entry.files)):  # they are written and removed
+                entries[entry.name] = entry
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue  # cut, or from another version: that shard is made again
     return entries
 
@@ -91,8 +94,11 @@ def read_planned(folder: Path) -> dict[str, list[str]]:
     if not path.is_file():
         return {}
     try:
-        planned: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        planned: dict[str, list[str]] = read_json(path)
+        for names in planned.values():  # they are removed: none may lie outside of the folder
+            if not isinstance(names, list) or not all(map(is_file_name, names)):
+                raise BadFileError("must hold lists of file names")
+    except BadFileError as error:
         raise UserError(f"{path}: is broken ({error}); remove it and shard again") from error
     return planned
 

@@ -97,6 +97,11 @@ def is_number(value: object, *, least: float | None = None) -> bool:
     return abs(value) < float("inf") and (least is None or value >= least)
 
 
+def is_file_name(value: object) -> bool:
+    """Return whether a value from JSON names a file right inside its folder."""
+    return isinstance(value, str) and value not in ("", ".", "..") and not set("/\\\0") & set(value)
+
+
 def is_count(value: object) -> bool:
     """Return whether a value from JSON is an integer from 0 to 2^63 - 1."""
     return type(value) is int and 0 <= value < 1 << 63

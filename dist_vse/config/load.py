@@ -1,15 +1,20 @@
 """Reading a config: YAML, `key=value` overrides, and errors that name the nearest right key."""
 
 import difflib
+import io
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
-from dist_vse.common.errors import UserError
+from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.reading import BadFileError, read_text
 from dist_vse.config.schema import TrainConfig
 
 T = TypeVar("T")
+_MAX_BYTES = 1 << 20
+_RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -38,7 +43,9 @@ def load_yaml(path: str | Path | None, schema: type[T], overrides: Sequence[str]
             raise UserError(f"{override!r} is no override; {hint}")
     source = path or "the settings given"
     try:
-        given = OmegaConf.load(path) if path is not None else OmegaConf.create()
+        text = read_text(path, max_bytes=_MAX_BYTES) if path is not None else "{}"
+        given = OmegaConf.load(io.StringIO(text))
+        _refuse_resolvers(OmegaConf.to_container(given))
         _check_keys(OmegaConf.to_container(given), schema, schema)
         dotlist = OmegaConf.from_dotlist(list(overrides))
         _check_keys(OmegaConf.to_container(dotlist), schema, schema)
@@ -50,6 +57,8 @@ def load_yaml(path: str | Path | None, schema: type[T], overrides: Sequence[str]
         raise UserError(f"{source}: {key}: {reason}" if key else f"{source}: {reason}") from error
     except YAMLError as error:
         raise UserError(f"{source}: no YAML: {' '.join(str(error).split())}") from error
+    except (BadFileError, RecursionError, MemoryError) as error:
+        raise UserError(f"{source}: can't be read ({first_line(error)})") from error
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     return config
@@ -73,6 +82,21 @@ def flat_config(config: TrainConfig) -> dict[str, object]:
         return {key: value for item in items for key, value in item.items()}
 
     return flat(OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def _refuse_resolvers(given: Any) -> None:
+    """Raise UserError for a value of a file that OmegaConf would compute, as `${oc.env:NAME}`.
+
+    It would put a variable of this shell into a config that somebody else wrote. `${loss.name}` is
+    another setting, and stays.
+    """
+    if isinstance(given, dict):
+        given = [*given.keys(), *given.values()]
+    if isinstance(given, list):
+        for value in given:
+            _refuse_resolvers(value)
+    elif isinstance(given, str) and _RESOLVER.search(given):
+        raise UserError(f"{given[:80]!r}: a file may not read variables; write the value itself")
 
 
 def _check_keys(given: Any, schema: type, root: type, prefix: str = "") -> None:

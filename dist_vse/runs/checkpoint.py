@@ -7,6 +7,8 @@ ZeRO stage, score, size and checksum of every file). No file holds code: a stran
 is safe to load. Any number of processes at any ZeRO stage resumes from it.
 """
 
+import errno
+import hashlib
 import json
 import os
 import re
@@ -26,6 +28,7 @@ from dist_vse.common.errors import UserError, first_line, writing
 from dist_vse.common.files import fsync_path, sha256_of_file
 from dist_vse.common.log import logger
 from dist_vse.common.random_state import RandomState, random_state, restore
+from dist_vse.common.reading import BadFileError, is_count, is_number, read_json
 from dist_vse.engine.deepspeed_internals import whole_shape
 from dist_vse.engine.zero import ZeroEngine
 
@@ -33,6 +36,7 @@ WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
 DAMAGED = ".damaged"
+_FULL = re.compile(r"os error (28|122|27)\b", re.IGNORECASE)  # ENOSPC, EDQUOT, EFBIG of Linux
 _RANDOM_CPU, _RANDOM_CUDA = "random/cpu", "random/cuda"
 
 
@@ -75,7 +79,8 @@ def write_files(folder: Path, files: Mapping[str, Tensors]) -> Receipts:
         try:
             save_file(tensors, path)
         except SafetensorError as error:  # it wraps the system's error
-            raise OSError(first_line(error)) from error
+            code = errno.ENOSPC if _FULL.search(str(error)) else errno.EIO
+            raise OSError(code, first_line(error)) from error
         fsync_path(path)
         receipts[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
     return receipts
@@ -84,6 +89,7 @@ def write_files(folder: Path, files: Mapping[str, Tensors]) -> Receipts:
 def seal(temporary: Path, progress: Progress, receipts: Receipts, **more: Any) -> None:
     """Write the manifest beside all ranks' files. Raises OSError."""
     description = {**asdict(progress), **more, "files": receipts}
+    description["checksum"] = _checksum(description)
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps(description, indent=1), encoding="utf-8")
     fsync_path(manifest)
@@ -114,7 +120,7 @@ def _score(path: Path) -> float | None:
     """Return a checkpoint's score; None if it has none, or no manifest that can be read."""
     try:
         score: float | None = read_manifest(path).get("score")
-    except (OSError, ValueError):
+    except BadFileError:
         return None
     return score
 
@@ -191,8 +197,8 @@ def find_fault(path: Path) -> str | None:
     """Say what is wrong with a checkpoint's files; None if they are as they were written."""
     try:
         receipts = read_manifest(path)["files"]
-    except (OSError, ValueError, KeyError):
-        return f"{MANIFEST} is missing or cut"
+    except BadFileError as error:
+        return f"{MANIFEST} is missing or damaged ({error})"
     for name, receipt in receipts.items():
         file = path / name
         if not file.is_file():
@@ -213,9 +219,46 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself."""
-    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    """Return what a checkpoint says of itself.
+
+    Raises BadFileError unless it is as it was written: every bit of it decides how a run goes on.
+    """
+    manifest = read_json(path / MANIFEST)
+    if manifest.pop("checksum", None) != _checksum(manifest):
+        raise BadFileError("its own checksum is another")
+    counts = [manifest.get(name) for name in ("step", "samples_seen", "world_size", "zero_stage")]
+    streams, files, score = (manifest.get(name) for name in ("streams", "files", "score"))
+    if not all(is_count(count) for count in counts):
+        raise BadFileError("step, samples_seen, world_size and zero_stage must be numbers")
+    if not isinstance(streams, list) or not all(_is_place(place) for place in streams):
+        raise BadFileError("streams must be pairs of numbers")
+    if not isinstance(files, dict) or not all(map(_is_receipt, files, files.values())):
+        raise BadFileError("files must have sizes and checksums")
+    ranks = range(min(manifest["world_size"], len(files)))
+    if missing := {WEIGHTS, *map(_rank_file, ranks)} - files.keys():
+        raise BadFileError(f"names no {min(missing)}")
+    if score is not None and not is_number(score):
+        raise BadFileError("score must be a number")
     return manifest
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's content without its checksum."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_place(place: object) -> bool:
+    return isinstance(place, list) and len(place) == 2 and all(is_count(n) for n in place)
+
+
+def _is_receipt(name: str, receipt: object) -> bool:
+    """Return whether a file's entry is typed, and its name stays inside the folder."""
+    return (
+        Path(name).name == name
+        and isinstance(receipt, dict)
+        and is_count(receipt.get("bytes"))
+        and isinstance(receipt.get("sha256"), str)
+    )
 
 
 def rank_files(path: Path, world_size: int) -> Sequence[Path]:

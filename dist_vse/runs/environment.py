@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from dist_vse import distributed
+from dist_vse.common.errors import UserError
+from dist_vse.common.files import sha256_of_file
+from dist_vse.common.reading import BadFileError, json_lines
 from dist_vse.common.version import __version__
 from dist_vse.data.index import INDEX_NAME
-from dist_vse.runs.files import ENVIRONMENT_NAME
+from dist_vse.runs.files import ENVIRONMENT_NAME, VOCABULARY_NAME
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "transformers", "numpy")
 
@@ -38,9 +41,15 @@ def describe_environment() -> dict[str, dict[str, Any]]:
 def record_environment(run_dir: Path, step: int, data: dict[str, str]) -> None:
     """Append a line for this attempt of the run; every rank may call it, rank 0 writes.
 
-    `data` holds the fingerprint of each data set by its place.
+    `data` holds the fingerprint of each data set by its place. Raises UserError if a run that goes
+    on after `step` began with other data or another vocabulary; the data may lie elsewhere now.
     """
-    line = {"step": step, **describe_environment(), "data": data}
+    former = read_environment(run_dir)
+    vocabulary = run_dir / VOCABULARY_NAME
+    words = sha256_of_file(vocabulary)[:16] if vocabulary.is_file() else ""
+    if step > 0 and former is not None:
+        _check_same(run_dir, former, data, words)
+    line = {"step": step, **describe_environment(), "data": data, "vocabulary": words}
     with (run_dir / ENVIRONMENT_NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -48,11 +57,35 @@ def record_environment(run_dir: Path, step: int, data: dict[str, str]) -> None:
 def read_environment(run_dir: Path) -> dict[str, Any] | None:
     """Return the line of the run's last start, None where it wrote none."""
     path = run_dir / ENVIRONMENT_NAME
-    if not path.is_file():
-        return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
-    return found
+    try:
+        lines = [line for _, line in json_lines(path) if _is_whole(line)]
+    except BadFileError as error:
+        raise UserError(f"{path}: can't be read ({error})") from error
+    return lines[-1] if lines else None
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    """Return whether a line holds what we write, of the types that we write."""
+    parts = [line.get(name) for name in ("versions", "machine", "data")]
+    return all(
+        isinstance(part, dict) and all(isinstance(v, str | int) for v in part.values())
+        for part in parts
+    )
+
+
+def _check_same(run_dir: Path, former: dict[str, Any], data: dict[str, str], words: str) -> None:
+    """Raise UserError if the data or the vocabulary are others than at the former start."""
+    before, now = sorted(former["data"].values()), sorted(data.values())
+    if before != now:
+        raise UserError(
+            f"{run_dir}: the run began with other data (fingerprints {', '.join(before)}; now "
+            f"{', '.join(now)}): give the data set that it began with, or another output_dir"
+        )
+    if former.get("vocabulary", words) != words:
+        raise UserError(
+            f"{run_dir / VOCABULARY_NAME}: has changed since the run began: put the former file "
+            "back, or give another output_dir"
+        )
 
 
 def trained_on(environment: dict[str, Any] | None, location: str) -> str:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_text
+from dist_vse.common.reading import BadFileError, is_count, json_lines
 
 CONFIG_NAME = "config.yaml"  # the whole resolved config
 VOCABULARY_NAME = "vocabulary.json"  # of text encoders from scratch
@@ -21,17 +23,18 @@ LEASE_NAME = "lease.json"  # which attempt may write
 def drop_lines_after(path: Path, step: int) -> list[str]:
     """Remove what an earlier attempt wrote after the step from which this one goes on.
 
-    Returns the lines that are left; none where there is no file.
+    A damaged line goes too, as the last one of a killed run, which may be cut short. Returns the
+    lines that are left; none where there is no file. Raises UserError if it can't be read.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a killed run may be cut short
-        if record["step"] <= step:
-            kept.append(line)
+    try:
+        kept = [
+            json.dumps(record)
+            for _, record in json_lines(path)
+            if is_count(record.get("step")) and record["step"] <= step
+        ]
+    except BadFileError as error:
+        raise UserError(f"{path}: can't be read ({error})") from error
     write_text(path, "".join(line + "\n" for line in kept))  # a kill must not lose the history
     return kept

@@ -67,7 +67,8 @@ def write_config(config: TrainConfig) -> None:
 def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """Say what differs, as `loss.name: convse -> convse++`."""
     before, after = flat_config(old), flat_config(new)
-    ignored = {*_MAY_CHANGE, "output_dir"}  # the folder itself may have been moved
+    # Both folders may have been moved; the data's fingerprint is compared when the run goes on.
+    ignored = {*_MAY_CHANGE, "output_dir", "data.index"}
     return [
         f"{key}: {before[key]} -> {after[key]}"
         for key in after

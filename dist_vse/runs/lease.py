@@ -6,7 +6,6 @@ exits without writing once it finds another token there. The number of the attem
 two attempts that start at once may take the same one.
 """
 
-import json
 import os
 import secrets
 import socket
@@ -17,6 +16,7 @@ from typing import Any
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_json
 from dist_vse.common.log import logger
+from dist_vse.common.reading import BadFileError, is_count, read_json
 from dist_vse.runs.files import LEASE_NAME
 
 
@@ -81,10 +81,11 @@ def acquire(run_dir: Path) -> Lease:
 def _read(path: Path) -> dict[str, Any]:
     """Return what the file says; nothing where it is missing or cut short."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        found = read_json(path)
+    except BadFileError:
         return {}
-    return found if isinstance(found, dict) else {}
+    numbers = ("attempt", "restarts")
+    return found if all(is_count(found.get(name, 0)) for name in numbers) else {}
 
 
 def _describe(holder: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError, writing
+from dist_vse.common.reading import is_count
 from dist_vse.data.samples import Skipped
 from dist_vse.runs.files import drop_lines_after
 
@@ -23,7 +24,7 @@ class SkippedLog:
         with distributed.raise_on_all_ranks(), writing(path):
             if distributed.is_main_process():
                 lines = drop_lines_after(path, start_step)
-        epochs = [json.loads(line)["epoch"] for line in lines]
+        epochs = [epoch for line in lines if is_count(epoch := json.loads(line).get("epoch"))]
         self._bad: Counter[int] = Counter(distributed.broadcast_object(epochs))  # by epoch
 
     def add(self, step: int, skipped: tuple[Skipped, ...]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.log import logger
+from dist_vse.common.reading import BadFileError, read_json
 from dist_vse.config.checks import one_of
 
 IDS_NAME = "trackers.json"  # in the run's folder: the id that each tracker gave the run
@@ -74,7 +75,10 @@ def start_trackers(
     if not names:
         return []
     path = run_dir / IDS_NAME
-    ids: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        ids = {k: v for k, v in read_json(path).items() if isinstance(v, str)}
+    except BadFileError:  # missing or damaged: they start anew
+        ids = {}
     started = []
     for name in names:
         run = TrackedRun(run_dir, project, settings, ids.get(name))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dist_vse.common import reading
-from dist_vse.common.reading import BadFileError, is_count, is_number, json_lines
+from dist_vse.common.reading import BadFileError, is_count, is_file_name, is_number, json_lines
 
 BAD = {
     "empty": b"",
@@ -54,6 +54,12 @@ def test_bad_lines_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     found = list(json_lines(tmp_path / "x.jsonl"))
     assert found == [(1, {"n": 1}), (len(lines) - 1, {"n": 2})]
     assert list(json_lines(tmp_path / "none.jsonl")) == []
+
+
+def test_names_stay_in_the_folder() -> None:
+    assert is_file_name("train-00000.tar") and is_file_name("..a")
+    for value in ("", ".", "..", "../a", "/a", "a/b", "a\\b", "a\0", None, 5):
+        assert not is_file_name(value)
 
 
 def test_numbers_are_checked() -> None:

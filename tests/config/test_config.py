@@ -124,3 +124,19 @@ def test_kept_graphs_that_zero_3_gets_wrong_are_refused(tmp_path: Path) -> None:
 def test_the_page_of_settings_is_up_to_date() -> None:
     page = ROOT / "docs" / "config.md"
     assert page.read_text() == document(), "run python -m dist_vse.config.document > docs/config.md"
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "x${oc.env:A,b}", "${oc.decode:${seed}}"])
+def test_a_file_reads_no_variables(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for text in (f"output_dir: '{value}'\n", f"loss:\n  name: '{value}'\noutput_dir: x\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="a file may not read variables"):
+            load_config(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: " + b"[" * 100_000, b"x" * (1 << 21)])
+def test_a_damaged_file_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.yaml"):
+        load_config(tmp_path / "run.yaml")

@@ -129,7 +129,7 @@ def _files(step: int) -> dict[str, dict[str, Tensor]]:
 def _publish(folder: Path, step: int) -> None:
     temporary = folder / f"step-{step:06d}.tmp"
     receipts = checkpoint.write_files(temporary, _files(step))
-    checkpoint.seal(temporary, Progress(step, step, []), receipts)
+    checkpoint.seal(temporary, Progress(step, step, []), receipts, world_size=2, zero_stage=1)
     checkpoint.publish(temporary, folder / f"step-{step:06d}")
 
 
@@ -139,7 +139,7 @@ def _publish(folder: Path, step: int) -> None:
         ("rank-1.safetensors", "flip", "rank-1.safetensors has changed since it was written"),
         ("rank-0.safetensors", "cut", "rank-0.safetensors is cut"),
         ("model.safetensors", "remove", "model.safetensors is missing"),
-        ("manifest.json", "cut", "manifest.json is missing or cut"),
+        ("manifest.json", "cut", "manifest.json is missing or damaged"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(
@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     path.unlink()
     if damage != "remove":
         path.write_bytes(content[:-1] if damage == "cut" else content)
-    assert checkpoint.find_fault(path.parent) == fault
+    assert (checkpoint.find_fault(path.parent) or "").startswith(fault)
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000001"
 
 
