@@ -60,6 +60,8 @@ class OptimizerSpec:
     """Its own keyword arguments, besides the learning rate and weight decay."""
     state_tensors: Callable[[OptimConfig], int]
     """How many numbers it keeps for each parameter that it trains."""
+    fuses: bool = False
+    """Whether its class takes `fused=True` on a GPU."""
 
 
 def _adam_settings(optim: OptimConfig) -> dict[str, Any]:
@@ -72,12 +74,14 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         deepspeed_type="adamw",
         settings=_adam_settings,
         state_tensors=lambda optim: 2,  # both moments
+        fuses=True,
     ),
     "adam": OptimizerSpec(
         factory="torch.optim:Adam",
         deepspeed_type="adam",
         settings=_adam_settings,
         state_tensors=lambda optim: 2,
+        fuses=True,
     ),
     "sgd": OptimizerSpec(
         factory="torch.optim:SGD",

@@ -22,9 +22,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     ]
     groups = [group for group in groups if group["params"]]
     spec = OPTIMIZERS[config.name]
+    settings = spec.settings(config)
+    if spec.fuses and all(p.is_cuda for group in groups for p in group["params"]):
+        settings["fused"] = True  # one kernel for all parameters, not one an operation
     module, name = spec.factory.split(":")
     factory = getattr(importlib.import_module(module), name)
-    optimizer: torch.optim.Optimizer = factory(groups, lr=config.lr, **spec.settings(config))
+    optimizer: torch.optim.Optimizer = factory(groups, lr=config.lr, **settings)
     return optimizer
 
 

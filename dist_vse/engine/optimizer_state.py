@@ -63,6 +63,7 @@ def load_state(
 
     Raises UserError if the files lack an element of it.
     """
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     with ExitStack() as stack:
         saved = _Saved([stack.enter_context(safe_open(path, "pt")) for path in files])
         by_flat: dict[int, list[Fragment]] = defaultdict(list)
@@ -70,7 +71,9 @@ def load_state(
             by_flat[id(fragment.flat)].append(fragment)
         for group in by_flat.values():
             flat = group[0].flat
-            state = {key: number.clone() for key, number in saved.numbers.items()}
+            # A fused optimizer counts its steps on the device.
+            at = flat.device if fused else torch.device("cpu")
+            state = {key: number.to(at, copy=True) for key, number in saved.numbers.items()}
             for key in saved.keys:
                 state[key] = torch.zeros_like(flat)
                 for fragment in group:

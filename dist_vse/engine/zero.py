@@ -45,6 +45,7 @@ def zero_config(
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT
     if stage in (1, 2):
+        zero["compute_grad_norm"] = clip_norm > 0  # for which the host waits for the device
         # Reduce to the owner of a partition, not to everyone: fewer bytes.
         zero["use_multi_rank_bucket_allreduce"] = False
     described: dict[str, Any] = {

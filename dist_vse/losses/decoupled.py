@@ -40,8 +40,10 @@ class Decoupled:
         own = self.positives.layout.own
         row_logs, column_logs = self.sums.join()
         has_rows, has_columns = row_logs != -torch.inf, column_logs != -torch.inf
-        total = (row_logs - self.positives.rows)[has_rows].sum()
-        total += (column_logs[own] - self.positives.own_columns)[has_columns[own]].sum()
+        row_losses = row_logs - self.positives.rows
+        column_losses = column_logs[own] - self.positives.own_columns
+        total = row_losses.masked_fill(~has_rows, 0).sum()
+        total += column_losses.masked_fill(~has_columns[own], 0).sum()
         # Nothing is normalized by the sum of no powers: 2^(z - inf) is 0.
         self.row_logs = row_logs.masked_fill(~has_rows, torch.inf)
         self.column_logs = column_logs.masked_fill(~has_columns, torch.inf)

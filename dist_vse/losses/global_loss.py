@@ -44,7 +44,8 @@ class GlobalLoss:
     """The loss of one step over the global batch, of which each rank passes its own rows.
 
     Text features may be sent ahead, a chunk at a time, with `prefetch`; then the loss is called
-    once with all features. 64-bit ids (b,) tell which pairs share an image or a caption.
+    once with all features. 64-bit ids (b,) tell which pairs share an image or a caption; they are
+    looked at on the host, and should lie there.
     What the losses are: `dist_vse.losses.reference`, docs/losses.md.
     """
 
@@ -58,7 +59,7 @@ class GlobalLoss:
     ) -> None:
         self.name = name
         self.options = options or LossOptions()
-        self._ids = [x for x in (image_ids, text_ids) if x is not None]
+        self._ids = [x.cpu() for x in (image_ids, text_ids) if x is not None]
         self._fault = self.options.fault() or _unknown(name)  # raised on all ranks, when called
         self._captions_in_bf16 = (
             self._fault is None and self.options.bf16_products and find_loss(name).captions_in_bf16
@@ -141,7 +142,9 @@ class GlobalLoss:
         average = options.duplicates == "positive"
         duplicates = None
         if self._ids:
-            duplicates = DuplicatePairs(layout.gather(torch.stack(self._ids, 1)), layout)
+            duplicates = DuplicatePairs(
+                layout.gather(torch.stack(self._ids, 1)), layout, rows.device
+            )
         positives = Positives(rows, captions, own, layout, duplicates, average_duplicates=average)
         travelling = captions.bfloat16() if self._captions_in_bf16 else captions
         transport: Transport = (

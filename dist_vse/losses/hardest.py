@@ -12,6 +12,8 @@ the choice must not depend on tiles or ranks. That holds for copies; a chain of 
 each within a few roundings of the next, and are no copies, is decided in the order of the tiles.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
@@ -67,12 +69,14 @@ class Hardest:
 
     def gradients(self, block: Block, rows: Tensor) -> tuple[Tensor, Tensor]:
         own, there = self.layout.own, block.columns
-        i, of_rows = _pairs(self.rows.indices, self.row_weight, there)
-        j, of_columns = _pairs(self.columns.indices[there], self.column_weight[there], own)
-        i, j = torch.cat([i, of_columns]), torch.cat([of_rows, j])
+        of_rows = _pairs(self.rows.indices, self.row_weight, there)
+        of_columns = _pairs(self.columns.indices[there], self.column_weight[there], own)
+        i = torch.cat([of_rows.each, of_columns.hardest])
+        j = torch.cat([of_rows.hardest, of_columns.each])
+        active = torch.cat([of_rows.active, of_columns.active])
         return (
-            _sums(block.features, j, i, len(rows), self.weight),
-            _sums(rows, i, j, len(block.features), self.weight),
+            _sums(block.features, j, i, active, len(rows), self.weight),
+            _sums(rows, i, j, active, len(block.features), self.weight),
         )
 
     def hardest(self) -> Tensor:
@@ -102,7 +106,7 @@ class _Best:
         """Agree over the ranks."""
         largest = distributed.all_reduce_max(self.values.clone())
         nowhere = torch.iinfo(torch.int32).max
-        self.indices[self.values < largest - self.tolerance] = nowhere
+        self.indices.masked_fill_(self.values < largest - self.tolerance, nowhere)
         distributed.all_reduce_min(self.indices)
         self.values = largest
 
@@ -138,22 +142,42 @@ def _first(values: Tensor, thresholds: Tensor) -> Tensor:
     return (width - left.long()).clamp_(max=width - 1)
 
 
-def _pairs(indices: Tensor, weight: Tensor, among: slice) -> tuple[Tensor, Tensor]:
-    """Return which of (n,) have their hardest negative `among` indices, and where in there."""
+class _Pairs(NamedTuple):
+    """For each of (n,) its hardest negative, and whether that pair counts."""
+
+    each: Tensor
+    hardest: Tensor
+    active: Tensor
+
+
+def _pairs(indices: Tensor, weight: Tensor, among: slice) -> _Pairs:
+    """Return the pairs; those count that have a weight and their hardest negative `among` indices.
+
+    All (n,) are returned: how many count would be read back from the device.
+    """
     inside = (indices >= among.start) & (indices < among.stop)
-    chosen = (inside & (weight > 0)).nonzero().view(-1)
-    return chosen, indices[chosen] - among.start
+    each = torch.arange(len(indices), device=indices.device)
+    return _Pairs(each, (indices - among.start).long(), inside & (weight > 0))
 
 
-def _sums(features: Tensor, sources: Tensor, targets: Tensor, count: int, weight: float) -> Tensor:
+def _sums(
+    features: Tensor, sources: Tensor, targets: Tensor, active: Tensor, count: int, weight: float
+) -> Tensor:
     """Return for each of `count` targets the sum of its sources' features, times a weight.
 
-    `sources` and `targets` (p,) name pairs. A target's are added in the order given, on CUDA too,
-    where adding them pair by pair would not be reproducible.
+    `sources` and `targets` (p,) name pairs, of which the active ones count. A target's are added
+    in the order given, on CUDA too, where adding them pair by pair would not be reproducible.
     """
-    if not len(targets):
+    if active.device.type == "cpu":  # a GPU would have to be waited for
+        sources, targets, active = sources[active], targets[active], active[active]
+    if not len(targets) or not count or not len(features):
         return features.new_zeros(count, features.shape[1])
-    targets, order = targets.sort(stable=True)
+    # The others weigh nothing, wherever they go: as even as may be.
+    even = torch.arange(len(targets), device=targets.device)
+    targets, order = torch.where(active, targets, even % count).sort(stable=True)
+    sources = torch.where(active, sources, even % len(features))
     first = torch.searchsorted(targets, torch.arange(count, device=targets.device))
-    weights = features.new_full((len(order),), weight)
-    return embedding_bag(sources[order], features, first, mode="sum", per_sample_weights=weights)
+    weights = features.new_full((len(active),), weight).masked_fill_(~active, 0)
+    return embedding_bag(
+        sources[order], features, first, mode="sum", per_sample_weights=weights[order]
+    )

@@ -50,11 +50,14 @@ class DuplicatePairs:
     """Pairs i != j of the global batch that share an image or a caption.
 
     Few rows have duplicates in an ordinary batch, so only those are ever compared. `ids` is int64
-    (N, k): what a row shares in any of the k columns makes a duplicate.
+    (N, k): what a row shares in any of the k columns makes a duplicate. They lie in host memory,
+    and all is found there: how many duplicates a tile has would else be read back from `device`,
+    where the indices are used.
     """
 
-    def __init__(self, ids: Tensor, layout: Layout) -> None:
+    def __init__(self, ids: Tensor, layout: Layout, device: torch.device) -> None:
         self.ids = ids
+        self.device = device
         self.offset = layout.own.start
         self.group_sizes = _group_sizes(ids)  # (N,): a row, and all of its duplicates
         self.flagged = (self.group_sizes > 1).nonzero().view(-1)
@@ -64,7 +67,10 @@ class DuplicatePairs:
         return bool(self._sorted)
 
     def pairs(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor] | None:
-        """Return where the duplicates lie in a tile: rows of this rank times columns of all."""
+        """Return where the duplicates lie in a tile: rows of this rank times columns of all.
+
+        The indices are on the device.
+        """
         left = self._within(rows.start + self.offset, rows.stop + self.offset)
         right = self._within(columns.start, columns.stop)
         if not len(left) or not len(right):
@@ -74,10 +80,20 @@ class DuplicatePairs:
         i, j = same.nonzero(as_tuple=True)
         if not len(i):
             return None
-        return left[i] - (rows.start + self.offset), right[j] - columns.start
+        of_rows, of_columns = left[i] - (rows.start + self.offset), right[j] - columns.start
+        return _sent(of_rows, self.device), _sent(of_columns, self.device)
+
+    def shares(self, dtype: torch.dtype) -> Tensor:
+        """Return one over each row's group size (N,), on the device."""
+        return _sent(1 / self.group_sizes.to(dtype), self.device)
 
     def _within(self, start: int, stop: int) -> Tensor:
         return self.flagged[bisect_left(self._sorted, start) : bisect_left(self._sorted, stop)]
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of host memory on the device; the host waits for nothing."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def _group_sizes(ids: Tensor) -> Tensor:

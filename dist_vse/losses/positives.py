@@ -58,7 +58,7 @@ class Positives:
         # What each of a row's (column's) positives weighs in its mean: (b,) and (N,).
         self.column_share = self.rows.new_ones(()).expand(layout.total)
         if self.average_duplicates and duplicates is not None:
-            self.column_share = 1 / duplicates.group_sizes.to(self.rows.dtype)
+            self.column_share = duplicates.shares(self.rows.dtype)
         self.row_share = self.column_share[layout.own]
 
     def include_duplicates(self, transport: Transport) -> None:

@@ -8,6 +8,7 @@ their graphs from the first pass, so that only the others are encoded twice.
 Shape letters: b rows on this rank, d embedding size, k chunks, c = b / k rows of one.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, cast
 
@@ -97,6 +98,7 @@ def train_step(
             encoded[i] = encoded[i]._replace(outputs=())
             engine.backward(surrogate, last=i == 0)
     step_timer.begin("step")
+    _check_finite(output.loss)  # here, where all work is under way: the host waits for it
     engine.step()
     step_timer.begin(step_timer.OTHER)
     return output
@@ -114,14 +116,19 @@ def _gradients_of_outputs(
     image_features, text_features, log_scale, bias = leaves  # (b, d), (b, d), (k,), (k,)
     output = loss(image_features, text_features, log_scale.mean(0, True), bias.mean(0, True))
     mean_loss = all_reduce_mean(output.loss.detach().clone())
-    if not torch.isfinite(mean_loss):
-        raise UserError(
-            f"the loss is {mean_loss.item()}: nothing was updated; lower optim.lr, set "
-            "optim.clip_norm, or raise loss.temperature"
-        )
     grads = torch.autograd.grad(output.loss, leaves, allow_unused=True, materialize_grads=True)
     by_output = (_split_like(grad, encoded, i) for i, grad in enumerate(grads))
     return output._replace(loss=mean_loss), list(zip(*by_output, strict=True))
+
+
+def _check_finite(loss: Tensor) -> None:
+    """Raise UserError if the loss is not finite; all ranks have the same."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise UserError(
+            f"the loss is {value}: nothing was updated; lower optim.lr, set optim.clip_norm, or "
+            "raise loss.temperature"
+        )
 
 
 def _encode(

@@ -1,6 +1,5 @@
 """The loss of a step, as the run's config and its schedules have it."""
 
-from dist_vse import distributed
 from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.losses.global_loss import GlobalLoss
@@ -10,12 +9,11 @@ from dist_vse.training.schedule import temperature, warmup_fraction
 
 def build_loss(config: TrainConfig, batch: Batch, samples_seen: int) -> GlobalLoss:
     """Return the loss of this rank's batch, in the step that starts after `samples_seen` pairs."""
-    here = distributed.device()
     return GlobalLoss(
         config.loss.name,
         loss_options(config, samples_seen),
-        image_ids=batch.image_ids.to(here),
-        text_ids=batch.text_ids.to(here),
+        image_ids=batch.image_ids,
+        text_ids=batch.text_ids,
     )
 
 

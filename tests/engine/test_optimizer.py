@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.config import EngineConfig, OptimConfig, load_config
 from dist_vse.config.optimizers import OPTIMIZERS, OptimizerSpec, state_tensors
 from dist_vse.engine.optimizer import build_optimizer
-from dist_vse.engine.zero import ZeroEngine
+from dist_vse.engine.zero import ZeroEngine, zero_config
 from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.tools.plan.check import settings_of
 from dist_vse.tools.plan.count import count_work
@@ -25,6 +25,7 @@ from dist_vse.training.engine import launcher_conflicts
 from dist_vse.training.grad_cache import train_step
 from tests.support.distributed import run_distributed
 from tests.support.paths import ROOT
+from tests.support.pretend_gpu import GpuTensor, pretend_gpu
 from tests.support.tiny import tiny_batch, tiny_model
 
 B = 8  # pairs in the global batch
@@ -123,3 +124,23 @@ def test_the_launchers_optimizer_is_compared_with_a_registered_one(
 def test_an_unknown_optimizer_is_refused_with_the_known_names() -> None:
     with pytest.raises(UserError, match=r"optim.name.*adamw, adam, sgd"):
         OptimConfig(name="lamb")
+
+
+@pytest.mark.parametrize(("name", "fused"), [("adamw", True), ("adam", True), ("sgd", False)])
+def test_adam_is_fused_on_a_gpu_alone(name: str, fused: bool) -> None:
+    config = OptimConfig(name=name)
+    assert not build_optimizer(nn.Linear(2, 2), config).defaults.get("fused")
+    layer = nn.Module()
+    with pretend_gpu():
+        layer.weight = nn.Parameter(GpuTensor(torch.ones(2, 2)))
+        optimizer = build_optimizer(layer, config)
+    assert bool(optimizer.defaults.get("fused")) == fused
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_norm_is_taken_only_to_clip(stage: int) -> None:
+    config = EngineConfig(zero_stage=stage)
+    for clip_norm in (0.0, 1.0):
+        zero = zero_config(config, rank_batch_size=1, clip_norm=clip_norm, bucket=1024)
+        taken = zero["zero_optimization"].get("compute_grad_norm", True)
+        assert taken == (clip_norm > 0 or stage in (0, 3))  # which can't do without

@@ -1,0 +1,124 @@
+"""A train step on a pretend GPU: the CPU's numbers, and at most two waits of the host."""
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_vse import distributed
+from dist_vse.config import OptimConfig
+from dist_vse.engine.optimizer import build_optimizer
+from dist_vse.engine.plain import PlainEngine
+from dist_vse.models import text
+from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.training import grad_cache
+from dist_vse.training.grad_cache import train_step
+from dist_vse.training.replay_check import compare_passes
+from tests.support.distributed import run_distributed
+from tests.support.loss_cases import NAMES, step_loss
+from tests.support.pretend_gpu import GpuTensor, pretend_gpu
+from tests.support.tiny import tiny_batch, tiny_model
+
+ROWS, CHUNK = 12, 4  # a rank's
+STEP_WAITS = 2  # what the ranks must know of each other's features; whether the loss is finite
+
+
+def _step(model: DualEncoder, name: str, options: dict[str, Any]) -> list[Tensor]:
+    """Take a step with this rank's rows; return the loss and the parameters."""
+    rank = distributed.rank()
+    images, tokens = tiny_batch(ROWS * distributed.world_size(), 0)
+    mine = slice(ROWS * rank, ROWS * (rank + 1))
+    images, tokens = images[mine], tokens[mine]
+    if model.log_scale.is_cuda:
+        images, tokens = images.pin_memory(), tokens.pin_memory()
+    pieces = zip(images.split(CHUNK), tokens.split(CHUNK), strict=True)
+    chunks = [model.prepare(images=i, tokens=t) for i, t in pieces]
+    ids = torch.arange(ROWS * rank, ROWS * (rank + 1)) // 2  # with duplicates
+    config = OptimConfig(name="sgd", lr=0.05, weight_decay=0.0)
+    engine = PlainEngine(model, build_optimizer(model, config))
+    loss = step_loss(name, image_ids=ids, text_ids=ids, **options)
+    torch.manual_seed(1 + rank)
+    output = train_step(engine, loss, chunks)
+    return [output.loss, *(p.detach() for p in model.parameters())]
+
+
+def _move(model: DualEncoder) -> None:
+    """Put a model onto the pretend GPU, as `model.to` does."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                moved = GpuTensor(parameter.detach())
+                module._parameters[name] = nn.Parameter(moved, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = GpuTensor(buffer)
+
+
+def _compare(name: str, options: dict[str, Any]) -> dict[str, int]:
+    """Compare with the CPU; return the waits."""
+    right = _step(tiny_model(dropout=0.3), name, options)
+    model = tiny_model(dropout=0.3)
+    with pretend_gpu() as gpu:
+        _move(model)
+        found = _step(model, name, options)
+    for ours, theirs in zip(found, right, strict=True):
+        assert isinstance(ours, GpuTensor)
+        torch.testing.assert_close(ours.inner, theirs, rtol=1e-5, atol=1e-6)
+    return dict(gpu.waits)
+
+
+def test_one_process_has_the_numbers_of_the_cpu() -> None:
+    waits = _compare("convse", {})
+    assert sum(waits.values()) <= STEP_WAITS, waits
+
+
+def _compare_all(transport: str) -> list[tuple[str, dict[str, int]]]:
+    return [(name, _compare(name, {"transport": transport, "tile": 8})) for name in NAMES]
+
+
+@pytest.mark.parametrize("transport", ["gather", "ring"])
+def test_two_ranks_have_the_numbers_of_the_cpu(transport: str) -> None:
+    for of_rank in run_distributed(_compare_all, 2, transport, timeout=110):
+        for name, waits in of_rank:
+            assert sum(waits.values()) <= STEP_WAITS, (name, waits)
+
+
+@pytest.mark.parametrize(
+    ("leaves_autocast", "culprit"), [(True, None), (False, "model.text.trunk.gru")]
+)
+def test_no_float16_in_a_bf16_run(
+    leaves_autocast: bool, culprit: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = nn.GRU.forward
+
+    def cudnns(self: nn.GRU, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Under autocast to bfloat16 it takes float16."""
+        states, last = real(self, x)
+        return (states.half(), last) if torch.is_autocast_enabled("cpu") else (states, last)
+
+    monkeypatch.setattr(nn.GRU, "forward", cudnns)
+    if not leaves_autocast:
+        monkeypatch.setattr(text, "float32_rnn", lambda x: contextlib.nullcontext())
+    model = tiny_model()
+    model.text.trunk = text.GruTrunk(
+        vocab_size=50, pad_id=0, word_dim=8, width=64, depth=2, dropout=0, grad_checkpointing=False
+    )
+    with pretend_gpu():
+        _move(model)
+        found = compare_passes(model, image_size=32, num_tokens=8, precision="bf16")
+    assert found.error == 0.0
+    assert found.in_float16 == (culprit and f"{culprit} (GRU)")
+
+
+def test_a_wait_in_every_chunk_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = grad_cache._outputs
+
+    def outputs(*args: Any) -> Any:
+        found = real(*args)
+        assert found[0].sum().item() != 0
+        return found
+
+    monkeypatch.setattr(grad_cache, "_outputs", outputs)
+    assert sum(_compare("convse", {}).values()) == STEP_WAITS + ROWS // CHUNK
