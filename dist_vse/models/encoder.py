@@ -24,12 +24,16 @@ def load_encoder(folder: str, dropout: float) -> Any:
             f"{folder}: no such folder; model.text.weights is a saved transformers model"
         )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         for name, value in vars(config).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(config, name, dropout)
         encoder, loading = AutoModel.from_pretrained(
-            folder, config=config, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(

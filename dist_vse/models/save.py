@@ -49,7 +49,9 @@ def save_tokenizer(source: str, folder: Path) -> None:
     """Copy a transformers tokenizer from one folder to another, as its library saves it."""
     from transformers import AutoTokenizer  # slow to import
 
-    AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(
+        source, local_files_only=True, trust_remote_code=False
+    ).save_pretrained(folder)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

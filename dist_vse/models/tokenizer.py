@@ -170,7 +170,9 @@ class PretrainedTokenizer:
                 f"{folder}: no such folder; model.text.weights is a saved transformers model"
             )
         try:
-            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            loaded = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, ImportError) as error:
             raise UserError(
                 f"{folder}: its tokenizer does not load ({first_line(error)}); save one there with "

@@ -105,7 +105,11 @@ def build(folder: Path, *, grad_checkpointing: bool) -> Parts:
     _weights(folder)
     try:
         model, loading = AutoModel.from_pretrained(
-            folder, config=config, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except _WRONG as error:
         raise UserError(f"{folder}: does not load ({first_line(error)})") from error
@@ -191,7 +195,7 @@ def _config(folder: Path) -> Any:
             "encoder alone is for model.text.weights"
         )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except _WRONG as error:
         raise UserError(f"{folder / CONFIG}: does not load ({first_line(error)})") from error
 
@@ -200,7 +204,9 @@ def _preprocessing(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        return AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except _WRONG as error:
         raise UserError(
             f"{folder}: its image preprocessing does not load ({first_line(error)}); "
@@ -212,7 +218,9 @@ def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="right")
+        loaded = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, padding_side="right"
+        )
     except (*_WRONG, TypeError) as error:
         raise UserError(
             f"{folder}: its tokenizer does not load ({first_line(error)}); save one there with "

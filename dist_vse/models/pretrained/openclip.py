@@ -128,7 +128,9 @@ def save(model: DualEncoder, source: Path, folder: Path) -> None:
     if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(
+            source, local_files_only=True, trust_remote_code=False
+        ).save_pretrained(folder)
 
 
 def _import(folder: Path) -> Any:
