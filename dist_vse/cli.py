@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
-from dist_vse.common.terminal import printable
+from dist_vse.common.terminal import message
 from dist_vse.common.version import __version__
 from dist_vse.tools.bench import cli as bench
 from dist_vse.tools.export import cli as export
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except UserError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {message(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,15 +1,18 @@
 """The command `dist-vse shard`: its subcommands and what they run."""
 
 import argparse
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError
 from shards.error_budget import ErrorBudget, parse_error_budget
 from shards.options import (
+    add_caption_key,
     add_output_options,
     add_run_options,
     add_source_options,
@@ -17,6 +20,7 @@ from shards.options import (
     at_least_1,
     output_options,
     source_options,
+    takes,
 )
 from shards.sources import SOURCES
 
@@ -44,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", type=Path, help="folder for index.json [that of the first tar]"
     )
     index.add_argument("--split", metavar="NAME", default="train", help="[%(default)s]")
+    add_caption_key(index)
     add_run_options(index)
     index.set_defaults(shard_run=_index)
     for name, text, function in (
@@ -81,8 +86,9 @@ def _build(args: argparse.Namespace) -> int:
     options, max_bad = output_options(args), parse_error_budget(args.max_bad)
     check_local(args.out)
     start = time.monotonic()
-    with local_copies(args.input if args.shard_command == "reshard" else "") as copies:
-        entries = _write(args, _read(args, copies), options, max_bad)
+    remote = "" if os.path.exists(args.input) or args.shard_command != "reshard" else args.input
+    with local_copies(remote) as copies, TemporaryDirectory(prefix="dist-vse-") as scratch:
+        entries = _write(args, _read(args, copies, Path(scratch)), options, max_bad)
     print_summary(entries, args.out, seconds=time.monotonic() - start)
     return 0
 
@@ -114,13 +120,18 @@ def _write(
             )
 
 
-def _read(args: argparse.Namespace, copies: dict[str, Path]) -> "Sequence[Record]":
-    """Read all records of the source that the command names; `copies` stand for a URL."""
+def _read(args: argparse.Namespace, copies: dict[str, Path], scratch: Path) -> "Sequence[Record]":
+    """Read all records of the source that the command names.
+
+    `copies` stand for a URL; into `scratch` go images that have to be unpacked.
+    """
     from shards.record import all_in_languages
     from shards.remote import to_path
 
     _, read = SOURCES[args.shard_command]
     options = source_options(args)
+    if takes(read, "scratch"):
+        options["scratch"] = scratch
     if copies:
         records = [r for url, path in copies.items() for r in read(path, name=url, **options)]
     else:
@@ -164,6 +175,7 @@ def _index(args: argparse.Namespace) -> int:
                 tars,
                 folder,
                 split=args.split,
+                caption_key=args.caption_key,
                 max_bad=max_bad,
                 workers=args.workers,
                 advance=advance,

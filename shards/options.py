@@ -17,14 +17,26 @@ _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "images": {"metavar": "DIR", "help": "where image paths start from [the file's folder]"},
     "split": {"metavar": "NAME", "help": "split of samples that name none [train]"},
     "restval": {"metavar": "NAME", "help": "split that restval goes to [train]"},
-    "image_column": {"metavar": "NAME", "help": "column of the image's path [image]"},
+    "image_column": {"metavar": "NAME", "help": "column or field of the image's path [image]"},
     "caption_column": {
         "metavar": "NAMES",
-        "help": "column or columns of captions, such as en_text=en,de_text=de [caption]",
+        "help": "column or field of captions; in tables also several, such as "
+        "en_text=en,de_text=de [caption]",
     },
     "split_column": {"metavar": "NAME", "help": "column of the split"},
     "key_column": {"metavar": "NAME", "help": "column of the sample's key [from the path]"},
     "language_column": {"metavar": "NAME", "help": "column of the captions' language"},
+    "separator": {"metavar": "CHAR", "help": "what parts the cells [,]"},
+    "quoted": {
+        "action": "store_true",
+        "default": None,
+        "help": "cells in quotation marks are quoted as in CSV [quotation marks are text]",
+    },
+    "caption_key": {
+        "metavar": "NAME",
+        "help": "field of the JSON, or extension of the member, that holds the captions "
+        "[captions or caption in the JSON, else txt]",
+    },
 }
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _SIZE = re.compile(r"(\d+)([KMG]I?)?B", re.IGNORECASE)
@@ -35,6 +47,16 @@ def add_source_options(parser: argparse.ArgumentParser, read: Callable[..., obje
     for name in inspect.signature(read).parameters:
         if name in _SOURCE_OPTIONS:
             parser.add_argument("--" + name.replace("_", "-"), **_SOURCE_OPTIONS[name])
+
+
+def add_caption_key(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where a tar's captions are."""
+    parser.add_argument("--caption-key", **_SOURCE_OPTIONS["caption_key"])
+
+
+def takes(read: Callable[..., object], name: str) -> bool:
+    """Return whether the source's function has a parameter of this name."""
+    return name in inspect.signature(read).parameters
 
 
 def source_options(args: argparse.Namespace) -> dict[str, Any]:

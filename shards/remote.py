@@ -1,8 +1,6 @@
 """Paths that may be URLs: of fsspec, or webdataset's `pipe:COMMAND`."""
 
 import os
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,9 +10,8 @@ from typing import IO, cast
 from braceexpand import braceexpand
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.data.download import download
 from dist_vse.data.index import is_remote
-
-COPY_BYTES = 1 << 20
 
 
 def to_path(text: str) -> Path:
@@ -22,7 +19,7 @@ def to_path(text: str) -> Path:
 
     Raises UserError if the package for URLs is missing.
     """
-    if not is_remote(text):
+    if os.path.exists(text) or not is_remote(text):
         return Path(text)
     try:
         from upath import UPath  # here: only URLs pay for the import
@@ -40,6 +37,8 @@ def to_path(text: str) -> Path:
 def local_copy(location: str, folder: Path) -> Iterator[Path]:
     """Yield a local path with the bytes of `location`: a path, a URL or `pipe:COMMAND`.
 
+    HTTP is read as training reads it: a URL is sent as it is, and the status is reported.
+
     What is remote is copied into `folder` and removed afterwards. Raises UserError if it cannot be
     read.
     """
@@ -48,13 +47,9 @@ def local_copy(location: str, folder: Path) -> Iterator[Path]:
         return
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".copy-", suffix=".tmp") as file:
         try:
-            if location.startswith("pipe:"):
-                subprocess.run(location[5:], shell=True, stdout=file, check=True)
-            else:
-                _download(location, cast(IO[bytes], file))
-        except UserError:
-            raise
-        except (OSError, ValueError, ImportError, subprocess.CalledProcessError) as error:
+            download(location, cast(IO[bytes], file))
+            file.flush()
+        except OSError as error:
             raise UserError(
                 f"{location}: cannot be read ({first_line(error)}); fix that and run the command "
                 "again"
@@ -78,15 +73,3 @@ def local_copies(text: str) -> Iterator[dict[str, Path]]:
             os.utime(path, (0, 0))
             copies[url] = path
         yield copies
-
-
-def _download(url: str, file: IO[bytes]) -> None:
-    try:
-        import fsspec  # here: only URLs pay for the import
-    except ImportError:
-        raise UserError(
-            f"{url}: URLs need another package; pip install 'dist_vse[remote]'"
-        ) from None
-    with fsspec.open(url, "rb") as source:
-        shutil.copyfileobj(source, file, COPY_BYTES)
-    file.flush()

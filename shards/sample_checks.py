@@ -64,10 +64,14 @@ def check_image(data: bytes | memoryview, *, decode: bool = True) -> str:
     extension = None if decode else _extension_if_whole(data)
     if extension is not None:
         return extension
+    from dist_vse.data.image_file import is_wide, narrowed  # here: most images are never opened
+
     with checked_image(data) as image:
         image.verify()  # checksums; an image can't be used after it
     with checked_image(data) as image:
         image.load()
+        if is_wide(image):
+            narrowed(image)  # raises for values that training would refuse
         assert image.format is not None, "an opened image has a format"
         return EXTENSIONS[image.format]
 

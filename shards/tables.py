@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from dist_vse.common.terminal import plain
 from shards.manifest import SKIPPED_NAME, ShardEntry
 
 if TYPE_CHECKING:
@@ -64,13 +65,13 @@ def progress_bar(verb: str, total: int, unit: str) -> Iterator[Callable[[int], N
 
 def print_summary(entries: Sequence[ShardEntry], folder: Path, *, seconds: float) -> None:
     """Print one row for each split, and the time it took."""
-    table = Table("split", title=str(folder))
+    table = Table("split", title=plain(folder))
     for heading in ("images", "captions", "shards", "size", "skipped"):
         table.add_column(heading, justify="right")
     for split in sorted({entry.split for entry in entries}):
         of_split = [entry for entry in entries if entry.split == split]
         table.add_row(
-            split,
+            plain(split),
             f"{sum(r.num_samples for r in of_split):,}",
             f"{sum(r.num_captions for r in of_split):,}",
             f"{len(of_split):,}",
@@ -82,7 +83,7 @@ def print_summary(entries: Sequence[ShardEntry], folder: Path, *, seconds: float
     images = sum(entry.num_samples for entry in entries)
     console.print(f"{seconds:,.1f} s, {images / max(seconds, 1e-3):,.0f} images/s")
     if any(entry.skipped for entry in entries):
-        console.print(f"skipped samples: {folder / SKIPPED_NAME}", soft_wrap=True)
+        console.print(plain(f"skipped samples: {folder / SKIPPED_NAME}"), soft_wrap=True)
 
 
 def print_findings(findings: "Sequence[Finding]", folder: Path) -> None:
@@ -91,17 +92,18 @@ def print_findings(findings: "Sequence[Finding]", folder: Path) -> None:
     for finding in findings:
         faults = [*finding.damage, *finding.unusable]
         for fault in faults[:FAULTS_SHOWN]:
-            console.print(f"{finding.shard.path}: {fault}", soft_wrap=True, markup=False)
+            console.print(plain(f"{finding.shard.path}: {fault}"), soft_wrap=True)
         if len(faults) > FAULTS_SHOWN:
-            console.print(f"{finding.shard.path}: ... {len(faults) - FAULTS_SHOWN} more")
-    table = Table("split", title=str(folder))
+            more = f"{finding.shard.path}: ... {len(faults) - FAULTS_SHOWN} more"
+            console.print(plain(more), soft_wrap=True)
+    table = Table("split", title=plain(folder))
     for heading in ("shards", "images", "damaged shards", "unusable images"):
         table.add_column(heading, justify="right")
     for split in sorted({finding.split for finding in findings}):
         of_split = [finding for finding in findings if finding.split == split]
         shards = {finding.shard.path: finding.shard for finding in of_split}
         table.add_row(
-            split,
+            plain(split),
             f"{len(shards):,}",
             f"{sum(shard.num_samples for shard in shards.values()):,}",
             f"{sum(bool(finding.damage) for finding in of_split):,}",
@@ -122,12 +124,12 @@ def print_stats(stats: "dict[str, Stats]") -> None:
     for name, of_split in sorted(stats.items()):
         whole.add(of_split)
         table.add_row(
-            name,
+            plain(name),
             f"{sum(of_split.captions.values()):,}",
             f"{sum(of_split.words.values()):,}",
             f"{of_split.repeated:,}",
-            ", ".join(f"{key} {count:,}" for key, count in of_split.formats.most_common()),
-            ", ".join(f"{key} {count:,}" for key, count in of_split.languages.most_common()),
+            plain(_counts(of_split.formats)),
+            plain(_counts(of_split.languages)),
         )
     console.print(table)
     for title, counts in (
@@ -141,6 +143,10 @@ def print_stats(stats: "dict[str, Stats]") -> None:
         console.print(
             f"{count:,} images are in both {one} and {other}: the same bytes", style="red"
         )
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{key} {count:,}" for key, count in counter.most_common())
 
 
 def _print_histogram(console: Console, title: str, counts: Counter[int]) -> None:

@@ -1,6 +1,13 @@
-"""Text on its way to a terminal."""
+"""Text from outside on its way to a terminal, or into a message."""
 
 import re
+import reprlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.text import Text  # not here: `dist-vse --help` does without it
+
+MAX_CHARS = 2000  # of one message: about a screen
 
 # C0 but tab and line feed, DEL, C1, and what changes the direction of writing.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -11,9 +18,45 @@ def printable(text: object) -> str:
 
     Keys, captions, paths and messages come from files that somebody else may have made.
     """
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
+    shown = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
+    return shown.encode("utf-8", "backslashreplace").decode()  # a file's name may be no Unicode
 
 
 def one_line(text: object) -> str:
     """Return a text as `printable` does, on one line."""
     return " ".join(printable(text).split())
+
+
+def message(text: object) -> str:
+    """Return a message that is printable, and no longer than a screen: its middle is cut out."""
+    shown = printable(text)
+    if len(shown) <= MAX_CHARS:
+        return shown
+    half = MAX_CHARS // 2
+    return f"{shown[:half]} [... {len(shown) - 2 * half:,} characters ...] {shown[-half:]}"
+
+
+def plain(text: object) -> "Text":
+    """Return a printable text for rich's tables and consoles, where `[red]` stays `[red]`."""
+    from rich.text import Text
+
+    return Text(printable(text))
+
+
+class _Short(reprlib.Repr):
+    """`repr` of a line at most; bytes are counted, not shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 60
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return f"<{len(x):,} bytes>"
+
+
+_SHORT = _Short()
+
+
+def short(value: Any) -> str:
+    """Return the `repr` of a value from a file, short enough for a message."""
+    return _SHORT.repr(value)

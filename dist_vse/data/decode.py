@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dist_vse.data.image_file import open_image, orientation
+from dist_vse.data.image_file import is_wide, narrowed, open_image, orientation
 from dist_vse.data.index import IMAGE_FORMATS
 from dist_vse.data.jpeg import Pixels, decode_at, plain_size, scale_for
 
@@ -55,9 +55,9 @@ def decode_image(
 ) -> Pixels:
     """Decode, crop and resize an image file: uint8 (3, size, size), RGB.
 
-    Reads all of Pillow's modes (transparency lies on white, 16 bits become 8), turns the image
-    upright by its EXIF orientation, and takes the first frame of an animation. `rng` is needed
-    where the transform is random. `out` (size, size, 3) takes the pixels, if it is given.
+    Reads all of Pillow's modes (transparency lies on white, 16 and 32 bits become 8), turns the
+    image upright by its EXIF orientation, and takes the first frame of an animation. `rng` is
+    needed where the transform is random. `out` (size, size, 3) takes the pixels, if it is given.
 
     Raises BadSampleError if the file is broken or holds more pixels than Pillow deems safe.
     """
@@ -190,9 +190,8 @@ def _upright(pixels: Pixels, stored: int) -> Pixels:
 
 def _resizable(image: Image.Image) -> Image.Image:
     """Bring the image to a mode whose values may be averaged, without transparency."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, whichever way they are stored
-        values = np.asarray(image).clip(0, 65535) // 257
-        return Image.fromarray(values.astype(np.uint8))
+    if is_wide(image):
+        return narrowed(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

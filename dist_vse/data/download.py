@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import io
 import os
 import queue
 import select
@@ -18,6 +19,8 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from dist_vse.common.errors import first_line
 
 CHUNK_BYTES = 1 << 20
+STALL_S = 60.0  # time-out of those who have none of their own
+RETRY_DELAYS_S = (1.0, 4.0)
 MIN_BYTES = 1 << 14  # expected within a time-out; fewer count as a stall
 RETRY_STATUS = (408, 425, 429)  # statuses below 500 that may succeed on another try
 UNQUOTED = "%/?:@!$&'()*+,;=~[]"  # not quoted; % so that a quoted URL is not quoted twice
@@ -30,21 +33,44 @@ class PermanentError(OSError):
     """The source can't be read, and another try would not help."""
 
 
-def append_url(url: str, file: IO[bytes], num_bytes: int, stall_s: float) -> None:
+def append_url(url: str, file: IO[bytes], num_bytes: int | None, stall_s: float) -> None:
     """Append what a URL holds beyond the file's end; a source that can't resume sends all again.
 
     Raises OSError (PermanentError if another try would not help) if the source fails, if almost
-    nothing arrives for `stall_s` seconds, or once the file is longer than `num_bytes`.
+    nothing arrives for `stall_s` seconds, or once the file is longer than `num_bytes`, if given.
     """
     try:
         with contextlib.closing(_chunks(url, file.seek(0, os.SEEK_END), stall_s)) as chunks:
             for chunk in _check_rate(chunks, stall_s):
                 if chunk is None:
                     file.truncate(0)
-                elif file.write(chunk) and file.tell() > num_bytes:
+                elif file.write(chunk) and num_bytes is not None and file.tell() > num_bytes:
                     raise OSError(f"it goes on after {num_bytes} bytes, its size in the index")
     except (ValueError, ImportError) as error:  # no address, no such scheme, or no library for it
         raise PermanentError(first_line(error)) from error
+
+
+def download(url: str, file: IO[bytes]) -> None:
+    """Append all that a URL or a `pipe:` command holds to an empty file.
+
+    Over HTTP, what breaks off is gone on with. Raises OSError as `append_url`.
+    """
+    for delay in (*RETRY_DELAYS_S, None):
+        try:
+            return append_url(url, file, None, STALL_S)
+        except PermanentError:
+            raise
+        except OSError:
+            if delay is None or not url.startswith(("http://", "https://")):
+                raise
+            time.sleep(delay)
+
+
+def read_url(url: str) -> bytes:
+    """Return what a URL holds. Raises OSError as `append_url`."""
+    file = io.BytesIO()
+    download(url, file)
+    return file.getvalue()
 
 
 def _check_rate(chunks: Chunks, stall_s: float) -> Chunks:

@@ -4,6 +4,7 @@ import io
 import warnings
 from collections.abc import Iterator
 
+import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
 from dist_vse.data.index import IMAGE_FORMATS
@@ -103,3 +104,31 @@ def orientation(image: Image.Image) -> int:
 def turned(image: Image.Image, stored: int) -> Image.Image:
     """Return the image upright; `stored` is its `orientation`."""
     return image.transpose(_METHODS[stored]) if stored in _METHODS else image
+
+
+def is_wide(image: Image.Image) -> bool:
+    """Return whether the pixels have more than 8 bits: 16 or 32, integer or float."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def narrowed(image: Image.Image) -> Image.Image:
+    """Return an image `is_wide` of as 8 bits grey (L).
+
+    16 bits are divided by 257. Of 32 bits the largest value shows which range they have: 1 (float
+    only), 255 or 65535. Raises ValueError, naming the mode, for negative, larger or no numbers.
+    """
+    values = np.asarray(image)
+    if image.mode.startswith("I;16") or image.format == "PNG":  # older Pillow: I for 16 bits too
+        return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F" and low >= 0 and high <= 1:
+        scale = 255.0
+    elif low >= 0 and high <= 65535:
+        scale = 1.0 if high <= 255 else 1 / 257
+    else:
+        kind = "float" if image.mode == "F" else "integers"
+        raise ValueError(
+            f"mode {image.mode} (32-bit {kind}) with values from {low:g} to {high:g}; scale them "
+            "to 0 to 1, 255 or 65535"
+        )
+    return Image.fromarray(np.rint(values * scale).astype(np.uint8))

@@ -14,6 +14,7 @@ from dist_vse import distributed
 from dist_vse.common.errors import writing
 from dist_vse.common.files import atomic_output, check_output
 from dist_vse.common.log import setup_logging
+from dist_vse.common.terminal import plain
 from dist_vse.config import TrainConfig
 from dist_vse.data.index import Index, read_index
 from dist_vse.evaluation.batches import build_eval_batches
@@ -126,10 +127,10 @@ def _save(task: _Task, content: dict[str, Any], trained: Evaluation) -> None:
 def _print(results: Results, title: str, evaluation: Evaluation, recalls: Sequence[int]) -> None:
     metrics, bands = evaluation.metrics, evaluation.intervals
     images, captions = metrics["num_images"], metrics["num_texts"]
-    table = Table(title=f"{title}\n{images:,} images, {captions:,} captions")
+    table = Table(title=plain(f"{title}\n{images:,} images, {captions:,} captions"))
     table.add_column("")
     for name in results:
-        table.add_column(name, justify="right")
+        table.add_column(plain(name), justify="right")
     for key, label in _rows(recalls).items():
         cells = [f"{column[key]:.1f}" for column in results.values()]
         if key in bands:

@@ -6,10 +6,11 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_vse.common.errors import UserError
 from shards.build.keys import safe_keys
+from shards.json_text import dump_json
 from shards.manifest import shard_files
 from shards.record import Image, Member, Record, local_path
 
@@ -100,13 +101,15 @@ class Fingerprint:
         start = json.dumps([FORMAT, task.name, task.split, options])
         self._digest = hashlib.sha256(start.encode())
 
-    def add(self, image: Image, state: tuple[int, int], meta: bytes) -> None:
-        """Count the next record in: its image, what `image_state` says of it, and its JSON."""
+    def add(self, record: Record, state: tuple[int, int], meta: bytes) -> None:
+        """Count the next record in, with what `image_state` says of its image, and its JSON."""
+        image = record.image
         if isinstance(image, Member):
             place = f"{image.url}{image.offset}+{image.num_bytes}"
         else:
             place = "" if local_path(image) else str(image)
-        self._digest.update(b"%b %d %d %b\n" % (place.encode(), *state, meta))
+        told = meta + record.fault.encode("utf-8", "backslashreplace")
+        self._digest.update(b"%b %d %d %b\n" % (os.fsencode(place), *state, told))
 
     def hexdigest(self) -> str:
         """Return the digest of what was added."""
@@ -117,16 +120,20 @@ def fingerprint(task: Task) -> str:
     """Return the digest of a whole task."""
     whole = Fingerprint(task)
     for record in task.records:
-        whole.add(record.image, image_state(record.image), sample_json(record))
+        whole.add(record, image_state(record.image), sample_json(record))
     return whole.hexdigest()
 
 
 def sample_json(record: Record) -> bytes:
     """Return the JSON that lies beside the image: ASCII, whatever the extra fields hold."""
-    content = {"key": record.key, "captions": record.captions, "split": record.split}
+    content: dict[str, Any] = {
+        "key": record.key,
+        "captions": record.captions,
+        "split": record.split,
+    }
     if record.languages:
         content["languages"] = record.languages
-    return json.dumps(content | record.extra).encode()
+    return dump_json(content | {k: v for k, v in record.extra.items() if k not in content})
 
 
 def image_state(image: Image) -> tuple[int, int]:

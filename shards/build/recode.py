@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from dist_vse.data.image_file import orientation, turned
+from dist_vse.data.image_file import is_wide, narrowed, orientation, turned
 from dist_vse.data.jpeg import COLOURED, Pixels, decode_at, plain_size, scale_for
 from shards.sample_checks import EXTENSIONS, checked_image
 
@@ -109,9 +109,8 @@ def _averageable(image: Image.Image) -> Image.Image:
     """Bring the image to L, RGB, CMYK or RGBA: palettes or 16 bits cannot be averaged."""
     if image.mode in ("L", "RGB", "CMYK"):
         return image
-    if image.mode.startswith("I"):  # 16 bits a pixel, whichever way they are stored
-        values = np.asarray(image).clip(0, 65535) // 257
-        return Image.fromarray(values.astype(np.uint8))
+    if is_wide(image):
+        return narrowed(image)
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     return image.convert("RGBA" if transparent else "RGB")
 

@@ -189,11 +189,19 @@ def _check_budget(
     )
 
 
-def _check_splits(done: Iterable[ShardEntry], splits: Iterable[str]) -> None:
+def _check_splits(done: Sequence[ShardEntry], splits: Iterable[str]) -> None:
     filled = {entry.split for entry in done if entry.num_samples}
     for split in sorted(splits):
-        if split not in filled:
+        if split in filled:
+            continue
+        if any(entry.skipped for entry in done if entry.split == split):
             raise UserError(f"split {split!r}: every sample is bad; fix the images or captions")
+        raise UserError(f"split {split!r}: no samples in {_names(done, split)}; give other tars")
+
+
+def _names(entries: Iterable[ShardEntry], split: str) -> str:
+    names = sorted(entry.name for entry in entries if entry.split == split)
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _publish(folder: Path, splits: Iterable[str], entries: Sequence[ShardEntry]) -> None:

@@ -1,10 +1,12 @@
 """Write one shard: read, check and pack its samples; or check that it exists already."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 from typing import cast
 
-from dist_vse.common.errors import UserError
+from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import atomic_write, sha256_of_file
 from dist_vse.data.index import image_id, offsets_name, write_offsets
 from shards.build.plan import Fingerprint, Options, Task, fingerprint, image_state, sample_json
@@ -12,6 +14,7 @@ from shards.build.tar_writer import TarWriter
 from shards.manifest import ShardEntry, Skipped
 from shards.record import Image, Member, Record, local_path
 from shards.sample_checks import BadSampleError, check_captions, check_image
+from shards.sources.paths import other_spelling
 
 _READ_BYTES = 1 << 20
 Row = tuple[int, int, int, int, int]
@@ -33,7 +36,7 @@ def write_shard(task: Task, folder: Path) -> ShardEntry:
         with temporary.open("wb", buffering=0) as file, TarWriter(file) as tar:
             for record in task.records:
                 state, meta = image_state(record.image), sample_json(record)
-                plan.add(record.image, state, meta)  # before the reading: a change shows next time
+                plan.add(record, state, meta)  # before the reading: a change shows next time
                 try:
                     rows.append(_add_sample(tar, record, state[0], meta, task.options))
                     num_captions += len(record.captions)
@@ -130,10 +133,13 @@ def _read_image(image: Image) -> bytes:
     try:
         return _read_bytes(image)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise BadSampleError("no such image file (is --images right?)") from error
+        hint = other_spelling(local_path(image)) or "is --images right?"
+        raise BadSampleError(f"no such image file ({hint})") from error
     except (IsADirectoryError, ValueError) as error:
-        raise BadSampleError(f"the path is no image file ({error})") from error
+        raise BadSampleError(f"the path is no image file ({first_line(error)})") from error
     except OSError as error:  # the disk's or the permissions' fault, not the sample's
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise BadSampleError(f"the path is no image file ({error.strerror})") from error
         raise UserError(
             f"{image}: cannot be read ({error.strerror or error}); fix that and run the command "
             "again"
@@ -148,7 +154,20 @@ def _read_bytes(image: Image) -> bytes:
             raise UserError(f"{image.path}: is cut; copy it again and run the command again")
         return data
     path = local_path(image)
+    if not path and str(image).startswith(("http://", "https://")):
+        return _read_http(str(image))
     if not path:
         return bytes(cast(Path, image).read_bytes())  # fsspec's
+    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe could wait for ever
+        raise ValueError("no regular file")
     with open(path, "rb", buffering=0) as file:
         return file.read()
+
+
+def _read_http(url: str) -> bytes:
+    from dist_vse.data.download import PermanentError, read_url  # here: few images are far away
+
+    try:
+        return read_url(url)
+    except PermanentError as error:
+        raise BadSampleError(f"no such image file ({first_line(error)})") from error

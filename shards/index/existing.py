@@ -22,10 +22,12 @@ from shards.build.plan import check_split
 from shards.build.sync import Advance, ShardBuilder, sync_shards
 from shards.error_budget import ErrorBudget
 from shards.index.wds_reader import Sample, plain_tars, read_samples
+from shards.json_text import dump_json
 from shards.manifest import ShardEntry, Skipped, read_manifest, shard_files, write_manifest
 from shards.pool import ordered_map
 from shards.remote import local_copy
 from shards.sample_checks import BadSampleError, check_captions
+from shards.sources.paths import where_instead
 
 _STEM = re.compile(r"([^/\s|?&=]+)\.tar")
 FORMAT = 1  # of the side files; a new number makes all of them again
@@ -40,6 +42,7 @@ class IndexTask:
     split: str
     side: str
     location: str  # where it is opened
+    caption_key: str | None = None  # of `read_samples`
 
     @property
     def units(self) -> int:
@@ -56,7 +59,8 @@ def find_tars(given: Sequence[str], out: Path | None) -> tuple[list[str], Path]:
     """Return all tars that the arguments stand for, and the folder for their index.
 
     An argument is a tar, a folder of tars, a URL or `pipe:COMMAND`; of the first two and of URLs
-    `{000..099}` and `*` (local) are expanded. Without `out` the folder is that of the first tar.
+    `{000..099}` and `*` (local) are expanded. What exists is a path as it stands, whatever its
+    name holds. Without `out` the folder is that of the first tar.
 
     Raises UserError where there is none, or one that `dist-vse shard` made there.
     """
@@ -72,18 +76,19 @@ def find_tars(given: Sequence[str], out: Path | None) -> tuple[list[str], Path]:
 
 def _expand(text: str) -> list[str]:
     found: list[str] = []
-    for name in braceexpand(text):
+    for name in [text] if os.path.exists(text) else braceexpand(text):
         path = Path(name)
-        if is_remote(name):
-            found.append(name)
-        elif path.is_dir():
-            found += map(str, plain_tars(path))
-        elif "*" in name:
-            found += sorted(glob(name))
+        if path.is_dir():
+            found += map(os.path.abspath, plain_tars(path))
+        elif path.exists():
+            found.append(os.path.abspath(name))
+        elif "*" in name and not is_remote(name):
+            found += map(os.path.abspath, sorted(glob(name) or glob(name.replace("[", "[[]"))))
         else:
             found.append(name)
     if not found:
-        raise UserError(f"{text}: no tars here; check the path")
+        hint = where_instead(Path(text), ".tar") if os.path.isdir(text) else "check the path"
+        raise UserError(f"{text}: no tars here; {hint}")
     return found
 
 
@@ -92,6 +97,7 @@ def index_existing(
     folder: Path,
     *,
     split: str,
+    caption_key: str | None = None,
     max_bad: ErrorBudget,
     workers: int,
     advance: Advance,
@@ -110,7 +116,7 @@ def index_existing(
         raise UserError(f"{twice}: is given twice; name every tar once")
     stems = safe_keys((_STEM.findall(name) or ["tar"])[-1] for name in names)
     tasks = [
-        IndexTask(name, split, f"{split}.{stem}", tar)
+        IndexTask(name, split, f"{split}.{stem}", tar, caption_key)
         for name, stem, tar in zip(names, stems, tars, strict=True)
     ]
     return sync_shards(
@@ -131,7 +137,7 @@ def index_one_tar(task: IndexTask, folder: Path) -> ShardEntry:
             raise UserError(f"{path}: no such file; check the path")
         state = _state(task)  # before the reading: a file that changes now is noticed next time
         with path.open("rb") as file:
-            samples = read_samples(path, task.location)
+            samples = read_samples(path, task.location, caption_key=task.caption_key)
             rows, lines, skipped = _side_files(samples, file.fileno(), task.location)
         sha256, num_bytes = sha256_of_file(path), path.stat().st_size
     shard = Shard(task.name, len(rows), num_bytes, sha256, task.side)
@@ -212,10 +218,10 @@ def _side_files(
         except BadSampleError as error:
             skipped.append(Skipped(sample.key, location, str(error)))
             continue
-        content = {"key": sample.key, "captions": sample.captions}
-        if "languages" in sample.fields:
-            content["languages"] = sample.fields["languages"]
-        line = json.dumps(content).encode() + b"\n"
+        content: dict[str, object] = {"key": sample.key, "captions": sample.captions}
+        if sample.languages:
+            content["languages"] = sample.languages
+        line = dump_json(content) + b"\n"
         identity = image_id(os.pread(file, num_bytes, offset))
         rows.append((offset, num_bytes, position, len(line) - 1, identity))
         lines.append(line)
@@ -237,11 +243,14 @@ def _name(tar: str, folder: Path) -> str:
     if is_remote(tar):
         return tar
     path, root = Path(tar).resolve(), folder.resolve()
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+    name = str(path.relative_to(root) if path.is_relative_to(root) else path)
+    return f"./{name}" if is_remote(name) else name
 
 
 def _state(task: IndexTask) -> str:
     state: list[object] = [FORMAT, task.location if is_remote(task.location) else ""]
+    if task.caption_key is not None:
+        state.append(task.caption_key)
     if not is_remote(task.location):
         try:
             status = os.stat(task.location)

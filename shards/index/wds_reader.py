@@ -1,24 +1,28 @@
 """Read tars in WebDataset's layout: which members make a sample, and what its captions are.
 
-A sample's members follow one another and share a key: the path up to the first dot of its file
-name (https://github.com/webdataset/webdataset). An extension that comes again begins another
-sample, where WebDataset gives up. img2dataset writes `000000001.jpg`, `.txt` and `.json` with the
-caption in both; dist_vse's own shards name all `captions` in the JSON.
+A sample's members share a key: the path up to the first dot of its file name
+(https://github.com/webdataset/webdataset). They need not follow one another. An extension that
+comes again begins another sample, where WebDataset gives up. Where a key would join several images
+with their captions (`img.0001.jpg`, `img.0002.jpg`), the last dot ends the key. img2dataset writes
+`000000001.jpg`, `.txt` and `.json` with the caption in both; dist_vse's own shards name all
+`captions` in the JSON.
 """
 
-import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import READ_BYTES, is_leftover
+from dist_vse.data.image_names import IMAGES, READ
+from shards.captions import Captions, first_captions, named_languages, read_captions
+from shards.json_text import load_json
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+_NAMES_SHOWN = 8  # of members or fields, in a message
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _NOTE = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no samples
 
@@ -30,7 +34,8 @@ class Sample:
     key: str
     image: tuple[int, int] | None  # offset in the tar, bytes; None without an image
     captions: tuple[str, ...] = ()
-    fields: dict[str, Any] = field(default_factory=dict)  # of its JSON, without the captions
+    languages: tuple[str, ...] = ()  # of the captions, if they are named
+    fields: dict[str, Any] = field(default_factory=dict)  # of its JSON, without these
     fault: str = ""  # why it cannot be used, if so
 
 
@@ -44,45 +49,84 @@ class _Group:
     fault: str = ""
 
 
-def plain_tars(folder: Path) -> list[Path]:
-    """Return the tars in a folder, sorted by name.
+def is_compressed(name: str) -> bool:
+    """Return whether the name is that of a compressed tar."""
+    return name.endswith(_COMPRESSED)
 
-    Raises UserError, naming it, if there is a compressed one: it has no offsets.
+
+def plain_tars(folder: Path, *, compressed: bool = False) -> list[Path]:
+    """Return the tars in a folder, sorted by name; `compressed` ones if that is wanted.
+
+    Else raises UserError, naming it, if there is a compressed one: it has no offsets.
     """
     files = [path for path in sorted(folder.iterdir()) if not is_leftover(path.name)]
     for path in files:
-        if path.name.endswith(_COMPRESSED):
-            raise UserError(f"{path}: is compressed; unpack it, or move it to another folder")
-    return [path for path in files if path.name.endswith(".tar")]
+        if is_compressed(path.name) and not compressed:
+            raise UserError(
+                f"{path}: is compressed; unpack it, or `dist-vse shard reshard` the folder"
+            )
+    return [path for path in files if path.name.endswith(".tar") or is_compressed(path.name)]
 
 
-def read_samples(path: Path, name: str = "") -> Iterator[Sample]:
-    """Yield the samples of a local tar, in its order; an image is not read.
+def read_samples(path: Path, name: str = "", *, caption_key: str | None = None) -> Iterator[Sample]:
+    """Yield the samples of a local tar, in the order of their first members; no image is read.
 
     Tars joined by `cat` are read one after the other. `name` is what an error calls the tar: a URL,
-    say, that `path` is a copy of.
+    say, that `path` is a copy of. `caption_key` names the JSON's field or the member's extension
+    that holds the captions; without it they are the JSON's `captions` or `caption`, else the text.
 
     Raises UserError if the file is no plain tar: a compressed one has no offsets.
     """
-    group: _Group | None = None
     try:
         with path.open("rb") as file:
-            for member, place, fault in _members(file):
-                key, extension = _split_name(member)
-                if group is not None and (key != group.key or extension in group.parts):
-                    yield _sample(file.fileno(), group)
-                    group = None
-                group = group or _Group(key)
-                group.parts[extension] = place
-                group.names.append(member)
-                group.fault = group.fault or fault
-            if group is not None:
-                yield _sample(file.fileno(), group)
+            for group in _groups(file):
+                for sample in _parted(group):
+                    yield _sample(file.fileno(), sample, caption_key)
     except (tarfile.ReadError, EOFError) as error:
         raise UserError(
             f"{name or path}: no plain tar, or cut ({first_line(error)}); unpack a compressed one, "
             "or copy it again"
         ) from error
+
+
+def _groups(file: BinaryIO) -> Iterator[_Group]:
+    """Yield the members that share a key, together, whether they follow one another or not."""
+    groups: list[_Group] = []
+    newest: dict[str, _Group] = {}
+    for member, place, fault in _members(file):
+        key, extension = _split_name(member)
+        group = newest.get(key)
+        if group is None or extension in group.parts:
+            group = newest[key] = _Group(key)
+            groups.append(group)
+        group.parts[extension] = place
+        group.names.append(member)
+        group.fault = group.fault or fault
+    yield from groups
+
+
+def _parted(group: _Group) -> Iterator[_Group]:
+    """Yield the samples of a group: several where its names have dots before the extension.
+
+    `a.jpg`, `a.seg.png` and `a.txt` are one sample, as are `a.left.jpg`, `a.right.jpg` and `a.txt`.
+    `a.1.jpg`, `a.1.txt`, `a.2.jpg` and `a.2.txt` are two, which the last dot parts.
+    """
+    stems: dict[str, set[bool]] = {}  # to whether its members are images
+    for extension in group.parts:
+        stem, _, last = extension.rpartition(".")
+        if last in IMAGES or last in ("txt", "json"):
+            stems.setdefault(stem, set()).add(last in IMAGES)
+    if "" in stems or (len(stems) < 2 and {True, False} not in stems.values()):
+        yield group
+        return
+    parts: dict[str, _Group] = {}
+    for (extension, place), name in zip(group.parts.items(), group.names, strict=True):
+        stem, _, last = extension.rpartition(".")
+        key = f"{group.key}.{stem}" if stem else group.key
+        part = parts.setdefault(stem, _Group(key, fault=group.fault))
+        part.parts[last] = place
+        part.names.append(name)
+    yield from parts.values()
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, tuple[int, int], str]]:
@@ -134,32 +178,56 @@ def _split_name(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def _sample(file: int, group: _Group) -> Sample:
+def _sample(file: int, group: _Group, caption_key: str | None) -> Sample:
     key, parts = group.key, group.parts
     image = _image(parts)
     if group.fault:
         return Sample(key, image, fault=group.fault)
+    if image is None:
+        return Sample(key, None, fault=f"no image ({_listed(group.names)})")
     try:
-        text, content = (_read(file, parts, e).decode() for e in ("txt", "json"))
-        fields = json.loads(content) if content else {}
+        content = _read(file, parts, "json")
+        fields = load_json(content) if content else {}
+        if not isinstance(fields, dict):  # a bare label, say
+            fields = {}
+        captions = _captions(file, parts, fields, caption_key)
     except ValueError as error:  # no UTF-8, or no JSON
         return Sample(key, image, fault=f"its text or JSON is broken ({error})")
-    if image is None:
-        return Sample(key, None, fault=f"no image ({', '.join(group.names)})")
-    if not isinstance(fields, dict):  # a bare label, say
-        fields = {}
-    caption, captions = fields.pop("caption", None), fields.pop("captions", None)
-    if isinstance(captions, list) and all(isinstance(c, str) for c in captions):
-        return Sample(key, image, tuple(captions), fields)
-    if not isinstance(caption, str):  # img2dataset writes null where there was none
-        caption = text
-    return Sample(key, image, (caption.strip(),) if caption.strip() else (), fields)
+    fault = captions.fault
+    if not captions.texts and not fault:
+        there = f"members: {_listed(group.names)}"
+        there += f"; fields of the JSON: {_listed(fields)}" if fields else ""
+        fault = f"no caption ({there}); --caption-key chooses one"
+    languages = captions.languages or named_languages(fields.get("languages"), captions.texts)
+    if languages:
+        fields.pop("languages", None)
+    return Sample(key, image, captions.texts, languages, fields, fault)
+
+
+def _captions(
+    file: int, parts: dict[str, tuple[int, int]], fields: dict[str, Any], caption_key: str | None
+) -> Captions:
+    """Return a sample's captions, and take them out of its fields."""
+    if caption_key is None:
+        values = [fields.pop(name, None) for name in ("captions", "caption")]
+        return first_captions([*values, _read(file, parts, "txt").decode()])
+    if caption_key in fields:
+        return read_captions(fields.pop(caption_key))
+    return read_captions(_read(file, parts, caption_key.lower()).decode())
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f", ... {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 def _image(parts: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
-    """Return where the image lies: `jpg` goes before `seg.png`, whichever comes first."""
-    images = [e for e in parts if e.rpartition(".")[2] in IMAGE_EXTENSIONS]
-    return parts[min(images, key=lambda e: "." in e)] if images else None
+    """Return where the image lies: `jpg` goes before `seg.png`, and both before `svg`."""
+    images = [e for e in parts if e.rpartition(".")[2] in IMAGES]
+    if not images:
+        return None
+    return parts[min(images, key=lambda e: (e.rpartition(".")[2] not in READ, "." in e))]
 
 
 def _read(file: int, parts: dict[str, tuple[int, int]], extension: str) -> bytes:

@@ -4,7 +4,6 @@ Source: https://cocodataset.org/#format-data (Captions). `images` names the file
 caption each by `image_id`; the order of the two lists is not the same.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from shards.captions import read_captions
+from shards.json_text import load_json
 from shards.record import Record
-from shards.sources.paths import existing_file, existing_folder, image_in, read_text
+from shards.sources.paths import (
+    existing_file,
+    existing_folder,
+    image_fault,
+    image_in,
+    read_text,
+)
 
 _SPLIT = re.compile(r"(train|val|test)\d*$")
 
@@ -29,8 +36,10 @@ def read_coco(
     Raises UserError if the file is not of this format, or annotates an image that it lacks.
     """
     try:
-        content = json.loads(read_text(existing_file(path)))
-    except json.JSONDecodeError as error:
+        content = load_json(read_text(existing_file(path)))
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{path}: no JSON ({error}); download it again") from error
     root = existing_folder(images) if images else path.parent
     named = _SPLIT.search(path.stem)
@@ -40,7 +49,7 @@ def read_coco(
     try:
         for number, annotation in enumerate(content["annotations"]):
             part = f"annotations[{number}]"
-            _ = annotation["caption"].strip(), annotation["id"]
+            _ = annotation["caption"], annotation["id"]
             annotations[annotation["image_id"]].append(annotation)
         part = "images"
         for number, entry in enumerate(content["images"]):
@@ -62,9 +71,10 @@ def _record(
     entry: dict[str, Any], annotations: list[dict[str, Any]], root: Path, split: str
 ) -> Record:
     filename = entry["file_name"]
+    captions = read_captions([annotation["caption"] for annotation in annotations])
     return Record(
         image=image_in(root, filename),
-        captions=tuple(annotation["caption"].strip() for annotation in annotations),
+        captions=captions.texts,
         split=split,
         key=Path(filename).stem,
         extra={
@@ -72,4 +82,5 @@ def _record(
             "cocoid": entry["id"],
             "annotation_ids": [annotation["id"] for annotation in annotations],
         },
+        fault=image_fault(filename) or captions.fault,
     )

@@ -14,8 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
+from shards.captions import read_captions
 from shards.record import Record
-from shards.sources.paths import existing_file, existing_folder, image_in, read_lines
+from shards.sources.paths import (
+    existing_file,
+    existing_folder,
+    image_fault,
+    image_in,
+    read_lines,
+)
 
 _TOKEN = re.compile(r"(?P<image>[^\t]+)#(?P<number>\d+)\t(?P<caption>.*)")
 # One line of results.csv lacks the second bar: "2199200615.jpg| 4   A dog runs ..."
@@ -57,9 +64,14 @@ def read_flickr(
         caption = _unquoted(caption) if form in _QUOTING else caption
         of_image.append((int(found["number"] or len(of_image)), caption))
     for image, numbered in captions.items():
-        texts = tuple(text for _, text in sorted(numbered, key=lambda pair: pair[0]))
+        texts = [text for _, text in sorted(numbered, key=lambda pair: pair[0])]
         yield Record(
-            image_in(root, image), texts, split or "train", Path(image).stem, {"filename": image}
+            image=image_in(root, image),
+            captions=read_captions(texts).texts,
+            split=split or "train",
+            key=Path(image).stem,
+            extra={"filename": image},
+            fault=image_fault(image),
         )
 
 

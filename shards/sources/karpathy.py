@@ -5,15 +5,22 @@ split and their captions; the images themselves lie under `images` (COCO's in tr
 val2014, as `filepath` says). An image has five captions as a rule, six or seven at times.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from shards.captions import read_captions
+from shards.json_text import load_json
 from shards.record import Record
-from shards.sources.paths import existing_file, existing_folder, image_in, read_text
+from shards.sources.paths import (
+    existing_file,
+    existing_folder,
+    image_fault,
+    image_in,
+    read_text,
+)
 
 EXTRA = ("filename", "imgid", "cocoid", "sentids")
 
@@ -29,8 +36,10 @@ def read_karpathy(
     Raises UserError if the file is not of this format.
     """
     try:
-        content = json.loads(read_text(existing_file(path)))
-    except json.JSONDecodeError as error:
+        content = load_json(read_text(existing_file(path)))
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{path}: no JSON ({error}); download it again") from error
     root = existing_folder(images) if images else path.parent
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
@@ -47,12 +56,14 @@ def read_karpathy(
 
 def _record(entry: dict[str, Any], root: Path, restval: str) -> Record:
     filename = entry["filename"]
+    captions = read_captions([sentence["raw"] for sentence in entry["sentences"]])
     return Record(
         image=image_in(
             root, os.path.join(entry.get("filepath", ""), filename)
         ),  # Flickr's files have no filepath
-        captions=tuple(sentence["raw"].strip() for sentence in entry["sentences"]),
+        captions=captions.texts,
         split=restval if entry["split"] == "restval" else entry["split"],
         key=Path(filename).stem,
         extra={name: entry[name] for name in EXTRA if name in entry},
+        fault=image_fault(filename) or captions.fault,
     )

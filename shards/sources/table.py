@@ -1,8 +1,8 @@
 """Tables with a row a caption (or an image): CSV, TSV and Parquet, by the names of columns."""
 
-import csv
-import difflib
-import io
+import ast
+import inspect
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_vse.common.errors import UserError, first_line
-from dist_vse.common.files import is_leftover
-from shards.record import Record
-from shards.sources.paths import existing_file, existing_folder, image_in
-
-Row = tuple[str, dict[str, Any]]  # where it stands, its columns
+from dist_vse.common.errors import UserError
+from dist_vse.common.terminal import short
+from dist_vse.data.index import image_id
+from shards.captions import Captions, is_missing, read_captions
+from shards.record import Image, Record
+from shards.sources.paths import existing_folder, image_fault, image_in
+from shards.sources.rows import Row, parquet_rows, text_rows
+from shards.sources.stored_images import StoredImages
 
 
 def read_table(
@@ -29,28 +31,35 @@ def read_table(
     split_column: str | None = None,
     key_column: str | None = None,
     language_column: str | None = None,
+    scratch: Path | None = None,
 ) -> Iterator[Record]:
     """Yield the images of a table in the order in which they first come.
 
     Rows of one image are put together. `caption_column` may name several columns with commas
     between, each with its language: `caption_en=en,caption_de=de`; `language_column` names the
     language of a row's captions. Paths start from `images`, or from the file's folder; a row
-    without a split is of `split` (train by default). An empty caption is none.
+    without a split is of `split` (train by default). An empty caption is none. Images that lie in
+    the cells are copied into `scratch`. A row whose values can't be used is a bad sample.
 
-    Raises UserError, naming the row, for a missing column or value, or broken quotes.
+    Raises UserError for a missing column or broken quotes, naming the row.
     """
     pairs = (name.partition("=") for name in caption_column.split(","))
     languages = {column.strip(): language.strip() for column, _, language in pairs}
     columns = _Columns(image_column, languages, split_column, key_column, language_column)
     root = path if path.is_dir() else path.parent
     root = root if images is None else existing_folder(images)
-    for image, group in _groups(rows(path, columns), columns, split or "train").items():
+    stored = StoredImages(scratch)
+    groups = _groups(rows(path, columns.names), columns, split or "train", stored)
+    stored.close()
+    for group in groups.values():
+        image = group.image
         yield Record(
-            image=image_in(root, image),
+            image=image_in(root, image) if isinstance(image, str) and not group.nowhere else image,
             captions=tuple(group.captions),
             split=group.split,
             key=group.key,
             languages=tuple(group.languages) if any(group.languages) else (),
+            fault=group.fault,
         )
 
 
@@ -73,103 +82,108 @@ class _Columns:
 class _Group:
     """What the rows of one image said so far."""
 
+    image: Image
     split: str
     key: str
+    nowhere: bool = False  # the image is none: it says where the row stands
     captions: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
+    fault: str = ""
 
 
-def _groups(rows: Iterable[Row], columns: _Columns, split: str) -> dict[str, _Group]:
-    """Put the rows together by image."""
-    groups: dict[str, _Group] = {}
+def _groups(
+    rows: Iterable[Row], columns: _Columns, split: str, stored: StoredImages
+) -> dict[str | int, _Group]:
+    """Put the rows together by image: by its path, or by its bytes."""
+    groups: dict[str | int, _Group] = {}
     for where, row in rows:
-        image = row[columns.image]
-        if not isinstance(image, str) or not image:
-            raise UserError(f"{where}: column {columns.image!r} is {image!r}; name an image file")
-        own = str((columns.split and row[columns.split]) or split)
-        key = str((columns.key and row[columns.key]) or os.path.splitext(image)[0])
-        group = groups.setdefault(image, _Group(own, key))
+        own = _text(columns.split and row[columns.split]) or split
+        name, data = _image_of(row[columns.image])
+        key = _text(columns.key and row[columns.key])
+        if data:
+            identity: str | int = image_id(data)
+            if identity not in groups:
+                place = stored.add(data, where)
+                stem = os.path.splitext(name)[0] if isinstance(name, str) else where
+                groups[identity] = _Group(place, own, key or stem)
+        elif is_missing(name) or not isinstance(name, str):
+            identity = where
+            fault = f"column {columns.image!r} is {short(row[columns.image])}; name an image file"
+            groups[identity] = _Group(where, own, key or where, nowhere=True, fault=fault)
+        else:
+            identity = name
+            if identity not in groups:
+                stem = key or os.path.splitext(name)[0]
+                groups[identity] = _Group(name, own, stem, fault=image_fault(name))
+        group = groups[identity]
         if group.split != own:
             raise UserError(
-                f"{where}: {image} is of split {own!r}, but of {group.split!r} in an earlier row; "
-                "fix one"
+                f"{where}: {name or 'the image'} is of split {own!r}, but of {group.split!r} in "
+                "an earlier row; fix one"
             )
         for column, language in columns.captions.items():
-            said = str(row[columns.language] or "") if columns.language else language
-            for caption in _texts(row[column], column, where):
-                group.captions.append(caption)
-                group.languages.append(said)
+            said = _text(columns.language and row[columns.language]) or language
+            captions = _captions(row[column])
+            group.fault = group.fault or captions.fault
+            group.captions += captions.texts
+            group.languages += captions.languages or [said] * len(captions.texts)
     return groups
 
 
-def _texts(value: Any, column: str, where: str) -> list[str]:
-    """Return the captions of a cell: none, one, or a list of them."""
-    values = value if isinstance(value, list) else [value]
-    if not all(text is None or isinstance(text, str) for text in values):
-        raise UserError(f"{where}: column {column!r} is {value!r}; make it a text")
-    return [text.strip() for text in values if text and text.strip()]
+def _image_of(value: Any) -> tuple[Any, bytes]:
+    """Return the path and the bytes of a cell; Hugging Face stores {bytes, path}."""
+    if isinstance(value, bytes):
+        return None, value
+    if isinstance(value, dict) and "path" in value and "bytes" in value:
+        return value["path"], value["bytes"] or b""
+    return value, b""
 
 
-def _text_rows(path: Path, columns: _Columns, delimiter: str) -> Iterator[Row]:
-    with existing_file(path).open("rb") as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, [])
-            _check_columns(path, columns, header)
-            for cells in reader:
-                if not cells:
-                    continue
-                where = f"{path}:{reader.line_num}"
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{where}: {len(cells)} cells where the header has {len(header)}; fix it"
-                    )
-                yield where, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: {error}; fix the quotes") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: no UTF-8 ({error.reason}); save the file as UTF-8") from error
-
-
-def _parquet_rows(path: Path, columns: _Columns) -> Iterator[Row]:
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(
-            f"{path}: Parquet needs a package more; pip install 'dist_vse[parquet]'"
-        ) from None
-    files = [path]
-    if path.is_dir():
-        files = [f for f in sorted(path.glob("*.parquet")) if not is_leftover(f.name)]
-    for part in files:
-        number = 0
-        with existing_file(part).open("rb") as file:
+def _captions(value: Any) -> Captions:
+    """Return the captions of a cell; the text of a list of strings is read as that list."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[" and value.rstrip()[-1:] == "]":
+        for parse in (json.loads, ast.literal_eval):
             try:
-                content = parquet.ParquetFile(file)
-                _check_columns(part, columns, content.schema_arrow.names)
-                for batch in content.iter_batches(columns=columns.names):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{part}: row {number}", row
-            except arrow.ArrowException as error:
-                raise UserError(
-                    f"{part}: no Parquet file, or cut ({first_line(error)}); give another, or copy "
-                    "it again"
-                ) from error
+                content = parse(value.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
+            if isinstance(content, list) and all(isinstance(text, str) for text in content):
+                return read_captions(content)
+    return read_captions(value)
 
 
-def _check_columns(path: Path, columns: _Columns, header: Sequence[str]) -> None:
-    for name in columns.names:
-        if name not in header:
-            near = difflib.get_close_matches(name, header, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; name it, as by --image-column"
-            raise UserError(f"{path}: no column {name!r} (columns: {', '.join(header)}){hint}")
+def _text(value: Any) -> str:
+    """Return a cell's text; "" if it holds nothing. A split may be called 0."""
+    return "" if is_missing(value) else str(value)
 
 
-Rows = Callable[[Path, _Columns], Iterator[Row]]
+Rows = Callable[[Path, Sequence[str]], Iterator[Row]]
 
-read_csv = partial(read_table, rows=partial(_text_rows, delimiter=","))
-read_tsv = partial(read_table, rows=partial(_text_rows, delimiter="\t"))
-read_parquet = partial(read_table, rows=_parquet_rows)
+
+def _with_table_options(read: Callable[..., Iterator[Record]]) -> Callable[..., Iterator[Record]]:
+    """Make the options of `read_table` show among those of a function that passes them on."""
+    own, table = inspect.signature(read), inspect.signature(read_table)
+    parameters = {**table.parameters, **own.parameters}
+    del parameters["options"], parameters["rows"]
+    read.__signature__ = own.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
+    return read
+
+
+@_with_table_options
+def read_csv(path: Path, *, separator: str = ",", **options: Any) -> Iterator[Record]:
+    """Read a CSV file as `read_table`; its cells are parted by `separator`."""
+    if len(separator) != 1:
+        raise UserError(f"--separator {separator!r}: give one character")
+    return read_table(path, rows=partial(text_rows, separator=separator, quoted=True), **options)
+
+
+@_with_table_options
+def read_tsv(path: Path, *, quoted: bool = False, **options: Any) -> Iterator[Record]:
+    """Read a TSV file as `read_table`; quotation marks are text, unless it is `quoted`."""
+    return read_table(path, rows=partial(text_rows, separator="\t", quoted=quoted), **options)
+
+
+@_with_table_options
+def read_parquet(path: Path, **options: Any) -> Iterator[Record]:
+    """Read a Parquet file, or a folder of them, as `read_table`."""
+    return read_table(path, rows=parquet_rows, **options)

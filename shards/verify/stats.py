@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.data.index import Index, Shard, read_index
+from shards.captions import named_languages
 from shards.pool import ordered_map
 from shards.sample_checks import BadSampleError, checked_image
 from shards.verify.read import Stored, local_tar, read_stored
@@ -81,7 +82,7 @@ def _count(stats: Stats, stored: Stored) -> None:
     captions = stored.caption_list()
     stats.captions[len(captions)] += 1
     stats.words.update(len(caption.split()) for caption in captions)
-    stats.languages.update(json.loads(stored.meta).get("languages", ()))
+    stats.languages.update(named_languages(json.loads(stored.meta).get("languages"), captions))
     stats.kilobytes[len(stored.image) // 1000] += 1
     stats.image_ids[stored.image_id] += 1
     with checked_image(stored.image) as image:

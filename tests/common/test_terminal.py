@@ -1,18 +1,27 @@
 """Text on its way to a terminal."""
 
+import io
 import logging
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from dist_vse import cli
 from dist_vse.common.log import logger, setup_logging
-from dist_vse.common.terminal import one_line, printable
+from dist_vse.common.terminal import MAX_CHARS, message, one_line, plain, printable, short
+from dist_vse.tools.bench import table as bench
+from dist_vse.tools.search.found import Found
+from dist_vse.tools.search.run import _show
+
+ODD = "a [red] balloon [/home] [b]x[/b] :smile: [link=x]y \\[z"
 
 
 def test_control_characters_are_replaced() -> None:
     given = "a\x1b[2Jb\x07\t\n\u202ec\x9b\r"
     assert printable(given) == "a\ufffd[2Jb\ufffd\t\n\ufffdc\ufffd\ufffd"
     assert one_line(given) == "a\ufffd[2Jb\ufffd \ufffdc\ufffd\ufffd"
+    assert printable("\udce9") == "\\udce9"  # of a file's name that is no UTF-8
     assert printable("Käse 猫 👩\u200d🚀") == "Käse 猫 👩\u200d🚀"
 
 
@@ -26,3 +35,44 @@ def test_the_log_and_errors_hold_none(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(["status", "\x1b[2J"]) == 2
     said = capsys.readouterr().err
     assert "skipped" in said and "no such folder" in said and "\x1b" not in said
+
+
+def test_text_in_a_table_is_no_markup() -> None:
+    table = Table(title=plain(ODD))
+    table.add_row(plain(ODD))
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(table)
+    assert shown.getvalue().count(ODD) == 2
+
+
+def test_a_message_is_no_longer_than_a_screen() -> None:
+    assert message("x" * MAX_CHARS) == "x" * MAX_CHARS
+    cut = message("a" * 100_000 + "the end")
+    assert len(cut) < MAX_CHARS + 50 and cut.endswith("the end")
+
+
+def test_values_are_quoted_short_and_without_bytes() -> None:
+    assert short({"bytes": b"\xff" * 5000, "path": "a.jpg"}) == (
+        "{'bytes': <5,000 bytes>, 'path': 'a.jpg'}"
+    )
+    assert len(short("x" * 10_000)) < 100
+    assert len(short([["x"] * 1000] * 1000)) < 500
+
+
+def test_search_and_bench_print_captions_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    _show([Found("[/x] query", ["key[b]"], [0.5], ["turn at [/home]\x1b[31m"])])
+    said = capsys.readouterr().out
+    assert "[/x] query" in said and "key[b]" in said and "turn at [/home]" in said
+    assert "\x1b[31m" not in said
+    figures = bench.Table("[red]", ["[/a]"], [["[/b]"]], "[/c]")
+    shown = io.StringIO()
+    Console(file=shown).print(figures.as_rich())
+    assert all(text in shown.getvalue() for text in ("[red]", "[/a]", "[/b]", "[/c]"))
+
+
+def test_an_error_names_a_path_without_sending_it_as_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["shard", "folder", "/none\x1b[31m[red]", "/tmp/out"]) == 2
+    said = capsys.readouterr().err
+    assert "\ufffd[31m[red]" in said and "\x1b" not in said

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+from dist_vse.data.decode import BadSampleError as BadTrainingSampleError
 from dist_vse.data.decode import Transform, decode_image
 from dist_vse.data.image_file import open_image, orientation, turned
 from shards.build.recode import Recode, recode_image
@@ -125,3 +127,51 @@ def test_what_sharding_keeps_training_decodes(place: str, content: bytes, sound:
         assert decode_image(data, Transform(SIDE, scaled=scaled)).shape == (3, SIDE, SIDE)
     with io.BytesIO(recode_image(data, Recode(max_side=8))[0]) as file, Image.open(file) as image:
         image.load()
+
+
+def _tiff(values: "np.ndarray[Any, Any]") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+WIDE = np.linspace(0, 255, 16 * 16).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (WIDE / 255).astype("f4"),
+        WIDE.astype("f4"),
+        (WIDE * 257).astype("f4"),
+        WIDE.astype("i4"),
+        (WIDE * 257).astype("i4"),
+        (WIDE * 257).astype("u2"),
+    ],
+)
+def test_wide_modes_are_scaled_by_their_range(values: "np.ndarray[Any, Any]") -> None:
+    data = _tiff(values)
+    assert check_image(data) == "tif"
+    assert abs(decode_image(data, Transform(16))[0] - WIDE).max() <= 1.01
+    png, _ = recode_image(data, Recode(format="png"))
+    assert abs(decode_image(png, Transform(16))[0] - WIDE).max() <= 1.01
+
+
+@pytest.mark.parametrize(
+    ("values", "mode"),
+    [
+        ((WIDE - 100).astype("f4"), r"mode F \(32-bit float\) with values from -100 to 155"),
+        ((WIDE * 1e6).astype("i4"), r"mode I \(32-bit integers\) with values from 0 to 2\.55e\+08"),
+        (np.full((8, 8), np.nan, "f4"), r"mode F .* from nan to nan"),
+    ],
+)
+def test_wide_values_of_no_known_range_are_bad_everywhere(
+    values: "np.ndarray[Any, Any]", mode: str
+) -> None:
+    data = _tiff(values)
+    with pytest.raises(BadSampleError, match=mode):
+        check_image(data, decode=False)
+    with pytest.raises(BadSampleError, match=mode):
+        recode_image(data, Recode(format="png"))
+    with pytest.raises(BadTrainingSampleError, match=mode):
+        decode_image(data, Transform(16))

@@ -97,14 +97,34 @@ def test_bytes_behind_the_end_that_are_no_tar_are_an_error(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.zst"])
-@pytest.mark.parametrize("command", ["index", "reshard"])
-def test_a_compressed_tar_in_the_folder_is_named(tmp_path: Path, suffix: str, command: str) -> None:
+def test_a_compressed_tar_in_the_folder_is_named(tmp_path: Path, suffix: str) -> None:
     folder = tmp_path / "in"
     write_tar(folder / "0.tar", _pair("a"))
     (folder / f"1.{suffix}").write_bytes(b"\x1f\x8b")
-    out = ["--out"] if command == "index" else []
     with pytest.raises(UserError, match=rf"1\.{suffix}: is compressed; unpack it"):
-        run_shard(command, folder, *out, tmp_path / "out", "--workers", "1")
+        run_shard("index", folder, "--out", tmp_path / "out", "--workers", "1")
+    with pytest.raises(
+        UserError, match=rf"1\.{suffix}: (cannot be unpacked|is compressed in a way)"
+    ):
+        run_shard("reshard", folder, tmp_path / "out", "--workers", "1")
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_compressed_tars_are_cut_anew_like_others(tmp_path: Path, mode: str) -> None:
+    write_tar(tmp_path / "plain/0.tar", {**_pair("a"), **_pair("b")})
+    packed = tmp_path / f"packed/0.tar.{mode}"
+    packed.parent.mkdir()
+    with tarfile.open(packed, f"w:{mode}") as tar:
+        for name, data in {**_pair("a"), **_pair("b")}.items():
+            member = tarfile.TarInfo(name)
+            content = data.encode() if isinstance(data, str) else data
+            assert isinstance(content, bytes)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    for name in ("plain", "packed"):
+        run_shard("reshard", tmp_path / name, tmp_path / f"{name}-out", "--workers", "1")
+    plain, unpacked = (tmp_path / f"{name}-out/train-00000.tar" for name in ("plain", "packed"))
+    assert plain.read_bytes() == unpacked.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,15 @@ def test_features_of_a_list_alone(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="encode_texts takes a list, not str"):
         loaded.encode_texts("apple")
     assert loaded.encode_texts(("apple", "pear")).shape == (2, loaded.dim)
+    for text, named in ((None, "None"), (float("nan"), "of type float"), (b"x", "of type bytes")):
+        with pytest.raises(UserError, match=rf"texts\[1\] is {named}; give a string"):
+            loaded.encode_texts(["a", text])  # type: ignore[list-item]
+    for image, named in ((None, "None"), (torch.zeros(3, 8, 8), "of type Tensor")):
+        with pytest.raises(UserError, match=rf"images\[1\] is {named}; give a path"):
+            loaded.encode_images([picture, image])  # type: ignore[list-item]
+    grey = Image.new("F", (40, 40), 0.5)
+    same = Image.new("L", (40, 40), 128)
+    assert (loaded.encode_images([grey]) - loaded.encode_images([same])).abs().max() < 1e-6
 
 
 def test_an_opened_image_is_turned_as_its_file_is(runs: Path, tmp_path: Path) -> None:

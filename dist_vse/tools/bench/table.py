@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import rich.table
 
+from dist_vse.common.terminal import plain
+
 
 @dataclass
 class Table:
@@ -22,9 +24,11 @@ class Table:
 
     def as_rich(self) -> rich.table.Table:
         """Return it for a terminal."""
-        table = rich.table.Table(title=self.title, caption=self.note or None)
+        table = rich.table.Table(
+            title=plain(self.title), caption=plain(self.note) if self.note else None
+        )
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if number else "left")
+            table.add_column(plain(column), justify="right" if number else "left")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(plain, row))
         return table

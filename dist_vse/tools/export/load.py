@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_vse.common.errors import UserError
 from dist_vse.config import LossConfig, ModelConfig
 from dist_vse.data.decode import BadSampleError, Transform, decode_image
-from dist_vse.data.image_file import orientation, turned
+from dist_vse.data.image_file import narrowed, orientation, turned
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.pretrained import pretrained_tokenizer
@@ -53,22 +53,36 @@ class Embedder:
         _check_list(images, "images")
         found = [torch.empty(0, self.dim)]
         for start in range(0, len(images), batch_size):
-            pixels = [self._pixels(image) for image in images[start : start + batch_size]]
+            batch = enumerate(images[start : start + batch_size], start)
+            pixels = [self._pixels(image, position) for position, image in batch]
             found.append(self.model.encode_images(torch.stack(pixels).to(self.device)).cpu())
         return torch.cat(found)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """Return unit features, float32 (n, d) on the CPU. Raises UserError without a list."""
+        """Return unit features, float32 (n, d) on the CPU.
+
+        Raises UserError without a list, or for what is no text.
+        """
         _check_list(texts, "texts")
+        for position, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"texts[{position}] is {_named(text)}; give a string")
         found = [torch.empty(0, self.dim)]
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenizer(texts[start : start + batch_size])
             found.append(self.model.encode_texts(tokens.to(self.device)).cpu())
         return torch.cat(found)
 
-    def _pixels(self, image: "str | Path | bytes | Image") -> Tensor:
-        name = str(image) if isinstance(image, str | Path) else "the image"
+    def _pixels(self, image: "str | Path | bytes | Image", position: int) -> Tensor:
+        from PIL import Image
+
+        if not isinstance(image, str | Path | bytes | Image.Image):
+            raise UserError(
+                f"images[{position}] is {_named(image)}; give a path, the bytes of a file, or a "
+                "PIL image (Image.fromarray makes one of an array)"
+            )
+        name = str(image) if isinstance(image, str | Path) else f"images[{position}]"
         try:
             data = image if isinstance(image, bytes) else _read(image)
             return torch.from_numpy(np.ascontiguousarray(decode_image(data, self.square)))
@@ -127,10 +141,15 @@ def _check_list(given: object, name: str) -> None:
         )
 
 
+def _named(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
 def _read(image: "str | Path | Image") -> bytes:
     if isinstance(image, str | Path):
         return Path(image).read_bytes()
     image = turned(image, orientation(image))  # PNG would lose the orientation
+    image = narrowed(image) if image.mode in ("F", "I") else image
     buffer = io.BytesIO()  # without loss, so that it is treated as its file would be
     keep = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
     (image if keep else image.convert("RGB")).save(buffer, "PNG")

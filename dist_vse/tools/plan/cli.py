@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_vse.common.errors import UserError, writing
+from dist_vse.common.terminal import plain
 
 if TYPE_CHECKING:
     from dist_vse.config import TrainConfig
@@ -149,7 +150,7 @@ def _plan(
         f"{work.backward.flops / 1e9:.3g} backward; {work.trainable / 1e6:.4g} M "
         f"parameters learn, {work.frozen / 1e6:.1f} M are frozen."
     )
-    console.print(f"{hardware.name}: {hardware.checked or NOT_CHECKED}", soft_wrap=True)
+    console.print(plain(f"{hardware.name}: {hardware.checked or NOT_CHECKED}"), soft_wrap=True)
     for table in (plan_table(plans, "the plan"), seconds_table(plans), memory_table(plans)):
         console.print(table)
     for plan in plans:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from dist_vse.common.terminal import plain
 from dist_vse.common.units import GIB
 from dist_vse.tools.plan.check import MEMORY_BOUND, TIME_BOUND, Checked
 from dist_vse.tools.plan.choose import Plan
@@ -67,7 +68,7 @@ def check_table(checked: Sequence[Checked]) -> Table:
     for one in checked:
         settings, peak = one.plan.settings, one.row["memory_bytes"]["peak"]
         table.add_row(
-            one.row.get("varied") or one.row["series"],
+            plain(one.row.get("varied") or one.row["series"]),
             str(settings.world_size),
             f"{settings.global_batch:,}",
             str(settings.chunk),
@@ -91,7 +92,7 @@ def parts_table(checked: Sequence[Checked]) -> Table:
     for one in checked:
         parts = one.plan.seconds.parts()
         table.add_row(
-            one.row.get("varied") or one.row["series"],
+            plain(one.row.get("varied") or one.row["series"]),
             str(one.plan.settings.world_size),
             *(f"{figure(parts[n])} / {figure(one.row['seconds'][n])}" for n in names),
         )

@@ -11,6 +11,7 @@ from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import check_output
 from dist_vse.common.log import setup_logging
+from dist_vse.common.terminal import plain
 from dist_vse.data.index import Index
 from dist_vse.evaluation.retrieval import top_k
 from dist_vse.evaluation.retrieval.checks import check_finite
@@ -86,10 +87,10 @@ def search(
 def _show(found: list[Found]) -> None:
     console = Console()
     for answers in found:
-        table = Table("", "key", "cosine", "caption", title=answers.query)
+        table = Table("", "key", "cosine", "caption", title=plain(answers.query))
         rows = zip(answers.keys, answers.scores, answers.captions, strict=True)
         for place, (key, score, caption) in enumerate(rows, 1):
-            table.add_row(str(place), key, f"{score:.3f}", caption)
+            table.add_row(str(place), plain(key), f"{score:.3f}", plain(caption))
         console.print(table)
 
 
@@ -98,4 +99,4 @@ def _write(
 ) -> None:
     keys = {key for answers in found for key in answers.keys}
     write_sheet(sheet, found, thumbnails(index, split, keys), set(map(str, images)))
-    Console().print(f"wrote {sheet}")
+    Console().print(plain(f"wrote {sheet}"), soft_wrap=True)

@@ -16,12 +16,13 @@ from torch.nn.functional import normalize
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import is_leftover
 from dist_vse.common.log import setup_logging
+from dist_vse.common.terminal import plain
+from dist_vse.data.image_names import is_image_name
 from dist_vse.evaluation.retrieval.checks import check_finite
 from dist_vse.evaluation.retrieval.scoring import TIE
 from dist_vse.tools.export.load import Embedder
 from dist_vse.tools.search.embed import open_model
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEMPLATE = "a photo of a {}."
 """What CLIP's users expect where they give no templates."""
 
@@ -62,7 +63,7 @@ def zeroshot(
     result["mean_per_class"] = 100 * sum(per_class) / len(per_class)
     result["chance"] = 100 / len(found)
     how = f"template “{lines[0]}”" if len(lines) == 1 else f"{len(lines)} templates"
-    table = Table("", "%", title=f"{sum(sizes):,} images, {len(found):,} classes, {how}")
+    table = Table("", "%", title=plain(f"{sum(sizes):,} images, {len(found):,} classes, {how}"))
     for key, value in result.items():
         table.add_row(key.replace("top", "top-").replace("_", " "), f"{value:.1f}")
     Console().print(table)
@@ -106,7 +107,7 @@ def _read_folder(data: Path) -> dict[str, list[Path]]:
         folder.name: sorted(
             f
             for f in folder.rglob("*")
-            if f.suffix.lower() in SUFFIXES and not is_leftover(f.relative_to(folder))
+            if is_image_name(f.name) and not is_leftover(f.relative_to(folder))
         )
         for folder in sorted(data.iterdir())
         if folder.is_dir() and not is_leftover(folder.name)

@@ -1,0 +1,118 @@
+"""The rows of a table, one at a time, each with where it stands."""
+
+import csv
+import difflib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.files import is_leftover
+from shards.notes import note
+from shards.sources.paths import existing_file, open_list, where_instead
+
+Row = tuple[str, dict[str, Any]]  # where it stands, its columns
+
+_BATCH_ROWS = 256  # few enough that images in the cells fit into memory
+_COLUMNS_SHOWN = 20
+
+csv.field_size_limit(2**31 - 1)  # a caption may be long
+
+
+def text_rows(path: Path, columns: Sequence[str], *, separator: str, quoted: bool) -> Iterator[Row]:
+    """Yield the rows of a CSV or TSV file.
+
+    Raises UserError, naming the row, for a missing or doubled column and broken quotes.
+    """
+    warned = quoted
+    with open_list(path) as file:
+        text = io.TextIOWrapper(cast(io.BufferedReader, file), encoding="utf-8-sig", newline="")
+        reader = csv.reader(
+            text,
+            delimiter=separator,
+            strict=True,
+            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        )
+        try:
+            header = next(reader, [])
+            _check_columns(path, columns, header, separator)
+            for cells in reader:
+                if not cells:
+                    continue
+                where = f"{path}:{reader.line_num}"
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{where}: {len(cells)} cells where the header has {len(header)}; fix it"
+                    )
+                if not warned and any(_looks_quoted(cell) for cell in cells):
+                    note(
+                        f"{where}: quotation marks are taken as text; --quoted reads them as CSV's"
+                    )
+                    warned = True
+                yield where, dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            what = "line" if "NUL" in str(error) else "quotes"
+            raise UserError(f"{path}:{reader.line_num}: {error}; fix the {what}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: no UTF-8 ({error.reason}); save the file as UTF-8") from error
+        finally:
+            text.detach()
+
+
+def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of a Parquet file, or of those in a folder.
+
+    Raises UserError for a missing column, or what is no Parquet file.
+    """
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(
+            f"{path}: Parquet needs a package more; pip install 'dist_vse[parquet]'"
+        ) from None
+    files = [path]
+    if path.is_dir():
+        files = [f for f in sorted(path.glob("*.parquet")) if not is_leftover(f.name)]
+        if not files:
+            hint = where_instead(path, ".parquet")
+            raise UserError(f"{path}: no Parquet files here; {hint}")
+    for part in files:
+        number = 0
+        with existing_file(part).open("rb") as file:
+            try:
+                content = parquet.ParquetFile(file)
+                _check_columns(part, columns, content.schema_arrow.names)
+                for batch in content.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield f"{part}: row {number}", row
+            except arrow.ArrowException as error:
+                raise UserError(
+                    f"{part}: no Parquet file, or cut ({first_line(error)}); give another, or copy "
+                    "it again"
+                ) from error
+
+
+def _looks_quoted(cell: str) -> bool:
+    return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
+
+
+def _check_columns(
+    path: Path, columns: Sequence[str], header: Sequence[str], separator: str = ""
+) -> None:
+    for name in columns:
+        if name in header:
+            if list(header).count(name) > 1:
+                raise UserError(f"{path}: column {name!r} is there twice; rename one")
+            continue
+        near = difflib.get_close_matches(name, header, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; name it, as by --image-column"
+        for other, called in (("\t", "tab"), (";", "semicolon"), (",", "comma")):
+            if separator not in ("", other) and len(header) == 1 and other in header[0]:
+                hint = f"; the separator is a {called}: use `dist-vse shard "
+                hint += {"\t": "tsv`", ";": "csv --separator ';'`", ",": "csv`"}[other]
+        there = [column[:40] for column in header[:_COLUMNS_SHOWN]]
+        there += ["..."] if len(header) > _COLUMNS_SHOWN else []
+        raise UserError(f"{path}: no column {name!r} (columns: {', '.join(there)}){hint}")
