@@ -187,7 +187,12 @@ def read_index(location: str | Path) -> Index:
     path = Path(location)
     path = path / INDEX_NAME if path.name != INDEX_NAME else path
     if not path.is_file():
-        raise UserError(f"{path}: no such index; make one with `dist-vse shard`")
+        given = str(location)
+        tars = given.endswith(".tar") or any(Path(given).glob("*.tar"))
+        remedy = f"index the tars once with `dist-vse shard index '{given}' --out DIR`; give DIR"
+        raise UserError(
+            f"{path}: no such index; {remedy if tars else 'make one with `dist-vse shard`'}"
+        )
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:

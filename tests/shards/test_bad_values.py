@@ -177,3 +177,10 @@ def test_a_signed_url_is_sent_as_it_is_and_a_status_is_shown(tmp_path: Path) -> 
             run_shard("index", f"{host}/0.tar?sig=other", "--out", tmp_path / "j", *ONE)
     for name in "ir":
         assert read_index(tmp_path / name).split("train").num_samples == 1
+
+
+@pytest.mark.parametrize("given", ["", "/0.tar", "/{0..3}.tar"])
+def test_tars_given_for_an_index_are_told_how(tmp_path: Path, given: str) -> None:
+    write_tar(tmp_path / "0.tar", {"a.png": IMAGE, "a.txt": "x"})
+    with pytest.raises(UserError, match="index the tars once with `dist-vse shard index '"):
+        read_index(f"{tmp_path}{given}")
