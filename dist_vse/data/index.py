@@ -12,7 +12,6 @@ columns are offsets into it instead of the tar.
 
 import difflib
 import hashlib
-import json
 import re
 import struct
 import sys
@@ -27,6 +26,7 @@ import xxhash
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import atomic_write, write_json
+from dist_vse.common.reading import MAX_LINE_BYTES, BadFileError, is_count, read_json
 
 if TYPE_CHECKING:
     import numpy as np  # not here: sharding does without it
@@ -111,7 +111,7 @@ class Index:
             raise UserError(f"{path}: is missing (offsets of {shard.path}); run `dist-vse shard`")
         try:
             table: NDArray[np.int64] = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, OSError, MemoryError) as error:
             raise UserError(
                 f"{path}: is cut or no NumPy file ({first_line(error)}); run `dist-vse shard` again"
             ) from error
@@ -120,12 +120,28 @@ class Index:
                 f"{path}: has shape {table.shape}, but the index says {shard.num_samples} samples; "
                 "run `dist-vse shard` again"
             )
+        if table.dtype != np.int64 or not _inside(table, shard):
+            raise UserError(
+                f"{path}: places a sample outside of {shard.path}; run `dist-vse shard` again"
+            )
         return table
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change when any shard's bytes do."""
         digests = [s.sha256 for name in sorted(self.splits) for s in self.splits[name].shards]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
+
+
+def _inside(table: "NDArray[np.int64]", shard: Shard) -> bool:
+    """Return whether all places are possible: a stranger's file may hold any number."""
+    ends = (shard.num_bytes, MAX_LINE_BYTES if shard.side else shard.num_bytes)
+    for column, end in zip((0, 2), ends, strict=True):
+        offsets, sizes = table[:, column], table[:, column + 1]
+        if (offsets < 0).any() or (sizes < 0).any() or (sizes > end).any():
+            return False
+        if not (column and shard.side) and (offsets > end - sizes).any():
+            return False
+    return True
 
 
 def offsets_name(shard_path: str) -> str:
@@ -194,17 +210,21 @@ def read_index(location: str | Path) -> Index:
             f"{path}: no such index; {remedy if tars else 'make one with `dist-vse shard`'}"
         )
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["format"] != FORMAT:
             raise UserError(f"{path}: format {content['format']}, but this version reads {FORMAT}")
-        splits = {
-            name: Split([_shard(**shard) for shard in split["shards"]], split["num_captions"])
-            for name, split in content["splits"].items()
-        }
-    except (json.JSONDecodeError, UnicodeError, LookupError, TypeError, AttributeError) as error:
+        splits = {name: _split(split) for name, split in content["splits"].items()}
+    except (BadFileError, LookupError, TypeError, AttributeError) as error:
         hint = "make it with `dist-vse shard`"
         raise UserError(f"{path}: not a dist_vse index ({error}); {hint}") from error
     return Index(path.parent, splits)
+
+
+def _split(fields: dict[str, Any]) -> Split:
+    """Return the split of these fields; raises TypeError for one of another type."""
+    if not is_count(fields["num_captions"]):
+        raise TypeError(f"num_captions is {fields['num_captions']!r}")
+    return Split([_shard(**shard) for shard in fields["shards"]], fields["num_captions"])
 
 
 def _shard(**fields: Any) -> Shard:
@@ -212,6 +232,6 @@ def _shard(**fields: Any) -> Shard:
     shard = Shard(**fields)
     for name, value in vars(shard).items():
         wanted = int if name.startswith("num_") else str
-        if type(value) is not wanted:
+        if type(value) is not wanted or (wanted is int and not is_count(value)):
             raise TypeError(f"{name} is {value!r}")
     return shard
