@@ -14,6 +14,8 @@ FAST = "not slow"  # what `make check` selects
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The fused kernels run in Triton's interpreter, which must be asked for before Triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A background shell starts its commands deaf to Ctrl-C; the tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

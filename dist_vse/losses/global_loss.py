@@ -20,6 +20,7 @@ from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.units import GIB
 from dist_vse.losses.async_gather import PrefetchedGather
+from dist_vse.losses.fused import FusedPass, choose_kernels, log_choice
 from dist_vse.losses.layout import DuplicatePairs
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.positives import OwnPairs, Positives
@@ -93,6 +94,8 @@ class GlobalLoss:
         dtype = torch.promote_types(
             torch.promote_types(image_features.dtype, text_features.dtype), torch.float32
         )
+        kernels, reason = choose_kernels(options.kernels, spec, dtype, image_features.device)
+        log_choice(options.kernels, kernels, reason)
         with torch.autocast(image_features.device.type, enabled=False):
             scale = log_scale.to(dtype).exp()
             images, captions = image_features.to(dtype), text_features.to(dtype)  # (b, d)
@@ -105,9 +108,9 @@ class GlobalLoss:
             keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
             with torch.no_grad():
                 own = OwnPairs.of(rows, captions)
-                agreed = self._agreed(rows, gradient=keep)
+                agreed = self._agreed(rows, gradient=keep, kernels=kernels)
                 metadata = exchange_metadata(own, log_scale, bias, agreed)
-                tiled = self._build(spec, metadata, inputs, own)
+                tiled = self._build(spec, metadata, inputs, own, fused=kernels == "fused")
                 local_total = tiled.forward(keep=keep)
                 total, stats = summarize(
                     local_total, tiled, images, captions, unit=unit, margin=options.margin
@@ -116,12 +119,13 @@ class GlobalLoss:
             loss = (loss * spec.loss_unit(scale, max(1, metadata.layout.total))).view(())
         return LossOutput(loss, stats | {"temperature": 1 / scale.detach().view(())})
 
-    def _agreed(self, rows: Tensor, *, gradient: bool) -> dict[str, object]:
+    def _agreed(self, rows: Tensor, *, gradient: bool, kernels: str) -> dict[str, object]:
         """Return what must be the same on all ranks, by name."""
         options = {k: v for k, v in asdict(self.options).items() if k not in _MAY_DIFFER}
         return {
             "name": self.name,
             **options,
+            "kernels": kernels,  # that run, whatever was asked for
             "embedding": rows.shape[1],
             "precision": str(rows.dtype),
             "num_ids": len(self._ids),
@@ -135,6 +139,8 @@ class GlobalLoss:
         metadata: Metadata,
         inputs: tuple[Tensor, Tensor, Tensor],
         own: OwnPairs,
+        *,
+        fused: bool,
     ) -> TiledLoss:
         rows, captions, bias = (x.detach() for x in inputs)
         options, layout = self.options, metadata.layout
@@ -153,26 +159,28 @@ class GlobalLoss:
             else Gather(travelling, layout, gathered)
         )
         positives.include_duplicates(transport)
-        terms = spec.build_terms(
-            TermInputs(
-                positives,
-                metadata.largest,
-                metadata.smallest_own,
-                bias,
-                options.margin,
-                options.hard_negative_weight,
-            )
+        of_terms = TermInputs(
+            positives,
+            metadata.largest,
+            metadata.smallest_own,
+            bias,
+            options.margin,
+            options.hard_negative_weight,
         )
-        return TiledLoss(
+        epilogues = spec.build_epilogues(of_terms) if fused else None
+        tiled = TiledLoss(
             rows,
             transport,
             positives,
-            terms,
+            epilogues.terms if epilogues is not None else spec.build_terms(of_terms),
             duplicates_are_candidates=spec.positives_compete and average,
             tile=options.tile or default_tile(rows.device),
             budget=int(options.memory_gib * GIB),
             bf16=options.bf16_products,
         )
+        if epilogues is not None:
+            tiled.kernels = FusedPass(epilogues, tiled)
+        return tiled
 
     def _find_fault(self, image_features: Tensor, text_features: Tensor) -> str | None:
         """Say what is wrong with this rank's arguments, if anything is."""

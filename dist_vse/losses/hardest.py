@@ -49,8 +49,8 @@ class Hardest:
         self.margin = margin
         self.weight = weight
         tolerance = ROUNDINGS * torch.finfo(positives.rows.dtype).eps * bound
-        self.rows = _Best(len(positives.rows), positives.rows, tolerance)
-        self.columns = _Best(self.layout.total, positives.rows, tolerance)
+        self.rows = Best(len(positives.rows), positives.rows, tolerance)
+        self.columns = Best(self.layout.total, positives.rows, tolerance)
 
     def accumulate(self, tile: Tile) -> None:
         first_row = self.layout.own.start + tile.rows.start
@@ -83,7 +83,7 @@ class Hardest:
         return self.rows.values
 
 
-class _Best:
+class Best:
     """The largest value met so far, for each of `count`, and the first index that has it (or is
     closer to it than the tolerance)."""
 

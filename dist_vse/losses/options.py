@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 DUPLICATES = ("mask", "positive")
 TRANSPORTS = ("gather", "ring")
+KERNELS = ("auto", "fused", "tiled")
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class LossOptions:
     """Tiles of similarities kept from forward for backward, GiB a rank."""
     tile: int | None = None
     """Size of a tile; None takes the device's."""
+    kernels: str = "auto"
+    """`fused` (Triton), `tiled`, or `auto`: fused on CUDA. What can't be fused runs in tiles."""
 
     def fault(self) -> str | None:
         """Say what is wrong, if anything is."""
         for what, value, choices in (
             ("duplicates", self.duplicates, DUPLICATES),
             ("transport", self.transport, TRANSPORTS),
+            ("kernels", self.kernels, KERNELS),
         ):
             if value not in choices:
                 return f"{what} {value!r} is unknown; choose {' or '.join(choices)}"

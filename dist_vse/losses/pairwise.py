@@ -38,7 +38,7 @@ class Sigmoid:
         self.row_sums = torch.zeros_like(positives.rows)
         self.largest = torch.full_like(self.row_sums, float("-inf"))
         self.own_weight = (-positives.own.similarities - bias).sigmoid()
-        self._grad_sum = torch.zeros_like(bias)
+        self.grad_sum = torch.zeros_like(bias)
 
     def prepare(self, tile: Tile) -> None:
         tile.values.add_(self.bias)
@@ -62,7 +62,7 @@ class Sigmoid:
 
     def grad_logits(self, tile: Tile) -> Tensor:
         weights = tile.values.sigmoid_()
-        self._grad_sum += weights.sum()
+        self.grad_sum += weights.sum()
         return weights
 
     def hardest(self) -> Tensor:
@@ -70,8 +70,8 @@ class Sigmoid:
 
     def take_bias_grad(self) -> Tensor:
         """Return this rank's gradient in the bias (1,) after a backward pass."""
-        grad = self._grad_sum - (self.own_weight + self._num_duplicates()).sum()
-        self._grad_sum = torch.zeros_like(self.bias)
+        grad = self.grad_sum - (self.own_weight + self._num_duplicates()).sum()
+        self.grad_sum = torch.zeros_like(self.bias)
         return grad
 
     def _num_duplicates(self) -> Tensor:

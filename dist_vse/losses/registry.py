@@ -22,6 +22,7 @@ from dist_vse.common.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dist_vse.losses.fused import Epilogues
     from dist_vse.losses.reference import DensePairs
     from dist_vse.losses.tiled import TermInputs, Terms
 
@@ -53,6 +54,8 @@ class LossSpec:
     """The loss of one process that holds all N x N similarities: the oracle of tests and verify."""
     terms: "str | Callable[[TermInputs], Terms]"
     """The same, tile by tile: what training runs."""
+    fused: "str | Callable[[TermInputs], Epilogues] | None" = None
+    """The terms with what fused kernels find for them; None runs the tiles on every device."""
     similarity_unit: "Callable[[Tensor], Tensor] | None" = None
     """What the terms' cosines are multiplied by, given 1/t; None leaves them as they are."""
     loss_unit: "Callable[[Tensor, int], Tensor | float]" = lambda scale, n: 1.0
@@ -81,10 +84,17 @@ class LossSpec:
         terms: Terms = _imported(self.terms)(inputs)
         return terms
 
+    def build_epilogues(self, inputs: "TermInputs") -> "Epilogues":
+        """Return what the fused pass runs; `fused` names it."""
+        assert self.fused is not None
+        epilogues: Epilogues = _imported(self.fused)(inputs)
+        return epilogues
+
 
 _SOFTMAX = "dist_vse.losses.softmax:softmax_terms"
 _HARDEST = "dist_vse.losses.hardest:hardest_terms"
 _DENSE = "dist_vse.losses.reference:"
+_FUSED = "dist_vse.losses.fused:"
 
 LOSSES = {
     spec.name: spec
@@ -95,6 +105,7 @@ LOSSES = {
             paper="https://arxiv.org/abs/2110.08872",
             dense=_DENSE + "convse",
             terms=_SOFTMAX,
+            fused=_FUSED + "softmax_epilogues",
             similarity_unit=lambda scale: scale / LN2,  # terms are in bits
             loss_unit=lambda scale, n: LN2 / n,
             positives_compete=True,
@@ -106,6 +117,7 @@ LOSSES = {
             paper="https://arxiv.org/abs/2110.08872",
             dense=_DENSE + "convse_plus_plus",
             terms=_HARDEST,
+            fused=_FUSED + "hardest_epilogues",
             loss_unit=lambda scale, n: scale / n,
             has_warmup=True,
             cost=LossCost(dense_gradient=False, reduces=(1, 1)),  # the maxima, their indices
@@ -116,6 +128,7 @@ LOSSES = {
             paper="https://arxiv.org/abs/2103.00020",  # CLIP: half of ConVSE
             dense=_DENSE + "info_nce",
             terms=_SOFTMAX,
+            fused=_FUSED + "softmax_epilogues",
             similarity_unit=lambda scale: scale / LN2,
             loss_unit=lambda scale, n: 0.5 * LN2 / n,
             positives_compete=True,
@@ -127,6 +140,7 @@ LOSSES = {
             paper="https://arxiv.org/abs/2110.06848",
             dense=_DENSE + "dcl",
             terms="dist_vse.losses.decoupled:decoupled_terms",
+            fused=_FUSED + "decoupled_epilogues",
             similarity_unit=lambda scale: scale / LN2,
             loss_unit=lambda scale, n: 0.5 * LN2 / n,
             captions_in_bf16=True,
@@ -138,6 +152,7 @@ LOSSES = {
             paper="https://arxiv.org/abs/2303.15343",
             dense=_DENSE + "siglip",
             terms="dist_vse.losses.pairwise:sigmoid_terms",
+            fused=_FUSED + "sigmoid_epilogues",
             similarity_unit=lambda scale: scale,
             loss_unit=lambda scale, n: 1 / n,
             positives_compete=True,
@@ -151,6 +166,7 @@ LOSSES = {
             paper="https://arxiv.org/abs/1707.05612",
             dense=_DENSE + "vse0",
             terms="dist_vse.losses.pairwise:hinge_terms",
+            fused=_FUSED + "hinge_epilogues",
             cost=LossCost(reduces=(2,)),  # sums and counts of violations
         ),
         LossSpec(
@@ -159,6 +175,7 @@ LOSSES = {
             paper="https://arxiv.org/abs/1707.05612",
             dense=_DENSE + "vse_plus_plus",
             terms=_HARDEST,
+            fused=_FUSED + "hardest_epilogues",
             has_warmup=True,
             cost=LossCost(dense_gradient=False, reduces=(1, 1)),
         ),

@@ -80,6 +80,16 @@ class Terms(NamedTuple):
     """Returns this rank's gradient in a learned bias (1,), after a backward pass."""
 
 
+class Kernels(Protocol):
+    """Does for a block of columns, without tiles in memory, what is done tile by tile."""
+
+    def accumulate(self, block: Block) -> None:
+        """Take a block into the terms' statistics."""
+
+    def dense_gradients(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Return the dense term's gradient in the rows (b, d) and the block's columns (c, d)."""
+
+
 class TiledLoss:
     """Runs a loss's terms over all pairs of this rank's rows with the global batch's columns.
 
@@ -109,6 +119,7 @@ class TiledLoss:
         self.height, self.width = tile_shape(tile, dense=self.dense is not None)
         self.budget = budget
         self.matmul = Matmul(rows, bf16=bf16)
+        self.kernels: Kernels | None = None  # in place of tiles
         self._results: list[TermResult] = []
         self._kept: dict[tuple[int, int], Tensor] = {}
 
@@ -120,6 +131,10 @@ class TiledLoss:
 
     def _accumulate(self, room: int) -> None:
         """Show every tile to the terms; keep as many as fit in `room` bytes."""
+        if self.kernels is not None:
+            for block in self.transport.blocks():
+                self.kernels.accumulate(block)
+            return
         workspace = self._workspace()
         for block in self.transport.blocks():
             operand = self.matmul.operand(block.features)
@@ -155,7 +170,9 @@ class TiledLoss:
     def _gradients(self, block: Block) -> tuple[Tensor, Tensor]:
         """Return the gradient of a block's pairs in the rows (b, d) and its columns (c, d)."""
         parts = []
-        if self.dense is not None:
+        if self.dense is not None and self.kernels is not None:
+            parts.append(self.kernels.dense_gradients(block))
+        elif self.dense is not None:
             parts.append(self._dense_gradients(self.dense, block))
         if self.sparse is not None:
             parts.append(self.sparse.gradients(block, self.rows))
