@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from dist_vse.config.checks import at_least, check, number_or_auto, one_of, share
 from dist_vse.config.encoders import ImageConfig, TextConfig
-from dist_vse.losses.options import DUPLICATES, TRANSPORTS
+from dist_vse.losses.options import DUPLICATES, KERNELS, TRANSPORTS
 from dist_vse.losses.registry import check_name
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -166,11 +166,15 @@ class LossConfig:
     """Similarities kept from forward for backward, GiB a rank; the rest is computed again."""
     bf16_products: bool = False
     """Compute the similarities in bfloat16 (statistics stay float32)."""
+    kernels: str = "auto"
+    """`fused` (Triton; docs/losses.md), `tiled`, or `auto`: fused on a GPU, tiled on a CPU. What
+    fused kernels can't do runs in tiles, and the log says so."""
 
     def __post_init__(self) -> None:
         check_name(self.name, key="loss.name")
         one_of("loss.duplicates", self.duplicates, DUPLICATES)
         one_of("loss.transport", self.transport, TRANSPORTS)
+        one_of("loss.kernels", self.kernels, KERNELS)
         check(self.temperature > 0, f"loss.temperature ({self.temperature}) must be above 0")
         check(
             self.temperature_end is None or self.temperature_end > 0,

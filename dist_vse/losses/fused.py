@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_vse.common.log import logger
 from dist_vse.losses.decoupled import Decoupled
 from dist_vse.losses.hardest import Best, Hardest, hardest_terms
-from dist_vse.losses.pairwise import Hinges, Sigmoid, hinge_terms
+from dist_vse.losses.pairwise import Hinges, Sigmoid, hinge_terms, sigmoid_terms
 from dist_vse.losses.positives import Positives
 from dist_vse.losses.registry import LossSpec
 from dist_vse.losses.softmax import RunningSoftmax
@@ -124,16 +124,11 @@ class SparseEpilogue(Epilogue, Protocol):
 
 
 class Epilogues(NamedTuple):
-    """A loss's: one of a kind, or one of each."""
+    """A loss's terms, with an epilogue for each of them."""
 
+    terms: Terms
     dense: DenseEpilogue | None = None
     sparse: SparseEpilogue | None = None
-
-    @property
-    def terms(self) -> Terms:
-        """The terms that they find things for."""
-        dense = self.dense.term if self.dense is not None else None
-        return Terms(dense, self.sparse.term if self.sparse is not None else None)
 
 
 class Tiles:
@@ -238,7 +233,7 @@ class FusedPass:
         if not len(self.matmul.rows):
             return
         for strip in _strips(block, self.matmul.operand(block.features), FORWARD_COLUMNS):
-            for epilogue in self.epilogues:
+            for epilogue in (self.epilogues.dense, self.epilogues.sparse):
                 if epilogue is not None:
                     epilogue.accumulate(self.tiles, strip)
 
@@ -345,32 +340,37 @@ class HardestEpilogue:
 
 def softmax_epilogues(inputs: TermInputs) -> Epilogues:
     """Return ConVSE's and InfoNCE's."""
-    return Epilogues(SoftmaxEpilogue(RunningSoftmax(inputs.positives)))
+    term = RunningSoftmax(inputs.positives)
+    return Epilogues(Terms(term), SoftmaxEpilogue(term))
 
 
 def decoupled_epilogues(inputs: TermInputs) -> Epilogues:
     """Return DCL's."""
-    return Epilogues(SoftmaxEpilogue(Decoupled(inputs.positives)))
+    term = Decoupled(inputs.positives)
+    return Epilogues(Terms(term), SoftmaxEpilogue(term))
 
 
 def sigmoid_epilogues(inputs: TermInputs) -> Epilogues:
     """Return SigLIP's."""
-    return Epilogues(SigmoidEpilogue(Sigmoid(inputs.positives, inputs.bias)))
+    terms = sigmoid_terms(inputs)
+    assert isinstance(terms.dense, Sigmoid)
+    return Epilogues(terms, SigmoidEpilogue(terms.dense))
 
 
 def hinge_epilogues(inputs: TermInputs) -> Epilogues:
     """Return VSE0's."""
-    return _of(hinge_terms(inputs))
+    return _of_hinges(hinge_terms(inputs))
 
 
 def hardest_epilogues(inputs: TermInputs) -> Epilogues:
     """Return ConVSE++'s and VSE++'s."""
-    return _of(hardest_terms(inputs))
+    return _of_hinges(hardest_terms(inputs))
 
 
-def _of(terms: Terms) -> Epilogues:
-    dense, sparse = terms
+def _of_hinges(terms: Terms) -> Epilogues:
+    dense, sparse = terms.dense, terms.sparse
     return Epilogues(
+        terms,
         HingesEpilogue(dense) if isinstance(dense, Hinges) else None,
         HardestEpilogue(sparse) if isinstance(sparse, Hardest) else None,
     )

@@ -141,16 +141,22 @@ def pair_sums(
         value = tl.maximum(z, 0.0) + _log_one_plus(tl.exp2(-tl.abs(z) * LOG2_E))
         tl.store(row_sum + n * rows + i, tl.sum(value, 1), mask=i < rows)
     else:
-        tl.store(row_sum + n * rows + i, tl.sum(tl.maximum(z, 0.0), 1), mask=i < rows)
+        tl.store(row_sum + n * rows + i, tl.sum(_hinge(z), 1), mask=i < rows)
         tl.store(row_count + n * rows + i, tl.sum(tl.where(z > 0, 1.0, 0.0), 1), mask=i < rows)
         z = s - tl.load(column_level + j, mask=j < columns, other=0.0)[None, :]
         at = m * columns + j
-        tl.store(column_sum + at, tl.sum(tl.maximum(z, 0.0), 0), mask=j < columns)
+        tl.store(column_sum + at, tl.sum(_hinge(z), 0), mask=j < columns)
         tl.store(column_count + at, tl.sum(tl.where(z > 0, 1.0, 0.0), 0), mask=j < columns)
     if duplicates == POSITIVE:
         if marked:
             s = _without_duplicates(s, i, j, codes, rows, columns, total, offset, start, kinds)
     tl.store(largest + n * rows + i, tl.max(s, 1), mask=i < rows)
+
+
+@triton.jit
+def _hinge(z):
+    """Return max(0, z), and NaN of NaN: such a loss ends the run."""
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

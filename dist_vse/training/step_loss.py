@@ -33,6 +33,7 @@ def loss_options(config: TrainConfig, samples_seen: int) -> LossOptions:
         duplicates=loss.duplicates,
         transport=loss.transport,
         bf16_products=loss.bf16_products,
+        kernels=loss.kernels,
         temperature=scheduled,
         memory_gib=loss.memory_gib,
     )

@@ -3,7 +3,7 @@
 python -m tests.support.compile_ahead 80|90 bf16|fp16|fp32 [KERNEL ...]
 
 Prints a line of JSON for each kernel: registers, bytes of the stack (spilled registers lie there)
-and of shared memory. Must run without TRITON_INTERPRET.
+and of shared memory. Must run without TRITON_INTERPRET. Exits with 3 where Triton can't compile ahead.
 """
 
 import json
@@ -16,8 +16,13 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+try:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+except ImportError as error:
+    print(f"this Triton ({triton.__version__}) compiles nothing ahead: {error}", file=sys.stderr)
+    sys.exit(3)
 
 from dist_vse.losses import fused, fused_kernels
 
@@ -102,5 +107,8 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    if cuobjdump() is None:
+        print(f"Triton {triton.__version__} comes without cuobjdump", file=sys.stderr)
+        sys.exit(3)
     for variant in sys.argv[3:] or VARIANTS:
         print(json.dumps(compile_ahead(variant, sys.argv[2], int(sys.argv[1]))), flush=True)
