@@ -21,7 +21,6 @@ from dist_vse.losses.decoupled import Decoupled
 from dist_vse.losses.hardest import Best, Hardest, hardest_terms
 from dist_vse.losses.pairwise import Hinges, Sigmoid, hinge_terms, sigmoid_terms
 from dist_vse.losses.positives import Positives
-from dist_vse.losses.registry import LossSpec
 from dist_vse.losses.softmax import RunningSoftmax
 from dist_vse.losses.tiled import Dense, Sparse, Term, TermInputs, Terms, TiledLoss
 from dist_vse.losses.tiles import ranges
@@ -62,17 +61,17 @@ def blocks_of(kernel: str, dtype: torch.dtype, capability: tuple[int, int]) -> B
 
 
 def choose_kernels(
-    wanted: str, spec: LossSpec, dtype: torch.dtype, device: torch.device
+    wanted: str, has_kernels: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, str]:
     """Return what computes a loss, `fused` or `tiled`, and why.
 
-    `wanted` is `loss.kernels`, `dtype` the statistics'. The interpreter runs only if it is asked
+    `wanted` is `loss.kernels`, `has_kernels` whether the loss has fused ones, `dtype` the statistics'. The interpreter runs only if it is asked
     for, by `fused`.
     """
     if wanted == "tiled":
         return "tiled", "loss.kernels=tiled"
     obstacles = {
-        f"{spec.name} has no fused kernels": spec.fused is None,
+        "the loss has no fused kernels": not has_kernels,
         f"features are {dtype}": dtype != torch.float32,
         "Triton is not installed": find_spec("triton") is None,
     }

@@ -94,7 +94,8 @@ class GlobalLoss:
         dtype = torch.promote_types(
             torch.promote_types(image_features.dtype, text_features.dtype), torch.float32
         )
-        kernels, reason = choose_kernels(options.kernels, spec, dtype, image_features.device)
+        device, has_kernels = image_features.device, spec.fused is not None
+        kernels, reason = choose_kernels(options.kernels, has_kernels, dtype, device)
         log_choice(options.kernels, kernels, reason)
         with torch.autocast(image_features.device.type, enabled=False):
             scale = log_scale.to(dtype).exp()

@@ -3,7 +3,8 @@
 python -m tests.support.compile_ahead 80|90 bf16|fp16|fp32 [KERNEL ...]
 
 Prints a line of JSON for each kernel: registers, bytes of the stack (spilled registers lie there)
-and of shared memory. Must run without TRITON_INTERPRET. Exits with 3 where Triton can't compile ahead.
+and of shared memory. Must run without TRITON_INTERPRET. Exits with 3 where Triton can't compile
+ahead.
 """
 
 import json
