@@ -65,8 +65,8 @@ def choose_kernels(
 ) -> tuple[str, str]:
     """Return what computes a loss, `fused` or `tiled`, and why.
 
-    `wanted` is `loss.kernels`, `has_kernels` whether the loss has fused ones, `dtype` the statistics'. The interpreter runs only if it is asked
-    for, by `fused`.
+    `wanted` is `loss.kernels`, `has_kernels` whether the loss has fused ones, `dtype` that of the
+    statistics. The interpreter runs only if it is asked for, by `fused`.
     """
     if wanted == "tiled":
         return "tiled", "loss.kernels=tiled"

@@ -29,6 +29,7 @@ VARYING = ("rows", "columns", "total", "offset", "start")
 UNALIGNED = ("row_level", "column_level", "row_weight", "column_weight")
 
 
+# More than eight parameters: a kernel gets pointers and numbers, nothing that holds them.
 @triton.jit
 def _tile(
     images, captions, codes, marks, rows, columns, total, d, offset, start,
@@ -69,6 +70,7 @@ def _tile(
     return s, m, n, i, j, marked
 
 
+# More than eight parameters: a kernel gets pointers and numbers, nothing that holds them.
 @triton.jit
 def _without_duplicates(
     s, i, j, codes, rows, columns, total, offset, start, kinds: tl.constexpr
@@ -81,6 +83,7 @@ def _without_duplicates(
     return s
 
 
+# More than eight parameters: a kernel gets pointers and numbers, nothing that holds them.
 @triton.jit(do_not_specialize=VARYING)
 def softmax_sums(
     images, captions, codes, marks, row_max, row_sum, largest, column_max, column_sum,
@@ -120,6 +123,7 @@ def softmax_sums(
         tl.store(largest + n * rows + i, r, mask=i < rows)
 
 
+# More than eight parameters: a kernel gets pointers and numbers, nothing that holds them.
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
 def pair_sums(
     images, captions, codes, marks, row_level, column_level,
@@ -168,6 +172,7 @@ def _log_one_plus(x):
     return 2 * y * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series))))
 
 
+# More than eight parameters: a kernel gets pointers and numbers, nothing that holds them.
 @triton.jit(do_not_specialize=VARYING)
 def hardest(
     images, captions, codes, marks, row_value, row_index, column_value, column_index,
@@ -190,6 +195,7 @@ def hardest(
     tl.store(column_index + m * columns + j, index, mask=j < columns)
 
 
+# More than eight parameters: a kernel gets pointers and numbers, nothing that holds them.
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=UNALIGNED)
 def weights(
     images, captions, codes, marks, row_level, column_level, row_weight, column_weight,
@@ -229,6 +235,7 @@ def weights(
     tl.store(out + at, w.to(out.dtype.element_ty), mask=inside)
 
 
+# More than eight parameters: a kernel gets pointers and numbers, nothing that holds them.
 @triton.jit(do_not_specialize=("rows", "columns", "start"))
 def mark(
     order, first, last, marks, rows, columns, start,

@@ -20,7 +20,7 @@ from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.units import GIB
 from dist_vse.losses.async_gather import PrefetchedGather
-from dist_vse.losses.fused import FusedPass, choose_kernels, log_choice
+from dist_vse.losses.fused import Epilogues, FusedPass, choose_kernels, log_choice
 from dist_vse.losses.layout import DuplicatePairs
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.positives import OwnPairs, Positives
@@ -168,7 +168,7 @@ class GlobalLoss:
             options.margin,
             options.hard_negative_weight,
         )
-        epilogues = spec.build_epilogues(of_terms) if fused else None
+        epilogues: Epilogues | None = spec.build_epilogues(of_terms) if fused else None
         tiled = TiledLoss(
             rows,
             transport,

@@ -22,7 +22,6 @@ from dist_vse.common.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dist_vse.losses.fused import Epilogues
     from dist_vse.losses.reference import DensePairs
     from dist_vse.losses.tiled import TermInputs, Terms
 
@@ -54,8 +53,9 @@ class LossSpec:
     """The loss of one process that holds all N x N similarities: the oracle of tests and verify."""
     terms: "str | Callable[[TermInputs], Terms]"
     """The same, tile by tile: what training runs."""
-    fused: "str | Callable[[TermInputs], Epilogues] | None" = None
-    """The terms with what fused kernels find for them; None runs the tiles on every device."""
+    fused: "str | Callable[[TermInputs], Any] | None" = None
+    """The terms with what fused kernels find for them (fused.Epilogues); None runs the tiles on
+    every device."""
     similarity_unit: "Callable[[Tensor], Tensor] | None" = None
     """What the terms' cosines are multiplied by, given 1/t; None leaves them as they are."""
     loss_unit: "Callable[[Tensor, int], Tensor | float]" = lambda scale, n: 1.0
@@ -84,11 +84,10 @@ class LossSpec:
         terms: Terms = _imported(self.terms)(inputs)
         return terms
 
-    def build_epilogues(self, inputs: "TermInputs") -> "Epilogues":
-        """Return what the fused pass runs; `fused` names it."""
+    def build_epilogues(self, inputs: "TermInputs") -> Any:
+        """Return the fused.Epilogues that the fused pass runs; `fused` names them."""
         assert self.fused is not None
-        epilogues: Epilogues = _imported(self.fused)(inputs)
-        return epilogues
+        return _imported(self.fused)(inputs)
 
 
 _SOFTMAX = "dist_vse.losses.softmax:softmax_terms"
