@@ -77,7 +77,7 @@ def choose_kernels(
     }
     obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
     if obstacle is None:
-        if device.type == "cuda":
+        if device.type == "cuda" and torch.cuda.is_available():
             if torch.cuda.get_device_capability(device) < (8, 0):
                 obstacle = "the GPU's compute capability is below 8.0"
         elif wanted == "auto" or not _interpreted():
@@ -145,7 +145,7 @@ class Tiles:
         self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
         self.duplicates = self.kernels.NONE.value
         self._codes = torch.empty(0, dtype=torch.int32, device=rows.device)  # (kinds, N)
-        self._families: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._families: list[tuple[Tensor, ...]] = []
         if positives.duplicates:
             self.duplicates = (self.kernels.POSITIVE if candidates else self.kernels.MASK).value
             ids = positives.duplicates.ids.T.contiguous()  # (kinds, N)
@@ -153,10 +153,10 @@ class Tiles:
             # Where an id's first one lies, and its last, among the ordered: equal if ids are.
             first = torch.searchsorted(ordered, ids)
             last = torch.searchsorted(ordered, ids, right=True)
-            self._codes = first.int()
+            self._codes = first.int().to(rows.device)
             own = positives.layout.own
             self._families = [
-                (where, begin[own], end[own])
+                tuple(x.to(rows.device) for x in (where, begin[own], end[own]))
                 for where, begin, end in zip(order, first, last, strict=True)
             ]
 
