@@ -50,7 +50,7 @@ class Progress:
 
 
 Tensors = dict[str, Tensor]
-Receipts = dict[str, dict[str, Any]]
+FileDigests = dict[str, dict[str, Any]]
 """Size and checksum of files, by their names."""
 
 
@@ -70,10 +70,10 @@ def snapshot(engine: ZeroEngine) -> dict[str, Tensors]:
     return files
 
 
-def write_files(folder: Path, files: Mapping[str, Tensors]) -> Receipts:
-    """Write files that hold after a power cut; return their receipts. Raises OSError."""
+def write_files(folder: Path, files: Mapping[str, Tensors]) -> FileDigests:
+    """Write files that hold after a power cut; return their digests. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    receipts = {}
+    digests = {}
     for name, tensors in files.items():
         path = folder / name
         try:
@@ -82,13 +82,13 @@ def write_files(folder: Path, files: Mapping[str, Tensors]) -> Receipts:
             code = errno.ENOSPC if _FULL.search(str(error)) else errno.EIO
             raise OSError(code, first_line(error)) from error
         fsync_path(path)
-        receipts[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-    return receipts
+        digests[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+    return digests
 
 
-def seal(temporary: Path, progress: Progress, receipts: Receipts, **more: Any) -> None:
+def write_manifest(temporary: Path, progress: Progress, digests: FileDigests, **more: Any) -> None:
     """Write the manifest beside all ranks' files. Raises OSError."""
-    description = {**asdict(progress), **more, "files": receipts}
+    description = {**asdict(progress), **more, "files": digests}
     description["checksum"] = _checksum(description)
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps(description, indent=1), encoding="utf-8")
@@ -196,16 +196,16 @@ def latest(folder: Path) -> Path | None:
 def find_fault(path: Path) -> str | None:
     """Say what is wrong with a checkpoint's files; None if they are as they were written."""
     try:
-        receipts = read_manifest(path)["files"]
+        digests = read_manifest(path)["files"]
     except BadFileError as error:
         return f"{MANIFEST} is missing or damaged ({error})"
-    for name, receipt in receipts.items():
+    for name, digest in digests.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != receipt["bytes"]:
+        if file.stat().st_size != digest["bytes"]:
             return f"{name} is cut"
-        if sha256_of_file(file) != receipt["sha256"]:
+        if sha256_of_file(file) != digest["sha256"]:
             return f"{name} has changed since it was written"
     return None
 
@@ -251,13 +251,13 @@ def _is_place(place: object) -> bool:
     return isinstance(place, list) and len(place) == 2 and all(is_count(n) for n in place)
 
 
-def _is_receipt(name: str, receipt: object) -> bool:
+def _is_receipt(name: str, digest: object) -> bool:
     """Return whether a file's entry is typed, and its name stays inside the folder."""
     return (
         Path(name).name == name
-        and isinstance(receipt, dict)
-        and is_count(receipt.get("bytes"))
-        and isinstance(receipt.get("sha256"), str)
+        and isinstance(digest, dict)
+        and is_count(digest.get("bytes"))
+        and isinstance(digest.get("sha256"), str)
     )
 
 

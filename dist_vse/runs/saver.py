@@ -11,7 +11,7 @@ from dist_vse import distributed
 from dist_vse.common.errors import UserError, writing
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.runs import checkpoint
-from dist_vse.runs.checkpoint import Progress, Receipts
+from dist_vse.runs.checkpoint import FileDigests, Progress
 from dist_vse.runs.lease import Lease
 
 
@@ -21,8 +21,8 @@ class _Pending:
 
     progress: Progress
     temporary: Path
-    publish: Callable[[Receipts], None]
-    writing: "Future[Receipts]"
+    publish: Callable[[FileDigests], None]
+    writing: "Future[FileDigests]"
 
 
 class Saver:
@@ -64,14 +64,14 @@ class Saver:
         temporary = self.folder / f"{final.name}{self._ending}"
         world_size, stage, attempt = distributed.world_size(), engine.stage, self.lease.attempt
 
-        def publish(receipts: Receipts) -> None:
+        def publish(digests: FileDigests) -> None:
             more = {
                 "world_size": world_size,
                 "zero_stage": stage,
                 "score": score,
                 "attempt": attempt,
             }
-            checkpoint.seal(temporary, progress, receipts, **more)
+            checkpoint.write_manifest(temporary, progress, digests, **more)
             self.lease.check()  # as late as possible: a lost node may hang in what comes before
             checkpoint.publish(temporary, final)
             checkpoint.prune(self.folder, keep_last=self.keep_last, keep_best=self.keep_best)
@@ -95,11 +95,11 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        receipts: Receipts = {}
+        digests: FileDigests = {}
         try:
             with distributed.raise_on_all_ranks(), writing(self.folder):
-                receipts = self._written(pending)
-            parts = distributed.all_gather_object(receipts)
+                digests = self._written(pending)
+            parts = distributed.all_gather_object(digests)
             with distributed.raise_on_all_ranks(), writing(self.folder):
                 if distributed.is_main_process():
                     pending.publish({name: r for part in parts for name, r in part.items()})
@@ -108,7 +108,7 @@ class Saver:
                 shutil.rmtree(pending.temporary, ignore_errors=True)
             raise
 
-    def _written(self, pending: _Pending) -> Receipts:
+    def _written(self, pending: _Pending) -> FileDigests:
         """Wait for this rank's files. Raises OSError, or LostLease if another attempt is why."""
         try:
             return pending.writing.result()

@@ -28,6 +28,7 @@ from dist_vse.training.chunking import agree, choose_chunks
 from dist_vse.training.engine import wrap_model
 from dist_vse.training.flops import count_flops, peak_flops
 from dist_vse.training.frozen_features import open_run_features
+from dist_vse.training.kernel_check import settle_kernels
 from dist_vse.training.replay_check import check_replay
 
 
@@ -95,6 +96,7 @@ def set_up(config: TrainConfig) -> Run:
         )
         chunking = choose_chunks(config, model)
         meter = _build_meter(config, model)
+    config = settle_kernels(config)
     chunking = agree(chunking)
     if config.chunk_size == AUTO:
         config = replace(config, chunk_size=chunking.chunk_size)

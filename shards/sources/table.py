@@ -20,6 +20,7 @@ from shards.sources.rows import Row, parquet_rows, text_rows
 from shards.sources.stored_images import StoredImages
 
 
+# More than eight parameters: each but `path`, `rows` and `scratch` is an option of the command.
 def read_table(
     path: Path,
     *,

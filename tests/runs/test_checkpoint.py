@@ -129,7 +129,9 @@ def _files(step: int) -> dict[str, dict[str, Tensor]]:
 def _publish(folder: Path, step: int) -> None:
     temporary = folder / f"step-{step:06d}.tmp"
     receipts = checkpoint.write_files(temporary, _files(step))
-    checkpoint.seal(temporary, Progress(step, step, []), receipts, world_size=2, zero_stage=1)
+    checkpoint.write_manifest(
+        temporary, Progress(step, step, []), receipts, world_size=2, zero_stage=1
+    )
     checkpoint.publish(temporary, folder / f"step-{step:06d}")
 
 

@@ -24,7 +24,7 @@ def _write(folder: Path, step: int) -> Path:
     names = ("model.safetensors", "rank-0.safetensors", "rank-1.safetensors")
     receipts = checkpoint.write_files(path, {name: {"x": torch.ones(2)} for name in names})
     more = {"world_size": 2, "zero_stage": 1, "score": 1.5, "attempt": 1}
-    checkpoint.seal(path, Progress(step, 8 * step, [[0, 8], [1, 0]]), receipts, **more)
+    checkpoint.write_manifest(path, Progress(step, 8 * step, [[0, 8], [1, 0]]), receipts, **more)
     return path
 
 

@@ -148,20 +148,20 @@ def test_training_goes_on_while_the_files_of_a_checkpoint_are_written(tmp_path: 
 
 def _be_taken_over_while_saving(folder: Path) -> str:
     """Return the error of an attempt that a later one replaces while it writes its manifest."""
-    engine, saver, seal = build_engine(0), open_saver(folder), checkpoint.seal
+    engine, saver, write = build_engine(0), open_saver(folder), checkpoint.write_manifest
 
-    def slow_seal(*args: Any, **more: Any) -> None:
-        seal(*args, **more)
+    def slow_write(*args: Any, **more: Any) -> None:
+        write(*args, **more)
         lease.acquire(folder)
 
-    checkpoint.seal = slow_seal
+    checkpoint.write_manifest = slow_write
     saver.start(engine, Progress(1, 1, []), score=None)
     try:
         saver.finish()
     except UserError as error:
         return str(error)
     finally:
-        checkpoint.seal = seal
+        checkpoint.write_manifest = write
     return ""
 
 
