@@ -62,12 +62,24 @@ def test_statistics_are_the_tiles(name: str) -> None:
         assert float(ours[key]) == pytest.approx(float(tiles[key]), abs=1e-6), key
 
 
-@pytest.mark.parametrize("temperature", [0.02, 0.005])
-def test_a_softmax_without_overflow_or_underflow(temperature: float) -> None:
+@pytest.mark.parametrize("opposite_texts", [slice(7, 12), slice(0)])
+@pytest.mark.parametrize("name", ["convse", "dcl"])
+def test_a_softmax_without_overflow_or_underflow(name: str, opposite_texts: slice) -> None:
     # Opposite features: whole rows and columns of a tile are 2^-500 of its maximum.
-    case = Case("convse", 48, width=8, temperature=temperature)
-    case.images[20:] = -case.images[0]
-    case.texts[5:30] = case.images[0]
+    case = Case(name, 48, width=8, temperature=0.005)
+    case.images[:] = case.images[0]
+    case.texts[:] = case.images[0] + 0.1 * case.texts
+    case.images[5:9] *= -1
+    case.texts[opposite_texts] *= -1
+    case.texts /= case.texts.norm(dim=1, keepdim=True)
+    exact = gradients(dense_loss, case)
+    tiles = gradients(global_loss, case, dtype=torch.float32)
+    assert error(fused_gradients(case), exact) < 2 * error(tiles, exact) < 1e-4
+
+
+def test_duplicates_of_either_kind_mark_their_tiles() -> None:
+    case = Case("convse", 70, width=24)
+    case.ids[3], case.text_ids[68] = case.ids[40], case.text_ids[10]
     assert error(fused_gradients(case), gradients(dense_loss, case)) < 5e-6
 
 

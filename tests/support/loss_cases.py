@@ -133,5 +133,6 @@ def error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     for a, b in zip(ours, exact, strict=True):
         if b.numel():
             difference = (a.double() - b.double()).abs().max()
-            worst = max(worst, (difference / b.abs().max().clamp(min=1e-3)).item())
+            relative = (difference / b.abs().max().clamp(min=1e-3)).item()
+            worst = max(worst, math.inf if math.isnan(relative) else relative)
     return worst
