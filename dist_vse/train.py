@@ -31,8 +31,8 @@ from dist_vse.runs.metrics import Recorder, log_line, peak_memory_gib, progress_
 from dist_vse.runs.saver import Saver
 from dist_vse.runs.skipped import SkippedLog
 from dist_vse.training.batches import build_train_batches
+from dist_vse.training.build_engine import launcher_conflicts
 from dist_vse.training.chunks import make_chunks
-from dist_vse.training.engine import launcher_conflicts
 from dist_vse.training.grad_cache import train_step
 from dist_vse.training.profiler import profiled
 from dist_vse.training.schedule import learning_rate

@@ -72,7 +72,7 @@ class _Bucket:
 
 
 class GradientReduction:
-    """Averages gradients over the ranks, each for its owner, beside a backward.
+    """Averages gradients over the ranks, each for its owner, during a backward.
 
     Every rank calls `start`, runs the backward that completes the gradients, and calls `finish`.
     """

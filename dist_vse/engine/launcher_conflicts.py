@@ -1,7 +1,7 @@
 """A configuration that came with the launcher, and where it contradicts the run's own.
 
 `accelerate launch` hands its user's settings on in the environment, and DeepSpeed's JSON by its
-path. The run's config alone counts; what differs is told, never merged in silence.
+path. The run's config alone counts; what differs is reported, never merged in silence.
 """
 
 import json
@@ -83,17 +83,17 @@ def conflicts(environment: Mapping[str, str], ours: Mapping[str, Any]) -> list[s
         asked[f"{precision}.enabled"] = True
     if _number(asked.get("gradient_accumulation_steps")) == 1:
         del asked["gradient_accumulation_steps"]  # in every file of `accelerate config`, no wish
-    told = []
+    differences = []
     for name, value in sorted(asked.items()):
         used = known.get(name)
         if name in _CHANGES_NO_NUMBER or _same(value, used):
             continue
         does = "does without" if used is None else f"has {_plain(used)}"
         where = f"; set {_INSTEAD[name]} in its config" if name in _INSTEAD else ""
-        told.append(
+        differences.append(
             f"the launcher asks DeepSpeed for {name}={_plain(value)}, the run {does}{where}"
         )
-    return told + _of_accelerate(environment, "no", bf16=False)
+    return differences + _of_accelerate(environment, "no", bf16=False)
 
 
 def _of_accelerate(environment: Mapping[str, str], precision: str, *, bf16: bool) -> list[str]:

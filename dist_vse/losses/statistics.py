@@ -1,4 +1,4 @@
-"""What a batch tells about training beside the loss: a few numbers that cost next to nothing."""
+"""What a batch says about training, besides the loss: numbers that cost next to nothing."""
 
 from collections.abc import Mapping
 

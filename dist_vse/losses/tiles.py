@@ -23,7 +23,7 @@ def tile_shape(size: int, *, dense: bool) -> tuple[int, int]:
     """Return the largest height and width of the tiles of some size.
 
     The width of the default size is no power of two: so a column's entries do not all meet in the
-    same lines of a cache. Without a dense term there are no intermediate results beside a tile,
+    same lines of a cache. Without a dense term there are no intermediate results,
     and it may be twice as tall.
     """
     return (2 if dense else 4) * size, max(1, 3 * size // 4)

@@ -77,7 +77,7 @@ def start_trackers(
     path = run_dir / IDS_NAME
     try:
         ids = {k: v for k, v in read_json(path).items() if isinstance(v, str)}
-    except BadFileError:  # missing or damaged: they start anew
+    except BadFileError:  # missing or damaged: they start again
         ids = {}
     started = []
     for name in names:

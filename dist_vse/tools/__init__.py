@@ -1,1 +1,1 @@
-"""What works on data, models and runs beside training; training imports none of it."""
+"""What uses data, models and runs besides training; training imports none of it."""

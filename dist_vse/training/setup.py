@@ -24,8 +24,8 @@ from dist_vse.runs.metrics import Meter
 from dist_vse.runs.resolve import resolve
 from dist_vse.runs.trackers import check_trackers
 from dist_vse.runs.trained import run_tokenizer
+from dist_vse.training.build_engine import build_engine
 from dist_vse.training.chunking import agree, choose_chunks
-from dist_vse.training.engine import wrap_model
 from dist_vse.training.flops import count_flops, peak_flops
 from dist_vse.training.frozen_features import open_run_features
 from dist_vse.training.kernel_check import settle_kernels
@@ -103,7 +103,7 @@ def set_up(config: TrainConfig) -> Run:
         write_config(config)
     rows, graphs = chunking.chunk_size, chunking.keep_graphs
     logger.info("%d pairs a chunk, %d chunks keep their graphs", rows, graphs)
-    engine = wrap_model(config, model)
+    engine = build_engine(config, model)
     with distributed.raise_on_all_ranks(), writing(run_dir):
         lease = acquire(run_dir) if distributed.is_main_process() else None
     lease = distributed.broadcast_object(lease)

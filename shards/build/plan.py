@@ -108,8 +108,8 @@ class Fingerprint:
             place = f"{image.url}{image.offset}+{image.num_bytes}"
         else:
             place = "" if local_path(image) else str(image)
-        told = meta + record.fault.encode("utf-8", "backslashreplace")
-        self._digest.update(b"%b %d %d %b\n" % (os.fsencode(place), *state, told))
+        content = meta + record.fault.encode("utf-8", "backslashreplace")
+        self._digest.update(b"%b %d %d %b\n" % (os.fsencode(place), *state, content))
 
     def hexdigest(self) -> str:
         """Return the digest of what was added."""

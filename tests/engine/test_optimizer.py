@@ -21,7 +21,7 @@ from dist_vse.tools.plan.check import settings_of
 from dist_vse.tools.plan.count import count_work
 from dist_vse.tools.plan.memory import state_bytes
 from dist_vse.tools.plan.step_memory import step_memory
-from dist_vse.training.engine import launcher_conflicts
+from dist_vse.training.build_engine import launcher_conflicts
 from dist_vse.training.grad_cache import train_step
 from tests.support.distributed import run_distributed
 from tests.support.paths import ROOT

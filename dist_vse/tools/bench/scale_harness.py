@@ -22,9 +22,9 @@ from dist_vse.models.tokenizer import AnyWords, Tokenizer
 from dist_vse.runs.checkpoint import Progress
 from dist_vse.runs.trained import run_tokenizer
 from dist_vse.training.batches import build_train_batches
+from dist_vse.training.build_engine import build_engine
 from dist_vse.training.chunking import agree, choose_chunks
 from dist_vse.training.chunks import make_chunks
-from dist_vse.training.engine import wrap_model
 from dist_vse.training.flops import Flops, count_flops
 from dist_vse.training.grad_cache import train_step
 from dist_vse.training.step_loss import build_loss
@@ -92,7 +92,7 @@ def build_harness(config: TrainConfig, *, stream: bool) -> StepHarness:
             batches = build_train_batches(config, sets, tokenizer, Progress(0, 0, []))
     else:
         batches = itertools.repeat(_made_up(config))
-    return StepHarness(config, wrap_model(config, model), batches, chunking.keep_graphs, flops)
+    return StepHarness(config, build_engine(config, model), batches, chunking.keep_graphs, flops)
 
 
 def _tokenizer(config: TrainConfig, stream: bool) -> Tokenizer | None:

@@ -21,8 +21,8 @@ from dist_vse.tools.verify.case import (
 )
 from dist_vse.tools.verify.reference import MIN_TOLERANCE, ROUNDING, model_gradients, samples_seen
 from dist_vse.tools.verify.table import Row, compare, relative_error
+from dist_vse.training.build_engine import build_engine
 from dist_vse.training.chunks import make_chunks
-from dist_vse.training.engine import wrap_model
 from dist_vse.training.grad_cache import train_step
 from dist_vse.training.step_loss import build_loss
 
@@ -88,7 +88,7 @@ def _take_step(
     config: TrainConfig, batch: Batch, frozen: tuple[bool, bool]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Train for one step as `dist_vse.train` does; return the loss and the whole parameters."""
-    engine = wrap_model(config, small_model(config, frozen=frozen))
+    engine = build_engine(config, small_model(config, frozen=frozen))
     engine.set_learning_rate(config.optim.lr)
     count = config.global_batch_size // distributed.world_size()
     start = count * distributed.rank()

@@ -11,7 +11,7 @@ from dist_vse.engine.zero import ZeroEngine, zero_config
 from dist_vse.models.dual_encoder import DualEncoder
 
 
-def wrap_model(config: TrainConfig, model: DualEncoder) -> ZeroEngine:
+def build_engine(config: TrainConfig, model: DualEncoder) -> ZeroEngine:
     """Build the optimizer and the DeepSpeed engine around a model that is on its device."""
     return ZeroEngine(
         model,
