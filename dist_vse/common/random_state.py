@@ -1,7 +1,7 @@
 """Save and replay the random state, so that two forwards draw the same dropout.
 
-Beside PyTorch's own generators a module may draw from one that it holds itself: a torch.Generator,
-a random.Random, or NumPy's. `own_generators` finds these.
+Besides PyTorch's own generators, a module may draw from one that it holds itself: a
+torch.Generator, a random.Random, or NumPy's. `own_generators` finds these.
 """
 
 import contextlib

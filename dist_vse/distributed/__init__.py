@@ -3,6 +3,7 @@
 from dist_vse.distributed.agreement import (
     any_rank,
     any_rank_each,
+    first_failure,
     raise_on_all_ranks,
 )
 from dist_vse.distributed.collectives import (
@@ -45,6 +46,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "device",
+    "first_failure",
     "gather_ragged_rows",
     "gather_rows",
     "is_main_process",

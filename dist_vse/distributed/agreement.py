@@ -41,7 +41,11 @@ def raise_on_all_ranks() -> Iterator[None]:
         return
     if not any_rank(failure is not None):
         return
-    failures = all_gather_object(failure)
-    number, first = next((n, f) for n, f in enumerate(failures) if f is not None)
-    on = f" (on rank {number})" if [str(f) for f in failures].count(str(first)) == 1 else ""
-    raise type(first)(f"{first}{on}")
+    raise first_failure(all_gather_object(failure))
+
+
+def first_failure(failures: Sequence[UserError | None]) -> UserError:
+    """Return the first of all ranks' failures; it names its rank where only that one has it."""
+    rank, first = next((rank, f) for rank, f in enumerate(failures) if f is not None)
+    alone = len(failures) > 1 and [str(f) for f in failures].count(str(first)) == 1
+    return type(first)(f"{first} (on rank {rank})") if alone else first

@@ -1,4 +1,4 @@
-"""The losses in fused kernels: where they run, and what they find for the losses' terms.
+"""The losses in fused kernels: what they find for the losses' terms.
 
 Forward, no similarity is written to memory: the kernels write what a term takes of a tile, a number
 a row and a column. Backward, similarities are computed again and their gradient is written a strip
@@ -8,21 +8,20 @@ b rows (images) on this rank, N columns (captions) on all ranks, c columns in a 
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dist_vse.common.log import logger
 from dist_vse.losses.decoupled import Decoupled
 from dist_vse.losses.hardest import Best, Hardest, hardest_terms
+from dist_vse.losses.kernel_choice import INTERPRETED, Blocks, blocks_of
+from dist_vse.losses.matmul import Matmul
 from dist_vse.losses.pairwise import Hinges, Sigmoid, hinge_terms, sigmoid_terms
 from dist_vse.losses.positives import Positives
 from dist_vse.losses.softmax import RunningSoftmax
-from dist_vse.losses.tiled import Dense, Sparse, Term, TermInputs, Terms, TiledLoss
+from dist_vse.losses.tiled import TermInputs, Terms
 from dist_vse.losses.tiles import ranges
 from dist_vse.losses.transport import Block
 
@@ -30,74 +29,8 @@ FORWARD_COLUMNS = 2**14  # of which partial results are in memory at a time
 GRADIENT_ROWS, GRADIENT_COLUMNS = 2**14, 2**13  # of which the gradient is
 
 
-class Blocks(NamedTuple):
-    """The shape of a tile, and how a program works on it."""
-
-    height: int
-    width: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# Chosen from registers and spills of compiled code (tests/losses/test_fused_compiled.py); no time
-# was measured. A column lies across the threads, so tall tiles have fewer steps to reduce it.
-HOPPER = {
-    "softmax_sums": Blocks(256, 128, 64, 8, 3),
-    "hardest": Blocks(256, 128, 64, 8, 3),
-    "weights": Blocks(128, 128, 64, 8, 3),
-    "pair_sums": Blocks(128, 128, 64, 8, 3),
-}
-DEFAULT = Blocks(128, 128, 32, 8, 3)
-FLOAT32 = Blocks(64, 64, 32, 8, 3)
-INTERPRETED = Blocks(16, 32, 16, 1, 1)
-
-
-def blocks_of(kernel: str, dtype: torch.dtype, capability: tuple[int, int]) -> Blocks:
-    """Return the blocks of a kernel on a GPU of some compute capability."""
-    if dtype == torch.float32:
-        return FLOAT32
-    return HOPPER[kernel] if capability[0] == 9 else DEFAULT
-
-
-def choose_kernels(
-    wanted: str, has_kernels: bool, dtype: torch.dtype, device: torch.device
-) -> tuple[str, str]:
-    """Return what computes a loss, `fused` or `tiled`, and why.
-
-    `wanted` is `loss.kernels`, `has_kernels` whether the loss has fused ones, `dtype` that of the
-    statistics. The interpreter runs only if it is asked for, by `fused`.
-    """
-    if wanted == "tiled":
-        return "tiled", "loss.kernels=tiled"
-    obstacles = {
-        "the loss has no fused kernels": not has_kernels,
-        f"features are {dtype}": dtype != torch.float32,
-        "Triton is not installed": find_spec("triton") is None,
-    }
-    obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
-    if obstacle is None:
-        if device.type == "cuda" and torch.cuda.is_available():
-            if torch.cuda.get_device_capability(device) < (8, 0):
-                obstacle = "the GPU's compute capability is below 8.0"
-        elif wanted == "auto" or not _interpreted():
-            obstacle = f"the device is {device.type}"
-    return ("tiled", obstacle) if obstacle else ("fused", f"loss.kernels={wanted}")
-
-
-@cache
-def log_choice(wanted: str, kernels: str, reason: str) -> None:
-    """Log once what computes the loss."""
-    level = logger.warning if wanted == "fused" and kernels == "tiled" else logger.info
-    level(f"the loss runs in {kernels} kernels ({reason})")
-
-
 class Epilogue(Protocol):
     """What kernels find for a term."""
-
-    @property
-    def term(self) -> Term:
-        """The term that has the statistics."""
 
     def accumulate(self, tiles: "Tiles", strip: Block) -> None:
         """Take a strip of columns into the term's statistics."""
@@ -106,28 +39,16 @@ class Epilogue(Protocol):
 class DenseEpilogue(Epilogue, Protocol):
     """The same for a term whose gradient touches every pair."""
 
-    @property
-    def term(self) -> Dense:
-        """The term that has the statistics."""
-
     def gradient(self, tiles: "Tiles", rows: slice, strip: Block) -> Tensor:
         """Return the gradient in the similarities (rows, c) of rows with a strip."""
 
 
-class SparseEpilogue(Epilogue, Protocol):
-    """The same for a term whose gradient is sparse: the term finds it."""
-
-    @property
-    def term(self) -> Sparse:
-        """The term that has the statistics."""
-
-
 class Epilogues(NamedTuple):
-    """A loss's terms, with an epilogue for each of them."""
+    """A loss's terms, with an epilogue for each of them. A sparse term finds its own gradient."""
 
     terms: Terms
     dense: DenseEpilogue | None = None
-    sparse: SparseEpilogue | None = None
+    sparse: Epilogue | None = None
 
 
 class Tiles:
@@ -218,14 +139,17 @@ class Tiles:
 
 
 class FusedPass:
-    """Runs a loss's epilogues over blocks of columns, for `TiledLoss`."""
+    """Runs a loss's epilogues over blocks of columns, for `TiledLoss`.
 
-    def __init__(self, epilogues: Epilogues, tiled: TiledLoss) -> None:
+    `candidates` says that duplicates are; see `Tiles`.
+    """
+
+    def __init__(
+        self, epilogues: Epilogues, matmul: Matmul, positives: Positives, *, candidates: bool
+    ) -> None:
         self.epilogues = epilogues
-        self.matmul = tiled.matmul
-        self.tiles = Tiles(
-            tiled.matmul.rows, tiled.positives, candidates=tiled.duplicates_are_candidates
-        )
+        self.matmul = matmul
+        self.tiles = Tiles(matmul.rows, positives, candidates=candidates)
 
     def accumulate(self, block: Block) -> None:
         """Take a block of columns into the terms' statistics."""
@@ -423,13 +347,6 @@ def _operand(features: Tensor) -> Tensor:
 
 def _cdiv(count: int, size: int) -> int:
     return -(-count // size)
-
-
-def _interpreted() -> bool:
-    """Say whether Triton's interpreter runs the kernels, as TRITON_INTERPRET=1 asks for."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def _kernels() -> ModuleType:

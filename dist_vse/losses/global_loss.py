@@ -20,14 +20,16 @@ from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.units import GIB
 from dist_vse.losses.async_gather import PrefetchedGather
-from dist_vse.losses.fused import Epilogues, FusedPass, choose_kernels, log_choice
-from dist_vse.losses.layout import DuplicatePairs
+from dist_vse.losses.fused import Epilogues, FusedPass
+from dist_vse.losses.kernel_choice import choose_kernels, log_choice
+from dist_vse.losses.layout import DuplicatePairs, Layout
+from dist_vse.losses.matmul import Matmul
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.positives import OwnPairs, Positives
 from dist_vse.losses.preflight import Metadata, exchange_metadata, refuse
 from dist_vse.losses.registry import LossSpec, find_loss
 from dist_vse.losses.statistics import summarize
-from dist_vse.losses.tiled import TermInputs, TiledLoss
+from dist_vse.losses.tiled import Kernels, TermInputs, TiledLoss
 from dist_vse.losses.tiles import default_tile
 from dist_vse.losses.transport import Gather, Ring, Transport
 
@@ -145,21 +147,14 @@ class GlobalLoss:
     ) -> TiledLoss:
         rows, captions, bias = (x.detach() for x in inputs)
         options, layout = self.options, metadata.layout
-        gathered = self._prefetched.take()
         average = options.duplicates == "positive"
-        duplicates = None
-        if self._ids:
-            duplicates = DuplicatePairs(
-                layout.gather(torch.stack(self._ids, 1)), layout, rows.device
-            )
-        positives = Positives(rows, captions, own, layout, duplicates, average_duplicates=average)
-        travelling = captions.bfloat16() if self._captions_in_bf16 else captions
-        transport: Transport = (
-            Ring(travelling, layout)
-            if options.transport == "ring" and len(layout.counts) > 1
-            else Gather(travelling, layout, gathered)
+        positives = Positives(
+            rows, captions, own, layout, self._duplicates(layout, rows), average_duplicates=average
         )
+        transport = self._transport(captions, layout)
         positives.include_duplicates(transport)
+        matmul = Matmul(rows, bf16=options.bf16_products)
+        candidates = spec.positives_compete and average
         of_terms = TermInputs(
             positives,
             metadata.largest,
@@ -168,20 +163,34 @@ class GlobalLoss:
             options.margin,
             options.hard_negative_weight,
         )
-        epilogues: Epilogues | None = spec.build_epilogues(of_terms) if fused else None
-        tiled = TiledLoss(
-            rows,
+        kernels: Kernels | None = None
+        if fused:
+            epilogues: Epilogues = spec.build_epilogues(of_terms)
+            terms = epilogues.terms
+            kernels = FusedPass(epilogues, matmul, positives, candidates=candidates)
+        else:
+            terms = spec.build_terms(of_terms)
+        return TiledLoss(
+            matmul,
             transport,
             positives,
-            epilogues.terms if epilogues is not None else spec.build_terms(of_terms),
-            duplicates_are_candidates=spec.positives_compete and average,
+            terms,
+            kernels,
+            candidates=candidates,
             tile=options.tile or default_tile(rows.device),
             budget=int(options.memory_gib * GIB),
-            bf16=options.bf16_products,
         )
-        if epilogues is not None:
-            tiled.kernels = FusedPass(epilogues, tiled)
-        return tiled
+
+    def _duplicates(self, layout: Layout, rows: Tensor) -> DuplicatePairs | None:
+        if not self._ids:
+            return None
+        return DuplicatePairs(layout.gather(torch.stack(self._ids, 1)), layout, rows.device)
+
+    def _transport(self, captions: Tensor, layout: Layout) -> Transport:
+        travelling = captions.bfloat16() if self._captions_in_bf16 else captions
+        if self.options.transport == "ring" and len(layout.counts) > 1:
+            return Ring(travelling, layout)
+        return Gather(travelling, layout, self._prefetched.take())
 
     def _find_fault(self, image_features: Tensor, text_features: Tensor) -> str | None:
         """Say what is wrong with this rank's arguments, if anything is."""

@@ -18,7 +18,8 @@ class Matmul:
 
     def __init__(self, rows: Tensor, *, bf16: bool) -> None:
         self.bf16 = bf16
-        self.rows = self.operand(rows)  # (b, d)
+        self.features = rows  # (b, d)
+        self.rows = self.operand(rows)  # as products take them
         self.precision = rows.dtype
 
     def operand(self, features: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def exchange_metadata(
     there = _exchange(torch.cat([numbers, numbers.new_full((1,), code)])).T.tolist()
     counts, row_norms, column_norms, smallest, log_scales, biases, codes = there
     if min(counts) < 0:
-        _raise_first(distributed.all_gather_object(None))
+        raise distributed.first_failure(distributed.all_gather_object(None))
     if len(set(codes)) > 1 or _spread(log_scales) > CLOSE or _spread(biases) > CLOSE:
         model = {"log_scale": float(log_scale), "bias": float(bias)}
         raise UserError(_difference(distributed.all_gather_object({**settings, **model})))
@@ -62,7 +62,7 @@ def exchange_metadata(
 def refuse(fault: str) -> NoReturn:
     """Raise UserError for this rank's `fault`, here and on the ranks in `exchange_metadata`."""
     _exchange(torch.full((NUMBERS,), -1.0, dtype=torch.float64, device=distributed.device()))
-    _raise_first(distributed.all_gather_object(fault))
+    raise distributed.first_failure(distributed.all_gather_object(UserError(fault)))
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -71,12 +71,6 @@ def _spread(values: Sequence[float]) -> float:
 
 def _exchange(numbers: Tensor) -> Tensor:
     return distributed.gather_rows(numbers.unsqueeze(0))  # (W, numbers)
-
-
-def _raise_first(faults: list[str | None]) -> NoReturn:
-    rank, fault = next((rank, fault) for rank, fault in enumerate(faults) if fault is not None)
-    on = f" (on rank {rank})" if len(set(faults)) > 1 else ""
-    raise UserError(f"{fault}{on}")
 
 
 def _difference(settings: list[dict[str, object]]) -> str:

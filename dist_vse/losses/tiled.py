@@ -95,31 +95,31 @@ class TiledLoss:
 
     Own pairs are -inf in the tiles: what they give is a matter of b numbers, not of b x N.
     Duplicates are -inf as well, unless they are `candidates`. Up to `budget` bytes of prepared
-    tiles are kept from forward to backward.
+    tiles are kept from forward to backward. With `kernels` no tile is made.
     """
 
     def __init__(
         self,
-        rows: Tensor,
+        matmul: Matmul,
         transport: Transport,
         positives: Positives,
         terms: Terms,
+        kernels: Kernels | None,
         *,
-        duplicates_are_candidates: bool,
+        candidates: bool,
         tile: int,
         budget: int,
-        bf16: bool,
     ) -> None:
-        self.rows = rows
+        self.matmul = matmul
+        self.rows = matmul.features  # (b, d)
         self.transport = transport
         self.positives = positives
         self.dense, self.sparse, self._take_bias_grad = terms
         self.terms: list[Term] = [x for x in (self.dense, self.sparse) if x is not None]
-        self.duplicates_are_candidates = duplicates_are_candidates
+        self.kernels = kernels
+        self.candidates = candidates
         self.height, self.width = tile_shape(tile, dense=self.dense is not None)
         self.budget = budget
-        self.matmul = Matmul(rows, bf16=bf16)
-        self.kernels: Kernels | None = None  # in place of tiles
         self._results: list[TermResult] = []
         self._kept: dict[tuple[int, int], Tensor] = {}
 
@@ -129,8 +129,8 @@ class TiledLoss:
         self._results = [term.finalize() for term in self.terms]
         return torch.stack([result.total for result in self._results]).sum()
 
-    def _accumulate(self, room: int) -> None:
-        """Show every tile to the terms; keep as many as fit in `room` bytes."""
+    def _accumulate(self, budget: int) -> None:
+        """Take every tile into the terms' statistics; keep as many as fit in `budget` bytes."""
         if self.kernels is not None:
             for block in self.transport.blocks():
                 self.kernels.accumulate(block)
@@ -142,8 +142,8 @@ class TiledLoss:
                 tile = self._compute(rows, columns, operand, block, workspace)
                 for term in self.terms:
                     term.accumulate(tile)
-                if tile.values.nbytes <= room:
-                    room -= tile.values.nbytes
+                if tile.values.nbytes <= budget:
+                    budget -= tile.values.nbytes
                     self._kept[rows.start, columns.start] = tile.values
                 del tile  # the next one may have its memory
 
@@ -209,7 +209,7 @@ class TiledLoss:
         values = self.matmul.similarities(rows, operand[block.within(columns)])
         tile = self._tile(rows, columns, values, workspace)
         self._hide_own_entries(tile)
-        if tile.duplicates is not None and not self.duplicates_are_candidates:
+        if tile.duplicates is not None and not self.candidates:
             tile.values[tile.duplicates] = float("-inf")
             tile.duplicates = None
         if self.dense is not None:

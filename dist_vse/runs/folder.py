@@ -26,6 +26,7 @@ _MAY_CHANGE = (
     "data.max_bad",
     "cache.keep_graphs",
     "cache.memory_gib",
+    "loss.kernels",
 )
 """Settings of a run that a later attempt may change without changing what was learned so far."""
 

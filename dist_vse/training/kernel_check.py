@@ -14,8 +14,8 @@ from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger
 from dist_vse.config import TrainConfig
-from dist_vse.losses.fused import choose_kernels
 from dist_vse.losses.global_loss import GlobalLoss
+from dist_vse.losses.kernel_choice import choose_kernels
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.registry import find_loss
 from dist_vse.training.step_loss import loss_options

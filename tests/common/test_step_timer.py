@@ -111,6 +111,7 @@ def _step(stage: int | None) -> tuple[list[str], dict[str, float]]:
     return [part for part, _ in groupby(parts.told)], sent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
 def test_every_collective_of_a_step_is_gather_or_reduce(stage: int | None) -> None:
     told, sent = run_distributed(_step, 2, stage)[0]

@@ -85,6 +85,7 @@ def _stream(folder: Path, num_workers: int, steps: int) -> list[list[int]] | str
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_ranks_read_a_remote_data_set_once(
     remote_index: Callable[[Callable[[str], str]], Index],

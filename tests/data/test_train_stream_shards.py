@@ -48,6 +48,7 @@ def order(index: Index) -> str:
     return _count(index, 1, 0)[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "num_workers"), [(1, 0), (2, 0), (3, 0), (4, 0), (1, 1), (1, 2), (2, 1)]
 )

@@ -81,6 +81,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ends", "is killed"])
 def test_workers_end_with_a_trainer_that(how: str, tmp_path: Path) -> None:
     script = tmp_path / "trainer.py"

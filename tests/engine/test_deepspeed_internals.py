@@ -95,6 +95,7 @@ def _step_without_reduction(stage: int) -> tuple[dict[str, int], float, float]:
     return dict(counted.calls), error, moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_take_over_reduction(stage: int) -> None:
     for calls, error, moved in run_distributed(_step_without_reduction, 2, stage):
@@ -232,6 +233,7 @@ def _train_around_forwards(stage: int, batches: tuple[int, ...]) -> tuple[Tensor
     return found[0], found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("batches", [(1, 0), (0, 2)])
 def test_forget_module_order(stage: int, batches: tuple[int, ...]) -> None:
@@ -354,6 +356,7 @@ def _fall_back(stage: int, name: str) -> tuple[Tensor, bool, list[str]]:
     return _train(engine, 2), engine.reduction is None, messages.texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "name"),
     [

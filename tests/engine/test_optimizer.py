@@ -81,6 +81,7 @@ def test_a_registered_optimizer_trains_alike_on_any_number_of_ranks() -> None:
     assert kept == {"first", "second", "third"} and moved.max() == pytest.approx(0.02, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_doctor_and_plan_count_what_a_registered_optimizer_keeps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

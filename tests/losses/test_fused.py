@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_vse.losses import fused
-from dist_vse.losses.fused import choose_kernels
+from dist_vse.losses import fused, kernel_choice
+from dist_vse.losses.kernel_choice import choose_kernels
 from dist_vse.losses.registry import find_loss
 from tests.losses.test_global_loss_distributed import _take_part, _whole
 from tests.support.distributed import run_distributed
@@ -152,8 +152,16 @@ def _compare(counts: tuple[int, ...], duplicates: str) -> dict[str, float]:
     return errors
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("counts", "duplicates"), [((18, 6), "mask"), ((5, 18), "positive"), ((0, 6), "mask")]
+    ("counts", "duplicates"),
+    [
+        pytest.param((18, 6), "mask", marks=SLOW),
+        pytest.param((5, 18), "positive", marks=SLOW),
+        ((0, 6), "mask"),
+    ],
 )
 def test_two_ranks_equal_one_process(counts: tuple[int, ...], duplicates: str) -> None:
     for errors in run_distributed(_compare, 2, counts, duplicates):
@@ -169,8 +177,8 @@ def test_what_can_not_be_fused_runs_in_tiles_and_the_log_says_so(
     assert "float64" in choose_kernels("fused", True, torch.float64, CPU)[1]
 
     said: list[str] = []
-    monkeypatch.setattr(fused.logger, "warning", said.append)
-    fused.log_choice.cache_clear()
+    monkeypatch.setattr(kernel_choice.logger, "warning", said.append)
+    kernel_choice.log_choice.cache_clear()
     case = Case("convse", 12)
     for _ in range(2):
         tiles = gradients(global_loss, case, kernels="fused")  # float64

@@ -71,7 +71,9 @@ def _compare(
     return errors
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world_size", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+)
 def test_ragged_ranks_equal_one_process_in_float64(world_size: int) -> None:
     for errors in run_distributed(_compare, world_size, RAGGED, torch.float64, NAMES):
         assert len(errors) == len(NAMES) * 2 * 2 * 3
@@ -83,6 +85,7 @@ def test_one_pair_on_two_ranks() -> None:
         assert max(errors.values()) < 1e-10, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_even_ranks_equal_one_process(world_size: int) -> None:
     for errors in run_distributed(_compare, world_size, EVEN, torch.float64, NAMES):

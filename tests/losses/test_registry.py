@@ -78,6 +78,7 @@ def test_a_loss_from_outside_equals_its_dense_form_on_ragged_ranks() -> None:
         assert max(errors.values()) < 1e-10, errors
 
 
+@pytest.mark.slow
 def test_a_loss_from_outside_is_trained_reported_and_verified(tmp_path: Path) -> None:
     more = (f"loss.name={TOY}", "total_steps=6", "log_every=1", "engine.zero_stage=2")
     run_dir = trained_run(tmp_path, {"train": 64, "val": 8}, *more)

@@ -278,6 +278,7 @@ def test_annotations_and_images_may_lie_at_urls(tmp_path: Path) -> None:
         to_path("nonsense://host/a.json")
 
 
+@pytest.mark.slow
 def test_tars_are_cut_and_shuffled_anew(tmp_path: Path) -> None:
     """Reshard there and back: the samples and their bytes stay."""
     for i in range(9):

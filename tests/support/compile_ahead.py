@@ -25,7 +25,7 @@ except ImportError as error:
     print(f"this Triton ({triton.__version__}) compiles nothing ahead: {error}", file=sys.stderr)
     sys.exit(3)
 
-from dist_vse.losses import fused, fused_kernels
+from dist_vse.losses import fused_kernels, kernel_choice
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What is compiled: a kernel, the loss whose it is (where it has several) and what duplicates are.
@@ -53,7 +53,7 @@ def cuobjdump() -> Path | None:
 def compile_ahead(variant: str, dtype: str, capability: int, **blocks: int) -> dict[str, Any]:
     """Return what a compiled kernel takes; `blocks` are in place of the table's."""
     name, loss, duplicates = VARIANTS[variant]
-    shape = fused.blocks_of(name, DTYPES[dtype], divmod(capability, 10))._replace(**blocks)
+    shape = kernel_choice.blocks_of(name, DTYPES[dtype], divmod(capability, 10))._replace(**blocks)
     kernel = getattr(fused_kernels, name)
     constants: dict[str, Any] = {
         "duplicates": getattr(fused_kernels, duplicates).value,

@@ -57,6 +57,7 @@ def exported(runs: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     return runs / request.param, export_run(runs / request.param, out, onnx=False)
 
 
+@pytest.mark.slow
 def test_equal_to_the_bit_after_loading(exported: tuple[Path, Path]) -> None:
     run_dir, out = exported
     trained = open_trained(run_dir)

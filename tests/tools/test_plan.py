@@ -221,6 +221,7 @@ def test_a_slip_is_one_line(
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_step_needs_its_states_at_least_and_less_without_adams_moments() -> None:
     def memory(*words: str, world_size: int = 2) -> StepMemory:
         return step_memory(

@@ -46,6 +46,7 @@ def _hooks() -> tuple[dict[str, float], dict[str, float]]:
     return added[0], added[1]
 
 
+@pytest.mark.slow
 def test_zero_3s_hooks_are_what_it_takes_beyond_a_plain_chunk() -> None:
     for whole, nothing in run_distributed(_hooks, 2):
         assert whole.keys() == {"hooks_forward_s", "hooks_backward_s"}

@@ -40,6 +40,7 @@ def _codes() -> list[tuple[int, str]]:
     return [(result.code, describe(result)) for result in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "world_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))]
 )

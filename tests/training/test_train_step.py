@@ -77,6 +77,7 @@ def _outputs_with_dropout(stage: int | None, keep_graphs: int, options: dict[str
 
 
 BF16 = {"precision": "bf16"}
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def _traffic(stage: int | None) -> tuple[int, list[Counter[str]]]:
     return size, counts
 
 
-@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [None, 0, 1, *(pytest.param(n, marks=SLOW) for n in (2, 3))])
 def test_gradients_are_reduced_once_a_step_however_many_chunks_there_are(stage: int | None) -> None:
     size, (whole, *cached) = run_distributed(_traffic, 2, stage)[0]
     reductions = ("allreduce", "reduce", "reduce_scatter_base")

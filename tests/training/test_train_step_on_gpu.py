@@ -78,7 +78,7 @@ def _compare_all(transport: str) -> list[tuple[str, dict[str, int]]]:
     return [(name, _compare(name, {"transport": transport, "tile": 8})) for name in NAMES]
 
 
-@pytest.mark.parametrize("transport", ["gather", "ring"])
+@pytest.mark.parametrize("transport", ["gather", pytest.param("ring", marks=pytest.mark.slow)])
 def test_two_ranks_have_the_numbers_of_the_cpu(transport: str) -> None:
     for of_rank in run_distributed(_compare_all, 2, transport, timeout=110):
         for name, waits in of_rank:
