@@ -21,6 +21,7 @@ from dist_vse.distributed import watchdog
 from dist_vse.evaluation.batches import build_eval_batches
 from dist_vse.evaluation.evaluate import evaluate
 from dist_vse.evaluation.examples import save_examples
+from dist_vse.losses.registry import find_loss
 from dist_vse.losses.statistics import collapsed
 from dist_vse.models.dual_encoder import average_statistics
 from dist_vse.runs import checkpoint
@@ -189,7 +190,8 @@ def _log(
     with run.exclusive_write():
         recorder.write("train", progress.step, values)
     log_line(progress.step, run.config.total_steps, values)
-    if warning := collapsed(statistics):
+    has_warmup = find_loss(run.config.loss.name).has_warmup
+    if warning := collapsed(statistics, has_warmup=has_warmup):
         logger.warning(warning)
     run.meter.reset()
 

@@ -1,8 +1,9 @@
 """The one exception for errors that a user can fix."""
 
 import contextlib
+import difflib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -14,6 +15,14 @@ class UserError(ValueError):
     Commands print it as one line and exit with code 2. Any other exception is our bug and shows its
     traceback.
     """
+
+
+def unknown_name(key: str, value: str, names: Iterable[str]) -> UserError:
+    """Return the error for a name that is none of those known; it gives the nearest one."""
+    names = list(names)
+    near = difflib.get_close_matches(value, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"
+    return UserError(f"{key}={value!r} is unknown; {hint}")
 
 
 def first_line(error: BaseException) -> str:

@@ -1,9 +1,8 @@
 """What the settings of a run are checked with; each raises UserError with what would do."""
 
-import difflib
 from collections.abc import Sequence
 
-from dist_vse.common.errors import UserError
+from dist_vse.common.errors import UserError, unknown_name
 
 AUTO = "auto"
 
@@ -37,6 +36,4 @@ def share(**values: float) -> None:
 
 def one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(choices)}"
-        raise UserError(f"{name}={value!r} is unknown; {hint}")
+        raise unknown_name(name, value, choices)

@@ -8,7 +8,6 @@ entry point of the group `dist_vse.losses`.
 Nothing here imports torch: functions are named as "module:function" and imported at first use.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from importlib.metadata import entry_points
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from dist_vse.common.errors import UserError
+from dist_vse.common.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,11 +188,7 @@ def check_name(name: str, *, key: str = "loss") -> None:
     """
     if name in LOSSES or ":" in name or name in _entry_points():
         return
-    names = [*LOSSES, *_entry_points()]
-    near = difflib.get_close_matches(name, names, n=1)
-    known = ", ".join(names)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {known}, or module:NAME"
-    raise UserError(f"{key}={name!r} is unknown; {hint}")
+    raise unknown_name(key, name, [*LOSSES, *_entry_points(), "module:NAME"])
 
 
 @cache

@@ -51,19 +51,21 @@ def summarize(
     }
 
 
-def collapsed(stats: Mapping[str, Tensor | float]) -> str | None:
+def collapsed(stats: Mapping[str, Tensor | float], *, has_warmup: bool) -> str | None:
     """Return a warning if all features have become (nearly) the same vector, else None.
 
-    Max-hinge losses collapse from random weights; then every similarity is close to 1.
+    Max-hinge losses collapse from random weights; then every similarity is close to 1. Those have
+    a warm-up, which is the first remedy.
     """
     positive, hardest = float(stats["positive_similarity"]), float(stats["hardest_similarity"])
     uniformity = float(stats["uniformity"])
     if uniformity < -0.1 or abs(positive - hardest) > 0.05:
         return None
+    remedy = "raise loss.warmup_samples or lower optim.lr" if has_warmup else "lower optim.lr"
     return (
         "the features have collapsed: all are nearly the same vector "
         f"(uniformity {uniformity:.3f}, positives {positive:.3f}, hardest negatives {hardest:.3f})"
-        "; raise loss.warmup_samples or lower optim.lr"
+        f"; {remedy}"
     )
 
 

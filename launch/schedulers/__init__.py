@@ -1,8 +1,6 @@
 """The table of schedulers."""
 
-import difflib
-
-from dist_vse.common.errors import UserError
+from dist_vse.common.errors import unknown_name
 from launch.schedulers.base import Scheduler
 from launch.schedulers.local import Local
 from launch.schedulers.slurm import Slurm
@@ -20,7 +18,4 @@ def find_scheduler(name: str) -> Scheduler:
         return next(scheduler for scheduler in SCHEDULERS.values() if scheduler.is_available())
     if name in SCHEDULERS:
         return SCHEDULERS[name]
-    names = ["auto", *SCHEDULERS]
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"
-    raise UserError(f"scheduler={name!r} is unknown; {hint}")
+    raise unknown_name("scheduler", name, ["auto", *SCHEDULERS])

@@ -232,10 +232,11 @@ def test_collapse_is_told_and_health_is_not() -> None:
     near = functional.normalize(base + 1e-3 * torch.randn(32, 16), dim=1)
     zero = torch.zeros(1)
     stats = global_loss("vse++", near, near.clone(), zero, zero).stats
-    warning = collapsed(stats)
+    assert "warmup" not in str(collapsed(stats, has_warmup=False))
+    warning = collapsed(stats, has_warmup=True)
     assert warning is not None
     assert "loss.warmup_samples" in warning
-    assert collapsed(Case("vse++", 32).output().stats) is None
+    assert collapsed(Case("vse++", 32).output().stats, has_warmup=True) is None
 
 
 def test_what_does_not_fit_together_is_told() -> None:
