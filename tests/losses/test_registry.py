@@ -3,17 +3,20 @@
 import itertools
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
 from dist_vse.losses import registry
 from dist_vse.losses.registry import LOSSES, _imported, check_name, find_loss, loss_label
+from dist_vse.tools.bench.traffic import bytes_sent
 from dist_vse.tools.plan.settings import Settings
-from dist_vse.tools.plan.traffic import loss_collectives
+from dist_vse.tools.plan.traffic import loss_collectives, sent_bytes
 from dist_vse.tools.report.page import write_report
 from dist_vse.tools.verify.checks import check
 from tests.support.distributed import run_distributed
@@ -29,6 +32,27 @@ def test_every_entry_is_whole(name: str) -> None:
     assert spec.name == name and spec.label and spec.paper.startswith("https://")
     assert all(callable(_imported(x)) for x in (spec.dense, spec.terms))
     assert loss_collectives(Settings(64, 2, 8, loss=name), 16)
+
+
+ROWS, WIDTH = 256, 4  # narrow features, so that a number a pair counts
+
+
+def _bytes_of_losses() -> dict[tuple[str, str], float]:
+    """Return what a rank sends for each loss, forward and backward, with both kinds of ids."""
+    found, own = {}, slice(distributed.rank() * ROWS, (distributed.rank() + 1) * ROWS)
+    for name, transport in itertools.product(LOSSES, ("gather", "ring")):
+        case = Case(name, 2 * ROWS, width=WIDTH)
+        case.part = own
+        run = partial(gradients, global_loss, case, dtype=torch.float32, transport=transport)
+        found[name, transport] = bytes_sent(run)
+    return found
+
+
+def test_the_plan_counts_what_every_loss_sends() -> None:
+    for (name, transport), sent in run_distributed(_bytes_of_losses, 2)[0].items():
+        settings = Settings(2 * ROWS, 2, ROWS, loss=name, transport=transport)
+        planned = sent_bytes(loss_collectives(settings, WIDTH), 2)
+        assert sent == pytest.approx(planned, rel=0.01), (name, transport)
 
 
 def test_the_registry_imports_no_torch() -> None:
