@@ -1,5 +1,5 @@
 # make demo    the whole way on real pairs: shards, training in two processes, evaluation, report
-# make check   lint and the fast tests, about three minutes on two cores: for every edit
+# make check   lint and the fast tests, under three minutes on two cores: for every edit
 # make test    all tests
 # make lint    ruff and the type checker
 # make graph   draw docs/images/imports.svg again, after an import was added or removed

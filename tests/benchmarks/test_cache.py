@@ -44,6 +44,7 @@ def _update_errors() -> dict[str, float]:
     return errors
 
 
+@pytest.mark.slow
 def test_open_clips_loop_takes_the_same_step_on_our_model() -> None:
     for errors in run_distributed(_update_errors, 2):
         assert errors["image"] < 1e-4 and errors["text"] < 1e-4

@@ -126,6 +126,7 @@ def test_a_training_is_ended_with_its_ranks_once_it_has_taken_its_steps(tmp_path
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("young_s", "counts"), [(0.0, True), (600.0, False)])
 def test_a_child_of_a_rank_counts_once_it_is_no_copy_about_to_run_a_command(

@@ -55,7 +55,14 @@ def test_an_epoch_holds_every_sample_once(index: Index, world_size: int) -> None
 
 @pytest.mark.parametrize(
     ("world_size", "num_workers", "steps"),
-    [(2, 0, 40), (3, 0, 25), (4, 0, 25), (12, 0, 25), (2, 1, 25), (1, 2, 40)],
+    [
+        (2, 0, 40),
+        (3, 0, 25),
+        (4, 0, 25),
+        (12, 0, 25),
+        pytest.param(2, 1, 25, marks=pytest.mark.slow),
+        pytest.param(1, 2, 40, marks=pytest.mark.slow),
+    ],
 )
 def test_global_batches_are_the_same_for_all_readers(
     index: Index,

@@ -88,6 +88,7 @@ def _hang() -> None:
     distributed.barrier()
 
 
+@pytest.mark.slow
 def test_a_hang_fails_within_the_limit_and_shows_where() -> None:
     started = time.monotonic()
     with pytest.raises(AssertionError, match="_hang"):

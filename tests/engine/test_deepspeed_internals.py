@@ -164,7 +164,7 @@ def _train_split(engine: ZeroEngine) -> None:
     train_step(engine, GlobalLoss("convse"), [batch])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_state_fragments(stage: int) -> None:
     ranks = run_distributed(_fragments_after_training, 2, stage)
     for places, same, kept in ranks:
@@ -384,6 +384,7 @@ def _refused(stage: int, name: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "name"),
     [

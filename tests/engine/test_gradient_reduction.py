@@ -111,6 +111,7 @@ def _bytes_reduced(precision: str) -> list[int]:
     return totals
 
 
+@pytest.mark.slow
 def test_no_more_is_sent_than_deepspeed_itself_would_send() -> None:
     sent = {kind: run_distributed(_bytes_reduced, 2, kind)[0] for kind in ("fp32", "bf16")}
     assert sent["fp32"][0] == sent["fp32"][1] > 0

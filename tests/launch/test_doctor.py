@@ -96,6 +96,7 @@ def test_the_ranks_job_is_short_and_ended(
     wait_until(lambda: job_state(started[0]).ended, "the end of the ranks' job", 20)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_whole_step(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     from launch import doctor as module
 

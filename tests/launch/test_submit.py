@@ -154,6 +154,7 @@ def test_a_local_rank_starts_with_the_variables_of_the_cluster_file(
     assert {path.name for path in Path(paths[0]).iterdir()} == {"dist_vse", "launch", "shards"}
 
 
+@pytest.mark.slow
 def test_a_failed_rank_ends_the_job_and_is_named(
     launch_job: Launch, capfd: pytest.CaptureFixture[str]
 ) -> None:

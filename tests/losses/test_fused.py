@@ -30,7 +30,7 @@ def fused_gradients(case: Case, dtype: torch.dtype = torch.float32, **options: A
     return gradients(global_loss, case, dtype=dtype, kernels="fused", **options)
 
 
-@pytest.mark.parametrize("duplicates", ["mask", "positive"])
+@pytest.mark.parametrize("duplicates", ["mask", pytest.param("positive", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_dense_loss(name: str, duplicates: str) -> None:
     for temperature, weight in ((0.1, 1.0), (0.005, 0.3)):
@@ -152,16 +152,9 @@ def _compare(counts: tuple[int, ...], duplicates: str) -> dict[str, float]:
     return errors
 
 
-SLOW = pytest.mark.slow
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("counts", "duplicates"),
-    [
-        pytest.param((18, 6), "mask", marks=SLOW),
-        pytest.param((5, 18), "positive", marks=SLOW),
-        ((0, 6), "mask"),
-    ],
+    ("counts", "duplicates"), [((18, 6), "mask"), ((5, 18), "positive"), ((0, 6), "mask")]
 )
 def test_two_ranks_equal_one_process(counts: tuple[int, ...], duplicates: str) -> None:
     for errors in run_distributed(_compare, 2, counts, duplicates):

@@ -80,6 +80,7 @@ def test_ragged_ranks_equal_one_process_in_float64(world_size: int) -> None:
         assert max(errors.values()) < 1e-10, errors
 
 
+@pytest.mark.slow
 def test_one_pair_on_two_ranks() -> None:
     for errors in run_distributed(_compare, 2, {2: (0, 1)}, torch.float64, NAMES):
         assert max(errors.values()) < 1e-10, errors

@@ -68,8 +68,9 @@ def _compare_all(transport: str, ragged: bool) -> list[tuple[str, dict[str, int]
     ]
 
 
-@pytest.mark.parametrize("ragged", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("transport", ["gather", pytest.param("ring", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("transport", ["gather", "ring"])
 def test_two_ranks_have_the_numbers_of_the_cpu(transport: str, ragged: bool) -> None:
     for of_rank in run_distributed(_compare_all, 2, transport, ragged, timeout=100):
         for case, waits in of_rank:

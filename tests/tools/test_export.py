@@ -31,6 +31,7 @@ from tests.support.runs import CONFIG
 from tests.support.tiny_clip import starting_from, write_hf
 from tests.support.tiny_models import write_tiny_bert
 
+pytestmark = pytest.mark.slow  # three trainings come first
 KINDS = ("transformer", "gru", "pretrained")
 
 
@@ -57,7 +58,6 @@ def exported(runs: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     return runs / request.param, export_run(runs / request.param, out, onnx=False)
 
 
-@pytest.mark.slow
 def test_equal_to_the_bit_after_loading(exported: tuple[Path, Path]) -> None:
     run_dir, out = exported
     trained = open_trained(run_dir)
@@ -79,7 +79,6 @@ def test_equal_to_the_bit_after_loading(exported: tuple[Path, Path]) -> None:
     assert loaded.encode_images([]).shape == (0, images.shape[1])
 
 
-@pytest.mark.slow
 def test_parts_load_without_this_package(runs: Path, exported: tuple[Path, Path]) -> None:
     run_dir, out = exported
     code = (
@@ -130,7 +129,6 @@ def clip(folder: Path) -> Embedder:
     return Embedder(model, tokenizer, shape=config.model, device=torch.device("cpu"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "towers"),
     [
@@ -168,7 +166,6 @@ def test_onnx_computes_the_same(runs: Path, kind: str, towers: list[str], tmp_pa
         )
 
 
-@pytest.mark.slow
 def test_a_gru_is_refused_since_its_graph_would_be_of_one_shape(runs: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     loaded = dist_vse.load(export_run(runs / "gru", tmp_path / "out", onnx=False))

@@ -70,6 +70,7 @@ def test_training_from_features_equals_live_training_and_reads_no_image(
     assert from_disk == pytest.approx(live, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_stale_features_are_refused_and_made_again(tmp_path: Path, overrides: list[str]) -> None:
     folder = tmp_path / "features"
     cached = [*overrides, f"data.features={folder}", f"output_dir={tmp_path / 'run'}"]

@@ -88,6 +88,7 @@ def _averaged_twice() -> tuple[int, str]:
     return result.code, describe(result)
 
 
+@pytest.mark.slow
 def test_a_gradient_averaged_twice_is_named() -> None:
     for code, text in run_distributed(_averaged_twice, 2):
         assert code == 1
@@ -107,6 +108,7 @@ def _every_chunk_is_the_last() -> tuple[int, str]:
     return result.code, describe(result)
 
 
+@pytest.mark.slow
 def test_a_lost_chunk_is_named() -> None:
     for code, text in run_distributed(_every_chunk_is_the_last, 2):
         assert code == 1

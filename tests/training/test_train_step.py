@@ -82,7 +82,13 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("world_size", "stage", "keep_graphs", "options"),
-    [(1, None, 1, {}), (1, 1, 0, BF16), (2, 2, 0, {}), (2, 3, 2, {}), (2, 3, 0, BF16)],
+    [
+        (1, None, 1, {}),
+        (1, 1, 0, BF16),
+        (2, 2, 0, {}),
+        pytest.param(2, 3, 2, {}, marks=SLOW),
+        pytest.param(2, 3, 0, BF16, marks=SLOW),
+    ],
 )
 def test_both_passes_draw_the_same_dropout_and_chunks_draw_different_ones(
     world_size: int, stage: int | None, keep_graphs: int, options: dict[str, Any]
