@@ -1,7 +1,7 @@
 """Run OpenCLIP's trainer and ours, end to end, on the same shards and model.
 
 Both run as their users run them, under torchrun: from tars to updated weights, in processes of one
-thread. The trainings take turns over the rounds. docs/peers.md says what is held equal.
+thread. The trainings take turns over the rounds. docs/explain/peers.md says what is held equal.
 """
 
 import argparse

@@ -32,10 +32,21 @@ def render_pages() -> dict[str, str]:
     return {f"{folder.name}.md": _page(folder) for folder in folders}
 
 
+def _about(name: str) -> str:
+    """Return the guide or explanation whose figures these are, as seen from docs/."""
+    pages = (ROOT / "docs" / part / f"{name}.md" for part in ("guides", "explain"))
+    page = next(page for page in pages if page.exists())
+    return page.relative_to(ROOT / "docs").as_posix()
+
+
 def _page(folder: Path) -> str:
     results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
     name = folder.name
-    parts = [MADE.format(name), f"# Measured: {name}", f"What it is about: [{name}](../{name}.md)."]
+    parts = [
+        MADE.format(name),
+        f"# Measured: {name}",
+        f"What it is about: [{name}](../{_about(name)}).",
+    ]
     return "\n\n".join([*parts, *map(section, results)]) + "\n"
 
 

@@ -111,7 +111,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol",
         default="plain",
-        help="plain, coco-5k, coco-1k or flickr-1k (default: plain); see docs/evaluation.md",
+        help="plain, coco-5k, coco-1k or flickr-1k (default: plain); see docs/guides/evaluation.md",
     )
     parser.add_argument(
         "--recall",

@@ -1,4 +1,4 @@
-"""Write the settings as a page: `python -m dist_vse.config.document > docs/config.md`."""
+"""Write the settings as a page: `python -m dist_vse.config.document > docs/reference/config.md`."""
 
 import ast
 import inspect

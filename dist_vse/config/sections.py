@@ -144,7 +144,7 @@ class LossConfig:
     """The loss over the global batch."""
 
     name: str = "convse"
-    """A loss of docs/losses.md; or one of your own: `module:NAME` of a LossSpec
+    """A loss of docs/explain/losses.md; or one of your own: `module:NAME` of a LossSpec
     (CONTRIBUTING.md)."""
     temperature: float = 0.1
     """t of a loss that has one; its start where it is learned."""
@@ -167,7 +167,7 @@ class LossConfig:
     bf16_products: bool = False
     """Compute the similarities in bfloat16 (statistics stay float32)."""
     kernels: str = "auto"
-    """`fused` (Triton; docs/losses.md), `tiled`, or `auto`: fused on a GPU, tiled on a CPU. What
+    """`fused` (Triton; docs/explain/losses.md), `tiled`, or `auto`: fused on a GPU, tiled on a CPU. What
     fused kernels can't do runs in tiles, and the log says so."""
 
     def __post_init__(self) -> None:

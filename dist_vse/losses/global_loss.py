@@ -49,7 +49,7 @@ class GlobalLoss:
     Text features may be sent ahead, a chunk at a time, with `prefetch`; then the loss is called
     once with all features. 64-bit ids (b,) tell which pairs share an image or a caption; they are
     looked at on the host, and should lie there.
-    What the losses are: `dist_vse.losses.reference`, docs/losses.md.
+    What the losses are: `dist_vse.losses.reference`, docs/explain/losses.md.
     """
 
     def __init__(

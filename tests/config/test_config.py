@@ -122,8 +122,10 @@ def test_kept_graphs_that_zero_3_gets_wrong_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:
-    page = ROOT / "docs" / "config.md"
-    assert page.read_text() == document(), "run python -m dist_vse.config.document > docs/config.md"
+    page = ROOT / "docs" / "reference" / "config.md"
+    assert page.read_text() == document(), (
+        "run python -m dist_vse.config.document > docs/reference/config.md"
+    )
 
 
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", "x${oc.env:A,b}", "${oc.decode:${seed}}"])

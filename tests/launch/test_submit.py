@@ -251,8 +251,10 @@ def test_wrong_cluster_files(config_path: Path, tmp_path: Path, text: str, messa
 
 
 def test_the_page_of_clusters_is_up_to_date() -> None:
-    page = ROOT / "docs" / "cluster.md"
-    assert page.read_text() == document(), "run python -m launch.document > docs/cluster.md"
+    page = ROOT / "docs" / "reference" / "cluster.md"
+    assert page.read_text() == document(), (
+        "run python -m launch.document > docs/reference/cluster.md"
+    )
     assert not [line for line in page.read_text().splitlines() if line.endswith("|  |")]
 
 
