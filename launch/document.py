@@ -1,4 +1,7 @@
-"""Write the settings of a cluster file as a page: `python -m launch.document > docs/reference/cluster.md`."""
+"""Write the settings of a cluster file as a page.
+
+Run `python -m launch.document > docs/reference/cluster.md`.
+"""
 
 from dist_vse.config.document import docstrings, tables
 from launch import cluster

@@ -8,7 +8,7 @@ import pytest
 from tests.support.imports import find_cycles, imports, module_graph, sources
 from tests.support.paths import ROOT
 
-# From the bottom up: a part imports only parts that stand before it (docs/explain/design.md draws it).
+# From the bottom up: a part imports only parts before it. docs/explain/design.md draws it.
 LAYERS = (
     "common",
     "distributed",

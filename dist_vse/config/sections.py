@@ -167,8 +167,8 @@ class LossConfig:
     bf16_products: bool = False
     """Compute the similarities in bfloat16 (statistics stay float32)."""
     kernels: str = "auto"
-    """`fused` (Triton; docs/explain/losses.md), `tiled`, or `auto`: fused on a GPU, tiled on a CPU. What
-    fused kernels can't do runs in tiles, and the log says so."""
+    """`fused` (Triton; docs/explain/losses.md), `tiled`, or `auto`: fused on a GPU, tiled on a CPU.
+    What fused kernels can't do runs in tiles, and the log says so."""
 
     def __post_init__(self) -> None:
         check_name(self.name, key="loss.name")

@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = (
         "Predict step time, memory and efficiency of a config on numbers of GPUs that are not "
-        "here, and recommend chunk size, kept graphs, ZeRO stage, gather or ring. docs/guides/plan.md "
-        "describes the model, and docs/benchmarks/plan.md its errors."
+        "here, and recommend chunk size, kept graphs, ZeRO stage, gather or ring. "
+        "docs/guides/plan.md describes the model, and docs/benchmarks/plan.md its errors."
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="the run's YAML")
     parser.add_argument(
