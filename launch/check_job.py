@@ -4,12 +4,12 @@ import time
 from dataclasses import replace
 
 from dist_vse.common.errors import UserError
-from launch.cluster import ClusterConfig
-from launch.rank_check import RankCheck
-from launch.schedulers.base import SubmittedJob
-from launch.status import job_state
-from launch.submit import Plan, prepare, start
-from launch.tail_log import report
+from dist_vse.launch.cluster import ClusterConfig
+from dist_vse.launch.rank_check import RankCheck
+from dist_vse.launch.schedulers.base import SubmittedJob
+from dist_vse.launch.status import job_state
+from dist_vse.launch.submit import Plan, prepare, start
+from dist_vse.launch.tail_log import report
 
 _MAX_MINUTES = 10
 _POLL_S = 0.2

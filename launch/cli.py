@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dist_vse.common.errors import UserError
 
 if TYPE_CHECKING:
-    from launch.submit import Plan
+    from dist_vse.launch.submit import Plan
 
 _PARALLEL = 4
 
@@ -53,10 +53,10 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
 
 def submit(args: argparse.Namespace) -> int:
     """Submit a run, or a sweep; return the exit code. Raises UserError if that is impossible."""
-    from launch import dry_run
-    from launch.submit import plan_submission
-    from launch.submit import submit as start
-    from launch.tail_log import follow
+    from dist_vse.launch import dry_run
+    from dist_vse.launch.submit import plan_submission
+    from dist_vse.launch.submit import submit as start
+    from dist_vse.launch.tail_log import follow
 
     if args.sweep:
         return _sweep(args)
@@ -74,9 +74,9 @@ def submit(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from launch import dry_run
-    from launch.sweep import plan_sweep, submit_sweep
-    from launch.tail_log import follow
+    from dist_vse.launch import dry_run
+    from dist_vse.launch.sweep import plan_sweep, submit_sweep
+    from dist_vse.launch.tail_log import follow
 
     parallel = _PARALLEL if args.parallel is None else args.parallel
     if parallel < 1:
@@ -97,7 +97,7 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _warn(plan: "Plan") -> None:
-    from launch.dry_run import find_conflicts, report_ignored
+    from dist_vse.launch.dry_run import find_conflicts, report_ignored
 
     for conflict in find_conflicts(plan, os.environ):
         print(f"in this shell: {conflict}", file=sys.stderr)
@@ -119,7 +119,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def doctor(args: argparse.Namespace) -> int:
     """Check a run before it is started."""
-    from launch.doctor import doctor as check
+    from dist_vse.launch.doctor import doctor as check
 
     return check(args.config, args.overrides, args.cluster, args.timeout)
 
@@ -131,7 +131,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def status(args: argparse.Namespace) -> int:
     """Print where a submitted run stands."""
-    from launch.status import status as find_status
+    from dist_vse.launch.status import status as find_status
 
     print(find_status(args.run_dir))
     return 0
@@ -146,7 +146,7 @@ def add_logs(parser: argparse.ArgumentParser) -> None:
 
 def logs(args: argparse.Namespace) -> int:
     """Print a rank's log."""
-    from launch.tail_log import show_log
+    from dist_vse.launch.tail_log import show_log
 
     show_log(args.run_dir, rank=args.rank, follow=args.follow)
     return 0
@@ -154,7 +154,7 @@ def logs(args: argparse.Namespace) -> int:
 
 def cancel(args: argparse.Namespace) -> int:
     """Ask a submitted run to save and exit."""
-    from launch.cancel import cancel as ask
+    from dist_vse.launch.cancel import cancel as ask
 
     print(ask(args.run_dir))
     return 0
@@ -169,7 +169,7 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
 
 def runs(args: argparse.Namespace) -> int:
     """Print the table of several runs."""
-    from launch.runs import find_runs, table
+    from dist_vse.launch.runs import find_runs, table
 
     print(table(find_runs(args.folders)))
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_yaml
-from launch.environment import IDENTITY
+from dist_vse.launch.environment import IDENTITY
 
 SIGNAL_SLACK_S = 60
 """Slurm may send a signal up to this much earlier than asked."""

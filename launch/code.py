@@ -7,12 +7,10 @@ import shutil
 from pathlib import Path
 
 import dist_vse
-import launch
-import shards
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import one_line
 
-_PACKAGES = tuple(Path(package.__path__[0]) for package in (dist_vse, launch, shards))
+_PACKAGE = Path(dist_vse.__path__[0])
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
@@ -26,17 +24,16 @@ def code_folder(folder: Path) -> Path:
 
 
 def pin(code: Path) -> None:
-    """Copy the packages into `code`, which appears by one rename.
+    """Copy the package into `code`, which appears by one rename.
 
     The job's Python reads its code there, and the folder may come from somebody else. Raises
-    UserError if it is there already and holds anything but these packages.
+    UserError if it is there already and holds anything but this package.
     """
     if code.is_dir():
         _check_copy(code)
         return
     temporary = code.with_name(f"{code.name}.{secrets.token_hex(8)}.tmp")
-    for package in _PACKAGES:
-        shutil.copytree(package, temporary / package.name, ignore=_IGNORED)
+    shutil.copytree(_PACKAGE, temporary / _PACKAGE.name, ignore=_IGNORED)
     try:
         os.rename(temporary, code)
     except OSError:
@@ -64,11 +61,14 @@ def _check_copy(code: Path) -> None:
 
 
 def _our_files() -> dict[str, Path]:
-    """Return the files of the installed packages by their names in a copy."""
+    """Return the files of the installed package by their names in a copy.
+
+    In a checkout, parts of the package are links to folders beside it; they are followed.
+    """
     return {
-        f"{package.name}/{path.relative_to(package)}": path
-        for package in _PACKAGES
-        for path in package.rglob("*")
+        str(path.relative_to(_PACKAGE.parent)): path
+        for folder, _, names in os.walk(_PACKAGE, followlinks=True)
+        for path in (Path(folder, name) for name in names)
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
     }
 

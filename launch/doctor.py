@@ -16,11 +16,11 @@ from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig, load_config
 from dist_vse.config.optimizers import state_tensors
 from dist_vse.data.index import Index, Shard, is_remote, read_index
-from launch.check_job import run_check_job, short_cluster
-from launch.cluster import ClusterConfig, load_cluster
-from launch.rank_check import RankCheck
-from launch.schedulers import find_scheduler
-from launch.submit import plan_submission
+from dist_vse.launch.check_job import run_check_job, short_cluster
+from dist_vse.launch.cluster import ClusterConfig, load_cluster
+from dist_vse.launch.rank_check import RankCheck
+from dist_vse.launch.schedulers import find_scheduler
+from dist_vse.launch.submit import plan_submission
 
 if TYPE_CHECKING:
     from dist_vse.models.tokenizer import Tokenizer

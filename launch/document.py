@@ -1,15 +1,15 @@
 """Write the settings of a cluster file as a page.
 
-Run `python -m launch.document > docs/reference/cluster.md`.
+Run `python -m dist_vse.launch.document > docs/reference/cluster.md`.
 """
 
 from dist_vse.config.document import docstrings, tables
-from launch import cluster
+from dist_vse.launch import cluster
 
 _HEAD = """# The cluster file
 
 A YAML file with these settings says where `dist-vse submit CONFIG --cluster FILE` runs a job.
-Examples are in configs/clusters/. This page is written by `python -m launch.document` from
+Examples are in configs/clusters/. This page is written by `python -m dist_vse.launch.document` from
 launch/cluster.py.
 """
 

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Mapping
 
-from launch.environment import IDENTITY, conflicts, launcher_of
-from launch.submit import Plan
+from dist_vse.launch.environment import IDENTITY, conflicts, launcher_of
+from dist_vse.launch.submit import Plan
 
 
 def dry_run(

@@ -12,9 +12,9 @@ import submitit
 
 from dist_vse.common import signals
 from dist_vse.common.log import logger, setup_logging
-from launch.environment import Place, conflicts
-from launch.result import Result, last_message, result_path, write_result
-from launch.schedulers.base import Scheduler
+from dist_vse.launch.environment import Place, conflicts
+from dist_vse.launch.result import Result, last_message, result_path, write_result
+from dist_vse.launch.schedulers.base import Scheduler
 
 
 @dataclass(frozen=True)

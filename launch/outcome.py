@@ -9,8 +9,8 @@ from pathlib import Path
 from dist_vse.common.errors import first_line
 from dist_vse.common.reading import BadFileError
 from dist_vse.common.terminal import one_line
-from launch.result import read_result, result_path
-from launch.schedulers.base import SubmittedJob
+from dist_vse.launch.result import read_result, result_path
+from dist_vse.launch.schedulers.base import SubmittedJob
 
 # What a rank reports when another one is gone: an effect, to be shown after the cause.
 _LOST_PEER = re.compile(

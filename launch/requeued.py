@@ -1,7 +1,8 @@
 """Training under accelerate or torchrun inside a Slurm job that returns to the queue by itself.
 
-`accelerate launch -m launch.requeued CONFIG [key=value ...]`, as configs/clusters/accelerate.sbatch
-does: like `-m dist_vse.train`, but a run that was asked to save then queues its job again.
+`accelerate launch -m dist_vse.launch.requeued CONFIG [key=value ...]`, as
+configs/clusters/accelerate.sbatch does: like `-m dist_vse.train`, but a run that was asked to save
+then queues its job again.
 """
 
 import os
@@ -15,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train; after a requested stop, queue the job again; return the exit code."""
     signals.listen()  # before the slow imports: an early signal must not end the job
     from dist_vse import train
-    from launch.schedulers import scontrol
+    from dist_vse.launch.schedulers import scontrol
 
     code = train.main(arguments)
     if code != train.INTERRUPTED:

@@ -6,9 +6,9 @@ from pathlib import Path
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import printable
 from dist_vse.config import flat_config, load_config
+from dist_vse.launch import status
+from dist_vse.launch.schedulers.base import was_submitted
 from dist_vse.runs.files import CONFIG_NAME
-from launch import status
-from launch.schedulers.base import was_submitted
 
 _NUMBERS = ("loss", "i2t_r1", "t2i_r1", "rsum")
 _Config = dict[str, str]

@@ -7,16 +7,16 @@ from typing import Any
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.reading import BadFileError, is_count, is_number, json_lines
 from dist_vse.common.terminal import printable
-from dist_vse.runs.files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME
-from launch.outcome import find_outcome
-from launch.schedulers import find_scheduler
-from launch.schedulers.base import (
+from dist_vse.launch.outcome import find_outcome
+from dist_vse.launch.schedulers import find_scheduler
+from dist_vse.launch.schedulers.base import (
     NO_EXIT_CODE,
     JobState,
     SubmittedJob,
     load_job,
     was_submitted,
 )
+from dist_vse.runs.files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME
 
 RECALLS = ("i2t_r1", "t2i_r1", "rsum")
 _NUMBERS = {"train": ("loss",), "eval": RECALLS}

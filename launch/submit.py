@@ -11,15 +11,15 @@ from typing import Any
 
 from dist_vse.common.files import write_text
 from dist_vse.config import dump_config, load_config
+from dist_vse.launch.cluster import ClusterConfig, load_cluster
+from dist_vse.launch.code import code_folder, pin
+from dist_vse.launch.environment import free_port
+from dist_vse.launch.job import Job, Scale, Train
+from dist_vse.launch.schedulers import find_scheduler
+from dist_vse.launch.schedulers.base import JobSpec, Scheduler, SubmittedJob
+from dist_vse.launch.status import ensure_not_running
 from dist_vse.runs.files import SCALE_NAME
 from dist_vse.runs.trackers import check_tracker_names
-from launch.cluster import ClusterConfig, load_cluster
-from launch.code import code_folder, pin
-from launch.environment import free_port
-from launch.job import Job, Scale, Train
-from launch.schedulers import find_scheduler
-from launch.schedulers.base import JobSpec, Scheduler, SubmittedJob
-from launch.status import ensure_not_running
 
 
 def python_command(

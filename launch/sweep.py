@@ -8,9 +8,9 @@ from pathlib import Path
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
-from launch.code import pin
-from launch.schedulers.base import SubmittedJob
-from launch.submit import Plan, plan_submission, prepare
+from dist_vse.launch.code import pin
+from dist_vse.launch.schedulers.base import SubmittedJob
+from dist_vse.launch.submit import Plan, plan_submission, prepare
 
 _COMMA = re.compile(r",(?![^\[]*\])")
 _MAX_RUNS = 1000

@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
-from launch.outcome import find_outcome
-from launch.schedulers import find_scheduler
-from launch.schedulers.base import SubmittedJob, load_job
-from launch.status import job_state
+from dist_vse.launch.outcome import find_outcome
+from dist_vse.launch.schedulers import find_scheduler
+from dist_vse.launch.schedulers.base import SubmittedJob, load_job
+from dist_vse.launch.status import job_state
 
 
 class _Tail:

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError
-from shards.error_budget import ErrorBudget, parse_error_budget
-from shards.options import (
+from dist_vse.shards.error_budget import ErrorBudget, parse_error_budget
+from dist_vse.shards.options import (
     add_caption_key,
     add_output_options,
     add_run_options,
@@ -22,12 +22,12 @@ from shards.options import (
     source_options,
     takes,
 )
-from shards.sources import SOURCES
+from dist_vse.shards.sources import SOURCES
 
 if TYPE_CHECKING:
-    from shards.build.plan import Options
-    from shards.manifest import ShardEntry
-    from shards.record import Record
+    from dist_vse.shards.build.plan import Options
+    from dist_vse.shards.manifest import ShardEntry
+    from dist_vse.shards.record import Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,9 +78,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     """Shard a data set and print a table of it."""
-    from shards.build.output_checks import check_local
-    from shards.remote import local_copies
-    from shards.tables import print_summary
+    from dist_vse.shards.build.output_checks import check_local
+    from dist_vse.shards.remote import local_copies
+    from dist_vse.shards.tables import print_summary
 
     at_least_1(args, "workers")
     options, max_bad = output_options(args), parse_error_budget(args.max_bad)
@@ -97,10 +97,10 @@ def _write(
     args: argparse.Namespace, records: "Sequence[Record]", options: "Options", max_bad: ErrorBudget
 ) -> "list[ShardEntry]":
     """Write the records as shards into OUT."""
-    from shards.build.dataset import build_dataset
-    from shards.build.output_checks import check_output
-    from shards.command_log import log_command
-    from shards.tables import progress_bar
+    from dist_vse.shards.build.dataset import build_dataset
+    from dist_vse.shards.build.output_checks import check_output
+    from dist_vse.shards.command_log import log_command
+    from dist_vse.shards.tables import progress_bar
 
     splits = _wanted_splits(args, records)
     check_output(args.out, records, splits)
@@ -125,8 +125,8 @@ def _read(args: argparse.Namespace, copies: dict[str, Path], scratch: Path) -> "
 
     `copies` stand for a URL; into `scratch` go images that have to be unpacked.
     """
-    from shards.record import all_in_languages
-    from shards.remote import to_path
+    from dist_vse.shards.record import all_in_languages
+    from dist_vse.shards.remote import to_path
 
     _, read = SOURCES[args.shard_command]
     options = source_options(args)
@@ -159,9 +159,9 @@ def _wanted_splits(args: argparse.Namespace, records: "Sequence[Record]") -> set
 
 def _index(args: argparse.Namespace) -> int:
     """Index tars and print a table of them."""
-    from shards.command_log import log_command
-    from shards.index.existing import find_tars, index_existing
-    from shards.tables import print_summary, progress_bar
+    from dist_vse.shards.command_log import log_command
+    from dist_vse.shards.index.existing import find_tars, index_existing
+    from dist_vse.shards.tables import print_summary, progress_bar
 
     at_least_1(args, "workers")
     max_bad = parse_error_budget(args.max_bad)
@@ -187,8 +187,8 @@ def _index(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     """Read a data set back; print what is wrong with it, or a table."""
     from dist_vse.data.index import read_index
-    from shards.tables import print_findings, progress_bar
-    from shards.verify.dataset import verify_dataset
+    from dist_vse.shards.tables import print_findings, progress_bar
+    from dist_vse.shards.verify.dataset import verify_dataset
 
     at_least_1(args, "workers")
     splits = read_index(args.dir).splits.values()
@@ -213,8 +213,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _repair(args: argparse.Namespace) -> int:
     """Run the data set's commands again; whole shards are kept."""
-    from shards.command_log import read_commands
-    from shards.index.existing import check_tars
+    from dist_vse.shards.command_log import read_commands
+    from dist_vse.shards.index.existing import check_tars
 
     at_least_1(args, "workers")
     for command in read_commands(args.dir):
@@ -230,8 +230,8 @@ def _repair(args: argparse.Namespace) -> int:
 def _stats(args: argparse.Namespace) -> int:
     """Print what is in a data set; draw a contact sheet if one is asked for."""
     from dist_vse.data.index import read_index
-    from shards.tables import print_stats, progress_bar
-    from shards.verify.stats import dataset_stats, write_contact_sheet
+    from dist_vse.shards.tables import print_stats, progress_bar
+    from dist_vse.shards.verify.stats import dataset_stats, write_contact_sheet
 
     at_least_1(args, "workers")
     splits = read_index(args.dir).splits.values()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dist_vse.common.errors import UserError
 
 if TYPE_CHECKING:
-    from shards.build.plan import Options
+    from dist_vse.shards.build.plan import Options
 
 _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "images": {"metavar": "DIR", "help": "where image paths start from [the file's folder]"},
@@ -61,7 +61,7 @@ def takes(read: Callable[..., object], name: str) -> bool:
 
 def source_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of the source that were given, as keyword arguments of its function."""
-    from shards.remote import to_path
+    from dist_vse.shards.remote import to_path
 
     given = {name: getattr(args, name, None) for name in _SOURCE_OPTIONS}
     options = {name: value for name, value in given.items() if value is not None}
@@ -131,14 +131,14 @@ def output_options(args: argparse.Namespace) -> "Options":
 
     Raises UserError for one that makes no sense.
     """
-    from shards.build.plan import Options
+    from dist_vse.shards.build.plan import Options
 
     at_least_1(args, "max_side", "quality")
     if args.quality is not None and args.quality > 100:
         raise UserError(f"--quality ({args.quality}) must be at most 100")
     recode = None
     if args.max_side or args.format:
-        from shards.build.recode import Recode
+        from dist_vse.shards.build.recode import Recode
 
         recode = Recode(args.max_side or 0, args.format or "", args.quality or 90)
     if args.quality is not None and (recode is None or args.format == "png"):

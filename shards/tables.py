@@ -13,11 +13,11 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from dist_vse.common.terminal import plain
-from shards.manifest import SKIPPED_NAME, ShardEntry
+from dist_vse.shards.manifest import SKIPPED_NAME, ShardEntry
 
 if TYPE_CHECKING:
-    from shards.verify.dataset import Finding
-    from shards.verify.stats import Stats
+    from dist_vse.shards.verify.dataset import Finding
+    from dist_vse.shards.verify.stats import Stats
 
 FAULTS_SHOWN = 10  # of a shard
 BINS, BAR = 12, 50  # of a histogram: rows, characters
@@ -114,7 +114,7 @@ def print_findings(findings: "Sequence[Finding]", folder: Path) -> None:
 
 def print_stats(stats: "dict[str, Stats]") -> None:
     """Print a table of the splits, then a histogram of each measure over all of them."""
-    from shards.verify.stats import Stats, shared_images
+    from dist_vse.shards.verify.stats import Stats, shared_images
 
     console = Console()
     table = Table("split")

@@ -5,16 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.imports import find_cycles, imports, module_graph, sources
+from tests.support.imports import (
+    FOLDERS,
+    LINKED,
+    find_cycles,
+    imports,
+    module_graph,
+    module_name,
+    package_sources,
+    sources,
+)
 from tests.support.paths import ROOT
 
 # From the bottom up: a part imports only parts before it. docs/explain/design.md draws it.
+# `shards` and `launch` are links in dist_vse/ to folders beside it.
 LAYERS = (
     "common",
     "distributed",
     "losses",
     "config",
     "data",
+    "shards",
     "models",
     "engine",
     "runs",
@@ -22,6 +33,7 @@ LAYERS = (
     "evaluation",
     "tools",
     "train",
+    "launch",
     "cli",
 )
 LEVEL = {name: level for level, name in enumerate(LAYERS)}
@@ -51,13 +63,21 @@ def _part(module: str) -> str | None:
 
 
 def _part_of(path: Path) -> str:
-    return path.relative_to(ROOT / "dist_vse").parts[0].removesuffix(".py")
+    """Return the part of dist_vse that a file belongs to; the package itself is `dist_vse`."""
+    return _part(module_name(path)) or "dist_vse"
 
 
 def test_the_package_shows_its_layers_and_nothing_else() -> None:
-    parts = {_part_of(path) for path in sources("dist_vse")}
-    assert parts == {*LAYERS, "__init__"}
-    assert len(parts) <= 14, "fewer entries show the architecture; put a module where it belongs"
+    parts = {_part_of(path) for path in package_sources()}
+    assert parts == {*LAYERS, "dist_vse"}
+    own = parts - {*LINKED}
+    assert len(own) <= 14, "fewer entries show the architecture; put a module where it belongs"
+
+
+@pytest.mark.parametrize("name", [*LINKED, "configs"])
+def test_a_folder_beside_the_package_is_a_link_in_it(name: str) -> None:
+    link = ROOT / "dist_vse" / name
+    assert link.is_symlink() and link.resolve() == ROOT / name
 
 
 @pytest.mark.parametrize("folder", ["dist_vse", "launch", "shards", "tests", "benchmarks", "demo"])
@@ -66,7 +86,7 @@ def test_every_folder_with_code_is_a_package(folder: str) -> None:
         assert (path.parent / "__init__.py").is_file(), f"{path.parent} is left out of the wheel"
 
 
-@pytest.mark.parametrize("path", sources("dist_vse"), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", package_sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
     part = _part_of(path)
     for module in _imported(path):
@@ -74,6 +94,13 @@ def test_imports_point_down(path: Path) -> None:
         if other in LEVEL and other != part:
             above = LEVEL.get(part, len(LAYERS))  # the package itself stands above all of its parts
             assert LEVEL[other] < above, f"{path.name} ({part}) must not import {module}"
+
+
+def test_linked_folders_are_imported_as_parts_of_the_package() -> None:
+    for folder in (*FOLDERS, "tests"):
+        for path in sources(folder):
+            wrong = {name for name in _imported(path) if name.split(".")[0] in LINKED}
+            assert not wrong, f"{path}: import dist_vse.{min(wrong)} instead"
 
 
 def test_no_modules_import_each_other() -> None:
@@ -90,16 +117,15 @@ def test_the_sharding_tool_needs_only_the_contract_and_no_torch() -> None:
     for path in sources("shards"):
         for module in _imported(path):
             assert module.split(".")[0] != "torch", f"{path}: imports {module}"
-            assert _part(module) in (None, "common", "data"), f"{path}: imports {module}"
+            assert _part(module) in (None, "common", "data", "shards"), f"{path}: imports {module}"
 
 
 @pytest.mark.parametrize("library", OWNERS)
 def test_a_heavy_library_has_one_owner(library: str) -> None:
-    for folder in ("dist_vse", "launch", "shards"):
-        for path in sources(folder):
-            name = str(path.relative_to(ROOT))
-            if any(name.startswith(owner) for owner in OWNERS[library]):
-                continue
-            for module in _imported(path):
-                is_it = module == library or module.startswith(library + ".")
-                assert not is_it, f"{name} imports {module}: that is for {OWNERS[library]}"
+    for path in package_sources():
+        name = str(path.relative_to(ROOT))
+        if any(name.startswith(owner) for owner in OWNERS[library]):
+            continue
+        for module in _imported(path):
+            is_it = module == library or module.startswith(library + ".")
+            assert not is_it, f"{name} imports {module}: that is for {OWNERS[library]}"

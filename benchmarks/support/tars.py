@@ -7,8 +7,8 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import shards.cli
 from dist_vse.data.index import Index, read_index
+from dist_vse.shards import cli as shards
 
 
 def write_tars(
@@ -26,7 +26,7 @@ def write_tars(
                     tar.addfile(member, io.BytesIO(content))
                 number += 1
     parser = argparse.ArgumentParser()
-    shards.cli.add_arguments(parser)
+    shards.add_arguments(parser)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        shards.cli.run(parser.parse_args(["index", str(folder)]))
+        shards.run(parser.parse_args(["index", str(folder)]))
     return read_index(folder)

@@ -1,9 +1,9 @@
 """The table of schedulers."""
 
 from dist_vse.common.errors import unknown_name
-from launch.schedulers.base import Scheduler
-from launch.schedulers.local import Local
-from launch.schedulers.slurm import Slurm
+from dist_vse.launch.schedulers.base import Scheduler
+from dist_vse.launch.schedulers.local import Local
+from dist_vse.launch.schedulers.slurm import Slurm
 
 SCHEDULERS: dict[str, Scheduler] = {"slurm": Slurm(), "local": Local()}
 """By the name in a cluster file; `auto` takes the first one that is available."""

@@ -15,7 +15,7 @@ from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import write_json
 from dist_vse.common.reading import BadFileError, is_count, read_json
 from dist_vse.common.terminal import one_line
-from launch.cluster import ClusterConfig
+from dist_vse.launch.cluster import ClusterConfig
 
 Work = Callable[[], Any]
 """What every rank of a job calls; it is pickled."""

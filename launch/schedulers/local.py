@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
-from launch.cluster import ClusterConfig
-from launch.schedulers.base import JobSpec, JobState, SubmittedJob, Work, take_turns
+from dist_vse.launch.cluster import ClusterConfig
+from dist_vse.launch.schedulers.base import JobSpec, JobState, SubmittedJob, Work, take_turns
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _NO_LIMIT_MIN = 60 * 24 * 365 * 10

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import ClusterConfig
-from launch.schedulers.base import JobSpec
-from launch.schedulers.scontrol import RETRY_EVERY_S, RETRY_FOR_S
+from dist_vse.launch.cluster import ClusterConfig
+from dist_vse.launch.schedulers.base import JobSpec
+from dist_vse.launch.schedulers.scontrol import RETRY_EVERY_S, RETRY_FOR_S
 
 _VARIABLES = {
     "SBATCH_ACCOUNT": "account",

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 from dist_vse.common.log import logger
-from launch.schedulers.base import JobState
+from dist_vse.launch.schedulers.base import JobState
 
 RETRY_FOR_S = 600
 """How long Slurm is asked again: its controller may be restarting, or busy."""

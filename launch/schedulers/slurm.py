@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.launch.cluster import ClusterConfig
+from dist_vse.launch.environment import job_port
+from dist_vse.launch.result import result_path
+from dist_vse.launch.schedulers import sbatch, scontrol
+from dist_vse.launch.schedulers.base import JobSpec, JobState, SubmittedJob, Work
 from dist_vse.runs.lease import LostLease
-from launch.cluster import ClusterConfig
-from launch.environment import job_port
-from launch.result import result_path
-from launch.schedulers import sbatch, scontrol
-from launch.schedulers.base import JobSpec, JobState, SubmittedJob, Work
 
 _MAX_TIMEOUTS = 10_000
 """submitit's own bound on attempts; ours is the run's last step."""

@@ -3,12 +3,12 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from shards.build.plan import Options, plan_shards
-from shards.build.sync import Advance, ShardBuilder, sync_shards
-from shards.build.write import is_whole, write_shard
-from shards.error_budget import ErrorBudget
-from shards.manifest import ShardEntry
-from shards.record import Record
+from dist_vse.shards.build.plan import Options, plan_shards
+from dist_vse.shards.build.sync import Advance, ShardBuilder, sync_shards
+from dist_vse.shards.build.write import is_whole, write_shard
+from dist_vse.shards.error_budget import ErrorBudget
+from dist_vse.shards.manifest import ShardEntry
+from dist_vse.shards.record import Record
 
 
 def build_dataset(

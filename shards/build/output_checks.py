@@ -5,8 +5,8 @@ from pathlib import Path
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import INDEX_NAME, is_remote, read_index
-from shards.manifest import read_manifest, read_planned
-from shards.record import Member, Record
+from dist_vse.shards.manifest import read_manifest, read_planned
+from dist_vse.shards.record import Member, Record
 
 
 def check_output(folder: Path, records: Iterable[Record], splits: Collection[str]) -> None:

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dist_vse.common.errors import UserError
-from shards.build.keys import safe_keys
-from shards.json_text import dump_json
-from shards.manifest import shard_files
-from shards.record import Image, Member, Record, local_path
+from dist_vse.shards.build.keys import safe_keys
+from dist_vse.shards.json_text import dump_json
+from dist_vse.shards.manifest import shard_files
+from dist_vse.shards.record import Image, Member, Record, local_path
 
 if TYPE_CHECKING:
-    from shards.build.recode import Recode
+    from dist_vse.shards.build.recode import Recode
 
 FORMAT = 3  # of the shards' bytes; a new number rebuilds every shard
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")

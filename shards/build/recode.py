@@ -11,7 +11,7 @@ from PIL import Image
 
 from dist_vse.data.image_file import is_wide, narrowed, orientation, turned
 from dist_vse.data.jpeg import COLOURED, Pixels, decode_at, plain_size, scale_for
-from shards.sample_checks import EXTENSIONS, checked_image
+from dist_vse.shards.sample_checks import EXTENSIONS, checked_image
 
 FORMATS = ("jpeg", "png", "webp")
 REDUCING_GAP = 3.0  # Pillow: from 3 on nearly the same as a full resampling

@@ -10,8 +10,8 @@ from typing import Generic, Protocol, TypeVar
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import INDEX_NAME, Index, Shard, Split, read_index, write_index
-from shards.error_budget import ErrorBudget
-from shards.manifest import (
+from dist_vse.shards.error_budget import ErrorBudget
+from dist_vse.shards.manifest import (
     SKIPPED_NAME,
     ShardEntry,
     Skipped,
@@ -22,7 +22,7 @@ from shards.manifest import (
     write_planned,
     write_skipped,
 )
-from shards.pool import ordered_map
+from dist_vse.shards.pool import ordered_map
 
 Advance = Callable[[int], None]
 """Called with the work done since the last call, in the units of the tasks."""

@@ -9,12 +9,19 @@ from typing import cast
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import atomic_write, sha256_of_file
 from dist_vse.data.index import image_id, offsets_name, write_offsets
-from shards.build.plan import Fingerprint, Options, Task, fingerprint, image_state, sample_json
-from shards.build.tar_writer import TarWriter
-from shards.manifest import ShardEntry, Skipped
-from shards.record import Image, Member, Record, local_path
-from shards.sample_checks import BadSampleError, check_captions, check_image
-from shards.sources.paths import other_spelling
+from dist_vse.shards.build.plan import (
+    Fingerprint,
+    Options,
+    Task,
+    fingerprint,
+    image_state,
+    sample_json,
+)
+from dist_vse.shards.build.tar_writer import TarWriter
+from dist_vse.shards.manifest import ShardEntry, Skipped
+from dist_vse.shards.record import Image, Member, Record, local_path
+from dist_vse.shards.sample_checks import BadSampleError, check_captions, check_image
+from dist_vse.shards.sources.paths import other_spelling
 
 _READ_BYTES = 1 << 20
 Row = tuple[int, int, int, int, int]
@@ -83,7 +90,9 @@ def _add_sample(
     if options.recode is None:
         image_offset, image_bytes, identity = _add_as_it_is(tar, record, num_bytes, options.decode)
     else:
-        from shards.build.recode import recode_image  # imported here: many runs change no image
+        from dist_vse.shards.build.recode import (
+            recode_image,  # imported here: many runs change no image
+        )
 
         image, extension = recode_image(_read_image(record.image), options.recode)
         image_offset = tar.add(f"{record.key}.{extension}", image)

@@ -16,18 +16,18 @@ from braceexpand import braceexpand
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import atomic_write, sha256_of_file
 from dist_vse.data.index import Shard, image_id, is_remote, write_offsets
-from shards.build.keys import safe_keys
-from shards.build.output_checks import check_indexable
-from shards.build.plan import check_split
-from shards.build.sync import Advance, ShardBuilder, sync_shards
-from shards.error_budget import ErrorBudget
-from shards.index.wds_reader import Sample, plain_tars, read_samples
-from shards.json_text import dump_json
-from shards.manifest import ShardEntry, Skipped, read_manifest, shard_files, write_manifest
-from shards.pool import ordered_map
-from shards.remote import local_copy
-from shards.sample_checks import BadSampleError, check_captions
-from shards.sources.paths import where_instead
+from dist_vse.shards.build.keys import safe_keys
+from dist_vse.shards.build.output_checks import check_indexable
+from dist_vse.shards.build.plan import check_split
+from dist_vse.shards.build.sync import Advance, ShardBuilder, sync_shards
+from dist_vse.shards.error_budget import ErrorBudget
+from dist_vse.shards.index.wds_reader import Sample, plain_tars, read_samples
+from dist_vse.shards.json_text import dump_json
+from dist_vse.shards.manifest import ShardEntry, Skipped, read_manifest, shard_files, write_manifest
+from dist_vse.shards.pool import ordered_map
+from dist_vse.shards.remote import local_copy
+from dist_vse.shards.sample_checks import BadSampleError, check_captions
+from dist_vse.shards.sources.paths import where_instead
 
 _STEM = re.compile(r"([^/\s|?&=]+)\.tar")
 FORMAT = 1  # of the side files; a new number makes all of them again

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import READ_BYTES, is_leftover
 from dist_vse.data.image_names import IMAGES, READ
-from shards.captions import Captions, first_captions, named_languages, read_captions
-from shards.json_text import load_json
+from dist_vse.shards.captions import Captions, first_captions, named_languages, read_captions
+from dist_vse.shards.json_text import load_json
 
 _NAMES_SHOWN = 8  # of members or fields, in a message
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")

@@ -2,19 +2,20 @@
 
 To add a source, write `read_x(path, *, ...) -> Iterator[Record]` and name it in `SOURCES`
 with a line of help. Its keyword parameters are the command's options that it understands
-(`shards.options`). A heavy import belongs into the function: `dist-vse --help` reads this dict.
+(`dist_vse.shards.options`). A heavy import belongs into the function: `dist-vse --help` reads this
+dict.
 """
 
 from collections.abc import Callable, Iterator
 
-from shards.record import Record
-from shards.sources.coco import read_coco
-from shards.sources.flickr import read_flickr
-from shards.sources.folder import read_folder
-from shards.sources.jsonl import read_jsonl
-from shards.sources.karpathy import read_karpathy
-from shards.sources.reshard import read_tars
-from shards.sources.table import read_csv, read_parquet, read_tsv
+from dist_vse.shards.record import Record
+from dist_vse.shards.sources.coco import read_coco
+from dist_vse.shards.sources.flickr import read_flickr
+from dist_vse.shards.sources.folder import read_folder
+from dist_vse.shards.sources.jsonl import read_jsonl
+from dist_vse.shards.sources.karpathy import read_karpathy
+from dist_vse.shards.sources.reshard import read_tars
+from dist_vse.shards.sources.table import read_csv, read_parquet, read_tsv
 
 SOURCES: dict[str, tuple[str, Callable[..., Iterator[Record]]]] = {
     "folder": ("images with a .txt beside each, one caption a line", read_folder),

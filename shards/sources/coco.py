@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
-from shards.captions import read_captions
-from shards.json_text import load_json
-from shards.record import Record
-from shards.sources.paths import (
+from dist_vse.shards.captions import read_captions
+from dist_vse.shards.json_text import load_json
+from dist_vse.shards.record import Record
+from dist_vse.shards.sources.paths import (
     existing_file,
     existing_folder,
     image_fault,

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
-from shards.captions import read_captions
-from shards.record import Record
-from shards.sources.paths import (
+from dist_vse.shards.captions import read_captions
+from dist_vse.shards.record import Record
+from dist_vse.shards.sources.paths import (
     existing_file,
     existing_folder,
     image_fault,

@@ -16,11 +16,11 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.files import is_leftover
 from dist_vse.common.terminal import short
 from dist_vse.data.image_names import is_image_name
-from shards.captions import Captions, first_captions, is_missing, read_captions
-from shards.json_text import load_json
-from shards.notes import note
-from shards.record import Record
-from shards.sources.paths import existing_folder, open_list, read_text
+from dist_vse.shards.captions import Captions, first_captions, is_missing, read_captions
+from dist_vse.shards.json_text import load_json
+from dist_vse.shards.notes import note
+from dist_vse.shards.record import Record
+from dist_vse.shards.sources.paths import existing_folder, open_list, read_text
 
 # As Hugging Face's imagefolder reads them.
 SPLITS = {"train": "train", "training": "train"}

@@ -7,10 +7,10 @@ from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import short
-from shards.captions import first_captions, is_missing, named_languages
-from shards.json_text import load_json
-from shards.record import Record
-from shards.sources.paths import existing_folder, image_fault, image_in, open_list
+from dist_vse.shards.captions import first_captions, is_missing, named_languages
+from dist_vse.shards.json_text import load_json
+from dist_vse.shards.record import Record
+from dist_vse.shards.sources.paths import existing_folder, image_fault, image_in, open_list
 
 
 def read_jsonl(

@@ -13,10 +13,10 @@ from typing import IO, Any
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.data.index import INDEX_NAME, is_remote, read_index
-from shards.index.wds_reader import is_compressed, plain_tars, read_samples
-from shards.manifest import read_planned
-from shards.record import Member, Record
-from shards.sources.paths import existing, where_instead
+from dist_vse.shards.index.wds_reader import is_compressed, plain_tars, read_samples
+from dist_vse.shards.manifest import read_planned
+from dist_vse.shards.record import Member, Record
+from dist_vse.shards.sources.paths import existing, where_instead
 
 
 def read_tars(

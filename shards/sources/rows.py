@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import is_leftover
-from shards.notes import note
-from shards.sources.paths import existing_file, open_list, where_instead
+from dist_vse.shards.notes import note
+from dist_vse.shards.sources.paths import existing_file, open_list, where_instead
 
 Row = tuple[str, dict[str, Any]]  # where it stands, its columns
 

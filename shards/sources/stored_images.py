@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import xxhash
 
-from shards.record import Member
+from dist_vse.shards.record import Member
 
 
 class StoredImages:

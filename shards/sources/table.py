@@ -13,11 +13,11 @@ from typing import Any
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import short
 from dist_vse.data.index import image_id
-from shards.captions import Captions, is_missing, read_captions
-from shards.record import Image, Record
-from shards.sources.paths import existing_folder, image_fault, image_in
-from shards.sources.rows import Row, parquet_rows, text_rows
-from shards.sources.stored_images import StoredImages
+from dist_vse.shards.captions import Captions, is_missing, read_captions
+from dist_vse.shards.record import Image, Record
+from dist_vse.shards.sources.paths import existing_folder, image_fault, image_in
+from dist_vse.shards.sources.rows import Row, parquet_rows, text_rows
+from dist_vse.shards.sources.stored_images import StoredImages
 
 
 # More than eight parameters: each but `path`, `rows` and `scratch` is an option of the command.

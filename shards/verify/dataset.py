@@ -8,10 +8,10 @@ from pathlib import Path
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import sha256_of_file
 from dist_vse.data.index import Index, Shard, image_id, read_index
-from shards.manifest import ShardEntry, read_manifest
-from shards.pool import ordered_map
-from shards.sample_checks import BadSampleError, check_captions, check_image
-from shards.verify.read import Stored, local_tar, read_stored
+from dist_vse.shards.manifest import ShardEntry, read_manifest
+from dist_vse.shards.pool import ordered_map
+from dist_vse.shards.sample_checks import BadSampleError, check_captions, check_image
+from dist_vse.shards.verify.read import Stored, local_tar, read_stored
 
 
 @dataclass(frozen=True)

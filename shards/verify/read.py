@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import Index, Shard, is_remote
-from shards.remote import local_copy
+from dist_vse.shards.remote import local_copy
 
 
 @dataclass(frozen=True, slots=True)

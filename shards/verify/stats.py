@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.data.index import Index, Shard, read_index
-from shards.captions import named_languages
-from shards.pool import ordered_map
-from shards.sample_checks import BadSampleError, checked_image
-from shards.verify.read import Stored, local_tar, read_stored
+from dist_vse.shards.captions import named_languages
+from dist_vse.shards.pool import ordered_map
+from dist_vse.shards.sample_checks import BadSampleError, checked_image
+from dist_vse.shards.verify.read import Stored, local_tar, read_stored
 
 THUMB, TEXT_LINES, COLUMNS = 160, 3, 8  # of a contact sheet: pixels, lines, thumbs
 LINE_CHARS, LINE_PIXELS = 26, 15

@@ -16,8 +16,8 @@ def test_the_wheel_has_no_benchmarks_tests_or_demo() -> None:
     project = read_configuration(ROOT / "pyproject.toml", expand=False)
     chosen = project["tool"]["setuptools"]["packages"]["find"]
     packages = find_packages(str(ROOT), **chosen)
-    assert {name.split(".")[0] for name in packages} == {"dist_vse", "launch", "shards"}
-    assert "dist_vse.tools.bench" in packages
+    assert {name.split(".")[0] for name in packages} == {"dist_vse"}
+    assert {"dist_vse.tools.bench", "dist_vse.launch", "dist_vse.shards.build"} <= set(packages)
 
 
 def test_the_package_imports_no_benchmark() -> None:

@@ -23,7 +23,7 @@ from dist_vse.data.decode import (
     random_box,
 )
 from dist_vse.data.index import IMAGE_FORMATS
-from shards.sample_checks import EXTENSIONS
+from dist_vse.shards.sample_checks import EXTENSIONS
 from tests.support.datasets import draw, encode
 
 RED = (220, 40, 40)

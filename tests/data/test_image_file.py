@@ -14,8 +14,8 @@ from PIL import ExifTags, Image
 from dist_vse.data.decode import BadSampleError as BadTrainingSampleError
 from dist_vse.data.decode import Transform, decode_image
 from dist_vse.data.image_file import open_image, orientation, turned
-from shards.build.recode import Recode, recode_image
-from shards.sample_checks import BadSampleError, check_image
+from dist_vse.shards.build.recode import Recode, recode_image
+from dist_vse.shards.sample_checks import BadSampleError, check_image
 from tests.support.datasets import draw, encode
 
 SIDE = 24

@@ -22,7 +22,7 @@ from dist_vse.data.index import Index, Split, read_index, write_index
 from dist_vse.data.samples import Placement
 from dist_vse.data.streams import TrainSet
 from dist_vse.models.tokenizer import WordTokenizer
-from shards import cli
+from dist_vse.shards import cli
 from tests.support.datasets import draw, encode, write_dataset
 from tests.support.distributed import run_distributed
 from tests.support.flaky_server import STALL_S, Server, serve

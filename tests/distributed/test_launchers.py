@@ -9,8 +9,8 @@ import pytest
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
+from dist_vse.launch.environment import free_port
 from dist_vse.training.build_engine import launcher_conflicts
-from launch.environment import free_port
 from tests.support.datasets import write_dataset
 from tests.support.runs import ROOT, command, read_losses
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dist_vse.common.errors import UserError
-from launch import check_job, rank_check
-from launch.cluster import ClusterConfig
-from launch.doctor import doctor
-from launch.status import job_state
+from dist_vse.launch import check_job, rank_check
+from dist_vse.launch.cluster import ClusterConfig
+from dist_vse.launch.doctor import doctor
+from dist_vse.launch.status import job_state
 from tests.support.datasets import write_dataset
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
@@ -77,7 +77,7 @@ def test_ranks_look_at_the_files(tmp_path: Path) -> None:
 def test_the_ranks_job_is_short_and_ended(
     examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch import doctor as module
+    from dist_vse.launch import doctor as module
 
     cluster = ClusterConfig(time_min=1440, signal_before_end_s=600, failures=2)
     short = check_job.short_cluster(cluster)
@@ -98,7 +98,7 @@ def test_the_ranks_job_is_short_and_ended(
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_whole_step(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch import doctor as module
+    from dist_vse.launch import doctor as module
 
     monkeypatch.setattr(module, "_CHECKS", {"memory": module._memory})
     chunks = ("global_batch_size=32768", "chunk_size=16384")
@@ -111,7 +111,7 @@ def test_memory_is_that_of_a_whole_step(examine: Examine, monkeypatch: pytest.Mo
 def test_what_is_broken_is_named(
     examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch import doctor as module
+    from dist_vse.launch import doctor as module
 
     fast = ("batch", "shards", "samples", "disk")
     monkeypatch.setattr(module, "_CHECKS", {name: module._CHECKS[name] for name in fast})

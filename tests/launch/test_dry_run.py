@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from dist_vse.common.errors import UserError
-from launch.dry_run import dry_run, find_conflicts
-from launch.submit import Plan, plan_submission
+from dist_vse.launch.dry_run import dry_run, find_conflicts
+from dist_vse.launch.submit import Plan, plan_submission
 from tests.support.paths import ROOT
 
 GOLDEN = ROOT / "tests" / "launch" / "golden"

@@ -7,9 +7,9 @@ import pytest
 
 from dist_vse import cli
 from dist_vse.common.errors import UserError
-from launch.schedulers import SCHEDULERS, find_scheduler
-from launch.schedulers.base import SubmittedJob, load_job
-from launch.status import last_metrics
+from dist_vse.launch.schedulers import SCHEDULERS, find_scheduler
+from dist_vse.launch.schedulers.base import SubmittedJob, load_job
+from dist_vse.launch.status import last_metrics
 from tests.launch.toy_scheduler import Toy
 from tests.support.datasets import write_dataset
 from tests.support.imports import sources

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 from dist_vse.common.errors import UserError
+from dist_vse.launch.cancel import cancel
+from dist_vse.launch.job import Job
+from dist_vse.launch.outcome import find_outcome
+from dist_vse.launch.result import Result, write_result
+from dist_vse.launch.runs import find_runs, table
+from dist_vse.launch.schedulers import sbatch, scontrol
+from dist_vse.launch.schedulers.base import SubmittedJob
+from dist_vse.launch.schedulers.slurm import Slurm
+from dist_vse.launch.status import ensure_not_running, status
 from dist_vse.runs.lease import LostLease
-from launch.cancel import cancel
-from launch.job import Job
-from launch.outcome import find_outcome
-from launch.result import Result, write_result
-from launch.runs import find_runs, table
-from launch.schedulers import sbatch, scontrol
-from launch.schedulers.base import SubmittedJob
-from launch.schedulers.slurm import Slurm
-from launch.status import ensure_not_running, status
 from tests.support.paths import ROOT
 
 RUNNING = "JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1"

@@ -11,9 +11,9 @@ import pytest
 
 from dist_vse import cli
 from dist_vse.common.errors import UserError
-from launch import code
-from launch.outcome import find_outcome
-from launch.schedulers.base import SubmittedJob, load_job
+from dist_vse.launch import code
+from dist_vse.launch.outcome import find_outcome
+from dist_vse.launch.schedulers.base import SubmittedJob, load_job
 
 
 class _Bomb:
@@ -140,7 +140,7 @@ def test_code_that_is_not_ours_is_not_run(tmp_path: Path) -> None:
     linked = changed("linked")
     (linked / "numpy").symlink_to(tmp_path)
     missing = changed("missing")
-    (missing / "launch" / "job.py").unlink()
+    (missing / "dist_vse" / "launch" / "job.py").unlink()
     for folder in (edited, added, linked, missing):
         with pytest.raises(UserError, match="is no copy of this installation's code"):
             code.pin(folder)

@@ -17,15 +17,15 @@ import pytest
 from dist_vse.common import signals
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
-from launch.document import document
-from launch.environment import IDENTITY, Place, conflicts, free_port, job_port
-from launch.job import Job
-from launch.result import last_message
-from launch.schedulers.base import SubmittedJob
-from launch.schedulers.sbatch import nested_names, script
-from launch.status import job_state
-from launch.submit import Plan, plan_submission, start, submit
-from launch.tail_log import follow
+from dist_vse.launch.document import document
+from dist_vse.launch.environment import IDENTITY, Place, conflicts, free_port, job_port
+from dist_vse.launch.job import Job
+from dist_vse.launch.result import last_message
+from dist_vse.launch.schedulers.base import SubmittedJob
+from dist_vse.launch.schedulers.sbatch import nested_names, script
+from dist_vse.launch.status import job_state
+from dist_vse.launch.submit import Plan, plan_submission, start, submit
+from dist_vse.launch.tail_log import follow
 from tests.support.datasets import write_dataset
 from tests.support.jobs import pickled_work, results
 from tests.support.paths import ROOT
@@ -151,7 +151,7 @@ def test_a_local_rank_starts_with_the_variables_of_the_cluster_file(
     assert {"OMP_NUM_THREADS=3", "DS_ACCELERATOR=cpu"} <= set(seen)
     assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] != "3"
     paths = local_plan.env["PYTHONPATH"].split(os.pathsep)
-    assert {path.name for path in Path(paths[0]).iterdir()} == {"dist_vse", "launch", "shards"}
+    assert {path.name for path in Path(paths[0]).iterdir()} == {"dist_vse"}
 
 
 @pytest.mark.slow
@@ -253,7 +253,7 @@ def test_wrong_cluster_files(config_path: Path, tmp_path: Path, text: str, messa
 def test_the_page_of_clusters_is_up_to_date() -> None:
     page = ROOT / "docs" / "reference" / "cluster.md"
     assert page.read_text() == document(), (
-        "run python -m launch.document > docs/reference/cluster.md"
+        "run python -m dist_vse.launch.document > docs/reference/cluster.md"
     )
     assert not [line for line in page.read_text().splitlines() if line.endswith("|  |")]
 

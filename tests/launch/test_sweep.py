@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from dist_vse.common.errors import UserError
-from launch.cancel import cancel
-from launch.dry_run import dry_run
-from launch.runs import find_runs, table
-from launch.schedulers.base import load_job
-from launch.status import job_state, last_metrics, status
-from launch.submit import plan_submission, submit
-from launch.sweep import plan_sweep, settings, submit_sweep
-from launch.tail_log import show_log
+from dist_vse.launch.cancel import cancel
+from dist_vse.launch.dry_run import dry_run
+from dist_vse.launch.runs import find_runs, table
+from dist_vse.launch.schedulers.base import load_job
+from dist_vse.launch.status import job_state, last_metrics, status
+from dist_vse.launch.submit import plan_submission, submit
+from dist_vse.launch.sweep import plan_sweep, settings, submit_sweep
+from dist_vse.launch.tail_log import show_log
 from tests.support.datasets import write_dataset
 from tests.support.jobs import results
 from tests.support.paths import ROOT

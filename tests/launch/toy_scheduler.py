@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import ClusterConfig
-from launch.schedulers.base import JobSpec, JobState, SubmittedJob, Work, take_turns
+from dist_vse.launch.cluster import ClusterConfig
+from dist_vse.launch.schedulers.base import JobSpec, JobState, SubmittedJob, Work, take_turns
 
 _ranks: dict[str, list[subprocess.Popen[bytes]]] = {}
 

@@ -11,9 +11,9 @@ from dist_vse import train
 from dist_vse.common import log
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
+from dist_vse.launch.submit import plan_submission
 from dist_vse.runs import trackers
 from dist_vse.runs.metrics import Recorder
-from launch.submit import plan_submission
 from tests.support.datasets import write_dataset
 from tests.support.distributed import run_distributed
 from tests.support.runs import CONFIG, read_logged, read_losses

@@ -14,12 +14,12 @@ import webdataset
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import image_id, read_index
-from shards.build.dataset import build_dataset
-from shards.build.plan import Options
-from shards.build.recode import Recode
-from shards.error_budget import ErrorBudget
-from shards.manifest import ShardEntry
-from shards.record import Record
+from dist_vse.shards.build.dataset import build_dataset
+from dist_vse.shards.build.plan import Options
+from dist_vse.shards.build.recode import Recode
+from dist_vse.shards.error_budget import ErrorBudget
+from dist_vse.shards.manifest import ShardEntry
+from dist_vse.shards.record import Record
 from tests.support.datasets import draw, encode
 
 
@@ -142,8 +142,8 @@ def test_a_finished_run_is_kept_and_a_damaged_one_mended(tmp_path: Path) -> None
 
 RUN = """
 import argparse, os, sys
-from shards import cli
-from shards.build import write
+from dist_vse.shards import cli
+from dist_vse.shards.build import write
 
 add = write._add_sample
 

@@ -8,9 +8,9 @@ import pytest
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
-from shards.captions import first_captions, named_languages, read_captions
-from shards.index.wds_reader import read_samples
-from shards.json_text import dump_json, load_json
+from dist_vse.shards.captions import first_captions, named_languages, read_captions
+from dist_vse.shards.index.wds_reader import read_samples
+from dist_vse.shards.json_text import dump_json, load_json
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard, write_tar
 

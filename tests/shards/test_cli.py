@@ -12,10 +12,10 @@ import pytest
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
-from shards.error_budget import parse_error_budget
-from shards.options import parse_shard_size
-from shards.record import Record
-from shards.sources import SOURCES
+from dist_vse.shards.error_budget import parse_error_budget
+from dist_vse.shards.options import parse_shard_size
+from dist_vse.shards.record import Record
+from dist_vse.shards.sources import SOURCES
 from tests.support.datasets import draw, encode
 from tests.support.shards import COCO, run_shard, write_pairs
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
-from shards.index.wds_reader import read_samples
+from dist_vse.shards.index.wds_reader import read_samples
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard, write_tar
 

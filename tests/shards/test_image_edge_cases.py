@@ -11,8 +11,8 @@ from PIL import ExifTags, Image
 
 from dist_vse.data.decode import Transform, decode_image
 from dist_vse.data.index import read_index
-from shards.build.recode import Recode, recode_image
-from shards.sample_checks import check_image
+from dist_vse.shards.build.recode import Recode, recode_image
+from dist_vse.shards.sample_checks import check_image
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard
 

@@ -18,7 +18,7 @@ from dist_vse.config import ImageConfig
 from dist_vse.data.eval_stream import captions, eval_batches
 from dist_vse.data.index import image_id, read_index
 from dist_vse.models.tokenizer import WordTokenizer, build_vocabulary
-from shards.index.wds_reader import read_samples
+from dist_vse.shards.index.wds_reader import read_samples
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard, write_img2dataset, write_tar
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_vse.common.errors import UserError
-from shards import manifest
+from dist_vse.shards import manifest
 
 
 @pytest.mark.parametrize("name", ["../victim", "/etc/victim", "a/b", "..", 5])

@@ -11,8 +11,8 @@ from PIL import Image
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
-from shards.record import Record
-from shards.sources.folder import read_folder
+from dist_vse.shards.record import Record
+from dist_vse.shards.sources.folder import read_folder
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard
 

@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
-from shards.sources.table import read_csv, read_parquet, read_tsv
+from dist_vse.shards.sources.table import read_csv, read_parquet, read_tsv
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard
 

@@ -10,8 +10,8 @@ import pytest
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import is_leftover
 from dist_vse.data.index import read_index
-from shards.index.wds_reader import plain_tars, read_samples
-from shards.sources.folder import read_folder
+from dist_vse.shards.index.wds_reader import plain_tars, read_samples
+from dist_vse.shards.sources.folder import read_folder
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard, write_tar
 

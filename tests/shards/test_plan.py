@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_vse.common.errors import UserError
-from shards.build.keys import MAX_CHARS, safe_key, safe_keys
-from shards.build.plan import Options, fingerprint, plan_shards
-from shards.record import Member, Record
+from dist_vse.shards.build.keys import MAX_CHARS, safe_key, safe_keys
+from dist_vse.shards.build.plan import Options, fingerprint, plan_shards
+from dist_vse.shards.record import Member, Record
 
 
 def _records(count: int, split: str = "train") -> list[Record]:

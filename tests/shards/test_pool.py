@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_vse.common.errors import UserError
-from shards.pool import ordered_map
+from dist_vse.shards.pool import ordered_map
 
 
 @pytest.mark.parametrize("workers", [1, 2])

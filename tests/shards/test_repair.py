@@ -8,8 +8,8 @@ import pytest
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
-from shards.build import sync
-from shards.manifest import ShardEntry
+from dist_vse.shards.build import sync
+from dist_vse.shards.manifest import ShardEntry
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard, write_img2dataset, write_pairs
 

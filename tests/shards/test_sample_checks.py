@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from shards.sample_checks import BadSampleError, check_captions, check_image
+from dist_vse.shards.sample_checks import BadSampleError, check_captions, check_image
 from tests.support.datasets import draw, encode
 
 

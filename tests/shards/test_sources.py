@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from dist_vse.common.errors import UserError
-from shards.record import Record
-from shards.sources.flickr import read_flickr
-from shards.sources.folder import read_folder
-from shards.sources.jsonl import read_jsonl
-from shards.sources.karpathy import read_karpathy
+from dist_vse.shards.record import Record
+from dist_vse.shards.sources.flickr import read_flickr
+from dist_vse.shards.sources.folder import read_folder
+from dist_vse.shards.sources.jsonl import read_jsonl
+from dist_vse.shards.sources.karpathy import read_karpathy
 from tests.support.datasets import draw, encode
 from tests.support.shards import COCO, karpathy_sentences
 

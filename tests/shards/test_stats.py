@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dist_vse.common.errors import UserError
-from shards.verify.stats import COLUMNS, GREY, THUMB, dataset_stats, shared_images
+from dist_vse.shards.verify.stats import COLUMNS, GREY, THUMB, dataset_stats, shared_images
 from tests.support.datasets import Sample, draw, encode, make_sample, write_shards
 from tests.support.shards import run_shard, write_tar
 

@@ -14,12 +14,12 @@ from pyarrow import parquet
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
-from shards.record import Record, in_languages
-from shards.remote import to_path
-from shards.sources.coco import read_coco
-from shards.sources.flickr import read_flickr
-from shards.sources.jsonl import read_jsonl
-from shards.sources.table import read_csv, read_parquet, read_tsv
+from dist_vse.shards.record import Record, in_languages
+from dist_vse.shards.remote import to_path
+from dist_vse.shards.sources.coco import read_coco
+from dist_vse.shards.sources.flickr import read_flickr
+from dist_vse.shards.sources.jsonl import read_jsonl
+from dist_vse.shards.sources.table import read_csv, read_parquet, read_tsv
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from shards.build import tar_writer as tar
-from shards.build import write
-from shards.build.tar_writer import TarWriter, header
+from dist_vse.shards.build import tar_writer as tar
+from dist_vse.shards.build import write
+from dist_vse.shards.build.tar_writer import TarWriter, header
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import webdataset
 
 from dist_vse.data.index import read_index
-from shards.index.wds_reader import read_samples
+from dist_vse.shards.index.wds_reader import read_samples
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard, write_tar
 

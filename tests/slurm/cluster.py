@@ -50,7 +50,7 @@ class Cluster:
 
     def wait_for_end(self, job_id: str, patience_s: float = PATIENCE_S) -> str:
         """Wait until the job is over for good; return its state."""
-        from launch.schedulers.scontrol import job_state
+        from dist_vse.launch.schedulers.scontrol import job_state
 
         def state() -> str | None:
             now = job_state(job_id)

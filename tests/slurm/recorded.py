@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.job import Train
+from dist_vse.launch.job import Train
 
 
 @dataclass(frozen=True)

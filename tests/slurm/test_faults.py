@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from dist_vse import train
 from dist_vse.config import load_config
-from launch.cancel import cancel
-from launch.job import Job, Train
-from launch.schedulers.base import SubmittedJob
-from launch.status import status
-from launch.submit import Plan, plan_submission, start, submit
-from launch.tail_log import report
+from dist_vse.launch.cancel import cancel
+from dist_vse.launch.job import Job, Train
+from dist_vse.launch.schedulers.base import SubmittedJob
+from dist_vse.launch.status import status
+from dist_vse.launch.submit import Plan, plan_submission, start, submit
+from dist_vse.launch.tail_log import report
 from tests.slurm.cluster import Cluster
 from tests.slurm.recorded import (
     RecordedTrain,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.runs import find_runs, table
-from launch.submit import plan_submission, submit
-from launch.sweep import plan_sweep, submit_sweep
+from dist_vse.launch.runs import find_runs, table
+from dist_vse.launch.submit import plan_submission, submit
+from dist_vse.launch.sweep import plan_sweep, submit_sweep
 from tests.slurm.cluster import Cluster
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until

@@ -19,6 +19,7 @@ ABOUT = {
     "losses": "the losses over the global batch, in tiles",
     "config": "the settings of a run, checked",
     "data": "shards to batches, in one global order",
+    "shards": "dist-vse shard: makes data sets",
     "models": "encoders, heads, tokenizers, pretrained weights",
     "engine": "DeepSpeed's ZeRO, or plain PyTorch",
     "runs": "a run's folder: checkpoints, metrics, lease",
@@ -26,12 +27,13 @@ ABOUT = {
     "evaluation": "retrieval over all ranks",
     "tools": "report, verify, export, search, plan, bench",
     "train": "the loop",
+    "launch": "dist-vse submit: Slurm, local jobs",
     "cli": "the command dist-vse",
 }
 
 COLUMN, ROW = 60, 46  # from one package to the next
 BOX, BOX_HEIGHT = 98, 28
-LEFT, TOP, WIDTH = 28, 28, 1030
+LEFT, TOP, WIDTH = 28, 28, 1150
 # Dots have three sizes, so that the picture changes when the structure does, not with every import.
 DOTS = ((1, 3.0, "1 module"), (2, 4.5, "2 to 9 modules"), (10, 6.5, "10 or more"))
 STYLE = """

@@ -6,13 +6,27 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-FOLDERS = ("dist_vse", "launch", "shards", "benchmarks", "demo")
+# dist_vse/launch and dist_vse/shards are links to these folders, so their modules are dist_vse's.
+LINKED = ("launch", "shards")
+FOLDERS = ("dist_vse", *LINKED, "benchmarks", "demo")
 Graph = Mapping[str, set[str]]  # a node to the nodes that it imports
 
 
 def sources(folder: str) -> list[Path]:
-    """Return the Python files under a folder of the repository."""
+    """Return the Python files under a folder of the repository; links are not followed."""
     return sorted((ROOT / folder).rglob("*.py"))
+
+
+def package_sources() -> list[Path]:
+    """Return the Python files of the package: each once, by its path without links."""
+    return [path for folder in ("dist_vse", *LINKED) for path in sources(folder)]
+
+
+def module_name(path: Path) -> str:
+    """Return the name that a file of ours is imported by; a package is its `__init__`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("dist_vse", *parts) if parts[0] in LINKED else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(path: Path) -> Iterator[tuple[str, str]]:
@@ -29,8 +43,8 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def module_graph() -> dict[str, set[str]]:
-    """Return which modules of ours each module of ours imports; a package is its `__init__`."""
-    paths = {_module(path): path for folder in FOLDERS for path in sources(folder)}
+    """Return which modules of ours each module of ours imports."""
+    paths = {module_name(path): path for folder in FOLDERS for path in sources(folder)}
     graph: dict[str, set[str]] = {module: set() for module in paths}
     for module, path in paths.items():
         for other, name in imports(path):
@@ -46,11 +60,6 @@ def find_cycles(graph: Graph) -> set[frozenset[str]]:
     reached = {node: _reachable(graph, node) for node in graph}
     groups = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph}
     return {group for group in groups if len(group) > 1}
-
-
-def _module(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def _reachable(graph: Graph, start: str) -> set[str]:

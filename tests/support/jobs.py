@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from launch.schedulers.base import SubmittedJob
-from launch.status import job_state
+from dist_vse.launch.schedulers.base import SubmittedJob
+from dist_vse.launch.status import job_state
 from tests.support.waiting import wait_until
 
 

@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from shards import cli
+from dist_vse.shards import cli
 from tests.support.datasets import draw, encode
 
 IMG2DATASET = {"url": "http://x/1.jpg", "status": "success", "width": 32, "height": 32}

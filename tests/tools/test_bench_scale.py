@@ -15,10 +15,10 @@ from benchmarks.render import section
 from dist_vse.cli import main
 from dist_vse.common import step_timer
 from dist_vse.common.errors import UserError
+from dist_vse.launch.environment import free_port
 from dist_vse.tools.bench.scale_cases import Case, plan_cases, share
 from dist_vse.tools.bench.scale_memory import measure_memory, memory_parts
 from dist_vse.tools.bench.scale_rows import compare, compare_with_baseline, join
-from launch.environment import free_port
 from tests.support.paths import ROOT
 
 TINY = [

@@ -13,12 +13,12 @@ from torch import Tensor
 from dist_vse import cli, distributed
 from dist_vse.config import load_config
 from dist_vse.engine.zero import ZeroEngine
+from dist_vse.launch.environment import free_port
 from dist_vse.losses.global_loss import GlobalLoss, LossOutput
 from dist_vse.tools.verify.checks import check, describe
 from dist_vse.tools.verify.loss import ragged_counts
 from dist_vse.tools.verify.peer import check_peer
 from dist_vse.tools.verify.table import Row, compare, verdict
-from launch.environment import free_port
 from tests.support.distributed import run_distributed
 
 CASES: list[list[str]] = [
