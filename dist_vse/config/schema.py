@@ -68,11 +68,11 @@ class TrainConfig:
         number_or_auto(1, chunk_size=self.chunk_size)
         at_least(1, total_steps=self.total_steps, log_every=self.log_every)
         at_least(1, keep_checkpoints=self.keep_checkpoints)
-        image, whole = self.model.image, self.model.pretrained is not None
+        image, whole = self.model.image, self.model.is_whole
         check(
             whole or image.weights is not None or not image.frozen,
-            "model.image.frozen=true would freeze random weights: give model.image.weights or "
-            "model.pretrained, or set it to false",
+            "model.image.frozen=true would freeze random weights: give model.image.weights , "
+            "model.pretrained or model.from_run, or set it to false",
         )
         at_least(0, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
         at_least(0, checkpoint_samples=self.checkpoint_samples, keep_best=self.keep_best)
@@ -130,8 +130,8 @@ class TrainConfig:
 
     @property
     def before_name(self) -> str:
-        """What the model is before its first step: `untrained`, or `start` of a checkpoint."""
-        return "untrained" if self.model.pretrained is None else "start"
+        """What the model is before its first step: `untrained`, or `start` of a trained model."""
+        return "start" if self.model.is_whole else "untrained"
 
     @property
     def fixed_chunk_size(self) -> int:

@@ -80,6 +80,9 @@ class ModelConfig:
     pretrained: str | None = None
     """Folder of a CLIP or SigLIP checkpoint to start from (transformers' or OpenCLIP's). It brings
     encoders, heads, tokenizer, image size and normalisation, `embed_dim`, temperature and bias."""
+    from_run: str | None = None
+    """Run folder, or one of its checkpoints, to start from: its weights, encoders, `embed_dim` and
+    vocabulary, with a new optimizer. All else is this config's: loss, rates, batch, `frozen`."""
     image: ImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     embed_dim: int = 256
@@ -98,12 +101,17 @@ class ModelConfig:
         at_least(0, model__head_hidden=self.head_hidden)
         share(model__head_dropout=self.head_dropout)
         check(
-            not self.text.frozen or self.text.weights is not None or self.pretrained is not None,
+            not self.text.frozen or self.text.weights is not None or self.is_whole,
             "model.text.frozen=true would freeze random weights (model.text.kind="
             f"{self.text.kind}); set it to false",
         )
         if self.pretrained is not None:
             self._check_nothing_is_ignored()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether both trunks start from a trained model."""
+        return self.pretrained is not None or self.from_run is not None
 
     def _check_nothing_is_ignored(self) -> None:
         """Check that nothing is set that a whole checkpoint decides."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from dist_vse import distributed
 from dist_vse.common.errors import writing
 from dist_vse.common.files import atomic_output, check_output
-from dist_vse.common.log import setup_logging
+from dist_vse.common.log import logger, setup_logging
 from dist_vse.common.terminal import plain
 from dist_vse.config import TrainConfig
 from dist_vse.data.index import Index, read_index
@@ -26,7 +26,7 @@ from dist_vse.models.precision import use_precision
 from dist_vse.runs.environment import read_environment, trained_on
 from dist_vse.runs.files import EXAMPLES_NAME, RESULT_NAME
 from dist_vse.runs.folder import find_run, open_run
-from dist_vse.runs.trained import load_trained, run_tokenizer
+from dist_vse.runs.trained import build_start, load_trained, run_tokenizer
 
 Results = dict[str, dict[str, float]]
 
@@ -57,7 +57,14 @@ def eval_run(
             config = task.config
             how["precision"] = config.engine.precision
             use_precision(here, config.engine.precision)
-            model = build_model(config.model, config.loss, tokenizer, seed=config.seed).to(here)
+            start = config.model.from_run
+            gone = start is not None and not Path(start).is_dir()
+            if gone:
+                logger.warning("%s is gone: compared with random weights instead", start)
+                model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
+            else:
+                model = build_start(config, tokenizer)
+            model = model.to(here)
         batches = build_eval_batches(task.config, task.index, tokenizer, split)
         untrained = evaluate(model, batches, here, **{**how, "bootstrap": 0})
         with distributed.raise_on_all_ranks():
@@ -76,7 +83,8 @@ def eval_run(
         if distributed.is_main_process():
             title = f"{task.run_dir} at {checkpoint.name}, {split}, {protocol}"
             title += f", data {task.index.fingerprint()[:8]}" if task.elsewhere else ""
-            columns = ["trained", task.config.before_name, "chance"]
+            before = "untrained" if gone else task.config.before_name
+            columns = ["trained", before, "chance"]
             _print(dict(zip(columns, results.values(), strict=True)), title, trained, recalls)
     return 0
 

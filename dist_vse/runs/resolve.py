@@ -2,22 +2,31 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger
 from dist_vse.config import TrainConfig
 from dist_vse.config.checks import AUTO
 from dist_vse.config.sections import MIN_LEARNED_TEMPERATURE
 from dist_vse.models.pretrained import read_start
-from dist_vse.runs.folder import find_earlier_start
+from dist_vse.runs import checkpoint
+from dist_vse.runs.files import CHECKPOINTS
+from dist_vse.runs.folder import find_earlier_start, find_run, open_run
+
+_MODEL_OF_RUN = ("pretrained", "embed_dim", "head_hidden")
+_IMAGE_OF_RUN = ("kind", "name", "squash", "resampling")
+_TEXT_OF_RUN = ("kind", "weights", "width", "depth", "word_dim", "min_count")
+"""Settings that `model.from_run` brings with its weights."""
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in what the user left to `model.pretrained`, and to an earlier start of the run.
+    """Fill in what the user left to `model.from_run`, `model.pretrained` and an earlier start.
 
-    A chunk size that no start has tried yet stays `auto`. Raises UserError if one of the two
-    cannot be read.
+    A chunk size that no start has tried yet stays `auto`. Raises UserError if one of them cannot
+    be read, or if the config contradicts the run that it starts from.
     """
-    config = with_start(config)
+    config = with_start(_with_run(config))
     if config.chunk_size == AUTO:
         earlier = find_earlier_start(Path(config.output_dir))
         if earlier is not None:
@@ -51,4 +60,51 @@ def with_start(config: TrainConfig) -> TrainConfig:
     text = replace(config.model.text, max_tokens=start.max_tokens)
     model = replace(config.model, image=image, text=text, embed_dim=start.embed_dim)
     loss = replace(config.loss, temperature=temperature, bias=bias)
+    if config.model.from_run is not None:  # which has trained on
+        loss = config.loss
     return replace(config, model=model, loss=loss)
+
+
+def _with_run(config: TrainConfig) -> TrainConfig:
+    """Fill in what the run of `model.from_run` decides, and which of its checkpoints it is.
+
+    An earlier start has both already, so a run goes on where the one before it is gone.
+    """
+    if config.model.from_run is None:
+        return config
+    location = Path(config.model.from_run)
+    earlier = find_earlier_start(Path(config.output_dir))
+    if earlier is not None and _is_of(earlier.model.from_run, location):
+        found, model = earlier.model.from_run, earlier.model
+    else:
+        run_dir, asked = find_run(location)
+        model = open_run(run_dir).model
+        path = asked or checkpoint.latest(run_dir / CHECKPOINTS)
+        if path is None:
+            raise UserError(f"model.from_run={location}: no whole checkpoint there yet")
+        found = str(path)
+        logger.info("starting from %s", found)
+    own = config.model
+    taken = {
+        "image": replace(own.image, **_taken(own.image, model.image, _IMAGE_OF_RUN, "image.")),
+        "text": replace(own.text, **_taken(own.text, model.text, _TEXT_OF_RUN, "text.")),
+        **_taken(own, model, _MODEL_OF_RUN),
+    }
+    return replace(config, model=replace(own, from_run=found, **taken))
+
+
+def _is_of(found: str | None, asked: Path) -> bool:
+    """Return whether a checkpoint is the one asked for, or one of the run asked for."""
+    return found is not None and asked in (Path(found), Path(found).parent.parent)
+
+
+def _taken(own: object, of_run: object, names: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
+    """Return a run's settings by name. Raises UserError where the config gives other ones."""
+    for name in names:
+        ours, theirs = getattr(own, name), getattr(of_run, name)
+        if ours not in (theirs, getattr(type(own)(), name)):
+            raise UserError(
+                f"model.{prefix}{name} ({ours}) is {theirs} in the run of model.from_run: leave it "
+                "out, or start from another run"
+            )
+    return {name: getattr(of_run, name) for name in names}

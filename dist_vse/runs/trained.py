@@ -1,5 +1,6 @@
 """The tokenizer and the model that a run's folder holds."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,28 @@ def open_trained(location: Path) -> Trained:
     return Trained(run_dir, config, tokenizer, model, load_trained(run_dir, model, asked))
 
 
+def build_start(config: TrainConfig, tokenizer: Tokenizer) -> DualEncoder:
+    """Build a run's model as it is before the first step, with the weights of `model.from_run`.
+
+    A temperature goes on where both runs learn it for the same loss, a bias where the loss is the
+    same; else they are the config's. Raises UserError if the weights can't be read or don't fit.
+    """
+    model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
+    if config.model.from_run is None:
+        return model
+    path = Path(config.model.from_run)
+    before, loss = open_run(find_run(path)[0]).loss, config.loss
+    own = {"log_scale": model.log_scale.detach().clone(), "bias": model.bias.detach().clone()}
+    same = before.name == loss.name
+    if same:
+        del own["bias"]
+    if same and before.learn_temperature and loss.learn_temperature:
+        del own["log_scale"]
+    checkpoint.load_weights(path, model)
+    model.load_state_dict(own, strict=False)
+    return model
+
+
 def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokenizer:
     """Return the run's tokenizer; `build` makes the vocabulary where there is none yet.
 
@@ -48,6 +71,10 @@ def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokeniz
     if config.model.pretrained is not None:
         return pretrained_tokenizer(config.model.pretrained)
     path = run_dir / VOCABULARY_NAME
+    if build and not path.is_file() and config.model.from_run is not None:
+        former = find_run(Path(config.model.from_run))[0] / VOCABULARY_NAME
+        if former.is_file():
+            shutil.copyfile(former, path)
     if path.is_file():
         return WordTokenizer.load(path)
     if not config.model.text.spec.from_library and not build:

@@ -18,12 +18,14 @@ from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.precision import use_precision
 from dist_vse.models.tokenizer import Tokenizer
+from dist_vse.runs import checkpoint
+from dist_vse.runs.files import CHECKPOINTS
 from dist_vse.runs.folder import prepare_run_dir, write_config
 from dist_vse.runs.lease import Lease, acquire
 from dist_vse.runs.metrics import Meter
 from dist_vse.runs.resolve import resolve
 from dist_vse.runs.trackers import check_trackers
-from dist_vse.runs.trained import run_tokenizer
+from dist_vse.runs.trained import build_start, run_tokenizer
 from dist_vse.training.build_engine import build_engine
 from dist_vse.training.chunking import agree, choose_chunks
 from dist_vse.training.flops import count_flops, peak_flops
@@ -73,7 +75,10 @@ def set_up(config: TrainConfig) -> Run:
     else has decided it. Every rank calls this. Raises UserError alike on every rank.
     """
     with distributed.raise_on_all_ranks():
-        config = resolve(config)
+        if distributed.is_main_process():
+            config = resolve(config)
+    config = distributed.broadcast_object(config)
+    with distributed.raise_on_all_ranks():
         check_trackers(config.trackers)
         index = read_index(config.data.index)
         index.split(config.data.eval_split)
@@ -85,7 +90,10 @@ def set_up(config: TrainConfig) -> Run:
     run_dir = Path(config.output_dir)
     with distributed.raise_on_all_ranks():
         tokenizer = run_tokenizer(config, run_dir, build=False)
-        model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
+        if checkpoint.steps(run_dir / CHECKPOINTS):
+            model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
+        else:
+            model = build_start(config, tokenizer)
         model = model.to(distributed.device())
         use_precision(distributed.device(), config.engine.precision)
         check_replay(

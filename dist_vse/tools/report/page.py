@@ -109,7 +109,9 @@ def _run_facts(record: Record) -> dict[str, str]:
     text = config.model.text
     pretrained = config.model.pretrained
     start = f"of {Path(pretrained).name}" if pretrained is not None else None
+    before = config.model.from_run
     return {
+        **({"Started from": before} if before is not None else {}),
         "Loss": config.loss.name,
         "Global batch": f"{config.global_batch_size:,} pairs",
         "Chunk": f"{config.fixed_chunk_size:,} pairs",
