@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_vse.common.consent import add_allow_pipe
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import message
 from dist_vse.common.version import __version__
 from dist_vse.launch import cli as launch
 from dist_vse.shards import cli as shards
-from dist_vse.tools import configs
 from dist_vse.tools.bench import cli as bench
 from dist_vse.tools.export import cli as export
 from dist_vse.tools.plan import cli as plan
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a name of `config list`")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -104,6 +104,7 @@ def _features(args: argparse.Namespace) -> int:
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
+    add_allow_pipe(parser)
     parser.add_argument(
         "run_dir", metavar="RUN", type=Path, help="a trained run, or a folder of its checkpoints"
     )
@@ -140,6 +141,7 @@ def _eval(args: argparse.Namespace) -> int:
         protocol=args.protocol,
         recalls=args.recall,
         bootstrap=args.bootstrap,
+        allow_pipe=args.allow_pipe,
     )
 
 
@@ -173,11 +175,6 @@ def _report(args: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "config": Command(
-        "list, print or copy the configs that come with dist_vse",
-        configs.add_arguments,
-        configs.run,
-    ),
     "shard": Command(
         "turn images and captions into WebDataset shards", shards.add_arguments, shards.run
     ),

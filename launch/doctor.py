@@ -43,7 +43,7 @@ class Checkup:
         """Yield the shards of the training and evaluation splits, each with its index."""
         from dist_vse.data.streams import open_train_sets
 
-        evaluated = read_index(self.config.data.index)
+        evaluated = read_index(self.config.data.index, allow_pipe=self.config.data.allow_pipe)
         splits = [(s.index, s.split) for s in open_train_sets(self.config.data)]
         for index, name in [*splits, (evaluated, self.config.data.eval_split)]:
             yield from ((index, shard) for shard in index.split(name).shards)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from dist_vse.common.consent import add_allow_pipe
 from dist_vse.common.errors import UserError
 from dist_vse.shards.error_budget import ErrorBudget, parse_error_budget
 from dist_vse.shards.options import (
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.add_argument("dir", metavar="DIR", type=Path, help="folder of the shards")
         add_workers(command)
+        add_allow_pipe(command)
         if name == "stats":
             command.add_argument(
                 "--contact-sheet", metavar="FILE.png", type=Path, help="draw some of the samples"
@@ -87,10 +89,21 @@ def _build(args: argparse.Namespace) -> int:
     check_local(args.out)
     start = time.monotonic()
     remote = "" if os.path.exists(args.input) or args.shard_command != "reshard" else args.input
-    with local_copies(remote) as copies, TemporaryDirectory(prefix="dist-vse-") as scratch:
+    with (
+        local_copies(remote, allow_pipe=_consent(args)) as copies,
+        TemporaryDirectory(prefix="dist-vse-") as scratch,
+    ):
         entries = _write(args, _read(args, copies, Path(scratch)), options, max_bad)
     print_summary(entries, args.out, seconds=time.monotonic() - start)
     return 0
+
+
+def _consent(args: argparse.Namespace) -> bool:
+    """Return whether commands among the inputs may run: the user has just typed them.
+
+    A repair takes them from a file instead, and has an option for it.
+    """
+    return bool(getattr(args, "allow_pipe", True))
 
 
 def _write(
@@ -159,6 +172,7 @@ def _wanted_splits(args: argparse.Namespace, records: "Sequence[Record]") -> set
 
 def _index(args: argparse.Namespace) -> int:
     """Index tars and print a table of them."""
+    from dist_vse.data.index import check_consent
     from dist_vse.shards.command_log import log_command
     from dist_vse.shards.index.existing import find_tars, index_existing
     from dist_vse.shards.tables import print_summary, progress_bar
@@ -166,6 +180,8 @@ def _index(args: argparse.Namespace) -> int:
     at_least_1(args, "workers")
     max_bad = parse_error_budget(args.max_bad)
     tars, folder = find_tars(args.tars, args.out)
+    for tar in tars:
+        check_consent(tar, allow_pipe=_consent(args))
     start = time.monotonic()
     with _write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,9 +207,10 @@ def _verify(args: argparse.Namespace) -> int:
     from dist_vse.shards.verify.dataset import verify_dataset
 
     at_least_1(args, "workers")
-    splits = read_index(args.dir).splits.values()
-    with progress_bar("verifying", sum(len(split.shards) for split in splits), "shards") as advance:
-        findings = verify_dataset(args.dir, workers=args.workers, advance=advance)
+    index = read_index(args.dir, allow_pipe=args.allow_pipe)
+    total = sum(len(split.shards) for split in index.splits.values())
+    with progress_bar("verifying", total, "shards") as advance:
+        findings = verify_dataset(index, workers=args.workers, advance=advance)
     print_findings(findings, args.dir)
     damaged = {finding.shard for finding in findings if finding.damage}
     if damaged:
@@ -213,14 +230,18 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _repair(args: argparse.Namespace) -> int:
     """Run the data set's commands again; whole shards are kept."""
-    from dist_vse.shards.command_log import read_commands
+    from dist_vse.shards.command_log import check_inputs, read_commands
     from dist_vse.shards.index.existing import check_tars
 
     at_least_1(args, "workers")
-    for command in read_commands(args.dir):
-        command.workers = args.workers
+    commands = read_commands(args.dir)
+    for command in commands:
+        command.workers, command.allow_pipe = args.workers, args.allow_pipe
+        check_inputs(command)
+    for command in commands:
         if command.shard_command == "index":
-            check_tars(args.dir, command.split, workers=args.workers)
+            how = {"workers": args.workers, "allow_pipe": args.allow_pipe}
+            check_tars(args.dir, command.split, **how)
             _index(command)
         else:
             _build(command)
@@ -234,13 +255,14 @@ def _stats(args: argparse.Namespace) -> int:
     from dist_vse.shards.verify.stats import dataset_stats, write_contact_sheet
 
     at_least_1(args, "workers")
-    splits = read_index(args.dir).splits.values()
-    with progress_bar("counting", sum(len(split.shards) for split in splits), "shards") as advance:
-        stats = dataset_stats(args.dir, workers=args.workers, advance=advance)
+    index = read_index(args.dir, allow_pipe=args.allow_pipe)
+    total = sum(len(split.shards) for split in index.splits.values())
+    with progress_bar("counting", total, "shards") as advance:
+        stats = dataset_stats(index, workers=args.workers, advance=advance)
     print_stats(stats)
     if args.contact_sheet is not None:
         with _write_errors(args.contact_sheet):
-            count = write_contact_sheet(args.dir, args.contact_sheet)
+            count = write_contact_sheet(index, args.contact_sheet)
         print(f"{count} samples: {args.contact_sheet}")
     return 0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_json_lines
-from dist_vse.data.index import is_remote
+from dist_vse.data.index import check_consent, is_remote
 
 COMMANDS_NAME = "commands.jsonl"
 _NOT_KEPT = (
@@ -24,7 +24,8 @@ _NOT_KEPT = (
     "out",
     "workers",
     "only",
-)  # they do not change what is made
+    "allow_pipe",
+)  # they do not change what is made; consent is given each time
 _PATHS = ("input", "images", "tars")
 
 
@@ -66,6 +67,17 @@ def read_commands(folder: Path) -> list[argparse.Namespace]:
             "writes only what is broken"
         )
     return commands
+
+
+def check_inputs(command: argparse.Namespace) -> None:
+    """Raise UserError if a command would read what may run code, without the user's consent.
+
+    The log may be somebody else's: what it names was given by him, not by this user.
+    """
+    for name in _PATHS:
+        given = getattr(command, name, None) or []
+        for location in [given] if isinstance(given, str) else given:
+            check_consent(location, allow_pipe=command.allow_pipe)
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:

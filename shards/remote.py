@@ -34,20 +34,20 @@ def to_path(text: str) -> Path:
 
 
 @contextmanager
-def local_copy(location: str, folder: Path) -> Iterator[Path]:
+def local_copy(location: str, folder: Path, *, allow_pipe: bool = False) -> Iterator[Path]:
     """Yield a local path with the bytes of `location`: a path, a URL or `pipe:COMMAND`.
 
     HTTP is read as training reads it: a URL is sent as it is, and the status is reported.
 
     What is remote is copied into `folder` and removed afterwards. Raises UserError if it cannot be
-    read.
+    read, or is a command and the user has not consented (`allow_pipe`).
     """
     if not is_remote(location):
         yield Path(location)
         return
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".copy-", suffix=".tmp") as file:
         try:
-            download(location, cast(IO[bytes], file))
+            download(location, cast(IO[bytes], file), allow_pipe=allow_pipe)
             file.flush()
         except OSError as error:
             raise UserError(
@@ -58,7 +58,7 @@ def local_copy(location: str, folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def local_copies(text: str) -> Iterator[dict[str, Path]]:
+def local_copies(text: str, *, allow_pipe: bool) -> Iterator[dict[str, Path]]:
     """Yield copies of the tars at a URL (`{000..099}` is expanded) by their URLs; none of a path.
 
     They lie in the folder for temporary files, and are removed afterwards. Their time is always the
@@ -69,7 +69,8 @@ def local_copies(text: str) -> Iterator[dict[str, Path]]:
     with ExitStack() as stack:
         copies = {}
         for url in urls if is_remote(text) else ():
-            path = stack.enter_context(local_copy(url, Path(tempfile.gettempdir())))
+            copy = local_copy(url, Path(tempfile.gettempdir()), allow_pipe=allow_pipe)
+            path = stack.enter_context(copy)
             os.utime(path, (0, 0))
             copies[url] = path
         yield copies

@@ -57,6 +57,9 @@ class DataConfig:
     max_bad: float = 0.01
     """Share of an epoch's samples that may be bad: they are left out and listed in
     `skipped.jsonl`; more of them end the run."""
+    allow_pipe: bool = False
+    """Run the commands (`pipe:COMMAND`) that a data set's index names as shards. Whoever wrote the
+    index wrote the commands."""
 
     def __post_init__(self) -> None:
         at_least(1, data__num_streams=self.num_streams, data__shuffle_window=self.shuffle_window)

@@ -17,6 +17,7 @@ from typing import IO
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from dist_vse.common.errors import first_line
+from dist_vse.data.index import check_consent
 
 CHUNK_BYTES = 1 << 20
 STALL_S = 60.0  # time-out of those who have none of their own
@@ -33,12 +34,21 @@ class PermanentError(OSError):
     """The source can't be read, and another try would not help."""
 
 
-def append_url(url: str, file: IO[bytes], num_bytes: int | None, stall_s: float) -> None:
+def append_url(
+    url: str,
+    file: IO[bytes],
+    num_bytes: int | None,
+    stall_s: float,
+    *,
+    allow_pipe: bool = False,
+) -> None:
     """Append what a URL holds beyond the file's end; a source that can't resume sends all again.
 
-    Raises OSError (PermanentError if another try would not help) if the source fails, if almost
-    nothing arrives for `stall_s` seconds, or once the file is longer than `num_bytes`, if given.
+    Raises UserError for a command without the user's consent (`allow_pipe`). Raises OSError
+    (PermanentError if another try would not help) if the source fails, if almost nothing arrives
+    for `stall_s` seconds, or once the file is longer than `num_bytes`, if given.
     """
+    check_consent(url, allow_pipe=allow_pipe)
     try:
         with contextlib.closing(_chunks(url, file.seek(0, os.SEEK_END), stall_s)) as chunks:
             for chunk in _check_rate(chunks, stall_s):
@@ -50,14 +60,14 @@ def append_url(url: str, file: IO[bytes], num_bytes: int | None, stall_s: float)
         raise PermanentError(first_line(error)) from error
 
 
-def download(url: str, file: IO[bytes]) -> None:
+def download(url: str, file: IO[bytes], *, allow_pipe: bool = False) -> None:
     """Append all that a URL or a `pipe:` command holds to an empty file.
 
-    Over HTTP, what breaks off is gone on with. Raises OSError as `append_url`.
+    Over HTTP, what breaks off is gone on with. Raises UserError and OSError as `append_url`.
     """
     for delay in (*RETRY_DELAYS_S, None):
         try:
-            return append_url(url, file, None, STALL_S)
+            return append_url(url, file, None, STALL_S, allow_pipe=allow_pipe)
         except PermanentError:
             raise
         except OSError:

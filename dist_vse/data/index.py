@@ -36,6 +36,14 @@ INDEX_NAME = "index.json"
 FORMAT = 1
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Allowed image formats, by Pillow's names. EPS is not among them: decoding it runs code."""
+PLAIN_SCHEMES = frozenset(
+    (
+        *("http", "https", "file", "ftp", "ftps", "sftp", "scp", "memory", "webdav"),
+        *("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "ais", "htgs"),
+        *("hdfs", "webhdfs", "oss", "oci", "tos", "dbfs"),
+    )
+)
+"""Schemes of URLs that are only read. All others (`pipe:`, `reference:` …) may run code."""
 OFFSET_COLUMNS = ("image_offset", "image_bytes", "meta_offset", "meta_bytes", "image_id")
 
 
@@ -79,11 +87,14 @@ class Index:
 
     root: Path
     splits: dict[str, Split]
+    allow_pipe: bool = False
+    """Whether the user lets commands among the shards' paths run."""
 
     def split(self, name: str) -> Split:
         """Return the split called `name`.
 
-        Raises UserError if there is none, or if it has no samples.
+        Raises UserError if there is none, if it has no samples, or if a shard of it would run a
+        command without the user's consent.
         """
         if name not in self.splits:
             near = difflib.get_close_matches(name, self.splits, n=1)
@@ -97,6 +108,8 @@ class Index:
             raise UserError(
                 f"{self.root / INDEX_NAME}: split {name!r} is empty; shard samples to it"
             )
+        for shard in self.splits[name].shards:
+            check_consent(shard.path, allow_pipe=self.allow_pipe)
         return self.splits[name]
 
     def offsets(self, shard: Shard) -> "NDArray[np.int64]":
@@ -169,6 +182,25 @@ def is_remote(path: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path) is not None
 
 
+def may_run_code(location: str) -> bool:
+    """Return whether opening a path may run code: a command, or a chain of fsspec's openers."""
+    scheme = location.partition(":")[0].lower()
+    chained = "::" in re.sub(r"\[[^]]*\]", "", location)  # but for an IPv6 address
+    return is_remote(location) and (scheme not in PLAIN_SCHEMES or chained)
+
+
+def check_consent(location: str, *, allow_pipe: bool) -> None:
+    """Raise UserError if opening a location may run code, and the user hasn't consented.
+
+    `location` may come from a file of somebody else: it never consents by itself.
+    """
+    if may_run_code(location) and not allow_pipe:
+        raise UserError(
+            f"{location}: opening it may run a command; if you trust who wrote it, allow that with "
+            "--allow-pipe, in training with data.allow_pipe=true"
+        )
+
+
 def image_id(identity: str | bytes | memoryview) -> int:
     """Hash what identifies an image (or a caption) to a signed 64-bit id.
 
@@ -195,8 +227,10 @@ def write_index(index: Index) -> Path:
     return path
 
 
-def read_index(location: str | Path) -> Index:
+def read_index(location: str | Path, *, allow_pipe: bool = False) -> Index:
     """Read the index of a data set's folder (or the `index.json` itself).
+
+    `allow_pipe` is the user's consent to run the commands that it names as shards.
 
     Raises UserError if it is missing, no JSON, or of another format.
     """
@@ -217,7 +251,7 @@ def read_index(location: str | Path) -> Index:
     except (BadFileError, LookupError, TypeError, AttributeError) as error:
         hint = "make it with `dist-vse shard`"
         raise UserError(f"{path}: not a dist_vse index ({error}); {hint}") from error
-    return Index(path.parent, splits)
+    return Index(path.parent, splits, allow_pipe)
 
 
 def _split(fields: dict[str, Any]) -> Split:

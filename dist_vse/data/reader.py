@@ -92,7 +92,7 @@ class ShardReader:
         self._first = [0, *accumulate(shard.num_samples for shard in self._shards)]
         self._max_open = max_open
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._cache = cache_from_environment()
+        self._cache = cache_from_environment(allow_pipe=index.allow_pipe)
         self.is_remote = any(is_remote(shard.path) for shard in self._shards)
 
     def prefetch(self, shard: int) -> None:

@@ -32,9 +32,11 @@ class Cache:
     limit_bytes: float
     stall_s: float
     delays_s: tuple[float, ...]
+    allow_pipe: bool = False
+    """Whether the user lets commands run that stand for shards."""
 
 
-def cache_from_environment() -> Cache:
+def cache_from_environment(*, allow_pipe: bool = False) -> Cache:
     """Read `DIST_VSE_CACHE`, `DIST_VSE_CACHE_GIB` and `DIST_VSE_STALL_S`.
 
     Raises UserError for what is no number above 0.
@@ -46,6 +48,7 @@ def cache_from_environment() -> Cache:
         _number("DIST_VSE_CACHE_GIB", LIMIT_GIB) * GIB,
         _number("DIST_VSE_STALL_S", STALL_S),
         RETRY_DELAYS_S,
+        allow_pipe,
     )
 
 
@@ -157,7 +160,7 @@ def _locked(path: Path) -> Iterator[IO[str]]:
 def _copy(shard: Shard, path: Path, part: Path, cache: Cache) -> None:
     for delay in (*cache.delays_s, None):
         try:
-            _copy_once(shard, part, cache.stall_s)
+            _copy_once(shard, part, cache)
             break
         except PermanentError:
             raise
@@ -169,11 +172,11 @@ def _copy(shard: Shard, path: Path, part: Path, cache: Cache) -> None:
         os.replace(part, path)
 
 
-def _copy_once(shard: Shard, part: Path, stall_s: float) -> None:
+def _copy_once(shard: Shard, part: Path, cache: Cache) -> None:
     with open(part, "ab+") as file:
         if file.tell() >= shard.num_bytes:
             file.truncate(0)
-        append_url(shard.path, file, shard.num_bytes, stall_s)
+        append_url(shard.path, file, shard.num_bytes, cache.stall_s, allow_pipe=cache.allow_pipe)
         num_bytes = file.seek(0, os.SEEK_END)
         if num_bytes < shard.num_bytes:
             raise OSError(f"it ends after {num_bytes} of {shard.num_bytes} bytes")

@@ -16,9 +16,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.log import logger
 from dist_vse.config import DataConfig
 from dist_vse.data.decode import BadSampleError, Transform, decode_image
-from dist_vse.data.index import Index, image_id, read_index
+from dist_vse.data.index import Index, image_id, may_run_code, read_index
 from dist_vse.data.jpeg import Pixels
 from dist_vse.data.order import EpochOrder, Order, Place
 from dist_vse.data.prefetch import Prefetcher
@@ -57,9 +58,15 @@ def open_train_sets(data: DataConfig) -> list[TrainSet]:
 
     Raises UserError for a missing one, or one without the split.
     """
-    sets = [TrainSet(read_index(s.index), s.split, s.weight) for s in data.train_sets()]
+    sets = [
+        TrainSet(read_index(s.index, allow_pipe=data.allow_pipe), s.split, s.weight)
+        for s in data.train_sets()
+    ]
     for a_set in sets:
-        a_set.index.split(a_set.split)
+        for shard in a_set.index.split(a_set.split).shards:
+            if may_run_code(shard.path):
+                logger.info("%s: shards are read by commands, such as %s", a_set, shard.path)
+                break
     return sets
 
 

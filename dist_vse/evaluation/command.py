@@ -39,6 +39,7 @@ def eval_run(
     protocol: str = "plain",
     recalls: Sequence[int] = RECALLS,
     bootstrap: int = 0,
+    allow_pipe: bool = False,
 ) -> int:
     """Evaluate a run's newest checkpoint, or the one given; every rank of a launcher may call.
 
@@ -52,7 +53,7 @@ def eval_run(
     with distributed.process_group():
         here = distributed.device()
         with distributed.raise_on_all_ranks():
-            task = _open(location, split=split, data=data, protocol=protocol)
+            task = _open(location, split, data, protocol, allow_pipe=allow_pipe)
             tokenizer = run_tokenizer(task.config, task.run_dir, build=False)
             config = task.config
             how["precision"] = config.engine.precision
@@ -102,14 +103,16 @@ class _Task:
     usual: bool  # plain, newest checkpoint, own data
 
 
-def _open(location: Path, *, split: str, data: str | None, protocol: str) -> _Task:
+def _open(
+    location: Path, split: str, data: str | None, protocol: str, *, allow_pipe: bool
+) -> _Task:
     """Open the run and the data. Raises UserError for what is missing or can't be written."""
     run_dir, asked = find_run(location)
     config = open_run(run_dir)
     own = trained_on(read_environment(run_dir), config.data.index)
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, index=data))
-    index = read_index(config.data.index)
+    index = read_index(config.data.index, allow_pipe=allow_pipe)
     check_protocol(protocol, index.split(split).num_samples)
     found = index.fingerprint()
     elsewhere = found != own

@@ -1,5 +1,6 @@
 """A run's folder: finding it, and the config in it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from dist_vse import distributed
@@ -24,6 +25,7 @@ _MAY_CHANGE = (
     "engine.coalesce",
     "data.num_workers",
     "data.max_bad",
+    "data.allow_pipe",
     "cache.keep_graphs",
     "cache.memory_gib",
     "loss.kernels",
@@ -78,10 +80,14 @@ def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
 
 
 def open_run(run_dir: Path) -> TrainConfig:
-    """Return the config of a run's folder. Raises UserError if it isn't one."""
+    """Return the config of a run's folder. Raises UserError if it isn't one.
+
+    Somebody else may have made the folder: its consent to run commands is not the user's.
+    """
     if not (run_dir / CONFIG_NAME).is_file():
         raise UserError(f"{run_dir}: no run here ({CONFIG_NAME} is missing)")
-    return load_config(run_dir / CONFIG_NAME)
+    config = load_config(run_dir / CONFIG_NAME)
+    return replace(config, data=replace(config.data, allow_pipe=False))
 
 
 def find_run(location: Path) -> tuple[Path, Path | None]:

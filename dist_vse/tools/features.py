@@ -51,7 +51,7 @@ def make_features(config: TrainConfig) -> None:
         if config.data.features is None:
             raise UserError("give data.features=DIR, the folder to write the features into")
         folder = Path(config.data.features)
-        index = read_index(config.data.index)
+        index = read_index(config.data.index, allow_pipe=config.data.allow_pipe)
         num_samples = index.split(config.data.train_split).num_samples
         key = feature_key(config, index)
     there = distributed.is_main_process() and holds_features(folder, key, num_samples)

@@ -80,7 +80,7 @@ def set_up(config: TrainConfig) -> Run:
     config = distributed.broadcast_object(config)
     with distributed.raise_on_all_ranks():
         check_trackers(config.trackers)
-        index = read_index(config.data.index)
+        index = read_index(config.data.index, allow_pipe=config.data.allow_pipe)
         index.split(config.data.eval_split)
         train_sets = open_train_sets(config.data)
         features = open_run_features(config, index)

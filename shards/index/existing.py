@@ -104,7 +104,8 @@ def index_existing(
 ) -> list[ShardEntry]:
     """Write offsets, JSON and an index of the tars into `folder`; return the entries.
 
-    The tars are read, never written. Images are not decoded. A tar that was indexed is not read
+    The tars are read, never written; where one is a command, the caller has the user's consent.
+    Images are not decoded. A tar that was indexed is not read
     again unless its size or time changed; a remote one counts as never changing.
 
     Raises UserError for a tar that cannot be read, or more bad samples than `max_bad`.
@@ -132,7 +133,7 @@ def index_existing(
 
 def index_one_tar(task: IndexTask, folder: Path) -> ShardEntry:
     """Write the side files of one tar, each by one rename."""
-    with local_copy(task.location, folder) as path:
+    with local_copy(task.location, folder, allow_pipe=True) as path:  # see `index_existing`
         if not path.is_file():
             raise UserError(f"{path}: no such file; check the path")
         state = _state(task)  # before the reading: a file that changes now is noticed next time
@@ -174,7 +175,7 @@ def is_indexed(task: IndexTask, folder: Path, entry: ShardEntry) -> bool:
     )
 
 
-def check_tars(folder: Path, split: str, *, workers: int) -> None:
+def check_tars(folder: Path, split: str, *, workers: int, allow_pipe: bool) -> None:
     """Check that the indexed tars of a split hold the bytes that were indexed.
 
     One that does not is marked as changed: `index_existing` then reads it again, whatever its size
@@ -182,7 +183,8 @@ def check_tars(folder: Path, split: str, *, workers: int) -> None:
     """
     entries = read_manifest(folder)
     indexed = [entry for entry in entries.values() if entry.side and entry.split == split]
-    same = ordered_map(partial(_is_same, folder=folder), indexed, workers)
+    look = partial(_is_same, folder=folder, allow_pipe=allow_pipe)
+    same = ordered_map(look, indexed, workers)
     changed = [entry.name for entry, ok in zip(indexed, same, strict=True) if not ok]
     if not changed:
         return
@@ -196,9 +198,9 @@ def check_tars(folder: Path, split: str, *, workers: int) -> None:
     )
 
 
-def _is_same(entry: ShardEntry, folder: Path) -> bool:
+def _is_same(entry: ShardEntry, folder: Path, allow_pipe: bool) -> bool:
     location = entry.name if is_remote(entry.name) else str(folder / entry.name)
-    with local_copy(location, Path(tempfile.gettempdir())) as path:
+    with local_copy(location, Path(tempfile.gettempdir()), allow_pipe=allow_pipe) as path:
         if not path.is_file():
             raise UserError(f"{path}: is missing; copy it there again")
         return path.stat().st_size == entry.num_bytes and sha256_of_file(path) == entry.sha256

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import sha256_of_file
-from dist_vse.data.index import Index, Shard, image_id, read_index
+from dist_vse.data.index import Index, Shard, image_id
 from dist_vse.shards.manifest import ShardEntry, read_manifest
 from dist_vse.shards.pool import ordered_map
 from dist_vse.shards.sample_checks import BadSampleError, check_captions, check_image
@@ -25,12 +25,12 @@ class Finding:
     num_captions: int = 0
 
 
-def verify_dataset(folder: Path, *, workers: int, advance: Callable[[int], None]) -> list[Finding]:
+def verify_dataset(index: Index, *, workers: int, advance: Callable[[int], None]) -> list[Finding]:
     """Check every shard of the index, in `workers` processes; `advance` is called after each.
 
-    Raises UserError if there is no index, or a remote shard cannot be read.
+    Raises UserError if a remote shard cannot be read.
     """
-    index, entries = read_index(folder), read_manifest(folder)
+    entries = read_manifest(index.root)
     shards = [(name, shard) for name, split in index.splits.items() for shard in split.shards]
     look = partial(verify_shard, index=index, entries=entries)
     findings = []

@@ -40,7 +40,8 @@ def local_tar(index: Index, shard: Shard) -> Iterator[Path]:
     Raises UserError if a remote one cannot be read.
     """
     location = shard.path if is_remote(shard.path) else str(index.root / shard.path)
-    with local_copy(location, Path(tempfile.gettempdir())) as path:
+    folder = Path(tempfile.gettempdir())
+    with local_copy(location, folder, allow_pipe=index.allow_pipe) as path:
         yield path
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from dist_vse.common.errors import UserError, first_line
-from dist_vse.data.index import Index, Shard, read_index
+from dist_vse.data.index import Index, Shard
 from dist_vse.shards.captions import named_languages
 from dist_vse.shards.pool import ordered_map
 from dist_vse.shards.sample_checks import BadSampleError, checked_image
@@ -47,13 +47,12 @@ class Stats:
 
 
 def dataset_stats(
-    folder: Path, *, workers: int, advance: Callable[[int], None]
+    index: Index, *, workers: int, advance: Callable[[int], None]
 ) -> dict[str, Stats]:
     """Count every split; image sizes come from the files' heads, no image is decoded.
 
-    Raises UserError if there is no index, or a sample is broken (`verify` names all of those).
+    Raises UserError if a sample is broken (`verify` names all of those).
     """
-    index = read_index(folder)
     shards = [(name, shard) for name, split in index.splits.items() for shard in split.shards]
     stats = {name: Stats() for name in index.splits}
     counted = ordered_map(partial(shard_stats, index=index), [s for _, s in shards], workers)
@@ -98,12 +97,11 @@ def shared_images(stats: dict[str, Stats]) -> list[tuple[str, str, int]]:
     return [(a, b, count) for (a, b), count in zip(pairs, counts, strict=True) if count]
 
 
-def write_contact_sheet(folder: Path, path: Path, *, count: int = 48) -> int:
+def write_contact_sheet(index: Index, path: Path, *, count: int = 48) -> int:
     """Draw `count` samples, evenly spread over all splits, into one picture; return how many.
 
-    Each shows its image, its split and its first caption. Raises UserError if there is no index.
+    Each shows its image, its split and its first caption.
     """
-    index = read_index(folder)
     cell = THUMB + TEXT_LINES * LINE_PIXELS + 8
     tiles = list(_spread(index, count))
     rows = -(-len(tiles) // COLUMNS)

@@ -49,7 +49,7 @@ def remote_index(tmp_path: Path) -> Callable[[Callable[[str], str]], Index]:
             (near / path.name).write_bytes(path.read_bytes())
         split = index.split("train")
         shards = [replace(s, path=url(s.path)) for s in split.shards]
-        remote = Index(near, {"train": Split(shards, split.num_captions)})
+        remote = Index(near, {"train": Split(shards, split.num_captions)}, allow_pipe=True)
         write_index(remote)
         return remote
 
@@ -64,7 +64,7 @@ def _stream(folder: Path, num_workers: int, steps: int) -> list[list[int]] | str
         "no_proxy": "*",
     }
     shard_cache.RETRY_DELAYS_S = (0.1,)
-    index = read_index(folder)
+    index = read_index(folder, allow_pipe=True)
     batches = open_rank(
         [TrainSet(index, "train")],
         Placement(distributed.rank(), distributed.world_size()),

@@ -130,6 +130,8 @@ def test_what_is_broken_is_named(
     local = index.read_text()
     index.write_text(local.replace('"train-00001.tar"', f'"pipe:cat {shard}"'))
     _, lines = examine()
+    assert "allow that with --allow-pipe, in training with data.allow_pipe=true" in lines["shards"]
+    _, lines = examine("data.allow_pipe=true")
     assert lines["shards"].endswith("2 shards match their index; 1 at URLs were not checked")
     index.write_text(local)
     whole = shard.read_bytes()

@@ -71,7 +71,7 @@ def test_the_stream_reads_what_was_indexed(
     assert run_shard("index", first, second, "--out", tmp_path / "local", "--workers", "2") == 0
     found = []
     for name in ("local", "remote"):
-        index = read_index(tmp_path / name)
+        index = read_index(tmp_path / name, allow_pipe=True)
         tokenizer = WordTokenizer(build_vocabulary(captions(index, "train"), 1), 16)
         batches = eval_batches(index, "train", tokenizer, ImageConfig(size=16), batch_size=5)
         found.append([(b.keys, b.captions, b.image_ids.tolist(), b.images) for b in batches])
@@ -79,7 +79,7 @@ def test_the_stream_reads_what_was_indexed(
     for here, there in zip(*found, strict=True):
         assert here[:3] == there[:3]
         assert (here[3] == there[3]).all()
-    remote = read_index(tmp_path / "remote").split("train").shards
+    remote = read_index(tmp_path / "remote").splits["train"].shards
     assert [shard.path for shard in remote] == list(urls)
     assert not list((tmp_path / "remote").glob("*.tmp"))
 

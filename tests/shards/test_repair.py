@@ -86,32 +86,33 @@ def test_repair_never_takes_damaged_bytes_of_an_indexed_tar_for_true(
     """Neither where the tar's time stayed, nor where it changed; `index` does, when it is told."""
     first, second = write_img2dataset(tmp_path / "far")
     out, given = tmp_path / "out", [first, f"pipe:cat {second}" if remote else second]
+    consent = ["--allow-pipe"] if remote else []
     assert run_shard("index", *given, "--out", out, *ONE) == 0
     before, whole = read_index(out), second.read_bytes()
     _flip(second)
     with pytest.raises(UserError, match=r"repair .*; copy an indexed tar again first"):
-        run_shard("verify", out, *ONE)
+        run_shard("verify", out, *ONE, *consent)
     for _ in range(2):
         with pytest.raises(UserError, match=r"00001\.tar: the bytes are not those that were ind"):
-            run_shard("repair", out, *ONE)
+            run_shard("repair", out, *ONE, *consent)
         assert read_index(out) == before
         os.utime(second)
     damaged = second.read_bytes()
     second.write_bytes(whole)
-    assert run_shard("repair", out, *ONE) == 0
-    assert run_shard("verify", out, *ONE) == 0
+    assert run_shard("repair", out, *ONE, *consent) == 0
+    assert run_shard("verify", out, *ONE, *consent) == 0
     assert read_index(out) == before
 
     second.write_bytes(damaged)
     with pytest.raises(UserError, match="run `dist-vse shard index` to accept the new bytes"):
-        run_shard("repair", out, *ONE)
+        run_shard("repair", out, *ONE, *consent)
     assert run_shard("index", *given, "--out", out, *ONE) == 0
     assert read_index(out) != before
-    assert run_shard("repair", out, *ONE) == 0
+    assert run_shard("repair", out, *ONE, *consent) == 0
     if not remote:
         second.unlink()
         with pytest.raises(UserError, match=r"00001\.tar: is missing; copy it there again"):
-            run_shard("repair", out, *ONE)
+            run_shard("repair", out, *ONE, *consent)
 
 
 def test_a_tar_of_others_among_ours_is_never_written_over(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dist_vse.common.errors import UserError
+from dist_vse.data.index import read_index
 from dist_vse.shards.verify.stats import COLUMNS, GREY, THUMB, dataset_stats, shared_images
 from tests.support.datasets import Sample, draw, encode, make_sample, write_shards
 from tests.support.shards import run_shard, write_tar
@@ -23,7 +24,7 @@ def test_stats_count_and_find_what_is_shared(
     write_shards(
         tmp_path, {"train": [train[:6], train[6:], [train[3]]], "val": [[train[0], photo]]}
     )
-    stats = dataset_stats(tmp_path, workers=2, advance=lambda count: None)
+    stats = dataset_stats(read_index(tmp_path), workers=2, advance=lambda count: None)
     assert stats["train"].captions == Counter({1: 5, 2: 6})
     assert stats["train"].sides == Counter({32: 5, 40: 6})
     assert stats["train"].formats == Counter({"PNG": 11})

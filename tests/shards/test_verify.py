@@ -168,17 +168,17 @@ def test_indexed_tars_are_verified_and_indexed_again(tmp_path: Path) -> None:
     first, second = write_img2dataset(tmp_path / "far")
     out = tmp_path / "out"
     run_shard("index", first, f"pipe:cat {second}", "--out", out, *ONE)
-    assert run_shard("verify", out, *ONE) == 0
+    assert run_shard("verify", out, *ONE, "--allow-pipe") == 0
     before = _state(out)
     _flip(out / "train.00001.jsonl")
     (out / "train.00000.npy").unlink()
     with pytest.raises(UserError, match="2 of its shards are damaged"):
-        run_shard("verify", out, *ONE)
-    run_shard("repair", out, *ONE)
+        run_shard("verify", out, *ONE, "--allow-pipe")
+    run_shard("repair", out, *ONE, "--allow-pipe")
     assert {n: d for n, (_, d) in _state(out).items()} == {n: d for n, (_, d) in before.items()}
-    assert read_index(out).split("train").num_samples == 14
+    assert read_index(out).splits["train"].num_samples == 14
     data = bytearray(first.read_bytes())
     data[600] ^= 1
     first.write_bytes(data)
     with pytest.raises(UserError, match="1 of its shards are damaged"):
-        run_shard("verify", out, *ONE)
+        run_shard("verify", out, *ONE, "--allow-pipe")

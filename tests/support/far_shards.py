@@ -17,5 +17,8 @@ def far_shards(folder: Path, sizes: Sequence[int]) -> list[Shard]:
 
 
 def cache(folder: Path, *delays_s: float, limit: float = 1e9) -> Cache:
-    """Return a cache that waits these seconds before it tries again, here never."""
-    return Cache(folder, limit, STALL_S, delays_s)
+    """Return a cache that waits these seconds before it tries again, here never.
+
+    It runs commands: `tests/data/test_consent.py` is about those that may not run.
+    """
+    return Cache(folder, limit, STALL_S, delays_s, allow_pipe=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dist_vse.tools.plan.work import Work
 
 GPUS = (8, 64, 512, 4096)
-HARDWARE = "hardware/a100_80g"
+HARDWARE = "configs/hardware/a100_80g.yaml"
 VOCABULARY = 8192
 WIDTH = 150
 NOT_CHECKED = (

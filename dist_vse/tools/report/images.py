@@ -9,7 +9,7 @@ from PIL import Image
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.decode import Transform, decode_image
-from dist_vse.data.index import INDEX_NAME, Index, read_index
+from dist_vse.data.index import INDEX_NAME, Index, may_run_code, read_index
 from dist_vse.data.reader import ShardReader
 
 THUMBNAIL = Transform(size=160)  # shown at up to 112 CSS pixels, so sharp on dense screens too
@@ -49,6 +49,11 @@ def _data_uri(data: bytes) -> str:
     image.save(jpeg, "JPEG", quality=82, optimize=True)
     kind, buffer = min((("png", png), ("jpeg", jpeg)), key=lambda item: item[1].tell())
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def names_commands(index: Index) -> bool:
+    """Return whether shards are commands: a report runs none, whoever asks for it."""
+    return any(may_run_code(s.path) for split in index.splits.values() for s in split.shards)
 
 
 def open_data(index_dir: Path | None, configured: str) -> Index | None:

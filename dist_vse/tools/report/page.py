@@ -10,7 +10,7 @@ from dist_vse.common.files import atomic_output, check_output
 from dist_vse.common.version import __version__
 from dist_vse.data.index import Index
 from dist_vse.tools.report import sections
-from dist_vse.tools.report.images import open_data, thumbnails
+from dist_vse.tools.report.images import names_commands, open_data, thumbnails
 from dist_vse.tools.report.numbers import figure
 from dist_vse.tools.report.record import Record, read_record
 from dist_vse.tools.report.results import result_tables
@@ -21,15 +21,15 @@ def write_report(run_dir: Path, index_dir: Path | None, out: Path) -> Path:
     """Write the report of a run's folder to `out`, by one rename; return its path.
 
     Images come from the data set in `index_dir`, or the one that the run was trained on; where
-    that one is gone, the page shows keys in their place and says so. Raises UserError if the
-    run has no metrics yet, a file of it cannot be read, `index_dir` is another data set, or `out`
-    cannot be written.
+    that one is gone, or its shards are commands, the page shows keys in their place and says so.
+    Raises UserError if the run has no metrics yet, a file of it cannot be read, `index_dir` is
+    another data set, or `out` cannot be written.
     """
     record = read_record(run_dir)
     check_output(out)
     index = open_data(index_dir, record.config.data.index)
     images = None
-    if index is not None and record.examples is not None:
+    if index is not None and record.examples is not None and not names_commands(index):
         images = thumbnails(index, record.examples["split"], _keys(record))
     return write_page(record.name, _parts(record, index, images), out)
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from dist_vse.common.consent import add_allow_pipe
 from dist_vse.common.errors import UserError
 
 MODEL = "a trained run, a folder of its checkpoints, or an exported model"
@@ -15,6 +16,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="sharded data set (default: the run's)")
     parser.add_argument("--split", default="test", help="its split (default: test)")
+    add_allow_pipe(parser)
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +56,7 @@ def run_search(args: argparse.Namespace) -> int:
         sheet=args.sheet,
         faiss=args.faiss,
         index_file=args.index,
+        allow_pipe=args.allow_pipe,
     )
     return 0
 
@@ -79,8 +82,9 @@ def run_embed(args: argparse.Namespace) -> int:
     with distributed.process_group():
         with distributed.raise_on_all_ranks():
             check_suffix(args.out)
-            index, model = open_data(args.model, args.data), open_model(args.model)
+            index = open_data(args.model, args.data, allow_pipe=args.allow_pipe)
             index.split(args.split)
+            model = open_model(args.model)
             if distributed.is_main_process():
                 check_output(args.out)
         found = embed_split(model, index, args.split)

@@ -37,13 +37,13 @@ def open_model(location: Path) -> Embedder:
     return Embedder(trained.model, trained.tokenizer, shape=trained.config.model, device=here)
 
 
-def open_data(location: Path, data: str | None) -> Index:
+def open_data(location: Path, data: str | None, *, allow_pipe: bool = False) -> Index:
     """Read the data set given, or that of the run."""
     if data is not None:
-        return read_index(data)
+        return read_index(data, allow_pipe=allow_pipe)
     if (location / DESCRIPTION).is_file():
         raise UserError(f"{location}: an exported model has no data set; give --data DIR")
-    return read_index(open_run(find_run(location)[0]).data.index)
+    return read_index(open_run(find_run(location)[0]).data.index, allow_pipe=allow_pipe)
 
 
 def embed_split(model: Embedder, index: Index, split: str) -> Embedded:

@@ -23,6 +23,7 @@ from dist_vse.tools.search.gallery import gallery_of, origin, read_gallery
 from dist_vse.tools.search.sheet import write_sheet
 
 
+# More than eight parameters: each is an option of the command.
 def search(
     location: Path,
     queries: Queries,
@@ -33,6 +34,7 @@ def search(
     sheet: Path | None,
     faiss: bool = False,
     index_file: Path | None = None,
+    allow_pipe: bool = False,
 ) -> list[Found]:
     """Search a split, print a table a query, and write the sheet if one is asked for.
 
@@ -51,8 +53,9 @@ def search(
         with distributed.raise_on_all_ranks():
             if faiss:
                 check_faiss()
-            index, model = open_data(location, data), open_model(location)
+            index = open_data(location, data, allow_pipe=allow_pipe)
             index.split(split)
+            model = open_model(location)
             if sheet is not None and distributed.is_main_process():
                 check_output(sheet)
             by_text = model.encode_texts(queries.texts)
