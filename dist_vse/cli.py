@@ -15,6 +15,7 @@ from dist_vse.common.terminal import message
 from dist_vse.common.version import __version__
 from dist_vse.launch import cli as launch
 from dist_vse.shards import cli as shards
+from dist_vse.tools import configs
 from dist_vse.tools.bench import cli as bench
 from dist_vse.tools.export import cli as export
 from dist_vse.tools.plan import cli as plan
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a name of `config list`")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -175,6 +176,11 @@ def _report(args: argparse.Namespace) -> int:
 
 
 COMMANDS = {
+    "config": Command(
+        "list, print or copy the configs that come with dist_vse",
+        configs.add_arguments,
+        configs.run,
+    ),
     "shard": Command(
         "turn images and captions into WebDataset shards", shards.add_arguments, shards.run
     ),

@@ -15,7 +15,7 @@ _PARALLEL = 4
 
 
 def _add_config(parser: argparse.ArgumentParser, cluster_help: str) -> None:
-    parser.add_argument("config", help="the run's YAML")
+    parser.add_argument("config", help="the run's YAML file, or a name of `dist-vse config list`")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
     parser.add_argument("--cluster", metavar="YAML", help=cluster_help)
 
@@ -23,7 +23,7 @@ def _add_config(parser: argparse.ArgumentParser, cluster_help: str) -> None:
 def add_submit(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `submit`."""
     default = "one process, on Slurm if it is here"
-    _add_config(parser, f"cluster file, as in configs/clusters (default: {default})")
+    _add_config(parser, f"cluster file, or a name of `dist-vse config list` (default: {default})")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the job and its environment; start nothing"
     )
@@ -107,7 +107,7 @@ def _warn(plan: "Plan") -> None:
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `doctor`."""
-    _add_config(parser, "cluster file, as in configs/clusters")
+    _add_config(parser, "cluster file, or a name of `dist-vse config list`")
     parser.add_argument(
         "--timeout",
         type=float,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.reading import BadFileError, read_text
+from dist_vse.config.named import find_config
 from dist_vse.config.schema import TrainConfig
 
 T = TypeVar("T")
@@ -20,6 +21,7 @@ _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file, apply `key=value` overrides such as `loss.name=convse++`, check it all.
 
+    A name such as `demo` means a config of the package, unless there is a file of that name.
     Without a file (None) it is the defaults that are overridden.
     Raises UserError for a missing file, an unknown key (naming the nearest), or a wrong value.
     """
@@ -32,11 +34,7 @@ def load_yaml(path: str | Path | None, schema: type[T], overrides: Sequence[str]
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    path = Path(path) if path is not None else None
-    if path is not None and not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"; there are {', '.join(near)}" if near else ""
-        raise UserError(f"{path}: no such config{hint}")
+    path = find_config(path) if path is not None else None
     for override in overrides:
         if "=" not in override:
             hint = "write key=value, such as loss.name=convse++"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dist_vse.tools.plan.work import Work
 
 GPUS = (8, 64, 512, 4096)
-HARDWARE = "configs/hardware/a100_80g.yaml"
+HARDWARE = "hardware/a100_80g"
 VOCABULARY = 8192
 WIDTH = 150
 NOT_CHECKED = (
