@@ -2,6 +2,7 @@
 # make check   lint and the fast tests, under three minutes on two cores: for every edit
 # make test    all tests
 # make lint    ruff and the type checker
+# make docs    the site in site/, from docs/
 # make graph   draw docs/images/imports.svg again, after an import was added or removed
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 LOSS ?= convse
 
-.PHONY: demo check test lint graph
+.PHONY: demo check test lint docs graph
 
 demo: .venv/demo.installed
 	$(BIN)/python demo/openmoji.py $(DEMO)/openmoji
@@ -30,6 +31,9 @@ lint: .venv/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/docs.installed
+	$(BIN)/mkdocs build --strict
 
 graph: .venv/dev.installed
 	$(BIN)/python -m tests.support.import_graph docs/images/imports.svg

@@ -158,6 +158,10 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="the page to write (default: RUN/report.html, or compare.html beside the first run)",
     )
+    parser.add_argument(
+        "--watch", action="store_true", help="serve the page to this machine, and follow the run"
+    )
+    parser.add_argument("--port", type=int, metavar="N", help="where to serve it [8765]")
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -165,8 +169,18 @@ def _report(args: argparse.Namespace) -> int:
     if len(args.run_dirs) > 1 and args.data is not None:
         raise UserError("--data is for the images of one run's report; leave it out for several")
 
-    from dist_vse.tools.report import write_comparison, write_report
+    if args.watch and (len(args.run_dirs) > 1 or args.out is not None):
+        raise UserError(
+            "--watch follows one run and writes no page; leave out the others and --out"
+        )
+    if args.port is not None and not args.watch:
+        raise UserError("--port is for --watch")
 
+    from dist_vse.tools.report import watch_run, write_comparison, write_report
+
+    if args.watch:
+        watch_run(first, args.data, 8765 if args.port is None else args.port)
+        return 0
     if len(args.run_dirs) > 1:
         path = write_comparison(args.run_dirs, args.out or first.parent / "compare.html")
     else:

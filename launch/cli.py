@@ -15,8 +15,9 @@ _PARALLEL = 4
 
 
 def _add_config(parser: argparse.ArgumentParser, cluster_help: str) -> None:
-    parser.add_argument("config", help="the run's YAML file, or a name of `dist-vse config list`")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    config_help = "the run's YAML file, or a name of `dist-vse config list`"
+    parser.add_argument("config", metavar="CONFIG", help=config_help)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
     parser.add_argument("--cluster", metavar="YAML", help=cluster_help)
 
 

@@ -88,7 +88,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="processes [one per core: %(default)s]",
+        help="processes [one per core]",
     )
 
 

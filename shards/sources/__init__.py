@@ -20,9 +20,12 @@ from dist_vse.shards.sources.table import read_csv, read_parquet, read_tsv
 SOURCES: dict[str, tuple[str, Callable[..., Iterator[Record]]]] = {
     "folder": ("images with a .txt beside each, one caption a line", read_folder),
     "jsonl": ('lines of {"image": path, "captions": [...]}', read_jsonl),
-    "karpathy": ("dataset_coco.json or dataset_flickr30k.json", read_karpathy),
-    "coco": ("captions_train2017.json", read_coco),
-    "flickr": ("results_20130124.token, or Kaggle's results.csv or captions.txt", read_flickr),
+    "karpathy": ("Karpathy's dataset_coco.json or dataset_flickr30k.json", read_karpathy),
+    "coco": ("COCO's own captions_train2017.json", read_coco),
+    "flickr": (
+        "Flickr's results_20130124.token, or Kaggle's results.csv or captions.txt",
+        read_flickr,
+    ),
     "csv": ("a CSV file with a header", read_csv),
     "tsv": ("a tab-separated file with a header", read_tsv),
     "parquet": ("a Parquet file, or a folder of them", read_parquet),

@@ -297,7 +297,7 @@ def test_the_message_of_a_traceback() -> None:
 
 def test_command_parses_without_heavy_imports() -> None:
     code = (
-        "import argparse, sys; from launch import cli; p = argparse.ArgumentParser();"
+        "import argparse, sys; from dist_vse.launch import cli; p = argparse.ArgumentParser();"
         "cli.add_submit(p); a = p.parse_args(['c.yaml', 'seed=1', '--dry-run']);"
         "assert (a.config, a.overrides, a.dry_run) == ('c.yaml', ['seed=1'], True);"
         "print([m for m in ('torch', 'submitit', 'omegaconf', 'numpy') if m in sys.modules])"

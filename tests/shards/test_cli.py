@@ -220,7 +220,7 @@ def test_max_bad_is_a_count_or_a_share(text: str, allowed: int) -> None:
 
 def test_its_options_need_no_heavy_import() -> None:
     code = (
-        "import argparse, sys; from shards import cli;"
+        "import argparse, sys; from dist_vse.shards import cli;"
         "cli.add_arguments(argparse.ArgumentParser());"
         "print(sorted({'PIL', 'numpy', 'rich', 'torch'} & sys.modules.keys()))"
     )

@@ -35,7 +35,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     for fifo in fifos:
         os.mkfifo(fifo)
     code = (
-        "import sys; from pathlib import Path; from shards.pool import ordered_map\n"
+        "import sys; from pathlib import Path; from dist_vse.shards.pool import ordered_map\n"
         "if __name__ == '__main__':\n"
         "    list(ordered_map(Path.read_bytes, [Path(a) for a in sys.argv[1:]], 2))"
     )

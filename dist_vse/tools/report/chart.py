@@ -1,5 +1,6 @@
 """Line charts and stacked bars as inline SVG; colours and fonts are those of the style sheet."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,9 +60,10 @@ def line_chart(title: str, series: Sequence[Series], *, from_zero: bool, x_label
         if s.points
     )
     body = _grid(x_axis, y_axis, x_label) + "".join(_draw(s, x_axis, y_axis) for s in finite)
+    axis = [x_axis.low, x_axis.high, x_axis.start, x_axis.end, WIDTH, TOP, HEIGHT - BOTTOM]
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}: '
-        f'{escape(spoken)}">{body}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-axis="{axis}" '
+        f'aria-label="{escape(title)}: {escape(spoken)}">{body}</svg>'
     )
 
 
@@ -187,7 +189,12 @@ def _draw(series: Series, x_axis: Axis, y_axis: Axis) -> str:
     )
     x, y = line[-1]
     dots = line if len(line) <= 12 else [(x, y)]
-    return f'{band}<path class="line {series.style}" d="M{path(line)}"/>' + "".join(
+    values = json.dumps([(round(x, 2), float(f"{y:.5g}")) for x, y in line])
+    drawn = (
+        f'<path class="line {series.style}" d="M{path(line)}" '
+        f'data-label="{escape(series.label)}" data-points="{values}"/>'
+    )
+    return f"{band}{drawn}" + "".join(
         f'<circle class="dot {series.style}" r="3" cx="{x_axis.place(x):.1f}" '
         f'cy="{y_axis.place(y):.1f}"><title>{escape(series.label)}: {figure(y)} at '
         f"{x:,.0f}</title></circle>"

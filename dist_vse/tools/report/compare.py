@@ -7,7 +7,7 @@ from pathlib import Path
 from dist_vse.common.errors import UserError
 from dist_vse.config import flat_config
 from dist_vse.tools.report.chart import Series, legend, line_figure
-from dist_vse.tools.report.page import write_page
+from dist_vse.tools.report.page import document, write_page
 from dist_vse.tools.report.record import Record, Result, read_record
 from dist_vse.tools.report.results import RESULT_ROWS, cell, table_title
 
@@ -29,7 +29,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     names = _names(run_dirs)
     parts = [_header(names), _settings(records, names), _results(records, names)]
     parts.append(_charts(records, names))
-    return write_page("Runs side by side", parts, out)
+    return write_page(document("Runs side by side", "\n".join(parts)), out)
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import datetime
 import statistics
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -10,11 +9,15 @@ from dist_vse.common.files import atomic_output, check_output
 from dist_vse.common.version import __version__
 from dist_vse.data.index import Index
 from dist_vse.tools.report import sections
+from dist_vse.tools.report.explore import SCRIPT
 from dist_vse.tools.report.images import names_commands, open_data, thumbnails
 from dist_vse.tools.report.numbers import figure
 from dist_vse.tools.report.record import Record, read_record
 from dist_vse.tools.report.results import result_tables
 from dist_vse.tools.report.style import STYLE
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""What a browser lets the page do: run its own script and style, and load nothing."""
 
 
 def write_report(run_dir: Path, index_dir: Path | None, out: Path) -> Path:
@@ -27,11 +30,16 @@ def write_report(run_dir: Path, index_dir: Path | None, out: Path) -> Path:
     """
     record = read_record(run_dir)
     check_output(out)
+    return write_page(render(record, index_dir), out)
+
+
+def render(record: Record, index_dir: Path | None) -> str:
+    """Return the page of a run; raises UserError as `write_report` does."""
     index = open_data(index_dir, record.config.data.index)
     images = None
     if index is not None and record.examples is not None and not names_commands(index):
         images = thumbnails(index, record.examples["split"], _keys(record))
-    return write_page(record.name, _parts(record, index, images), out)
+    return document(record.name, "\n".join(_parts(record, index, images)))
 
 
 def _keys(record: Record) -> set[str]:
@@ -56,13 +64,13 @@ def _parts(record: Record, index: Index | None, images: dict[str, str] | None) -
     ]
 
 
-def write_page(title: str, parts: Sequence[str], out: Path) -> Path:
-    """Write a page of these parts to `out` by one rename; return its path.
+def write_page(page: str, out: Path) -> Path:
+    """Write a page to `out` by one rename; return its path.
 
     Raises UserError where it cannot be written.
     """
     with atomic_output(out) as temporary:
-        temporary.write_text(document(title, "\n".join(parts)), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return out
 
 
@@ -73,6 +81,7 @@ def document(title: str, body: str) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)} · dist_vse</title>
 <style>{STYLE}</style>
@@ -82,6 +91,7 @@ def document(title: str, body: str) -> str:
 {body}
 <footer>Written by dist_vse {escape(__version__)} on {today}.</footer>
 </main>
+<script>{SCRIPT}</script>
 </body>
 </html>
 """

@@ -135,8 +135,9 @@ def examples(record: Record, images: dict[str, str] | None) -> str:
 
     def thumb(key: str) -> str:
         if images is None:
-            return f'<span class="thumb">{escape(key)}</span>'
-        return f'<img class="thumb" src="{images[key]}" alt="{escape(key)}">'
+            return f'<span class="thumb" data-key="{escape(key)}">{escape(key)}</span>'
+        source, name = images[key], escape(key)
+        return f'<img class="thumb" src="{source}" alt="{name}" data-key="{name}">'
 
     def of_texts(name: str) -> str:
         return "".join(_text_query(query, thumb) for query in found.get(name, ()))
@@ -186,7 +187,8 @@ def _text_query(query: dict[str, Any], thumb: Callable[[str], str]) -> str:
     if not any(answer["right"] for answer in query["answers"]):
         answers.append(f'<li class="missed">{thumb(query["key"])}{ordinal(query["rank"])}</li>')
     return (
-        f'<li class="card query"><div><q>{escape(query["caption"])}</q>{_rank(query)}</div>'
+        f'<li class="card query" data-rank="{query["rank"]}">'
+        f"<div><q>{escape(query['caption'])}</q>{_rank(query)}</div>"
         f'<ol class="answers">{"".join(answers)}</ol></li>'
     )
 
@@ -198,7 +200,8 @@ def _image_query(query: dict[str, Any], thumb: Callable[[str], str]) -> str:
         for answer in query["answers"]
     )
     return (
-        f'<li class="card">{thumb(query["key"])}<ol class="texts">{answers}</ol>{_rank(query)}</li>'
+        f'<li class="card" data-rank="{query["rank"]}">{thumb(query["key"])}'
+        f'<ol class="texts">{answers}</ol>{_rank(query)}</li>'
     )
 
 

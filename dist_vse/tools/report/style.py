@@ -76,6 +76,20 @@ svg .band { opacity: .18; stroke: none; }
 .line.c6 { stroke: var(--c6); } .dot.c6, .band.c6, .bar.c6 { fill: var(--c6); }
 .bar.c7 { fill: var(--soft); } .bar.c8 { fill: var(--line); }
 svg .line.s3, svg .line.s4 { stroke-dasharray: 2 5; }
+svg[data-axis]:focus-visible { outline: 2px solid var(--s1); border-radius: 6px; }
+svg .rule { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; fill: none; }
+.off { visibility: hidden; }
+.values { min-height: 1.5em; color: var(--soft); font-size: .8125rem;
+  font-variant-numeric: tabular-nums; }
+button, input { font: inherit; font-size: .875rem; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px; padding: 5px 12px; }
+button { cursor: pointer; }
+button[aria-pressed=true] { border-color: var(--s1); }
+.legend button[aria-pressed=false] { opacity: .45; }
+.tools { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin-top: 12px; }
+.tools input { flex: 1 1 240px; max-width: 360px; }
+.thumb[role=button] { cursor: pointer; }
+.examples > li[hidden] { display: none; }
 
 .examples { display: grid; gap: 12px; padding: 0; margin: 16px 0 0; list-style: none; }
 .examples > li { padding: 16px 18px; }

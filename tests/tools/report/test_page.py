@@ -41,7 +41,8 @@ def test_page_is_whole_and_needs_nothing_else(run_dir: Path) -> None:
     assert sum(tag == "svg" and "role" in attrs for tag, attrs in page.tags) == len(titles)
     assert "global_batch_size: 256" in page.text
 
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert not {"link", "iframe"} & {tag for tag, _ in page.tags}
+    assert [attrs for tag, attrs in page.tags if tag == "script"] == [{}]  # its own, inline
     sources = [attrs["src"] for _, attrs in page.tags if attrs.get("src")]
     assert all(source and source.startswith("data:image/") for source in sources)
     assert re.search(r"https?:|url\(|@import", page.source) is None
