@@ -14,6 +14,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.shards.error_budget import ErrorBudget, parse_error_budget
 from dist_vse.shards.options import (
     add_caption_key,
+    add_fetch_options,
     add_output_options,
     add_run_options,
     add_source_options,
@@ -39,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         source.add_argument("input", metavar="INPUT", help="the folder, file or URL to read")
         add_source_options(source, read)
         add_output_options(source)
-        add_run_options(source)
+        far = name == "urls"
+        if far:
+            add_fetch_options(source)
+        add_run_options(source, max_bad="100%" if far else "0")
         source.set_defaults(shard_run=_build)
     index = commands.add_parser("index", help="index existing tars where they are")
     index.add_argument(

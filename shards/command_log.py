@@ -25,6 +25,7 @@ _NOT_KEPT = (
     "workers",
     "only",
     "allow_pipe",
+    "retry_failed",
 )  # they do not change what is made; consent is given each time
 _PATHS = ("input", "images", "tars")
 

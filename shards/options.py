@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.shards.fetching import ROBOTS, Fetching
 
 if TYPE_CHECKING:
     from dist_vse.shards.build.plan import Options
@@ -26,6 +27,7 @@ _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "split_column": {"metavar": "NAME", "help": "column of the split"},
     "key_column": {"metavar": "NAME", "help": "column of the sample's key [from the path]"},
     "language_column": {"metavar": "NAME", "help": "column of the captions' language"},
+    "url_column": {"metavar": "NAME", "help": "column or field of the image's URL [url]"},
     "separator": {"metavar": "CHAR", "help": "what parts the cells [,]"},
     "quoted": {
         "action": "store_true",
@@ -70,12 +72,12 @@ def source_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_run_options(parser: argparse.ArgumentParser, *, max_bad: str = "0") -> None:
     """Add the options of everything that makes shards or an index."""
     parser.add_argument(
         "--max-bad",
         metavar="N|P%",
-        default="0",
+        default=max_bad,
         help="bad samples to skip and list, a number or a share such as 0.1%% [%(default)s]",
     )
     add_workers(parser)
@@ -126,6 +128,83 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_fetch_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how images at URLs are fetched."""
+    usual = Fetching()
+    parser.add_argument(
+        "--connections",
+        metavar="N",
+        type=int,
+        default=usual.connections,
+        help="images fetched at a time [%(default)s]",
+    )
+    parser.add_argument(
+        "--per-host",
+        metavar="R",
+        type=float,
+        default=usual.per_host,
+        help="requests a second to one host; 0 is no limit [%(default)g]",
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="S",
+        type=float,
+        default=usual.timeout_s,
+        help="seconds to wait for an answer [%(default)g]",
+    )
+    parser.add_argument(
+        "--retries",
+        metavar="N",
+        type=int,
+        default=usual.retries,
+        help="more tries of what may succeed later, after 1, 4, 16 ... seconds [%(default)s]",
+    )
+    parser.add_argument(
+        "--max-image",
+        metavar="SIZE",
+        default=f"{usual.max_bytes // 10**6}MB",
+        help="skip images with more bytes [%(default)s]",
+    )
+    parser.add_argument(
+        "--user-agent",
+        metavar="NAME/VERSION",
+        default=usual.user_agent,
+        help="who asks; robots.txt calls us NAME [%(default)s]",
+    )
+    parser.add_argument(
+        "--robots",
+        choices=ROBOTS,
+        default=usual.robots,
+        help="respect X-Robots-Tag (noai, noimageai, noindex, noimageindex); `full`: robots.txt "
+        "as well [%(default)s]",
+    )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="make those shards again in which an image was skipped",
+    )
+
+
+def _fetching(args: argparse.Namespace) -> Fetching:
+    """Return a process's share of what the options of `add_fetch_options` allow."""
+    at_least_1(args, "connections")
+    for name, least in (("per_host", 0.0), ("timeout", 1e-3), ("retries", 0.0)):
+        if not least <= getattr(args, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} ({getattr(args, name):g}) is too low")
+    if not args.user_agent.split("/")[0].strip() or not args.user_agent.isprintable():
+        raise UserError(f"--user-agent {args.user_agent!r}: give a name, such as lab-name/1.0")
+    return Fetching(
+        connections=-(-args.connections // args.workers),
+        per_host=args.per_host / args.workers,
+        timeout_s=args.timeout,
+        retries=args.retries,
+        max_bytes=parse_size("--max-image", args.max_image),
+        user_agent=args.user_agent,
+        robots=args.robots,
+        retry_failed=getattr(args, "retry_failed", False),  # not of a logged command
+    )
+
+
 def output_options(args: argparse.Namespace) -> "Options":
     """Return what the options of `add_output_options` stand for.
 
@@ -147,7 +226,13 @@ def output_options(args: argparse.Namespace) -> "Options":
             "leave it out, or add --max-side or --format jpeg or webp"
         )
     samples, num_bytes = parse_shard_size(args.shard_size)
-    return Options(samples, num_bytes, args.seed, recode, args.decode)
+    fetching = _fetching(args) if args.shard_command == "urls" else None
+    if fetching is not None and num_bytes:
+        raise UserError(
+            f"--shard-size {args.shard_size}: the sizes of images at URLs are not known ahead; "
+            "give a number of samples"
+        )
+    return Options(samples, num_bytes, args.seed, recode, args.decode, fetching)
 
 
 def at_least_1(args: argparse.Namespace, *names: str) -> None:
@@ -163,12 +248,18 @@ def parse_shard_size(text: str) -> tuple[int, int]:
 
     Raises UserError for anything else.
     """
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text), 0
+    return 0, parse_size("--shard-size", text, " samples such as 500, or")
+
+
+def parse_size(option: str, text: str, other: str = "") -> int:
+    """Return the bytes of a size such as 200MB or 1GiB; `other` is what might be given as well.
+
+    Raises UserError for anything else.
+    """
     size = _SIZE.fullmatch(text)
     value = int(size[1]) * _UNITS[(size[2] or "").upper()] if size else 0
-    if not size and text.isascii() and text.isdigit():
-        value = int(text)
     if value < 1:
-        raise UserError(
-            f"--shard-size ({text}) must be at least 1: samples such as 500, or bytes such as 200MB"
-        )
-    return (0, value) if size else (value, 0)
+        raise UserError(f"{option} ({text}) must be at least 1:{other} bytes such as 200MB")
+    return value

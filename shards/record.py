@@ -21,8 +21,18 @@ class Member:
         return f"{self.url or self.path} at byte {self.offset}"
 
 
-Image = str | Path | Member
-"""A local path (as text: a million `Path`s take seconds to make), fsspec's, or part of a tar."""
+@dataclass(frozen=True, slots=True)
+class Url:
+    """An image to fetch over HTTP."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+
+Image = str | Path | Member | Url
+"""A local path (as text: a million `Path`s take seconds), fsspec's, part of a tar, or a URL."""
 
 
 def local_path(image: Image) -> str:

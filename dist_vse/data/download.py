@@ -12,7 +12,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
+from email.message import Message
+from types import MappingProxyType
 from typing import IO
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -83,6 +85,21 @@ def read_url(url: str) -> bytes:
     return file.getvalue()
 
 
+def http_chunks(
+    url: str, stall_s: float, headers: Mapping[str, str], check: Callable[[Message], None]
+) -> Chunks:
+    """Yield what a URL holds, asked for once, with more headers; `check` sees those that come back.
+
+    Raises OSError as `append_url`, and what `check` raises.
+    """
+    try:
+        yield from _check_rate(
+            _with_timeout(_read_http(url, 0, stall_s, headers, check), stall_s), stall_s
+        )
+    except ValueError as error:
+        raise PermanentError(first_line(error)) from error
+
+
 def _check_rate(chunks: Chunks, stall_s: float) -> Chunks:
     """Yield the chunks. Raises TimeoutError if too few bytes arrive within a time-out."""
     marked, since = time.monotonic(), 0
@@ -149,15 +166,22 @@ def _read_on(
         read.put(error)
 
 
-def _read_http(url: str, start: int, stall_s: float) -> Chunks:
+def _read_http(
+    url: str,
+    start: int,
+    stall_s: float,
+    headers: Mapping[str, str] = MappingProxyType({}),
+    check: Callable[[Message], None] = lambda headers: None,
+) -> Chunks:
     parts = urlsplit(url)
     path, query = quote(parts.path, UNQUOTED), quote(parts.query, UNQUOTED)
     request = urllib.request.Request(
         urlunsplit((parts.scheme, parts.netloc, path, query, "")),
-        headers={"Range": f"bytes={start}-"} if start else {},
+        headers={**headers, "Range": f"bytes={start}-"} if start else dict(headers),
     )
     try:
         with urllib.request.urlopen(request, timeout=stall_s) as response:
+            check(response.headers)
             yield b"" if response.status == http.client.PARTIAL_CONTENT else None
             while chunk := response.read1(CHUNK_BYTES):
                 yield chunk

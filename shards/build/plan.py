@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.shards.build.keys import safe_keys
+from dist_vse.shards.fetching import Fetching
 from dist_vse.shards.json_text import dump_json
 from dist_vse.shards.manifest import shard_files
 from dist_vse.shards.record import Image, Member, Record, local_path
@@ -31,6 +32,7 @@ class Options:
     seed: int = 0  # of the shuffle of the splits that are for training
     recode: "Recode | None" = None  # else the images' bytes stay as they are
     decode: bool = False  # decode every image to check it
+    fetching: Fetching | None = None  # of images at URLs
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,9 @@ class Fingerprint:
     def __init__(self, task: Task) -> None:
         options = asdict(task.options)
         del options["shard_size"], options["shard_bytes"]  # they show in the records
+        del options["fetching"]
+        if task.options.fetching is not None:  # who else may be asked: other images
+            options["robots"] = task.options.fetching.robots
         start = json.dumps([FORMAT, task.name, task.split, options])
         self._digest = hashlib.sha256(start.encode())
 

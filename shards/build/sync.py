@@ -194,8 +194,11 @@ def _check_splits(done: Sequence[ShardEntry], splits: Iterable[str]) -> None:
     for split in sorted(splits):
         if split in filled:
             continue
-        if any(entry.skipped for entry in done if entry.split == split):
-            raise UserError(f"split {split!r}: every sample is bad; fix the images or captions")
+        if bad := [sample for r in done if r.split == split for sample in r.skipped]:
+            raise UserError(
+                f"split {split!r}: every sample is bad (the first: {bad[0].path}: "
+                f"{bad[0].reason}); fix the images or captions"
+            )
         raise UserError(f"split {split!r}: no samples in {_names(done, split)}; give other tars")
 
 

@@ -1,12 +1,10 @@
 """Write one shard: read, check and pack its samples; or check that it exists already."""
 
-import errno
 import os
-import stat
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
 
-from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import atomic_write, sha256_of_file
 from dist_vse.data.index import image_id, offsets_name, write_offsets
 from dist_vse.shards.build.plan import (
@@ -17,15 +15,15 @@ from dist_vse.shards.build.plan import (
     image_state,
     sample_json,
 )
+from dist_vse.shards.build.read import image_reader
 from dist_vse.shards.build.tar_writer import TarWriter
 from dist_vse.shards.manifest import ShardEntry, Skipped
 from dist_vse.shards.record import Image, Member, Record, local_path
 from dist_vse.shards.sample_checks import BadSampleError, check_captions, check_image
-from dist_vse.shards.sources.paths import other_spelling
 
-_READ_BYTES = 1 << 20
 Row = tuple[int, int, int, int, int]
 """A sample's position and its image's id: `dist_vse.data.index.OFFSET_COLUMNS`."""
+Read = Callable[[Image], bytes]
 
 
 def write_shard(task: Task, folder: Path) -> ShardEntry:
@@ -39,13 +37,14 @@ def write_shard(task: Task, folder: Path) -> ShardEntry:
     skipped: list[Skipped] = []
     num_captions = 0
     offsets = folder / offsets_name(task.name)
-    with atomic_write(folder / task.name) as temporary:
+    with ExitStack() as reading, atomic_write(folder / task.name) as temporary:
+        read = reading.enter_context(image_reader(task))
         with temporary.open("wb", buffering=0) as file, TarWriter(file) as tar:
             for record in task.records:
                 state, meta = image_state(record.image), sample_json(record)
                 plan.add(record, state, meta)  # before the reading: a change shows next time
                 try:
-                    rows.append(_add_sample(tar, record, state[0], meta, task.options))
+                    rows.append(_add_sample(tar, record, state[0], meta, task.options, read))
                     num_captions += len(record.captions)
                 except BadSampleError as error:
                     skipped.append(Skipped(record.key, str(record.image), str(error)))
@@ -67,6 +66,9 @@ def write_shard(task: Task, folder: Path) -> ShardEntry:
 def is_whole(task: Task, folder: Path, entry: ShardEntry) -> bool:
     """Return whether `folder` holds the shard exactly as the task would write it."""
     tar, offsets = folder / task.name, folder / offsets_name(task.name)
+    fetching = task.options.fetching
+    if fetching is not None and fetching.retry_failed and entry.skipped:
+        return False
     return (
         tar.is_file()
         and offsets.is_file()
@@ -78,23 +80,26 @@ def is_whole(task: Task, folder: Path, entry: ShardEntry) -> bool:
 
 
 def _add_sample(
-    tar: TarWriter, record: Record, num_bytes: int, meta: bytes, options: Options
+    tar: TarWriter, record: Record, num_bytes: int, meta: bytes, options: Options, read: Read
 ) -> Row:
     """Append the sample's three members; return its row of offsets.
 
-    `num_bytes` is the size of the file that the image lies in, `meta` the sample's JSON.
+    `num_bytes` is the size of the file that the image lies in, `meta` the sample's JSON, and `read`
+    returns the bytes of an image.
     """
     if record.fault:
         raise BadSampleError(record.fault)
     check_captions(record.captions)
     if options.recode is None:
-        image_offset, image_bytes, identity = _add_as_it_is(tar, record, num_bytes, options.decode)
+        image_offset, image_bytes, identity = _add_as_it_is(
+            tar, record, num_bytes, read, decode=options.decode
+        )
     else:
         from dist_vse.shards.build.recode import (
             recode_image,  # imported here: many runs change no image
         )
 
-        image, extension = recode_image(_read_image(record.image), options.recode)
+        image, extension = recode_image(read(record.image), options.recode)
         image_offset = tar.add(f"{record.key}.{extension}", image)
         image_bytes, identity = len(image), image_id(image)
     meta_offset = tar.add(f"{record.key}.json", meta)
@@ -103,7 +108,7 @@ def _add_sample(
 
 
 def _add_as_it_is(
-    tar: TarWriter, record: Record, num_bytes: int, decode: bool
+    tar: TarWriter, record: Record, num_bytes: int, read: Read, *, decode: bool
 ) -> tuple[int, int, int]:
     """Append the image untouched; return its offset, size and id.
 
@@ -112,7 +117,7 @@ def _add_as_it_is(
     in_place = num_bytes > 0 and not isinstance(record.image, Member)
     view = tar.reserve(num_bytes + 1) if in_place else None
     if view is None or not _read_into(view, record.image):
-        data = _read_image(record.image)
+        data = read(record.image)
         extension = check_image(data, decode=decode)
         return tar.add(f"{record.key}.{extension}", data), len(data), image_id(data)
     image = view[:num_bytes]
@@ -136,47 +141,3 @@ def _read_into(view: memoryview, image: Image) -> bool:
         return False
     finally:
         os.close(file)
-
-
-def _read_image(image: Image) -> bytes:
-    try:
-        return _read_bytes(image)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        hint = other_spelling(local_path(image)) or "is --images right?"
-        raise BadSampleError(f"no such image file ({hint})") from error
-    except (IsADirectoryError, ValueError) as error:
-        raise BadSampleError(f"the path is no image file ({first_line(error)})") from error
-    except OSError as error:  # the disk's or the permissions' fault, not the sample's
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise BadSampleError(f"the path is no image file ({error.strerror})") from error
-        raise UserError(
-            f"{image}: cannot be read ({error.strerror or error}); fix that and run the command "
-            "again"
-        ) from error
-
-
-def _read_bytes(image: Image) -> bytes:
-    if isinstance(image, Member):
-        with open(image.path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), image.num_bytes, image.offset)
-        if len(data) != image.num_bytes:
-            raise UserError(f"{image.path}: is cut; copy it again and run the command again")
-        return data
-    path = local_path(image)
-    if not path and str(image).startswith(("http://", "https://")):
-        return _read_http(str(image))
-    if not path:
-        return bytes(cast(Path, image).read_bytes())  # fsspec's
-    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe could wait for ever
-        raise ValueError("no regular file")
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
-
-
-def _read_http(url: str) -> bytes:
-    from dist_vse.data.download import PermanentError, read_url  # here: few images are far away
-
-    try:
-        return read_url(url)
-    except PermanentError as error:
-        raise BadSampleError(f"no such image file ({first_line(error)})") from error

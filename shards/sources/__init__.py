@@ -16,6 +16,7 @@ from dist_vse.shards.sources.jsonl import read_jsonl
 from dist_vse.shards.sources.karpathy import read_karpathy
 from dist_vse.shards.sources.reshard import read_tars
 from dist_vse.shards.sources.table import read_csv, read_parquet, read_tsv
+from dist_vse.shards.sources.urls import read_urls
 
 SOURCES: dict[str, tuple[str, Callable[..., Iterator[Record]]]] = {
     "folder": ("images with a .txt beside each, one caption a line", read_folder),
@@ -29,5 +30,6 @@ SOURCES: dict[str, tuple[str, Callable[..., Iterator[Record]]]] = {
     "csv": ("a CSV file with a header", read_csv),
     "tsv": ("a tab-separated file with a header", read_tsv),
     "parquet": ("a Parquet file, or a folder of them", read_parquet),
+    "urls": ("a list of URLs to download: .csv, .tsv, .parquet or .jsonl", read_urls),
     "reshard": ("existing tars, WebDataset's or img2dataset's", read_tars),
 }

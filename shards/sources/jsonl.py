@@ -34,11 +34,12 @@ def read_jsonl(
     with open_list(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                fields = _object(line, f"{path}:{number}")
+                fields = json_object(line, f"{path}:{number}")
                 yield _record(fields, f"{path}:{number}", root, split, image_column, caption_column)
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def json_object(line: bytes, where: str) -> dict[str, Any]:
+    """Return the object on a line. Raises UserError if it is none."""
     try:
         fields = load_json(line)
     except ValueError as error:  # no JSON, or no UTF-8

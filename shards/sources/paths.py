@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PosixPath
 from typing import IO, cast
+from urllib.parse import urlsplit
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import is_leftover
@@ -103,11 +104,18 @@ def image_fault(name: object) -> str:
     if not isinstance(name, str):
         return f"its image is a {type(name).__name__}, no path"
     if _URL.match(name):
-        return (
-            "its image is a URL; download it first: img2dataset makes tars for `dist-vse shard "
-            "index`"
-        )
+        return "its image is a URL; download it with `dist-vse shard urls`"
     return ""
+
+
+def url_fault(url: str) -> str:
+    """Return why a value of a list can't be fetched over HTTP; "" if it can."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:  # a port that is no number, say
+        fits = False
+    return "" if fits else "its URL is none of http or https"
 
 
 def other_spelling(path: str) -> str:

@@ -36,7 +36,7 @@ def text_rows(path: Path, columns: Sequence[str], *, separator: str, quoted: boo
         )
         try:
             header = next(reader, [])
-            _check_columns(path, columns, header, separator)
+            check_columns(path, columns, header, separator)
             for cells in reader:
                 if not cells:
                     continue
@@ -83,7 +83,7 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         with existing_file(part).open("rb") as file:
             try:
                 content = parquet.ParquetFile(file)
-                _check_columns(part, columns, content.schema_arrow.names)
+                check_columns(part, columns, content.schema_arrow.names)
                 for batch in content.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
                     for row in batch.to_pylist():
                         number += 1
@@ -99,16 +99,19 @@ def _looks_quoted(cell: str) -> bool:
     return len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', "")
 
 
-def _check_columns(
+def check_columns(
     path: Path, columns: Sequence[str], header: Sequence[str], separator: str = ""
 ) -> None:
+    """Raise UserError for a column that the header has not, or has twice."""
     for name in columns:
         if name in header:
             if list(header).count(name) > 1:
                 raise UserError(f"{path}: column {name!r} is there twice; rename one")
             continue
-        near = difflib.get_close_matches(name, header, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; name it, as by --image-column"
+        by_letters = {column.lower(): column for column in header}
+        near = difflib.get_close_matches(name.lower(), by_letters, n=1)
+        option = "--url-column" if name == "url" else "--image-column"
+        hint = f"; did you mean {by_letters[near[0]]!r}?" if near else f"; name it, as by {option}"
         for other, called in (("\t", "tab"), (";", "semicolon"), (",", "comma")):
             if separator not in ("", other) and len(header) == 1 and other in header[0]:
                 hint = f"; the separator is a {called}: use `dist-vse shard "

@@ -14,8 +14,8 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import short
 from dist_vse.data.index import image_id
 from dist_vse.shards.captions import Captions, is_missing, read_captions
-from dist_vse.shards.record import Image, Record
-from dist_vse.shards.sources.paths import existing_folder, image_fault, image_in
+from dist_vse.shards.record import Image, Record, Url
+from dist_vse.shards.sources.paths import existing_folder, image_fault, image_in, url_fault
 from dist_vse.shards.sources.rows import Row, parquet_rows, text_rows
 from dist_vse.shards.sources.stored_images import StoredImages
 
@@ -33,14 +33,16 @@ def read_table(
     key_column: str | None = None,
     language_column: str | None = None,
     scratch: Path | None = None,
+    urls: bool = False,
 ) -> Iterator[Record]:
     """Yield the images of a table in the order in which they first come.
 
     Rows of one image are put together. `caption_column` may name several columns with commas
     between, each with its language: `caption_en=en,caption_de=de`; `language_column` names the
-    language of a row's captions. Paths start from `images`, or from the file's folder; a row
-    without a split is of `split` (train by default). An empty caption is none. Images that lie in
-    the cells are copied into `scratch`. A row whose values can't be used is a bad sample.
+    language of a row's captions. Paths start from `images`, or from the file's folder; with `urls`
+    they are URLs instead. A row without a split is of `split` (train by default). An empty caption
+    is none. Images that lie in the cells are copied into `scratch`. A row whose values can't be
+    used is a bad sample.
 
     Raises UserError for a missing column or broken quotes, naming the row.
     """
@@ -50,15 +52,19 @@ def read_table(
     root = path if path.is_dir() else path.parent
     root = root if images is None else existing_folder(images)
     stored = StoredImages(scratch)
-    groups = _groups(rows(path, columns.names), columns, split or "train", stored)
+    fault = url_fault if urls else image_fault
+    groups = _groups(rows(path, columns.names), columns, split or "train", stored, fault)
     stored.close()
     for group in groups.values():
         image = group.image
+        if isinstance(image, str) and not group.nowhere:
+            image = Url(image) if urls else image_in(root, image)
         yield Record(
-            image=image_in(root, image) if isinstance(image, str) and not group.nowhere else image,
+            image=image,
             captions=tuple(group.captions),
             split=group.split,
             key=group.key,
+            extra={"url": str(image)} if isinstance(image, Url) else {},
             languages=tuple(group.languages) if any(group.languages) else (),
             fault=group.fault,
         )
@@ -93,7 +99,11 @@ class _Group:
 
 
 def _groups(
-    rows: Iterable[Row], columns: _Columns, split: str, stored: StoredImages
+    rows: Iterable[Row],
+    columns: _Columns,
+    split: str,
+    stored: StoredImages,
+    fault_of: Callable[[str], str],
 ) -> dict[str | int, _Group]:
     """Put the rows together by image: by its path, or by its bytes."""
     groups: dict[str | int, _Group] = {}
@@ -115,7 +125,7 @@ def _groups(
             identity = name
             if identity not in groups:
                 stem = key or os.path.splitext(name)[0]
-                groups[identity] = _Group(name, own, stem, fault=image_fault(name))
+                groups[identity] = _Group(name, own, stem, fault=fault_of(name))
         group = groups[identity]
         if group.split != own:
             raise UserError(
@@ -165,7 +175,7 @@ def _with_table_options(read: Callable[..., Iterator[Record]]) -> Callable[..., 
     """Make the options of `read_table` show among those of a function that passes them on."""
     own, table = inspect.signature(read), inspect.signature(read_table)
     parameters = {**table.parameters, **own.parameters}
-    del parameters["options"], parameters["rows"]
+    del parameters["options"], parameters["rows"], parameters["urls"]
     read.__signature__ = own.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
     return read
 

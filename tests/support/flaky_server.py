@@ -23,6 +23,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.fault = folder, ""
         self.faults = 1_000_000
+        self.headers: dict[str, str] = {}  # by file, the X-Robots-Tag
         self.requests: Counter[str] = Counter()
         self.ranges: list[str] = []
         self.released = threading.Event()
@@ -39,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        path = self.server.folder / unquote(self.path).lstrip("/")
+        path = self.server.folder / unquote(self.path.split("?")[0]).lstrip("/")
         self.server.requests[path.name] += 1
         if not path.is_file():
             return self.send_error(404)
@@ -59,6 +60,8 @@ class Handler(BaseHTTPRequestHandler):
             while not self.server.released.wait(STALL_S / 10):
                 self.wfile.write(b"x")
         self.send_header("Content-Length", str(len(data) - begin))
+        if path.name in self.server.headers:
+            self.send_header("X-Robots-Tag", self.server.headers[path.name])
         self.end_headers()
         if fault == "":
             self.wfile.write(data[begin:])
