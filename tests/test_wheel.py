@@ -1,0 +1,153 @@
+"""The wheel alone, installed into an empty environment and used in an empty folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.slow
+
+# What the build reads; a copy of it, so that nothing of an earlier build in the checkout counts.
+SOURCES = ("dist_vse", "launch", "shards", "configs")
+FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
+SMALL = ("global_batch_size=8", "chunk_size=4", "total_steps=2", "log_every=1")
+
+COLOURS = ("red", "green", "blue", "black")
+SHAPES = ("circle", "square", "star", "line", "cross", "moon", "house", "tree")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wheel")
+
+
+@pytest.fixture(scope="module")
+def wheel(folder: Path) -> Path:
+    """The wheel of this checkout."""
+    source = folder / "source"
+    source.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, source / name)
+    return _build("wheel", source, folder / "dist")
+
+
+@pytest.fixture(scope="module")
+def command(wheel: Path, folder: Path) -> Path:
+    """`dist-vse` of an environment that has our dependencies, and of us only the wheel."""
+    environment = folder / "venv"
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60
+    )
+    python = environment / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
+    subprocess.run([*pip, "--no-deps", "--no-index", wheel], check=True, timeout=60)
+    # Python reads no .pth file of a folder that a .pth file adds: an editable dist_vse stays out.
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    where = "import dist_vse, dist_vse.launch, dist_vse.shards; print(dist_vse.launch.__file__)"
+    done = subprocess.run(
+        [python, "-c", where], cwd=folder, env=_env(), capture_output=True, text=True
+    )
+    assert done.stdout.startswith(str(site / "dist_vse")), done.stdout + done.stderr
+    return environment / "bin" / "dist-vse"
+
+
+@pytest.fixture(scope="module")
+def empty(folder: Path) -> Path:
+    """An empty folder to work in."""
+    path = folder / "work"
+    path.mkdir()
+    return path
+
+
+def test_the_wheel_holds_one_package_with_configs_and_types(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"dist_vse"}
+    assert {"dist_vse/py.typed", "dist_vse/configs/clusters/local.yaml"} <= {*names}
+    assert not [name for name in names if "__pycache__" in name]
+    files = {path.relative_to(ROOT) for name in SOURCES for path in (ROOT / name).rglob("*.py")}
+    assert len([name for name in names if name.endswith(".py")]) == len(files)
+
+
+def test_the_sdist_builds_the_same_wheel(wheel: Path, folder: Path) -> None:
+    sdist = _build("sdist", folder / "source", folder / "dist")
+    with tarfile.open(sdist) as tar:
+        assert not [member for member in tar if not (member.isfile() or member.isdir())]
+        tar.extractall(folder / "unpacked", filter="data")
+    (source,) = (folder / "unpacked").iterdir()
+    again = _build("wheel", source, folder / "again")
+    assert again.name == wheel.name
+    assert _contents(again) == _contents(wheel)
+
+
+@pytest.mark.timeout(400)  # seven commands, some of which import torch and DeepSpeed
+def test_every_step_works_in_an_empty_folder(command: Path, empty: Path) -> None:
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [command, *words], cwd=empty, env=_env(), capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout
+
+    _write_pairs(empty / "pictures")
+    run("shard", "jsonl", "pictures/pairs.jsonl", "shards")
+    assert "clusters/local" in run("config", "list")
+    assert "global_batch_size" in run("config", "show", "demo")
+    run("config", "copy", "debug_cpu", "mine.yaml")
+    run("train", "mine.yaml", "data.index=shards", "output_dir=run", *SMALL)
+    assert "R@1" in run("eval", "run", "--split", "val")
+    assert "A100" in run("plan", "coco_paper", "--gpus", "8")
+    shown = run("submit", "coco_paper", "--cluster", "slurm_8xa100", "--dry-run")
+    assert "#SBATCH --nodes=1" in shown
+    assert {path.name for path in empty.iterdir()} == {"pictures", "shards", "mine.yaml", "run"}
+
+
+def _build(kind: str, source: Path, dest: Path) -> Path:
+    """Build as pip does, with the setuptools that is here."""
+    program = f"from setuptools import build_meta as b; b.build_{kind}({str(dest)!r})"
+    dest.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=source, env=_env(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (built,) = dest.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return built
+
+
+def _env() -> dict[str, str]:
+    """Return the environment without what would lead to the checkout, or to the network."""
+    ours = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return ours | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def _write_pairs(folder: Path) -> None:
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    lines = []
+    for i in range(32):
+        pixels = random.integers(0, 256, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+        split = "val" if i % 5 == 0 else "train"
+        captions = [f"{COLOURS[i % 4]} {SHAPES[i // 4]}"]
+        lines.append(json.dumps({"image": f"{i}.jpg", "captions": captions, "split": split}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
