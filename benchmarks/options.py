@@ -139,6 +139,25 @@ def _add_order(order: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_install(install: argparse.ArgumentParser) -> None:
+    install.add_argument(
+        "--extras",
+        nargs="*",
+        default=[
+            "train",
+            "open_clip",
+            "onnx",
+            "faiss",
+            "parquet",
+            "remote",
+            "wandb",
+            "mlflow",
+            "dev",
+        ],
+        help="extras to measure (default: all for users, and dev)",
+    )
+
+
 BENCHMARKS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "loss": ("the losses over the batch, and OpenCLIP's", _add_loss),
     "cache": ("gradient caching, OpenCLIP's and GradCache's", _add_cache),
@@ -146,6 +165,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "data": ("the stream's speed, and OpenCLIP's", _add_data),
     "order": ("what an epoch misses and repeats", _add_order),
     "peers": ("OpenCLIP's trainer and ours, end to end", _add_peers),
+    "install": ("what dist_vse and its extras take on disk", _add_install),
     "shard": ("sharding, tar, ShardWriter and img2dataset", _add_shard),
 }
 """Benchmark NAME is `run` in `benchmarks.NAME`."""

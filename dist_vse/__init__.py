@@ -12,6 +12,9 @@ __all__ = ["__version__", "load"]
 
 def load(folder: str, device: str = "cpu") -> "Embedder":
     """Load a model that `dist-vse export` wrote; it has `encode_images` and `encode_texts`."""
-    from dist_vse.tools.export.load import load as load_export
+    from dist_vse.common.extras import needs_train
 
-    return load_export(folder, device)
+    with needs_train("dist_vse.load"):
+        from dist_vse.tools.export.load import load as load_export
+
+        return load_export(folder, device)

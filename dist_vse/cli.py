@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dist_vse.common.consent import add_allow_pipe
 from dist_vse.common.errors import UserError
+from dist_vse.common.extras import needs_train
 from dist_vse.common.terminal import message
 from dist_vse.common.version import __version__
 from dist_vse.launch import cli as launch
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit code; 2 after a UserError, which is one line."""
     args = _parse(arguments)
     try:
-        return COMMANDS[args.command].run(args)
+        with needs_train(f"dist-vse {args.command}"):
+            return COMMANDS[args.command].run(args)
     except UserError as error:
         print(f"error: {message(str(error))}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_vse import distributed
 from dist_vse.common import signals, step_timer
 from dist_vse.common.errors import UserError
+from dist_vse.common.extras import needs_train
 from dist_vse.common.log import logger, setup_logging
 from dist_vse.config import TrainConfig, flat_config, load_config
 from dist_vse.data.samples import Batch
@@ -244,12 +245,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_alike(config_path: str, overrides: Sequence[str]) -> int:
     """Train by a config that one rank or another may find wrong; all return the same code."""
     try:
-        with distributed.raise_on_all_ranks():
+        with distributed.raise_on_all_ranks(), needs_train("training"):
             config = load_config(config_path, overrides)
             contradictions = launcher_conflicts(config, os.environ)
         for contradiction in contradictions:
             logger.info(contradiction)
-        return run(config)
+        with needs_train("training"):
+            return run(config)
     except UserError as error:  # alike on every rank
         if distributed.is_main_process():
             logger.error("error: %s", error)

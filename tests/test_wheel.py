@@ -1,6 +1,7 @@
 """The wheel alone, installed into an empty environment and used in an empty folder."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -8,12 +9,14 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.install import distributions
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -25,6 +28,19 @@ SMALL = ("global_batch_size=8", "chunk_size=4", "total_steps=2", "log_every=1")
 
 COLOURS = ("red", "green", "blue", "black")
 SHAPES = ("circle", "square", "star", "line", "cross", "moon", "house", "tree")
+
+IMPORT = (
+    "import sys, time; t = time.perf_counter(); import dist_vse; print(time.perf_counter() - t); "
+    "assert not {'torch', 'numpy'} & sys.modules.keys()"
+)
+LOSS = """
+import torch
+from dist_vse.evaluation import retrieval
+from dist_vse.losses.global_loss import GlobalLoss
+from dist_vse.training import grad_cache
+rows = torch.eye(4)
+print(float(GlobalLoss("info_nce")(rows, rows, torch.zeros(1), torch.zeros(1)).loss))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +64,7 @@ def wheel(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def command(wheel: Path, folder: Path) -> Path:
     """`dist-vse` of an environment that has our dependencies, and of us only the wheel."""
-    environment = folder / "venv"
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=60
-    )
-    python = environment / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
-    subprocess.run([*pip, "--no-deps", "--no-index", wheel], check=True, timeout=60)
-    # Python reads no .pth file of a folder that a .pth file adds: an editable dist_vse stays out.
-    (site,) = environment.glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    where = "import dist_vse, dist_vse.launch, dist_vse.shards; print(dist_vse.launch.__file__)"
-    done = subprocess.run(
-        [python, "-c", where], cwd=folder, env=_env(), capture_output=True, text=True
-    )
-    assert done.stdout.startswith(str(site / "dist_vse")), done.stdout + done.stderr
-    return environment / "bin" / "dist-vse"
+    return _install(wheel, folder / "venv", Path(sysconfig.get_path("purelib")))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,58 @@ def test_every_step_works_in_an_empty_folder(command: Path, empty: Path) -> None
     shown = run("submit", "coco_paper", "--cluster", "slurm_8xa100", "--dry-run")
     assert "#SBATCH --nodes=1" in shown
     assert {path.name for path in empty.iterdir()} == {"pictures", "shards", "mine.yaml", "run"}
+
+
+def test_without_extras_there_is_the_loss_and_a_line_for_the_rest(wheel: Path, empty: Path) -> None:
+    packages = _links(empty.parent / "base-packages", distributions([]))
+    command = _install(wheel, empty.parent / "base", packages)
+
+    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, cwd=empty, env=_env(), capture_output=True, text=True)
+
+    python = command.parent / "python"
+    times = [run(python, "-c", IMPORT) for _ in range(3)]
+    assert all(not done.returncode for done in times), times
+    assert min(float(done.stdout) for done in times) < 0.1
+    loss = run(python, "-c", LOSS)
+    assert loss.returncode == 0, loss.stderr
+    assert float(loss.stdout) == pytest.approx(math.log(math.e + 3) - 1, rel=1e-5)
+    for words in (("--help",), ("train", "--help"), ("config", "show", "demo")):
+        assert run(command, *words).returncode == 0
+    for words in (("train", "demo"), ("shard", "folder", "pictures", "out"), ("eval", "run")):
+        done = run(command, *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "pip install 'dist_vse[train]'" in done.stderr
+
+
+def _install(wheel: Path, environment: Path, dependencies: Path) -> Path:
+    """Make an environment of the wheel and a folder of other packages; return its dist-vse."""
+    make = (sys.executable, "-m", "venv", "--without-pip", environment)
+    subprocess.run(make, check=True, timeout=60)
+    python = environment / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
+    subprocess.run([*pip, "--no-deps", "--no-index", wheel], check=True, timeout=60)
+    # Python reads no .pth file of a folder that a .pth file adds: an editable dist_vse stays out.
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(f"{dependencies}\n")
+    where = "import dist_vse, dist_vse.launch, dist_vse.shards; print(dist_vse.launch.__file__)"
+    done = subprocess.run(
+        [python, "-c", where], cwd=environment, env=_env(), capture_output=True, text=True
+    )
+    assert done.stdout.startswith(str(site / "dist_vse")), done.stdout + done.stderr
+    return environment / "bin" / "dist-vse"
+
+
+def _links(folder: Path, packages: set[str]) -> Path:
+    """Return a folder with links to what these packages have installed, and nothing else."""
+    folder.mkdir()
+    for package in packages:
+        distribution = metadata.distribution(package)
+        tops = {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}
+        for top in tops:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
+    return folder
 
 
 def _build(kind: str, source: Path, dest: Path) -> Path:

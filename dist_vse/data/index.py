@@ -22,8 +22,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import atomic_write, write_json
 from dist_vse.common.reading import MAX_LINE_BYTES, BadFileError, is_count, read_json
@@ -208,6 +206,8 @@ def image_id(identity: str | bytes | memoryview) -> int:
     two ids collide is about 3 %, and a collision only removes one pair from the negatives. XXH3
     (https://xxhash.com) is not cryptographic, but ten times as fast as SHA-256.
     """
+    import xxhash  # here, so that `dist-vse --help` works without it
+
     data = identity.encode() if isinstance(identity, str) else identity
     digest = xxhash.xxh3_64_digest(data)
     return int.from_bytes(digest, "little", signed=True)

@@ -5,8 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-import xxhash
-
 from dist_vse.shards.record import Member
 
 
@@ -15,6 +13,8 @@ class StoredImages:
 
     def __init__(self, scratch: Path | None) -> None:
         """Store in `scratch`, or else in a folder for temporary files."""
+        import xxhash  # here, so that `dist-vse --help` works without it
+
         self._scratch = scratch
         self._file: BinaryIO | None = None
         self._path = Path()
