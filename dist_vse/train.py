@@ -127,7 +127,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         flags = distributed.any_rank_each((signals.asked(), saver.writing, saver.overdue))
         stopped, writing, overdue = flags
         saver.settle(writing=writing)
-        save = last or stopped or overdue or _save_due(config, progress)
+        save = last or stopped or overdue or config.saves_after(progress.step)
         log = last or progress.step % config.log_every == 0
         if save or log:
             _flush(run, skipped_log)
@@ -157,14 +157,6 @@ def _advance(progress: Progress, batch: Batch, global_batch_size: int) -> Progre
         logger.warning("skipped %s", skipped)
     samples_seen = progress.samples_seen + global_batch_size
     return Progress(progress.step + 1, samples_seen, batch.state.tolist())
-
-
-def _save_due(config: TrainConfig, progress: Progress) -> bool:
-    before = progress.samples_seen - config.global_batch_size
-    every = config.checkpoint_samples
-    return _due(progress.step, config.checkpoint_every) or (
-        every > 0 and progress.samples_seen // every > before // every
-    )
 
 
 def _save(run: Run, saver: Saver, progress: Progress, score: float | None) -> None:

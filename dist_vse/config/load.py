@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -42,12 +43,17 @@ def load_yaml(path: str | Path | None, schema: type[T], overrides: Sequence[str]
     source = path or "the settings given"
     try:
         text = read_text(path, max_bytes=_MAX_BYTES) if path is not None else "{}"
-        given = OmegaConf.load(io.StringIO(text))
-        _refuse_resolvers(OmegaConf.to_container(given))
-        _check_keys(OmegaConf.to_container(given), schema, schema)
+        given = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+        _refuse_resolvers(given)
+        _check_keys(given, schema, schema)
         dotlist = OmegaConf.from_dotlist(list(overrides))
+        for name, _, value in (override.partition("=") for override in overrides):
+            read = OmegaConf.select(dotlist, name)
+            if _is_text(schema, name) and not isinstance(read, str | None):
+                OmegaConf.update(dotlist, name, value)  # such as output_dir=2024_11_28
         _check_keys(OmegaConf.to_container(dotlist), schema, schema)
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given, dotlist)
+        parts = [_expand_user(part) for part in (given, OmegaConf.to_container(dotlist))]
+        merged = OmegaConf.merge(OmegaConf.structured(schema), *parts)
         config = cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
@@ -82,6 +88,23 @@ def flat_config(config: TrainConfig) -> dict[str, object]:
     return flat(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
+def _is_text(schema: type, key: str) -> bool:
+    """Return whether the setting of a full key is a text."""
+    hint: Any = schema
+    for name in key.split("."):
+        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
+    return hint is str or set(get_args(hint)) == {str, type(None)}
+
+
+def _expand_user(value: Any) -> Any:
+    """Return settings with `~/` for the user's folder: no shell has read them."""
+    if isinstance(value, dict):
+        return {key: _expand_user(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_expand_user(v) for v in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def _refuse_resolvers(given: Any) -> None:
     """Raise UserError for a value of a file that OmegaConf would compute, as `${oc.env:NAME}`.
 
@@ -110,6 +133,10 @@ def _check_keys(given: Any, schema: type, root: type, prefix: str = "") -> None:
             best = [prefix + n for n in near] or everywhere
             hint = f"did you mean {best[0]!r}?" if best else f"keys here: {', '.join(names)}"
             raise UserError(f"unknown key {prefix + str(key)!r}; {hint}")
+        if _is_text(schema, key) and not isinstance(value, str | None):
+            raise UserError(
+                f"{prefix}{key}: YAML reads {value!r} here, not a text; put it in quotes"
+            )
         if is_dataclass(hints[key]):
             _check_keys(value, hints[key], root, f"{prefix}{key}.")
         for part in get_args(hints[key]):  # a list's items

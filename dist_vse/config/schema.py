@@ -46,8 +46,8 @@ class TrainConfig:
     """Steps between checkpoints; 0 writes one at the end (and when interrupted)."""
     checkpoint_samples: int = 0
     """Pairs between checkpoints, or 0."""
-    checkpoint_minutes: float = 0.0
-    """Minutes between checkpoints, or 0: what a lost node may cost."""
+    checkpoint_minutes: float = 30.0
+    """Minutes between checkpoints, or 0: what a lost node may cost, or a loss that diverged."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     keep_best: int = 0
@@ -77,6 +77,13 @@ class TrainConfig:
         at_least(0, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
         at_least(0, checkpoint_samples=self.checkpoint_samples, keep_best=self.keep_best)
         at_least(0, checkpoint_minutes=self.checkpoint_minutes)
+        check(
+            self.keep_best == 0 or self._scores_a_checkpoint(),
+            f"keep_best ({self.keep_best}) can keep none: before the last step, no step is both "
+            f"evaluated (eval_every={self.eval_every}) and saved (checkpoint_every="
+            f"{self.checkpoint_every}, checkpoint_samples={self.checkpoint_samples}); make "
+            "eval_every a multiple of checkpoint_every",
+        )
         data = self.data
         augmented = data.crop == "random" or data.flip or data.color_jitter > 0
         check(
@@ -98,6 +105,19 @@ class TrainConfig:
             "model.compile=true is for engine.zero_stage 0 to 2: ZeRO 3 fetches parameters inside "
             "of what would be compiled",
         )
+
+    def saves_after(self, step: int) -> bool:
+        """Return whether a step ends in a checkpoint by its number, the clock aside."""
+        seen, every = step * self.global_batch_size, self.checkpoint_samples
+        return (self.checkpoint_every > 0 and step % self.checkpoint_every == 0) or (
+            every > 0 and seen // every > (seen - self.global_batch_size) // every
+        )
+
+    def _scores_a_checkpoint(self) -> bool:
+        """Return whether a step before the last is both evaluated and saved."""
+        every = self.eval_every
+        steps = range(every, self.total_steps, every) if every else range(0)
+        return any(map(self.saves_after, steps))
 
     def check_world_size(self, world_size: int) -> None:
         """Check all that depends on the number of processes.

@@ -9,6 +9,7 @@ Nothing here imports torch: functions are named as "module:function" and importe
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -181,6 +182,17 @@ LOSSES = {
 }
 
 
+_OTHER_NAMES = {
+    **dict.fromkeys(("clip", "ntxent", "ntpair", "npair", "contrastive", "infonce"), "info_nce"),
+    **dict.fromkeys(("triplet", "hinge", "sumofhinges", "vse"), "vse0"),
+    **dict.fromkeys(("vsepp", "maxofhinges", "mh", "hardnegative"), "vse++"),
+    **dict.fromkeys(("sigmoid", "sigliploss"), "siglip"),
+    "convsepp": "convse++",
+    "decoupled": "dcl",
+}
+"""What the field also calls them, without case and punctuation."""
+
+
 def check_name(name: str, *, key: str = "loss") -> None:
     """Raise UserError unless the name can be a loss's: one of ours, or "module:NAME".
 
@@ -188,6 +200,8 @@ def check_name(name: str, *, key: str = "loss") -> None:
     """
     if name in LOSSES or ":" in name or name in _entry_points():
         return
+    if meant := _OTHER_NAMES.get(re.sub(r"[^a-z+]", "", name.lower())):
+        raise UserError(f"{key}={name!r} is unknown; did you mean {meant!r}?")
     raise unknown_name(key, name, [*LOSSES, *_entry_points(), "module:NAME"])
 
 

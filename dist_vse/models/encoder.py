@@ -6,6 +6,9 @@ from typing import Any
 import torch
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.reading import BadFileError, read_json
+
+_MODE = "pooling_mode_"
 
 
 def load_encoder(folder: str, dropout: float) -> Any:
@@ -14,7 +17,7 @@ def load_encoder(folder: str, dropout: float) -> Any:
     Raises UserError if the folder holds none, or not all of its weights.
     """
     # Slow to import, and needed for this kind only.
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # or every rank draws one
@@ -26,9 +29,10 @@ def load_encoder(folder: str, dropout: float) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         for name, value in vars(config).items():
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
                 setattr(config, name, dropout)
-        encoder, loading = AutoModel.from_pretrained(
+        both = getattr(config, "is_encoder_decoder", False)  # T5: half of it reads captions
+        encoder, loading = (AutoModelForTextEncoding if both else AutoModel).from_pretrained(
             folder,
             config=config,
             local_files_only=True,
@@ -62,6 +66,44 @@ def enable_checkpointing(encoder: Any, folder: str) -> None:
         raise UserError(
             f"{folder}: has no gradient checkpointing; set model.grad_checkpointing=false"
         ) from error
+
+
+def max_positions(encoder: Any) -> int | None:
+    """Return how many tokens a model has positions for; None if it has no table of them.
+
+    RoBERTa and its kin count positions from behind the padding's id on.
+    """
+    for name, module in encoder.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first
+    limit = getattr(encoder.config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None  # XLNet says -1
+
+
+def read_pooling(folder: str) -> str:
+    """Return the pooling that a folder of sentence-transformers states: `mean` or `cls`.
+
+    A folder that states none takes the mean. Raises UserError for another one.
+    """
+    path = Path(folder, "1_Pooling", "config.json")
+    if not path.is_file():
+        return "mean"
+    try:
+        content = read_json(path)
+    except BadFileError as error:
+        raise UserError(f"{path}: can't be read ({error})") from error
+    stated = [name for name, value in content.items() if name.startswith(_MODE) and value is True]
+    modes = {name.removeprefix(_MODE): name for name in stated}
+    if isinstance(content.get("pooling_mode"), str):
+        modes = {content["pooling_mode"]: "pooling_mode"}
+    known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
+    if len(modes) != 1 or next(iter(modes)) not in known:
+        raise UserError(
+            f"{path}: states the pooling {', '.join(modes) or 'of no kind'}; only the mean or the "
+            "first token (cls) are supported"
+        )
+    return known[next(iter(modes))]
 
 
 def encoder_dim(encoder: Any, folder: str) -> int:

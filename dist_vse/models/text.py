@@ -12,8 +12,15 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.log import logger
 from dist_vse.config import TextConfig
-from dist_vse.models.encoder import enable_checkpointing, encoder_dim, load_encoder
+from dist_vse.models.encoder import (
+    enable_checkpointing,
+    encoder_dim,
+    load_encoder,
+    max_positions,
+    read_pooling,
+)
 from dist_vse.models.entry import import_builder
 from dist_vse.models.precision import at_least_float32, float32_rnn
 from dist_vse.models.tokenizer import Vocabulary
@@ -148,13 +155,14 @@ class TransformerTrunk(TextTrunk):
 class PretrainedTrunk(TextTrunk):
     """A transformers encoder; the mean of its last hidden states is a caption's vector.
 
-    The pooling of Sentence-BERT (https://arxiv.org/abs/1908.10084).
+    The pooling of Sentence-BERT (https://arxiv.org/abs/1908.10084); `cls` takes the first one's.
     """
 
-    def __init__(self, encoder: nn.Module, *, dim: int, pad_id: int) -> None:
+    def __init__(self, encoder: nn.Module, *, dim: int, pad_id: int, pooling: str = "mean") -> None:
         """Wrap an encoder whose last hidden states are (b, l, dim)."""
         super().__init__()
         self.encoder = encoder
+        self.pooling = pooling
         self.dim = dim
         self.pad_id = pad_id
 
@@ -162,6 +170,8 @@ class PretrainedTrunk(TextTrunk):
         """Return (b, w) for int64 tokens (b, l), padded on the right."""
         valid = tokens != self.pad_id  # (b, l)
         output = self.encoder(input_ids=tokens, attention_mask=valid.long())
+        if self.pooling == "cls":
+            return at_least_float32(output.last_hidden_state[:, 0])
         return masked_mean(output.last_hidden_state, valid)
 
 
@@ -227,17 +237,29 @@ def build_pretrained(
     """
     folder = str(config.weights)
     encoder = load_encoder(folder, config.dropout)
-    for name, needed, remedy in (
-        ("max_position_embeddings", config.max_tokens, "lower model.text.max_tokens"),
-        ("vocab_size", vocabulary.vocab_size, "save the model together with its own tokenizer"),
+    pooling = read_pooling(folder)
+    if pooling != "mean":
+        logger.info("%s: its vectors are those of the first token, as 1_Pooling states", folder)
+    for name, limit, needed, remedy in (
+        (
+            "number of positions",
+            max_positions(encoder),
+            config.max_tokens,
+            "lower model.text.max_tokens",
+        ),
+        (
+            "vocab_size",
+            getattr(encoder.config, "vocab_size", None),
+            vocabulary.vocab_size,
+            "save the model together with its own tokenizer",
+        ),
     ):
-        limit = getattr(encoder.config, name, None)
         if limit is not None and needed > limit:
             raise UserError(f"{folder}: its {name} is {limit}, but {needed} are needed; {remedy}")
     if grad_checkpointing:
         enable_checkpointing(encoder, folder)
     dim = encoder_dim(encoder, folder)
-    return PretrainedTrunk(encoder, dim=dim, pad_id=vocabulary.pad_id)
+    return PretrainedTrunk(encoder, dim=dim, pad_id=vocabulary.pad_id, pooling=pooling)
 
 
 def _maybe_checkpoint(enabled: bool, fn: Callable[..., Tensor], *args: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_text
+from dist_vse.common.log import logger
 from dist_vse.config import TrainConfig, dump_config, flat_config, load_config
 from dist_vse.runs.files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, VOCABULARY_NAME
 
@@ -49,8 +50,23 @@ def prepare_run_dir(config: TrainConfig) -> Path:
             f"{run_dir} holds a run of another config ({'; '.join(changed)}): give another "
             "output_dir, or remove that folder"
         )
+    if earlier is not None:
+        _tell_new_end(earlier, config)
     write_config(config)
     return run_dir
+
+
+def _tell_new_end(earlier: TrainConfig, config: TrainConfig) -> None:
+    """Warn where another end of the run moves what runs towards it."""
+    before, now = earlier.total_steps, config.total_steps
+    moved = ["learning rate"] if config.optim.schedule != "constant" else []
+    moved += ["temperature"] if config.loss.temperature_end is not None else []
+    if before != now and moved:
+        logger.warning(
+            "total_steps: %d -> %d: the %s now runs to the new end, and jumps where the run goes "
+            "on (optim.schedule=%s)",
+            *(before, now, " and the ".join(moved), config.optim.schedule),
+        )
 
 
 def find_earlier_start(run_dir: Path) -> TrainConfig | None:

@@ -1,5 +1,6 @@
 """A run's config, resolved: with what a checkpoint decides, and what an earlier start has found."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger
 from dist_vse.config import TrainConfig
 from dist_vse.config.checks import AUTO
-from dist_vse.config.sections import MIN_LEARNED_TEMPERATURE
-from dist_vse.models.pretrained import read_start
+from dist_vse.config.encoders import ImageConfig, TextConfig
+from dist_vse.config.sections import MIN_LEARNED_TEMPERATURE, LossConfig, ModelConfig
+from dist_vse.models.pretrained import Start, read_start
 from dist_vse.runs import checkpoint
 from dist_vse.runs.files import CHECKPOINTS
 from dist_vse.runs.folder import find_earlier_start, find_run, open_run
@@ -42,6 +44,7 @@ def with_start(config: TrainConfig) -> TrainConfig:
     if config.model.pretrained is None:
         return config
     start = read_start(config.model.pretrained)
+    _check_nothing_is_ignored(config, start)
     temperature = start.temperature
     if config.loss.learn_temperature:
         temperature = max(MIN_LEARNED_TEMPERATURE, temperature)
@@ -63,6 +66,34 @@ def with_start(config: TrainConfig) -> TrainConfig:
     if config.model.from_run is not None:  # which has trained on
         loss = config.loss
     return replace(config, model=model, loss=loss)
+
+
+def _check_nothing_is_ignored(config: TrainConfig, start: Start) -> None:
+    """Raise UserError for a setting that contradicts the checkpoint, which decides it."""
+    model, loss = config.model, config.loss
+    temperatures = (start.temperature, max(MIN_LEARNED_TEMPERATURE, start.temperature))
+    settings: list[tuple[str, float, float, tuple[float, ...]]] = [
+        ("model.image.size", model.image.size, ImageConfig.size, (start.image_size,)),
+        (
+            "model.text.max_tokens",
+            model.text.max_tokens,
+            TextConfig.max_tokens,
+            (start.max_tokens,),
+        ),
+        ("model.embed_dim", model.embed_dim, ModelConfig.embed_dim, (start.embed_dim,)),
+    ]
+    if model.from_run is None:
+        settings.append(
+            ("loss.temperature", loss.temperature, LossConfig.temperature, temperatures)
+        )
+    if model.from_run is None and start.bias is not None:
+        settings.append(("loss.bias", loss.bias, LossConfig.bias, (start.bias,)))
+    for key, given, default, decided in settings:
+        if given != default and not any(math.isclose(given, value) for value in decided):
+            raise UserError(
+                f"{key} ({given}) is {decided[0]:.4g} in the checkpoint of model.pretrained: leave "
+                f"out {key}"
+            )
 
 
 def _with_run(config: TrainConfig) -> TrainConfig:

@@ -67,6 +67,42 @@ def test_a_wrong_setting_is_one_line_with_the_remedy(
     assert "\n" not in str(caught.value)
 
 
+def test_texts_stay_texts_and_tildes_are_the_users_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "c.yaml"
+    path.write_text("output_dir: ~/runs/x\ndata: {mix: [{index: ~/a}]}\n")
+    assert load_config(path).output_dir == "/home/me/runs/x"
+    assert load_config(path).data.mix[0].index == "/home/me/a"
+    assert load_config(path, ["output_dir=2024_11_28"]).output_dir == "2024_11_28"
+    assert load_config(path, ["data.index=~/b", "model.pretrained=null"]).data.index == "/home/me/b"
+    path.write_text("output_dir: 2024_11_28\n")
+    with pytest.raises(UserError, match=r"output_dir: YAML reads 20241128 here, .* in quotes"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "every", "fits"),
+    [
+        ("checkpoint_every=2", 4, True),
+        ("checkpoint_every=2", 5, False),
+        ("checkpoint_every=2", 0, False),
+        ("checkpoint_samples=512", 2, True),
+        ("checkpoint_samples=512", 5, False),
+    ],
+)
+def test_keep_best_needs_a_step_that_is_evaluated_and_saved(
+    saved: str, every: int, fits: bool
+) -> None:
+    overrides = ["keep_best=1", "total_steps=7", f"eval_every={every}", saved]
+    if fits:
+        assert load_config(None, overrides).keep_best == 1
+        return
+    with pytest.raises(UserError, match=r"keep_best \(1\) can keep none"):
+        load_config(None, overrides)
+
+
 def test_a_missing_config_names_those_that_exist(tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text("seed: 1\n")
     with pytest.raises(UserError, match=r"no such config; there are .*other\.yaml"):

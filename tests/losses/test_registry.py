@@ -65,6 +65,8 @@ def test_the_registry_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("clip", "did you mean 'info_nce'"),
+        ("NT-Xent", "did you mean 'info_nce'"),
         ("convse+", r"loss='convse\+' is unknown; did you mean 'convse"),
         ("my_losses:MINE", r"can't be imported \(No module named 'my_losses'\); put its module's"),
         ("tests.support.toy_loss:NONE", "can't be imported .*NONE"),

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPModel
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
 from dist_vse.data.decode import Transform
-from tests.support.tiny_clip import build, write_all
+from tests.support.tiny_clip import build, starting_from, write_all
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,51 @@ def test_what_is_no_checkpoint(folders: Path, tmp_path: Path, how: str, message:
 def test_settings_that_would_be_ignored(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(None, ["model.pretrained=somewhere", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.image.size=64", r"model\.image\.size \(64\) is 32 in the checkpoint"),
+        ("model.text.max_tokens=8", r"model\.text\.max_tokens \(8\) is 12 in"),
+        ("model.embed_dim=512", r"leave out model\.embed_dim"),
+        ("loss.temperature=0.05", r"loss\.temperature \(0\.05\) is 0\.03877 in"),
+    ],
+)
+def test_settings_that_the_checkpoint_contradicts(
+    folders: Path, override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        starting_from(folders / "hf-clip", override)
+
+
+def test_weights_in_several_files_and_in_a_pickle(folders: Path, tmp_path: Path) -> None:
+    whole = folders / "hf-clip"
+    parts = shutil.copytree(whole, tmp_path / "parts")
+    (parts / "model.safetensors").unlink()
+    CLIPModel.from_pretrained(whole, local_files_only=True).save_pretrained(
+        parts, max_shard_size="20KB"
+    )
+    assert not (parts / "model.safetensors").exists()
+    for one, other in zip(build(whole).parameters(), build(parts).parameters(), strict=True):
+        assert torch.equal(one, other)
+    index = parts / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    with pytest.raises(UserError, match="which is not in the folder"):
+        build(parts)
+    index.rename(parts / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: is a pickle"):
+        build(parts)
+
+
+def test_a_training_checkpoint_of_openclip(folders: Path, tmp_path: Path) -> None:
+    whole = folders / "open_clip-clip"
+    folder = shutil.copytree(whole, tmp_path / "trained")
+    path = folder / "open_clip_pytorch_model.bin"
+    state = {f"module.{name}": x for name, x in torch.load(path).items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state}, path)
+    for one, other in zip(build(whole).parameters(), build(folder).parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_nothing_left_to_learn(folders: Path) -> None:

@@ -1,12 +1,24 @@
 """Text trunks: one vector a caption, whatever the padding."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
-from transformers import AutoModel, BertConfig, GPT2Config, GPT2Model, T5Config, T5Model
+from transformers import (
+    AutoModel,
+    BertConfig,
+    GPT2Config,
+    GPT2Model,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5Model,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import TextConfig
@@ -123,16 +135,59 @@ def test_pretrained_errors(bert: Path, tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(
         UserError,
-        match=r"max_position_embeddings is 16, but 17 are needed; lower model.text.max_tokens",
+        match=r"number of positions is 16, but 17 are needed; lower model.text.max_tokens",
     ):
         load(bert, max_tokens=17)
     with pytest.raises(UserError, match="vocab_size is 11, but 12 are needed"):
         load(bert, vocab_size=12)
+
+
+def test_half_of_t5_and_models_without_a_table_of_positions(tmp_path: Path) -> None:
     T5Model(
         T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     ).save_pretrained(tmp_path / "t5")
-    with pytest.raises(UserError, match="is no text encoder"):
-        load(tmp_path / "t5")
+    XLNetModel(
+        XLNetConfig(vocab_size=11, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    ).save_pretrained(tmp_path / "xlnet")
+    for name in ("t5", "xlnet"):
+        assert load(tmp_path / name)(TOKENS).shape == (len(TOKENS), 8)
+
+
+def test_roberta_counts_positions_from_behind_the_padding(tmp_path: Path) -> None:
+    width = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaModel(
+        RobertaConfig(
+            vocab_size=11, max_position_embeddings=6, pad_token_id=1, intermediate_size=8, **width
+        )
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="number of positions is 4, but 5 are needed"):
+        load(tmp_path, max_tokens=5)
+    assert load(tmp_path, max_tokens=4)(TOKENS[:, :4]).shape == (len(TOKENS), 8)
+
+
+def test_pooling_is_the_folders(bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert, tmp_path / "bge")
+    (folder / "1_Pooling").mkdir()
+    stated = folder / "1_Pooling" / "config.json"
+    stated.write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
+    trunk = load(folder).eval()
+    assert isinstance(trunk, PretrainedTrunk)
+    first = trunk.encoder(TOKENS, attention_mask=(TOKENS != 0).long()).last_hidden_state[:, 0]
+    torch.testing.assert_close(trunk(TOKENS), first)
+    stated.write_text('{"pooling_mode_max_tokens": true}')
+    with pytest.raises(UserError, match="states the pooling max_tokens; only the mean"):
+        load(folder)
+    stated.write_text("[")
+    with pytest.raises(UserError, match="can't be read"):
+        load(folder)
+
+
+def test_dropout_of_gpt2_is_the_configs(tmp_path: Path) -> None:
+    GPT2Model(
+        GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+    ).save_pretrained(tmp_path)
+    trunk = load(tmp_path)
+    assert {m.p for m in trunk.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
 
 
 def test_incomplete_weights_are_an_error(bert: Path, tmp_path: Path) -> None:

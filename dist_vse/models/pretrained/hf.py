@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.reading import BadFileError, is_file_name, read_json
+from dist_vse.common.terminal import short
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.encoder import enable_checkpointing
 from dist_vse.models.image import ImageTrunk, make_sendable
@@ -231,21 +233,44 @@ def _load_tokenizer(folder: Path) -> Any:
     return loaded
 
 
-def _weights(folder: Path) -> Path:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{path}: the weights are missing; save the model with save_pretrained")
-    return path
+def _weights(folder: Path) -> list[Path]:
+    """Return the files of the weights, one or several."""
+    path, parts = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
+    if path.is_file():
+        return [path]
+    if parts.is_file():
+        return _parts(folder, parts)
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if pickled:
+        raise UserError(
+            f"{pickled[0]}: is a pickle, which may hold code; load the model with transformers and "
+            "save it with save_pretrained"
+        )
+    raise UserError(f"{path}: the weights are missing; save the model with save_pretrained")
+
+
+def _parts(folder: Path, index: Path) -> list[Path]:
+    try:
+        names = {*read_json(index)["weight_map"].values()}
+    except (BadFileError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: can't be read ({first_line(error)})") from error
+    for name in names:
+        if not is_file_name(name) or not (folder / name).is_file():
+            raise UserError(f"{index}: names {short(name)}, which is not in the folder")
+    return [folder / name for name in sorted(names)]
 
 
 def _scalars(folder: Path) -> dict[str, float]:
-    path = _weights(folder)
-    try:
-        with safe_open(path, "pt") as file:
-            names = {"logit_scale", "logit_bias"} & {*file.keys()}
-            found = {name: float(file.get_tensor(name).item()) for name in names}
-    except _WRONG as error:
-        raise UserError(f"{path}: is damaged ({first_line(error)})") from error
+    paths, found = _weights(folder), dict[str, float]()
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                names = {"logit_scale", "logit_bias"} & {*file.keys()}
+                found |= {name: float(file.get_tensor(name).item()) for name in names}
+        except _WRONG as error:
+            raise UserError(f"{path}: is damaged ({first_line(error)})") from error
     if "logit_scale" not in found:
-        raise UserError(f"{path}: lacks logit_scale; these are not the weights of a whole model")
+        raise UserError(
+            f"{paths[0]}: lacks logit_scale; these are not the weights of a whole model"
+        )
     return found

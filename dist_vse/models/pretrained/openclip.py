@@ -176,7 +176,8 @@ def _scalars(folder: Path) -> dict[str, float]:
                 found = {name: file.get_tensor(name) for name in {*names} & {*file.keys()}}
         else:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            state = state.get("state_dict", state)
+            state = state.get("state_dict", state)  # of a training, there are more
+            state = {name.removeprefix("module."): x for name, x in state.items()}
             found = {n: state[n] for n in names if n in state}
     except _WRONG as error:
         raise UserError(
