@@ -2,10 +2,12 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path, PosixPath
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.data.sample_fields import CAPTION_WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,13 @@ def in_languages(record: Record, wanted: Collection[str]) -> Record:
         )
     pairs = zip(record.captions, record.languages, strict=True)
     kept = [(caption, language) for caption, language in pairs if language in wanted]
+    extra, weights = record.extra, record.extra.get(CAPTION_WEIGHTS)
+    if isinstance(weights, list) and len(weights) == len(record.captions):
+        chosen = (language in wanted for language in record.languages)
+        extra = {**extra, CAPTION_WEIGHTS: list(compress(weights, chosen))}
     return replace(
         record,
+        extra=extra,
         captions=tuple(caption for caption, _ in kept),
         languages=tuple(language for _, language in kept),
     )

@@ -2,11 +2,12 @@
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dist_vse.data.index import IMAGE_FORMATS
+from dist_vse.data.sample_fields import check_fields
 
 if TYPE_CHECKING:
     from PIL import Image  # not here: most images are never opened
@@ -49,6 +50,14 @@ def check_captions(captions: Sequence[str]) -> None:
             raise BadSampleError(
                 f"caption {number} is no valid Unicode ({error.reason})"
             ) from error
+
+
+def check_optional(fields: Mapping[str, object], num_captions: int) -> None:
+    """Raise BadSampleError if a field of the JSON that training reads is not as it must be."""
+    try:
+        check_fields(fields, num_captions)
+    except ValueError as error:
+        raise BadSampleError(str(error)) from error
 
 
 def check_image(data: bytes | memoryview, *, decode: bool = True) -> str:

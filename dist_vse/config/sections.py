@@ -51,6 +51,14 @@ class DataConfig:
     """Mirror half of the training images. Wrong for captions that say left and right."""
     color_jitter: float = 0.0
     """Change brightness, contrast and saturation of training images by factors of 1 ± this."""
+    caption_weights: dict[str, float] = field(default_factory=dict)
+    """How often captions of a label are drawn, such as `{alt: 0.3, synthetic: 0.7}`; others never.
+    The label is the caption's language, or its column's: `--caption-column alt=alt,text=synthetic`.
+    Empty: an image's captions come in turn, or by the sample's own `caption_weights`."""
+    sentences_above: int = 0
+    """Begin a caption of more words than this at one of its sentences, drawn each time, so that
+    what `model.text.max_tokens` cuts off is seen as well. 0: always at its start, as in
+    evaluation."""
     features: str | None = None
     """Folder of the frozen image trunk's outputs, which `dist-vse features` writes once: training
     reads them instead of images. Needs a frozen trunk, no augmentation, and a single data set."""
@@ -63,7 +71,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least(1, data__num_streams=self.num_streams, data__shuffle_window=self.shuffle_window)
-        at_least(0, data__num_workers=self.num_workers)
+        at_least(0, data__num_workers=self.num_workers, data__sentences_above=self.sentences_above)
+        for label, weight in self.caption_weights.items():
+            check(
+                0 <= weight < float("inf"),
+                f"data.caption_weights.{label} ({weight}) must be a number from 0 on",
+            )
+        check(
+            not self.caption_weights or any(self.caption_weights.values()),
+            "data.caption_weights: one of them must be above 0",
+        )
         one_of("data.crop", self.crop, ("random", "center"))
         check(
             0 < self.min_crop_area <= 1,

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dist_vse.common.errors import UserError
 from dist_vse.data.decode import BadSampleError
 from dist_vse.data.index import Index, Shard, is_remote
+from dist_vse.data.sample_fields import CAPTION_WEIGHTS, caption_weights
 from dist_vse.data.shard_cache import Cache, cache_from_environment, fetch, open_copy
 
 
@@ -24,6 +25,8 @@ class Meta:
 
     key: str
     captions: tuple[str, ...]  # at least one, none of them blank
+    labels: tuple[str, ...] = ()  # `languages`: one a caption, or none at all
+    weights: tuple[float, ...] = ()  # `caption_weights`: likewise
 
 
 class _OpenShard:
@@ -162,8 +165,15 @@ def parse_meta(data: bytes) -> Meta:
         content = json.loads(data)
         key, captions = content["key"], content["captions"]
         kept = tuple(caption for caption in captions if caption.strip())
+        if "languages" not in content and CAPTION_WEIGHTS not in content and kept:
+            return Meta(str(key), kept)
+        chosen = [bool(caption.strip()) for caption in captions]
+        languages = content.get("languages")
+        labels = compress(map(str, languages if isinstance(languages, list) else ()), chosen)
+        given = caption_weights(content, len(captions))
+        weights, names = tuple(compress(given, chosen)), tuple(labels)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadSampleError(f"broken metadata ({type(error).__name__}: {error})") from error
     if not kept:
         raise BadSampleError("no caption")
-    return Meta(str(key), kept)
+    return Meta(str(key), kept, names if len(names) == len(kept) else (), weights)

@@ -6,8 +6,8 @@ the rank. So a stream yields the same samples wherever it is read.
 
 import struct
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger
 from dist_vse.config import DataConfig
+from dist_vse.data.choose_text import TextChoice
 from dist_vse.data.decode import BadSampleError, Transform, decode_image
 from dist_vse.data.index import Index, image_id, may_run_code, read_index
 from dist_vse.data.jpeg import Pixels
@@ -73,7 +74,8 @@ def open_train_sets(data: DataConfig) -> list[TrainSet]:
 class _Sample(NamedTuple):
     """A sample before its image is decoded."""
 
-    caption: str
+    text: str
+    text_id: int  # of the whole caption
     image_id: int
     origin: tuple[int, int]  # turn, sample number
     image: bytes  # the file's
@@ -98,9 +100,9 @@ class _Draws:
         self._state: Any = self._bits.state
         self._generator = np.random.Generator(self._bits)
 
-    def of(self, turn: int, number: int) -> np.random.Generator:
-        """Return the generator of a sample in a turn, until the next call."""
-        seed = struct.pack("<3Q", self._seed, turn, number)
+    def of(self, turn: int, number: int, what: bytes = b"") -> np.random.Generator:
+        """Return the generator of a sample in a turn, for one purpose, until the next call."""
+        seed = struct.pack("<3Q", self._seed, turn, number) + what
         self._state["state"]["state"] = xxhash.xxh3_128_intdigest(seed)
         self._bits.state = self._state
         return self._generator
@@ -119,6 +121,7 @@ class RankStreams:
     tokenizer: Tokenizer
     buffers: torch.Tensor | None = None
     """Shared memory for batches of this rank, uint8 (number, b, h, w, 3), if there are workers."""
+    texts: TextChoice = field(default_factory=TextChoice)
     read_images: bool = True  # if not, batches hold none: their features are precomputed
 
     def __call__(
@@ -193,15 +196,13 @@ class _Stream:
     def part(self, images: torch.Tensor) -> Part:
         """Return this stream's share of the next batch; its pixels are written to `images`."""
         samples = self._good_samples(images.numpy())
-        ids = np.array(
-            [(sample.image_id, image_id(sample.caption)) for sample in samples], np.int64
-        )
+        ids = np.array([(sample.image_id, sample.text_id) for sample in samples], np.int64)
         origin = np.array([sample.origin for sample in samples], np.int64)  # turn, sample number
-        captions = [sample.caption for sample in samples]
+        texts = [sample.text for sample in samples]
         skipped, self._skipped = tuple(self._skipped), []
         return Part(
             images=images.permute(0, 3, 1, 2),
-            tokens=self._plan.tokenizer(captions).numpy(),
+            tokens=self._plan.tokenizer(texts).numpy(),
             image_ids=ids[:, 0],
             text_ids=ids[:, 1],
             origin=origin,
@@ -231,12 +232,15 @@ class _Stream:
             meta = reader.meta(shard, row)
         except BadSampleError as error:
             return _Bad(str(error), epoch, place)
-        image = reader.image(shard, row) if self._plan.read_images else b""
-        # Samples start with different captions.
-        choice = (turn + image_id(meta.key)) % len(meta.captions)
         origin = turn, self._first[source] + reader.number(shard, row)
-        caption, number = meta.captions[choice], reader.image_id(shard, row)
-        return _Sample(caption, number, origin, image, epoch, place)
+        try:
+            draws = partial(self._draws.of, *origin, b"text")
+            caption, text = self._plan.texts.choose(meta, turn, draws)
+        except BadSampleError as error:
+            return _Bad(str(error), epoch, place)
+        image = reader.image(shard, row) if self._plan.read_images else b""
+        number = reader.image_id(shard, row)
+        return _Sample(text, image_id(caption), number, origin, image, epoch, place)
 
     def _decode(self, sample: _Sample, out: Pixels) -> _Sample | _Bad:
         """Decode the image into `out`."""

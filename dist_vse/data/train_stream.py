@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import DataConfig, ImageConfig
+from dist_vse.data.choose_text import TextChoice
 from dist_vse.data.decode import Transform
 from dist_vse.data.order import Order, Source
 from dist_vse.data.samples import ONE_PROCESS, Batch, Placement, Tokenizer, join_parts
@@ -63,6 +64,7 @@ def train_batches(
         part_size=global_batch_size // streams,
         transform=_transform(data, image),
         tokenizer=tokenizer,
+        texts=TextChoice(data.caption_weights, data.sentences_above),
         read_images=data.features is None,
     )
     return _batches(plan, rows, num_workers, prefetch)

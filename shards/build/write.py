@@ -19,7 +19,12 @@ from dist_vse.shards.build.read import image_reader
 from dist_vse.shards.build.tar_writer import TarWriter
 from dist_vse.shards.manifest import ShardEntry, Skipped
 from dist_vse.shards.record import Image, Member, Record, local_path
-from dist_vse.shards.sample_checks import BadSampleError, check_captions, check_image
+from dist_vse.shards.sample_checks import (
+    BadSampleError,
+    check_captions,
+    check_image,
+    check_optional,
+)
 
 Row = tuple[int, int, int, int, int]
 """A sample's position and its image's id: `dist_vse.data.index.OFFSET_COLUMNS`."""
@@ -90,6 +95,7 @@ def _add_sample(
     if record.fault:
         raise BadSampleError(record.fault)
     check_captions(record.captions)
+    check_optional(record.extra, len(record.captions))
     if options.recode is None:
         image_offset, image_bytes, identity = _add_as_it_is(
             tar, record, num_bytes, read, decode=options.decode

@@ -16,6 +16,7 @@ from braceexpand import braceexpand
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import atomic_write, sha256_of_file
 from dist_vse.data.index import Shard, image_id, is_remote, write_offsets
+from dist_vse.data.sample_fields import OPTIONAL_FIELDS
 from dist_vse.shards.build.keys import safe_keys
 from dist_vse.shards.build.output_checks import check_indexable
 from dist_vse.shards.build.plan import check_split
@@ -26,7 +27,7 @@ from dist_vse.shards.json_text import dump_json
 from dist_vse.shards.manifest import ShardEntry, Skipped, read_manifest, shard_files, write_manifest
 from dist_vse.shards.pool import ordered_map
 from dist_vse.shards.remote import local_copy
-from dist_vse.shards.sample_checks import BadSampleError, check_captions
+from dist_vse.shards.sample_checks import BadSampleError, check_captions, check_optional
 from dist_vse.shards.sources.paths import where_instead
 
 _STEM = re.compile(r"([^/\s|?&=]+)\.tar")
@@ -223,6 +224,7 @@ def _side_files(
         content: dict[str, object] = {"key": sample.key, "captions": sample.captions}
         if sample.languages:
             content["languages"] = sample.languages
+        content |= {k: v for k, v in sample.fields.items() if k in OPTIONAL_FIELDS}
         line = dump_json(content) + b"\n"
         identity = image_id(os.pread(file, num_bytes, offset))
         rows.append((offset, num_bytes, position, len(line) - 1, identity))
@@ -236,6 +238,7 @@ def _checked(sample: Sample) -> tuple[int, int]:
     if sample.fault or sample.image is None:
         raise BadSampleError(sample.fault)
     check_captions(sample.captions)
+    check_optional(sample.fields, len(sample.captions))
     if sample.image[1] == 0:
         raise BadSampleError("the image file is empty (0 bytes)")
     return sample.image

@@ -1,0 +1,27 @@
+"""The optional fields of a sample's JSON that training reads, and what they must hold."""
+
+from collections.abc import Mapping
+from typing import Any
+
+CAPTION_WEIGHTS = "caption_weights"
+"""How often each caption is drawn: one number a caption."""
+OPTIONAL_FIELDS = (CAPTION_WEIGHTS,)
+
+
+def check_fields(fields: Mapping[str, Any], num_captions: int) -> None:
+    """Raise ValueError if one of the optional fields does not hold what it must."""
+    caption_weights(fields, num_captions)
+
+
+def caption_weights(fields: Mapping[str, Any], num_captions: int) -> tuple[float, ...]:
+    """Return the weights of a sample's captions; none where there is no such field.
+
+    Raises ValueError for what is no list of as many numbers, from 0 on.
+    """
+    value = fields.get(CAPTION_WEIGHTS)
+    if value is None:
+        return ()
+    fits = isinstance(value, list) and len(value) == num_captions
+    if not fits or not all(type(x) in (int, float) and 0 <= x < float("inf") for x in value):
+        raise ValueError(f"{CAPTION_WEIGHTS} must be {num_captions} numbers from 0 on")
+    return tuple(map(float, value))
