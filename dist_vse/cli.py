@@ -12,6 +12,7 @@ from pathlib import Path
 from dist_vse.common.consent import add_allow_pipe
 from dist_vse.common.errors import UserError
 from dist_vse.common.extras import needs_train
+from dist_vse.common.local_path import require_local
 from dist_vse.common.terminal import message
 from dist_vse.common.version import __version__
 from dist_vse.launch import cli as launch
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit code; 2 after a UserError, which is one line."""
     args = _parse(arguments)
     try:
+        _require_local(args)
         with needs_train(f"dist-vse {args.command}"):
             return COMMANDS[args.command].run(args)
     except UserError as error:
@@ -61,6 +63,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+def _require_local(args: argparse.Namespace) -> None:
+    """Raise UserError for an address where a path goes; what may be an address is a string."""
+    for given in vars(args).values():
+        for path in given if isinstance(given, list) else [given]:
+            if isinstance(path, Path):
+                require_local(path)
 
 
 def _is_override(word: str) -> bool:

@@ -8,6 +8,7 @@ rest is derived. A component takes its own section, or plain values; what joins 
 from dataclasses import dataclass, field
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.local_path import require_local
 from dist_vse.config.checks import AUTO, at_least, check, number_or_auto
 from dist_vse.config.optimizers import OptimConfig
 from dist_vse.config.sections import (
@@ -24,7 +25,7 @@ class TrainConfig:
     """A whole run."""
 
     output_dir: str = "runs/run"
-    """The run's folder: config, metrics, checkpoints, report. An existing run is resumed."""
+    """The run's local folder: config, metrics, checkpoints, report. An existing run is resumed."""
     seed: int = 0
     global_batch_size: int = 256
     """Pairs a step over all ranks: every pair sees all others as negatives."""
@@ -64,6 +65,8 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        require_local(self.output_dir, "output_dir=")
+        require_local(self.data.features or "", "data.features=")
         at_least(1, global_batch_size=self.global_batch_size)
         number_or_auto(1, chunk_size=self.chunk_size)
         at_least(1, total_steps=self.total_steps, log_every=self.log_every)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.local_path import require_local
 
 
 def at_least_one(**numbers: int) -> None:
@@ -16,6 +17,7 @@ def writable(option: str, path: str | Path | None) -> None:
     """Raise UserError for a file that cannot be written."""
     if path is None:
         return
+    require_local(path, f"{option} ")
     try:
         Path(path).open("a", encoding="utf-8").close()
     except OSError as error:
