@@ -8,17 +8,18 @@ one process with the whole batch.
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from torch import Tensor
-
-from dist_vse.models.dual_encoder import DualEncoder
+from torch import Tensor, nn
 
 
 class Engine(Protocol):
     """The model with its optimizer, as the train step sees them."""
 
-    module: DualEncoder
     max_live_graphs: int | None
     """Largest number of forwards that may wait for their backward; None is no bound."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
 
     def __call__(self, **inputs: Tensor) -> Any:
         """Run the model's forward."""

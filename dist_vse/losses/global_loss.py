@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
+from dist_vse.common.uncompiled import uncompiled
 from dist_vse.common.units import GIB
 from dist_vse.losses.async_gather import PrefetchedGather
 from dist_vse.losses.fused import Epilogues, FusedPass
@@ -26,7 +27,7 @@ from dist_vse.losses.layout import DuplicatePairs, Layout
 from dist_vse.losses.matmul import Matmul
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.positives import OwnPairs, Positives
-from dist_vse.losses.preflight import Metadata, exchange_metadata, refuse
+from dist_vse.losses.preflight import Metadata, exchange_metadata, off_unit, refuse
 from dist_vse.losses.registry import LossSpec, find_loss
 from dist_vse.losses.statistics import summarize
 from dist_vse.losses.tiled import Kernels, TermInputs, TiledLoss
@@ -48,7 +49,8 @@ class GlobalLoss:
 
     Text features may be sent ahead, a chunk at a time, with `prefetch`; then the loss is called
     once with all features. 64-bit ids (b,) tell which pairs share an image or a caption; they are
-    looked at on the host, and should lie there.
+    looked at on the host, and should lie there. With `unit_length`, features of another length are
+    refused.
     What the losses are: `dist_vse.losses.reference`, docs/explain/losses.md.
     """
 
@@ -59,8 +61,10 @@ class GlobalLoss:
         *,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
+        unit_length: bool = False,
     ) -> None:
         self.name = name
+        self._unit_length = unit_length
         self.options = options or LossOptions()
         self._ids = [x.cpu() for x in (image_ids, text_ids) if x is not None]
         self._fault = self.options.fault() or _unknown(name)  # raised on all ranks, when called
@@ -77,6 +81,7 @@ class GlobalLoss:
         if self._fault is None:
             self._prefetched.send(text_features)
 
+    @uncompiled
     def __call__(
         self, image_features: Tensor, text_features: Tensor, log_scale: Tensor, bias: Tensor
     ) -> LossOutput:
@@ -89,7 +94,7 @@ class GlobalLoss:
         """
         fault = self._fault or self._find_fault(image_features, text_features)
         if fault is not None:
-            refuse(fault)
+            refuse(fault, image_features.device)
         spec, options = find_loss(self.name), self.options
         if options.temperature is not None:
             log_scale = torch.full_like(log_scale, -math.log(options.temperature))
@@ -112,7 +117,8 @@ class GlobalLoss:
             with torch.no_grad():
                 own = OwnPairs.of(rows, captions)
                 agreed = self._agreed(rows, gradient=keep, kernels=kernels)
-                metadata = exchange_metadata(own, log_scale, bias, agreed)
+                off = off_unit(images, captions) if self._unit_length else None
+                metadata = exchange_metadata(own, log_scale, bias, agreed, off_unit=off)
                 tiled = self._build(spec, metadata, inputs, own, fused=kernels == "fused")
                 local_total = tiled.forward(keep=keep)
                 total, stats = summarize(
@@ -198,6 +204,11 @@ class GlobalLoss:
             return (
                 f"image_features {tuple(image_features.shape)} and text_features "
                 f"{tuple(text_features.shape)} must have one shape (rows, embedding)"
+            )
+        if not (image_features.is_floating_point() and text_features.is_floating_point()):
+            return (
+                f"image_features ({image_features.dtype}) and text_features "
+                f"({text_features.dtype}) must be of a floating type"
             )
         rows = len(image_features)
         if any(x.shape != (rows,) or x.dtype != torch.int64 for x in self._ids):

@@ -16,7 +16,8 @@ from dist_vse.common.errors import UserError
 from dist_vse.losses.layout import Layout
 from dist_vse.losses.positives import OwnPairs
 
-NUMBERS = 7  # a rank's; a first one below 0 (it is the number of rows) says that it refuses
+NUMBERS = 8  # a rank's; a first one below 0 (it is the number of rows) says that it refuses
+UNIT = 0.01  # features of unit length are off by less, rounded to bfloat16 too
 CLOSE = 1e-6  # the temperature's logarithm and the bias are alike if they differ by less
 
 
@@ -30,12 +31,19 @@ class Metadata:
 
 
 def exchange_metadata(
-    own: OwnPairs, log_scale: Tensor, bias: Tensor, settings: Mapping[str, object]
+    own: OwnPairs,
+    log_scale: Tensor,
+    bias: Tensor,
+    settings: Mapping[str, object],
+    *,
+    off_unit: Tensor | None = None,
 ) -> Metadata:
     """Exchange a few numbers a rank; the host waits for the device here.
 
-    Raises UserError, the same on every rank, where a rank refused its arguments or where
-    log_scale (1,), bias (1,) or the settings differ between ranks.
+    `off_unit` () is by how much the length of this rank's features may differ from 1, if that
+    matters. Raises UserError, the same on every rank, where a rank refused its arguments, where
+    log_scale (1,), bias (1,) or the settings differ between ranks, or for features of no unit
+    length.
     """
     infinity = own.similarities.new_full((1,), float("inf"))
     here = [
@@ -45,24 +53,39 @@ def exchange_metadata(
         torch.cat([own.similarities, infinity]).amin(),
         log_scale.detach().view(()),
         bias.detach().view(()),
+        own.longest_row.new_zeros(()) if off_unit is None else off_unit,
     ]
     numbers = torch.stack([x.double() for x in here])
     code = zlib.crc32(repr(settings).encode())
     there = _exchange(torch.cat([numbers, numbers.new_full((1,), code)])).T.tolist()
-    counts, row_norms, column_norms, smallest, log_scales, biases, codes = there
+    counts, row_norms, column_norms, smallest, log_scales, biases, off, codes = there
     if min(counts) < 0:
         raise distributed.first_failure(distributed.all_gather_object(None))
     if len(set(codes)) > 1 or _spread(log_scales) > CLOSE or _spread(biases) > CLOSE:
         model = {"log_scale": float(log_scale), "bias": float(bias)}
         raise UserError(_difference(distributed.all_gather_object({**settings, **model})))
+    if max(off) > UNIT:
+        raise UserError(
+            f"the features must be of unit length; on rank {off.index(max(off))} one's length is "
+            f"off by {max(off):.3g}: use torch.nn.functional.normalize(features, dim=1)"
+        )
     layout = Layout(tuple(int(count) for count in counts), distributed.rank())
     return Metadata(layout, max(row_norms) * max(column_norms), min(smallest))
 
 
-def refuse(fault: str) -> NoReturn:
-    """Raise UserError for this rank's `fault`, here and on the ranks in `exchange_metadata`."""
-    _exchange(torch.full((NUMBERS,), -1.0, dtype=torch.float64, device=distributed.device()))
+def refuse(fault: str, device: torch.device) -> NoReturn:
+    """Raise UserError for this rank's `fault`, here and on the ranks in `exchange_metadata`.
+
+    The other ranks' features lie on such a device.
+    """
+    _exchange(torch.full((NUMBERS,), -1.0, dtype=torch.float64, device=device))
     raise distributed.first_failure(distributed.all_gather_object(UserError(fault)))
+
+
+def off_unit(images: Tensor, captions: Tensor) -> Tensor:
+    """Return by how much a length of features (b, d) differs from 1, at most; 0 without rows."""
+    norms = torch.cat([torch.linalg.vector_norm(x, dim=1) for x in (images, captions)])
+    return torch.cat([norms - 1, norms.new_zeros(1)]).abs().amax()
 
 
 def _spread(values: Sequence[float]) -> float:

@@ -14,9 +14,9 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_vse.distributed import all_reduce_mean
+from dist_vse.losses.temperature import bounded
 from dist_vse.models.precision import at_least_float32
 
-MAX_LOG_SCALE = math.log(100)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -112,7 +112,7 @@ class DualEncoder(nn.Module):
         image_features = self.image(images, image_hidden)  # (b, d)
         text_features = self.text(tokens, text_hidden)  # (b, d)
         # Copies: under ZeRO-3 the parameters themselves are gone when forward returns.
-        return image_features, text_features, self._used_log_scale(), self.bias.clone()
+        return image_features, text_features, bounded(self.log_scale), self.bias.clone()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Return unit-length float32 features (b, d) of images (b, 3, h, w)."""
@@ -123,17 +123,6 @@ class DualEncoder(nn.Module):
         """Return unit-length float32 features (b, d) of tokens (b, l)."""
         features: Tensor = self.text(tokens)
         return features
-
-    def _used_log_scale(self) -> Tensor:
-        """Return log_scale (1,), at most log(100) where it is learned (as CLIP does).
-
-        The gradient passes the clamp whole: with a plain clamp it would be zero beyond the
-        bound, and a parameter that has stepped over it could never come back.
-        """
-        if not self.log_scale.requires_grad:
-            return self.log_scale.clone()
-        excess = (self.log_scale - MAX_LOG_SCALE).clamp(min=0)
-        return self.log_scale - excess.detach()
 
 
 def _prepare(tower: Tower, raw_name: str, hidden_name: str, raw: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from dist_vse.common.random_state import (
     replay,
     restore,
 )
-from dist_vse.distributed import all_reduce_mean, device
+from dist_vse.distributed import all_reduce_mean
 from dist_vse.engine import Engine
 from dist_vse.losses.global_loss import LossOutput
 from dist_vse.models.dual_encoder import frozen_statistics
@@ -77,8 +77,9 @@ def train_step(
     step_timer.begin("encode")
     first_kept = len(chunks) - graphs
     generators = own_generators(engine.module)
+    here = next(engine.module.parameters()).device
     encoded: list[_Encoded] = []
-    for i, chunk in enumerate(prefetch_to_device(chunks, device())):
+    for i, chunk in enumerate(prefetch_to_device(chunks, here)):
         encoded.append(_encode(engine, chunk, generators, keep_graph=i >= first_kept))
         loss.prefetch(encoded[i].outputs[1])
 
@@ -89,7 +90,7 @@ def train_step(
     # graphs go first, so that their memory is free for the others. BatchNorm's statistics have
     # moved in pass 1, once.
     step_timer.begin("second_pass")
-    again = prefetch_to_device(reversed(chunks[:first_kept]), device())
+    again = prefetch_to_device(reversed(chunks[:first_kept]), here)
     with engine.accumulation(), frozen_statistics(engine.module):
         for i in reversed(range(len(chunks))):
             outputs = _outputs(engine, encoded[i], again)
