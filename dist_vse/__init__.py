@@ -47,7 +47,10 @@ def load(folder: str, device: str = "cpu") -> "Embedder":
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    from dist_vse.common.extras import needs_train
+
+    with needs_train(f"dist_vse.{name}"):
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
