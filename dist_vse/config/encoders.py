@@ -41,6 +41,9 @@ class ImageConfig:
     """A .safetensors or .pth file of pretrained weights; none starts from random ones."""
     frozen: bool = False
     """Keep the trunk as it is (in eval mode) and train the head alone."""
+    unlocked: int = 0
+    """Of a frozen trunk, the last layers that learn nevertheless: 1 is the last block and what
+    follows it."""
     size: int = 224
     """Side of the square input, pixels."""
     squash: bool = False
@@ -50,8 +53,14 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         one_of("model.image.kind", self.kind, tuple(IMAGE_ENCODERS))
+        _check_unlocked("model.image", self.frozen, self.unlocked)
         at_least(8, model__image__size=self.size)
         one_of("model.image.resampling", self.resampling, ("bicubic", "bilinear"))
+
+    @property
+    def all_frozen(self) -> bool:
+        """Whether no layer of the trunk learns."""
+        return self.frozen and self.unlocked == 0
 
     @property
     def spec(self) -> EncoderSpec:
@@ -69,6 +78,8 @@ class TextConfig:
     """Folder of a transformers model with its tokenizer; for `pretrained` only."""
     frozen: bool = False
     """Keep the trunk as it is (in eval mode) and train the head alone."""
+    unlocked: int = 0
+    """Of a frozen trunk, the last layers that learn nevertheless."""
     max_tokens: int = 32
     """Longer captions are cut."""
     width: int = 256
@@ -83,6 +94,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         one_of("model.text.kind", self.kind, tuple(TEXT_ENCODERS))
+        _check_unlocked("model.text", self.frozen, self.unlocked)
         at_least(1, model__text__max_tokens=self.max_tokens, model__text__depth=self.depth)
         share(model__text__dropout=self.dropout)
         check(
@@ -96,6 +108,19 @@ class TextConfig:
         )
 
     @property
+    def all_frozen(self) -> bool:
+        """Whether no layer of the trunk learns."""
+        return self.frozen and self.unlocked == 0
+
+    @property
     def spec(self) -> EncoderSpec:
         """The table's entry."""
         return TEXT_ENCODERS[self.kind]
+
+
+def _check_unlocked(section: str, frozen: bool, unlocked: int) -> None:
+    at_least(0, **{f"{section}.unlocked": unlocked})
+    check(
+        frozen or unlocked == 0,
+        f"{section}.unlocked ({unlocked}) is for a frozen trunk: set {section}.frozen=true",
+    )

@@ -6,13 +6,35 @@ its name and settings there.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dist_vse.config.checks import at_least, check, one_of, share
 
 SCHEDULES = ("constant", "cosine", "step")
 ADAM_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Parameters with a rate or a weight decay of their own (an item of `optim.groups`)."""
+
+    match: str = ""
+    """A part of the model (`image`, `text.trunk`, `image.head`) or a glob over the names of
+    parameters (`*.norm*`). Where several items match, the last one counts."""
+    lr_scale: float = 1.0
+    """Factor on the learning rate."""
+    weight_decay: float | None = None
+    """In the place of `optim.weight_decay`, for those that decay at all."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.match), "optim.groups: an item needs match, such as image.trunk")
+        check(
+            self.lr_scale > 0,
+            f"optim.groups: lr_scale ({self.lr_scale}) of {self.match} must be above 0; "
+            "model.image.frozen and model.text.frozen keep a trunk as it is",
+        )
+        at_least(0, **{"optim.groups: weight_decay": self.weight_decay or 0.0})
 
 
 @dataclass(frozen=True)
@@ -25,6 +47,13 @@ class OptimConfig:
     """Peak learning rate."""
     weight_decay: float = 0.01
     """Not applied to biases, norms and the temperature."""
+    decay_positions: bool = True
+    """Whether it applies to position and class embeddings, and to what a timm model's
+    `no_weight_decay()` names. Most recipes say false."""
+    groups: list[GroupConfig] = field(default_factory=list)
+    """Rates and weight decay of parts: `[{match: image.trunk, lr_scale: 0.1, weight_decay: 0}]`."""
+    layer_decay: float = 1.0
+    """Factor on the rate from each layer of a trunk to the one before it; the heads have 1."""
     beta1: float = 0.9
     """For adamw and adam."""
     beta2: float = 0.999
@@ -45,6 +74,10 @@ class OptimConfig:
         at_least(0, optim__clip_norm=self.clip_norm, optim__momentum=self.momentum)
         at_least(0, optim__weight_decay=self.weight_decay)
         at_least(0, optim__warmup_samples=self.warmup_samples)
+        check(
+            0 < self.layer_decay <= 1,
+            f"optim.layer_decay ({self.layer_decay}) must be above 0 and at most 1",
+        )
         share(optim__beta1=self.beta1, optim__beta2=self.beta2)
 
 

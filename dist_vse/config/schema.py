@@ -91,7 +91,7 @@ class TrainConfig:
         augmented = data.crop == "random" or data.flip or data.color_jitter > 0
         check(
             data.features is None
-            or (image.frozen and image.weights is not None and not augmented and not data.mix),
+            or (image.all_frozen and image.weights is not None and not augmented and not data.mix),
             "data.features needs model.image.frozen=true with model.image.weights, "
             "data.crop=center, data.flip=false, data.color_jitter=0 and no data.mix: an image must "
             "have the same features every time",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_vse.distributed import all_reduce_mean
+from dist_vse.engine.optimizer import set_learning_rate
 from dist_vse.models.dual_encoder import DualEncoder
 
 
@@ -51,5 +52,4 @@ class PlainEngine:
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)

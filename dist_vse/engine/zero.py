@@ -21,6 +21,7 @@ from dist_vse.config import EngineConfig
 from dist_vse.distributed import rank, world_size
 from dist_vse.engine import deepspeed_internals as internals
 from dist_vse.engine.gradient_reduction import GradientReduction
+from dist_vse.engine.optimizer import set_learning_rate
 from dist_vse.engine.optimizer_state import Fragment, dump_state, load_state
 from dist_vse.models.dual_encoder import DualEncoder
 
@@ -167,8 +168,7 @@ class ZeroEngine:
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
 
     @contextlib.contextmanager
     def gathered_parameters(self, *, changed: bool = False) -> Iterator[None]:

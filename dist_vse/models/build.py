@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from dist_vse.common.errors import UserError
-from dist_vse.config import LossConfig, ModelConfig
+from dist_vse.config import ImageConfig, LossConfig, ModelConfig, TextConfig
 from dist_vse.losses.registry import find_loss
 from dist_vse.models.dual_encoder import DualEncoder, Tower
 from dist_vse.models.image import build_image_trunk
+from dist_vse.models.layers import layer_numbers
 from dist_vse.models.pretrained import Parts, build_pretrained
 from dist_vse.models.text import build_text_trunk
 from dist_vse.models.tokenizer import Vocabulary
@@ -38,8 +39,8 @@ def build_model(
         for trunk in (parts.image_trunk, parts.text_trunk):
             trunk.compile()  # in place, at the first call: names and weights stay
     model = DualEncoder(
-        Tower(parts.image_trunk, parts.image_head, frozen=config.image.frozen),
-        Tower(parts.text_trunk, parts.text_head, frozen=config.text.frozen),
+        _build_tower(parts.image_trunk, parts.image_head, config.image, "model.image"),
+        _build_tower(parts.text_trunk, parts.text_head, config.text, "model.text"),
         temperature=loss.temperature,
         learn_temperature=loss.learn_temperature,
         bias=loss.bias,
@@ -53,14 +54,33 @@ def build_model(
     return model
 
 
+def _build_tower(
+    trunk: nn.Module, head: nn.Module, config: ImageConfig | TextConfig, section: str
+) -> Tower:
+    """Join trunk and head, and freeze what the config says."""
+    if config.unlocked == 0:
+        return Tower(trunk, head, frozen=config.frozen)
+    layers = layer_numbers(trunk)
+    locked = max(layers.values()) + 1 - config.unlocked
+    if locked <= 0:
+        raise UserError(
+            f"{section}.unlocked ({config.unlocked}) must be below the trunk's number of layers "
+            f"({max(layers.values()) + 1}); set {section}.frozen=false to train them all"
+        )
+    for name, parameter in trunk.named_parameters():
+        if layers[name] < locked:
+            parameter.requires_grad_(False)
+    return Tower(trunk, head, frozen=False)
+
+
 def _build_parts(config: ModelConfig, vocabulary: Vocabulary) -> Parts:
     image_trunk = build_image_trunk(
-        config.image, grad_checkpointing=config.grad_checkpointing and not config.image.frozen
+        config.image, grad_checkpointing=config.grad_checkpointing and not config.image.all_frozen
     )
     text_trunk = build_text_trunk(
         config.text,
         vocabulary,
-        grad_checkpointing=config.grad_checkpointing and not config.text.frozen,
+        grad_checkpointing=config.grad_checkpointing and not config.text.all_frozen,
     )
     image_head, text_head = (
         build_head(trunk.dim, config.embed_dim, config.head_hidden, config.head_dropout)

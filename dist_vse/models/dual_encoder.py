@@ -24,18 +24,28 @@ class Tower(nn.Module):
     """One modality: a trunk, and the head that maps its output onto the unit sphere."""
 
     def __init__(self, trunk: nn.Module, head: nn.Module, *, frozen: bool) -> None:
-        """Join trunk and head; a frozen trunk gets no gradient and stays in eval mode."""
+        """Join trunk and head; a frozen trunk gets no gradient and stays in eval mode.
+
+        So do those modules of a trunk that learns of which all parameters are frozen already.
+        """
         super().__init__()
         self.trunk = trunk.requires_grad_(False).eval() if frozen else trunk
         self.head = head
         self.frozen = frozen
+        self._keep_frozen()
 
     def train(self, mode: bool = True) -> "Tower":
-        """Set the mode of all but a frozen trunk."""
+        """Set the mode of all but what is frozen."""
         super().train(mode)
-        if self.frozen:
-            self.trunk.eval()
+        self._keep_frozen()
         return self
+
+    def _keep_frozen(self) -> None:
+        """Put a frozen trunk into eval mode, or the modules of it that are."""
+        for module in self.trunk.modules():
+            parameters = list(module.parameters())
+            if self.frozen or (parameters and not any(p.requires_grad for p in parameters)):
+                module.eval()
 
     def hidden(self, raw: Tensor) -> Tensor:
         """Return the trunk's output, float32, for images or tokens."""

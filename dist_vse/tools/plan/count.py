@@ -39,13 +39,17 @@ def model_key(config: TrainConfig) -> str:
         f"{text.weights or f'{text.kind} {text.width} x {text.depth}'} {text.max_tokens} tokens",
         f"{model.embed_dim} dimensions",
         f"head {model.head_hidden}" if model.head_hidden else "",
-        "image frozen" if image.frozen else "",
-        "text frozen" if text.frozen else "",
+        _frozen("image", image.frozen, image.unlocked),
+        _frozen("text", text.frozen, text.unlocked),
         "checkpointing" if model.grad_checkpointing else "",
         "compiled" if model.compile else "",
         config.engine.precision,
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _frozen(tower: str, frozen: bool, unlocked: int) -> str:
+    return f"{tower} frozen{f' but {unlocked}' if unlocked else ''}" if frozen else ""
 
 
 def build_for_plan(config: TrainConfig, vocabulary: int, device: str) -> DualEncoder:

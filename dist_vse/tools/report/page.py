@@ -127,8 +127,8 @@ def _run_facts(record: Record) -> dict[str, str]:
         "Chunk": f"{config.fixed_chunk_size:,} pairs",
         "Steps": f"{last['step']:,} of {config.total_steps:,}",
         "Image encoder": (start or config.model.image.name)
-        + (", frozen" if config.model.image.frozen else ""),
-        "Text encoder": (start or text.kind) + (", frozen" if text.frozen else ""),
+        + (", frozen" if config.model.image.all_frozen else ""),
+        "Text encoder": (start or text.kind) + (", frozen" if text.all_frozen else ""),
         "Shared space": f"{config.model.embed_dim:,} dimensions",
         "Optimizer": f"{config.optim.name}, learning rate {config.optim.lr:g}",
         "Engine": f"ZeRO {config.engine.zero_stage}, {config.engine.precision}",

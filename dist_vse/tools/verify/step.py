@@ -42,7 +42,7 @@ def check_step(config: TrainConfig) -> list[Row]:
     SGD moves the parameters by the gradient times the rate. With `optim.clip_norm` the gradient
     is clipped, to half of its length.
     """
-    frozen = config.model.image.frozen, config.model.text.frozen
+    frozen = config.model.image.all_frozen, config.model.text.all_frozen
     small = shrink(config, distributed.world_size())
     use_precision(distributed.device(), small.engine.precision)
     batch = make_batch(small.global_batch_size)
