@@ -14,6 +14,7 @@ from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_json_lines
+from dist_vse.common.terminal import without_secrets
 from dist_vse.data.index import check_consent, is_remote
 
 COMMANDS_NAME = "commands.jsonl"
@@ -79,6 +80,11 @@ def check_inputs(command: argparse.Namespace) -> None:
         given = getattr(command, name, None) or []
         for location in [given] if isinstance(given, str) else given:
             check_consent(location, allow_pipe=command.allow_pipe)
+            if is_remote(location) and location.endswith("?..."):
+                raise UserError(
+                    f"{location}: queries of URLs are not kept in {COMMANDS_NAME}; run `dist-vse "
+                    f"shard {command.shard_command}` again: it makes only what is broken"
+                )
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:
@@ -97,4 +103,4 @@ def _read(folder: Path) -> list[dict[str, Any]]:
 def _absolute(value: str | list[str]) -> str | list[str]:
     if isinstance(value, list):
         return [str(_absolute(entry)) for entry in value]
-    return value if is_remote(value) else os.path.abspath(value)
+    return without_secrets(value) if is_remote(value) else os.path.abspath(value)

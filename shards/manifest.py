@@ -9,11 +9,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_json, write_json_lines
 from dist_vse.common.reading import BadFileError, is_file_name, parse_json, read_json
-from dist_vse.data.index import Shard
+from dist_vse.common.terminal import without_secrets
+from dist_vse.data.index import INDEX_NAME, Shard, read_index
 
 MANIFEST_NAME = "receipts.jsonl"
 PLANNED_NAME = "planned.json"
@@ -57,14 +59,21 @@ def shard_files(name: str, side: str = "") -> tuple[str, ...]:
     return shard.meta_name or name, shard.offsets_name
 
 
-def read_manifest(folder: Path) -> dict[str, ShardEntry]:
-    """Return the folder's entries by shard name; none if it has no manifest."""
-    path = folder / MANIFEST_NAME
+def read_manifest(folder: Path, names: Iterable[str] = ()) -> dict[str, ShardEntry]:
+    """Return the folder's entries by shard name; none if it has no manifest.
+
+    It keeps no secrets of URLs: those with them are among `names`, or else in the index.
+    """
+    path, whole = folder / MANIFEST_NAME, list(names)
+    if not whole and (folder / INDEX_NAME).is_file():
+        whole = [s.path for split in read_index(folder).splits.values() for s in split.shards]
+    whole_names = {without_secrets(name): name for name in whole}
     entries = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             fields = parse_json(line, dict)
             skipped = [Skipped(**entry) for entry in fields.pop("skipped")]
+            fields["name"] = whole_names.get(fields["name"], fields["name"])
             entry = ShardEntry(**fields, skipped=skipped)
             if all(map(is_file_name, entry.files)):  # they are written and removed
                 entries[entry.name] = entry
@@ -76,13 +85,24 @@ def read_manifest(folder: Path) -> dict[str, ShardEntry]:
 def append_entry(folder: Path, entry: ShardEntry) -> None:
     """Record that a shard is whole."""
     with (folder / MANIFEST_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(entry)) + "\n")
+        file.write(json.dumps(_stored(entry)) + "\n")
+
+
+def _stored(entry: ShardEntry | Skipped) -> dict[str, Any]:
+    """Return what is written of an entry: URLs without their secrets."""
+    fields = asdict(entry)
+    for name in ("name", "path", "reason"):
+        if name in fields:
+            fields[name] = without_secrets(fields[name])
+    if isinstance(entry, ShardEntry):
+        fields["skipped"] = [_stored(skipped) for skipped in entry.skipped]
+    return fields
 
 
 def write_manifest(folder: Path, entries: Iterable[ShardEntry]) -> None:
     """Write all entries, sorted by name, and replace the old ones."""
     ordered = sorted(entries, key=lambda entry: entry.name)
-    write_json_lines(folder / MANIFEST_NAME, [asdict(entry) for entry in ordered])
+    write_json_lines(folder / MANIFEST_NAME, [_stored(entry) for entry in ordered])
 
 
 def read_planned(folder: Path) -> dict[str, list[str]]:
@@ -114,7 +134,7 @@ def write_planned(folder: Path, planned: dict[str, list[str]]) -> None:
 
 def write_skipped(folder: Path, skipped: Iterable[Skipped]) -> None:
     """Write the skipped samples, one per line; remove the file if there are none."""
-    lines = [asdict(entry) for entry in sorted(skipped, key=lambda entry: entry.key)]
+    lines = [_stored(entry) for entry in sorted(skipped, key=lambda entry: entry.key)]
     if lines:
         write_json_lines(folder / SKIPPED_NAME, lines)
     else:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from dist_vse.common.terminal import plain
+from dist_vse.common.terminal import plain, without_secrets
 from dist_vse.shards.manifest import SKIPPED_NAME, ShardEntry
 
 if TYPE_CHECKING:
@@ -91,10 +91,11 @@ def print_findings(findings: "Sequence[Finding]", folder: Path) -> None:
     console = Console()
     for finding in findings:
         faults = [*finding.damage, *finding.unusable]
+        called = without_secrets(finding.shard.path)
         for fault in faults[:FAULTS_SHOWN]:
-            console.print(plain(f"{finding.shard.path}: {fault}"), soft_wrap=True)
+            console.print(plain(f"{called}: {fault}"), soft_wrap=True)
         if len(faults) > FAULTS_SHOWN:
-            more = f"{finding.shard.path}: ... {len(faults) - FAULTS_SHOWN} more"
+            more = f"{called}: ... {len(faults) - FAULTS_SHOWN} more"
             console.print(plain(more), soft_wrap=True)
     table = Table("split", title=plain(folder))
     for heading in ("shards", "images", "damaged shards", "unusable images"):

@@ -6,6 +6,8 @@ import errno
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from dist_vse.common.terminal import without_secrets
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -13,8 +15,11 @@ class UserError(ValueError):
     """The user's input is wrong: the message says what, where, and what to do.
 
     Commands print it as one line and exit with code 2. Any other exception is our bug and shows its
-    traceback.
+    traceback. Whatever URLs it names, it keeps no secret of them.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 def unknown_name(key: str, value: str, names: Iterable[str]) -> UserError:

@@ -6,7 +6,7 @@ import sys
 
 from tqdm import tqdm
 
-from dist_vse.common.terminal import printable
+from dist_vse.common.terminal import printable, without_secrets
 
 logger = logging.getLogger("dist_vse")
 
@@ -15,7 +15,7 @@ class _Handler(logging.Handler):
     """Writes above a progress bar where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(printable(self.format(record)), file=sys.stderr)
+        tqdm.write(printable(without_secrets(self.format(record))), file=sys.stderr)
 
 
 def setup_logging() -> None:

@@ -13,6 +13,18 @@ MAX_CHARS = 2000  # of one message: about a screen
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
+_URL = re.compile(
+    r"""([A-Za-z][A-Za-z0-9+.-]*://)([^/\s@'"?#]*@)?([^\s?'"]*)(\?[^\s'"]*[^\s'":;,.)])?"""
+)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text whose URLs have no user, password and query: signatures stand there."""
+    if "://" not in text:
+        return text
+    return _URL.sub(lambda url: url[1] + url[3] + ("?..." if url[4] else ""), text)
+
+
 def printable(text: object) -> str:
     """Return a text without the control characters that a terminal would obey.
 

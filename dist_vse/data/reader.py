@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.terminal import without_secrets
 from dist_vse.data.decode import BadSampleError
 from dist_vse.data.index import Index, Shard, is_remote
 from dist_vse.data.sample_fields import CAPTION_WEIGHTS, caption_weights
@@ -104,8 +105,8 @@ class ShardReader:
             fetch(self._shards[shard], self._cache)
 
     def shard_name(self, shard: int) -> str:
-        """Return the shard's path as in the index."""
-        return self._shards[shard].path
+        """Return the shard's path for a message: as in the index, without secrets."""
+        return without_secrets(self._shards[shard].path)
 
     def number(self, shard: int, row: int) -> int:
         """Return the sample's number in the split, in the order of the index."""

@@ -12,6 +12,7 @@ from typing import IO
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import sha256_of_file
+from dist_vse.common.terminal import without_secrets
 from dist_vse.common.units import GIB
 from dist_vse.data.download import PermanentError, append_url
 from dist_vse.data.index import Shard
@@ -128,7 +129,7 @@ def _copy_as_one(shard: Shard, path: Path, cache: Cache, lock: IO[str], asked: f
 
 
 def _failure(shard: Shard, cache: Cache, error: OSError) -> str:
-    return (
+    return without_secrets(  # a file holds it
         f"{shard.path}: cannot be fetched into {cache.folder} ({error}); check the address and the "
         "disk, or set DIST_VSE_CACHE to another folder"
     )

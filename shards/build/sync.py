@@ -79,7 +79,7 @@ def sync_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     splits = {task.split for task in tasks}
-    known = read_manifest(folder)
+    known = read_manifest(folder, [task.name for task in tasks])
     of_others = [entry for entry in known.values() if entry.split not in splits]
     kept = _find_whole(tasks, builder, folder, known, workers, advance)
     missing = [task for task in tasks if task.name not in kept]

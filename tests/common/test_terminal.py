@@ -8,8 +8,17 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_vse import cli
+from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger, setup_logging
-from dist_vse.common.terminal import MAX_CHARS, message, one_line, plain, printable, short
+from dist_vse.common.terminal import (
+    MAX_CHARS,
+    message,
+    one_line,
+    plain,
+    printable,
+    short,
+    without_secrets,
+)
 from dist_vse.tools.bench import table as bench
 from dist_vse.tools.search.found import Found
 from dist_vse.tools.search.run import _show
@@ -76,3 +85,22 @@ def test_an_error_names_a_path_without_sending_it_as_it_is(
     assert cli.main(["shard", "folder", "/none\x1b[31m[red]", "/tmp/out"]) == 2
     said = capsys.readouterr().err
     assert "\ufffd[31m[red]" in said and "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("no URL? None", "no URL? None"),
+        ("https://host/a.tar", "https://host/a.tar"),
+        ("see https://u:pw@host:80/a.tar?X-Sig=S&b=1: failed", "see https://host:80/a.tar?..."),
+        ("s3://KEY:pw@b/a.tar, 'ftp://u@h/b?x'", "s3://b/a.tar, 'ftp://h/b?...'"),
+        ("pipe:curl https://h/a.tar?t=S | cat", "pipe:curl https://h/a.tar?... | cat"),
+        ("is it http://host/a?", "is it http://host/a?"),
+    ],
+)
+def test_urls_lose_their_secrets(given: str, shown: str) -> None:
+    assert without_secrets(given) == shown
+    assert (
+        str(UserError(given)) == without_secrets(given) == without_secrets(without_secrets(given))
+    )
+    assert "pw" not in shown and "=S" not in shown
