@@ -92,7 +92,10 @@ def test_an_error_names_a_path_without_sending_it_as_it_is(
     [
         ("no URL? None", "no URL? None"),
         ("https://host/a.tar", "https://host/a.tar"),
-        ("see https://u:pw@host:80/a.tar?X-Sig=S&b=1: failed", "see https://host:80/a.tar?..."),
+        (
+            "see https://u:pw@host:80/a.tar?X-Sig=S&b=1: failed",
+            "see https://host:80/a.tar?...: failed",
+        ),
         ("s3://KEY:pw@b/a.tar, 'ftp://u@h/b?x'", "s3://b/a.tar, 'ftp://h/b?...'"),
         ("pipe:curl https://h/a.tar?t=S | cat", "pipe:curl https://h/a.tar?... | cat"),
         ("is it http://host/a?", "is it http://host/a?"),
