@@ -13,6 +13,7 @@ from dist_vse.config.checks import at_least, check, one_of, share
 
 SCHEDULES = ("constant", "cosine", "step")
 ADAM_EPS = 1e-8
+_TIMM = "timm.optim:create_optimizer_v2"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ class OptimConfig:
     """The optimizer and the learning rate's course, in samples so that it fits any batch."""
 
     name: str = "adamw"
-    """adamw, adam or sgd."""
+    """adamw, adam, sgd (PyTorch's), or an optimizer of timm's, such as lion, lamb or muon. One that
+    needs whole tensors (lamb, lars, muon, adafactor …) needs engine.zero_stage=0."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The optimizer's own arguments, such as `{eps: 1.0e-6}` or `{betas: [0.9, 0.98]}`; what is
+    left out has the default of its library."""
     lr: float = 5e-4
     """Peak learning rate."""
     weight_decay: float = 0.01
@@ -55,11 +60,11 @@ class OptimConfig:
     layer_decay: float = 1.0
     """Factor on the rate from each layer of a trunk to the one before it; the heads have 1."""
     beta1: float = 0.9
-    """For adamw and adam."""
+    """For adamw and adam; others take `options`."""
     beta2: float = 0.999
-    """For adamw and adam."""
+    """For adamw and adam; others take `options`."""
     momentum: float = 0.0
-    """For sgd."""
+    """For sgd; others take `options`."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0 is off (DeepSpeed's own default would be 1.0)."""
     schedule: str = "cosine"
@@ -69,6 +74,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         one_of("optim.name", self.name, tuple(OPTIMIZERS))
+        for key in ("beta1", "beta2", "momentum"):
+            check(
+                OPTIMIZERS[self.name].factory != _TIMM
+                or getattr(self, key) == getattr(type(self), key),
+                f"optim.{key} is not for {self.name}: give its own arguments in optim.options",
+            )
+        own = {"lr", "weight_decay", "opt", "params"} & {*map(str, self.options)}
+        check(not own, f"optim.options: {', '.join(sorted(own))} is a key of optim itself")
         one_of("optim.schedule", self.schedule, SCHEDULES)
         check(self.lr > 0, f"optim.lr ({self.lr}) must be above 0")
         at_least(0, optim__clip_norm=self.clip_norm, optim__momentum=self.momentum)
@@ -95,10 +108,15 @@ class OptimizerSpec:
     """How many numbers it keeps for each parameter that it trains."""
     fuses: bool = False
     """Whether its class takes `fused=True` on a GPU."""
+    whole_tensors: bool = False
+    """Whether a step of part of a tensor differs: it takes norms, ranks or products of the whole,
+    or counts steps where pieces lose it. ZeRO 1 to 3 hand over flat pieces of many parameters."""
+    second_group: bool = False
+    """Whether it steps embeddings by another rule, in groups with `use_fallback`."""
 
 
 def _adam_settings(optim: OptimConfig) -> dict[str, Any]:
-    return {"betas": (optim.beta1, optim.beta2), "eps": ADAM_EPS}
+    return {"betas": (optim.beta1, optim.beta2), "eps": ADAM_EPS, **optim.options}
 
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
@@ -119,10 +137,49 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "sgd": OptimizerSpec(
         factory="torch.optim:SGD",
         deepspeed_type="sgd",
-        settings=lambda optim: {"momentum": optim.momentum},
+        settings=lambda optim: {"momentum": optim.momentum, **optim.options},
         state_tensors=lambda optim: 1 if optim.momentum > 0 else 0,
     ),
 }
+
+
+_ELEMENTWISE = {  # of timm, with the tensors that each keeps for a parameter
+    "adadelta": 2, "adamax": 2, "adamc": 2, "adopt": 2, "adoptw": 2, "adoptc": 2, "lion": 1,
+    "lionc": 1, "momentum": 1, "nadam": 2, "nadamc": 2, "nadamw": 2, "nesterov": 1, "nesterovw": 1,
+    "radam": 2, "radamw": 2, "rmsprop": 2, "rmsproptf": 2, "rmsproptfc": 2, "rmsproptfw": 2,
+    "sgdc": 1, "sgdw": 1,
+}  # fmt: skip
+_WHOLE_TENSORS = {
+    "adabelief": 2, "adafactor": 1, "adafactorbv": 1, "adafactorbvc": 1, "adagrad": 1, "adamp": 2,
+    "adamuon": 2, "adan": 4, "adanw": 4, "cadafactor": 2, "cadafactorbv": 2, "cadafactorbvc": 2,
+    "cadamc": 2, "cadamp": 2, "cadamw": 2, "cadan": 4, "cadanw": 4, "cadopt": 2, "cadoptc": 2,
+    "cadoptw": 2, "clamb": 2, "clambw": 2, "claprop": 2, "clion": 1, "clionc": 1, "cmars": 3,
+    "cnadamc": 2, "cnadamw": 2, "crmsproptf": 2, "csgdc": 1, "csgdp": 1, "csgdw": 1, "lamb": 2,
+    "lambc": 2, "lambcd": 2, "lambcw": 2, "lambw": 2, "laprop": 2, "lapropc": 2, "larc": 1,
+    "lars": 1, "madgrad": 3, "madgradw": 3, "mars": 3, "muon": 1, "nadamuon": 2, "nlarc": 1,
+    "nlars": 1, "nmuon": 1, "novograd": 1, "novogradc": 1, "novogradw": 1, "radabelief": 2,
+    "sgdp": 1,
+}  # fmt: skip
+
+
+def _timm(name: str, tensors: int, *, whole_tensors: bool) -> OptimizerSpec:
+    return OptimizerSpec(
+        factory=_TIMM,
+        deepspeed_type=name,
+        settings=lambda optim: {"opt": name, **optim.options},
+        state_tensors=lambda optim: tensors,
+        whole_tensors=whole_tensors,
+        second_group="muon" in name,
+    )
+
+
+OPTIMIZERS |= {name: _timm(name, n, whole_tensors=False) for name, n in _ELEMENTWISE.items()}
+OPTIMIZERS |= {name: _timm(name, n, whole_tensors=True) for name, n in _WHOLE_TENSORS.items()}
+
+
+def needs_whole_tensors(optim: OptimConfig) -> bool:
+    """Return whether the chosen optimizer can't step the flat pieces of ZeRO 1 to 3."""
+    return OPTIMIZERS[optim.name].whole_tensors
 
 
 def state_tensors(optim: OptimConfig) -> int:

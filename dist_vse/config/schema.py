@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from dist_vse.common.errors import UserError
 from dist_vse.common.local_path import require_local
 from dist_vse.config.checks import AUTO, at_least, check, number_or_auto
-from dist_vse.config.optimizers import OptimConfig
+from dist_vse.config.optimizers import OptimConfig, needs_whole_tensors
 from dist_vse.config.sections import (
     CacheConfig,
     DataConfig,
@@ -103,6 +103,11 @@ class TrainConfig:
             "engine.coalesce=false (more would give wrong gradients); or set engine.coalesce=true",
         )
 
+        check(
+            not needs_whole_tensors(self.optim) or engine.zero_stage == 0,
+            f"optim.name={self.optim.name} needs whole tensors, and engine.zero_stage="
+            f"{engine.zero_stage} hands it flat pieces of them: set engine.zero_stage=0",
+        )
         check(
             not self.model.compile or engine.zero_stage < 3,
             "model.compile=true is for engine.zero_stage 0 to 2: ZeRO 3 fetches parameters inside "

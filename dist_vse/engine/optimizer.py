@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_vse.common.errors import UserError
+from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import OptimConfig
 from dist_vse.config.optimizers import OPTIMIZERS, GroupConfig
 from dist_vse.models.layers import is_position, layer_numbers
@@ -21,28 +21,37 @@ class Group:
     lr_scale: float
     """Factor on the learning rate; timm's name of it."""
     weight_decay: float
+    embeds: bool = False
+    """Whether these are embeddings, which an optimizer with a second rule steps by that."""
     names: list[str] = field(default_factory=list)
     params: list[nn.Parameter] = field(default_factory=list)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Build the optimizer of the trainable parameters, in their groups."""
+    """Build the optimizer of the trainable parameters, in their groups.
+
+    Raises UserError for options that it does not take.
+    """
+    spec = OPTIMIZERS[config.name]
     groups: list[dict[str, Any]] = [
         {
             "params": group.params,
             "weight_decay": group.weight_decay,
             "lr": config.lr * group.lr_scale,
             "lr_scale": group.lr_scale,
+            **({"use_fallback": True} if spec.second_group and group.embeds else {}),
         }
         for group in parameter_groups(model, config)
     ]
-    spec = OPTIMIZERS[config.name]
     settings = spec.settings(config)
     if spec.fuses and all(p.is_cuda for group in groups for p in group["params"]):
         settings["fused"] = True  # one kernel for all parameters, not one an operation
     module, name = spec.factory.split(":")
     factory = getattr(importlib.import_module(module), name)
-    optimizer: torch.optim.Optimizer = factory(groups, lr=config.lr, **settings)
+    try:
+        optimizer: torch.optim.Optimizer = factory(groups, lr=config.lr, **settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim.options of {config.name}: {first_line(error)}") from error
     return optimizer
 
 
@@ -61,8 +70,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     scales = _layer_scales(model, config.layer_decay)
+    embeddings = _embeddings(model) if OPTIMIZERS[config.name].second_group else set()
     exempt = set() if config.decay_positions else _without_decay(model)
-    groups: dict[tuple[bool, float, float], Group] = {}
+    groups: dict[tuple[bool, float, float, bool], Group] = {}
     _check_matches(config.groups, [name for name, _ in model.named_parameters()])
     for name, parameter in trainable.items():
         lr_scale, weight_decay = scales.get(name, 1.0), config.weight_decay
@@ -72,7 +82,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[Group]:
                 weight_decay = weight_decay if item.weight_decay is None else item.weight_decay
                 break
         decays = parameter.ndim >= 2 and name not in exempt
-        key = decays, lr_scale, weight_decay if decays else 0.0
+        key = decays, lr_scale, weight_decay if decays else 0.0, name in embeddings
         group = groups.setdefault(key, Group(*key[1:]))
         group.names.append(name)
         group.params.append(parameter)
@@ -116,3 +126,11 @@ def _without_decay(model: nn.Module) -> set[str]:
         if callable(own):
             named |= {f"{prefix}.{name}" for name in own()}
     return named
+
+
+def _embeddings(model: nn.Module) -> set[str]:
+    """Return the names of word, position and class embeddings, which look up and don't multiply."""
+    words = {
+        f"{prefix}.weight" for prefix, m in model.named_modules() if isinstance(m, nn.Embedding)
+    }
+    return words | {name for name, _ in model.named_parameters() if is_position(name)}

@@ -7,7 +7,7 @@ the elements that it needs by name and position.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_vse.common.errors import UserError
 
 _PREFIX = "optim"
+_WHOLE, _GROUPS = "whole", "group"  # of optimizers that step whole parameters
+_NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float}
+_COUNTS = {"step", "k"}  # what some of timm's optimizers count in their groups
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,62 @@ def load_state(
                     saved.read(key, fragment, into=fragment.within(state[key]))
             if state:
                 optimizer.state[flat] = state
+
+
+def dump_whole_state(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Copy all of the state of an optimizer that steps whole parameters, by name.
+
+    Tensors of any shape and plain numbers, which some keep in their groups (LAMB's step).
+    """
+    named = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if (saved := _to_tensor(value)) is not None:
+                named[f"{_WHOLE}/{key}/{type(value).__name__}/{name}"] = saved
+    for key in _COUNTS & optimizer.param_groups[0].keys():
+        value = optimizer.param_groups[0][key]
+        if (saved := _to_tensor(value)) is not None:
+            named[f"{_GROUPS}/{key}/{type(value).__name__}"] = saved
+    return named
+
+
+def load_whole_state(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, files: Sequence[Path]
+) -> None:
+    """Give a fresh optimizer the state of whole parameters. Raises UserError if there is none."""
+    found = set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for place in file.keys():  # noqa: SIM118 - a safetensors file is no dict
+                kind, *rest = place.split("/", 3)
+                if kind == _GROUPS:
+                    key, type_name = rest
+                    for group in optimizer.param_groups:
+                        group[key] = _of_type(file.get_tensor(place), type_name)
+                elif kind == _WHOLE:
+                    key, type_name, name = rest
+                    value = _of_type(file.get_tensor(place), type_name)
+                    if torch.is_tensor(value) and value.ndim:
+                        value = value.to(parameters[name].device)
+                    optimizer.state[parameters[name]][key] = value
+                    found.add(name)
+    if len(found) < len(parameters):
+        raise UserError(
+            f"the checkpoint lacks the optimizer's state of {len(parameters) - len(found)} "
+            "parameters; start from its weights by model.from_run, with a new optimizer"
+        )
+
+
+def _of_type(value: Tensor, type_name: str) -> Any:
+    return _NUMBERS[type_name](value.item()) if type_name in _NUMBERS else value
+
+
+def _to_tensor(value: object) -> Tensor | None:
+    if torch.is_tensor(value):
+        return value.detach().cpu().clone().contiguous()
+    return torch.tensor(value) if isinstance(value, bool | int | float) else None
 
 
 class _Saved:

@@ -22,7 +22,13 @@ from dist_vse.distributed import rank, world_size
 from dist_vse.engine import deepspeed_internals as internals
 from dist_vse.engine.gradient_reduction import GradientReduction
 from dist_vse.engine.optimizer import set_learning_rate
-from dist_vse.engine.optimizer_state import Fragment, dump_state, load_state
+from dist_vse.engine.optimizer_state import (
+    Fragment,
+    dump_state,
+    dump_whole_state,
+    load_state,
+    load_whole_state,
+)
 from dist_vse.models.dual_encoder import DualEncoder
 
 IMPORTS = ("torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.zero.stage3")
@@ -82,7 +88,10 @@ class ZeroEngine:
         *,
         rank_batch_size: int,
         clip_norm: float = 0.0,
+        whole_tensors: bool = False,
     ) -> None:
+        """Wrap the model; `whole_tensors` says that only stage 0 fits the optimizer."""
+        assert not whole_tensors or config.zero_stage == 0, config.zero_stage
         deepspeed = _import_deepspeed()
         stage = config.zero_stage
         if stage == 3:
@@ -97,6 +106,7 @@ class ZeroEngine:
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=described)
         self.module = module
         self.optimizer = optimizer
+        self.whole_tensors = whole_tensors
         self.stage = stage
         self.max_live_graphs = max_live_graphs(stage, coalesce=config.coalesce)
         # One reduction for all chunks, at the price of whole gradients in memory for the step,
@@ -199,6 +209,8 @@ class ZeroEngine:
         """
         if self.stage == 0 and rank() > 0:
             return {}
+        if self.whole_tensors:
+            return dump_whole_state(self._trainable(), self.optimizer)
         return dump_state(self._fragments(), self.optimizer)
 
     def load(self, weights: Mapping[str, Tensor], files: Sequence[Path]) -> None:
@@ -208,6 +220,9 @@ class ZeroEngine:
         """
         with self.gathered_parameters(changed=True):
             self.module.load_state_dict(weights)
+        if self.whole_tensors:
+            load_whole_state(self._trainable(), self.optimizer, files)
+            return
         fragments = self._fragments()
         with torch.no_grad():
             for fragment in fragments:  # ZeRO's own copies of the parameters
@@ -215,6 +230,9 @@ class ZeroEngine:
                 values = weights[fragment.name].view(-1)[fragment.start : end]
                 fragment.within(fragment.flat).copy_(values)
         load_state(fragments, self.optimizer, files)
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def _fragments(self) -> list[Fragment]:
         return internals.state_fragments(self.engine, self.module, self.stage, rank())

@@ -89,9 +89,9 @@ def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     # Both folders may have been moved; the data's fingerprint is compared when the run goes on.
     ignored = {*_MAY_CHANGE, "output_dir", "data.index"}
     return [
-        f"{key}: {before[key]} -> {after[key]}"
-        for key in after
-        if key not in ignored and before[key] != after[key]
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in {**after, **before}  # those of optim.options differ
+        if key not in ignored and before.get(key) != after.get(key)
     ]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from dist_vse import distributed
 from dist_vse.config import TrainConfig
-from dist_vse.config.optimizers import OPTIMIZERS
+from dist_vse.config.optimizers import OPTIMIZERS, needs_whole_tensors
 from dist_vse.engine.launcher_conflicts import conflicts
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.zero import ZeroEngine, zero_config
@@ -19,6 +19,7 @@ def build_engine(config: TrainConfig, model: DualEncoder) -> ZeroEngine:
         config.engine,
         rank_batch_size=config.global_batch_size // distributed.world_size(),
         clip_norm=config.optim.clip_norm,
+        whole_tensors=needs_whole_tensors(config.optim),
     )
 
 
