@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 _PARALLEL = 4
 
 
-def _add_config(parser: argparse.ArgumentParser, cluster_help: str) -> None:
+def _add_config(
+    parser: argparse.ArgumentParser, cluster_help: str, *, optional: bool = False
+) -> None:
     config_help = "the run's YAML file, or a name of `dist-vse config list`"
-    parser.add_argument("config", metavar="CONFIG", help=config_help)
+    nargs = "?" if optional else None
+    parser.add_argument("config", nargs=nargs, metavar="CONFIG", help=config_help)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
     parser.add_argument("--cluster", metavar="YAML", help=cluster_help)
 
@@ -108,7 +111,11 @@ def _warn(plan: "Plan") -> None:
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `doctor`."""
-    _add_config(parser, "cluster file, or a name of `dist-vse config list`")
+    parser.description = (
+        "Check a run before it is started: its batch, data, memory, disk, and all of its ranks. "
+        "With --gpu: check this machine's GPUs and what the product does on them (docs/gpu.md)."
+    )
+    _add_config(parser, "cluster file, or a name of `dist-vse config list`", optional=True)
     parser.add_argument(
         "--timeout",
         type=float,
@@ -116,13 +123,51 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds for the ranks' job, with its time in the queue (default: 120)",
     )
+    gpu = parser.add_argument_group("the checks of --gpu")
+    gpu.add_argument(
+        "--gpu", action="store_true", help="check this machine's GPUs; without one, what needs none"
+    )
+    gpu.add_argument("--json", metavar="FILE", type=Path, help="write all figures there")
+    gpu.add_argument("--checks", metavar="1,5,7", help="only these (default: all)")
+    gpu.add_argument(
+        "--ranks", type=int, metavar="N", help="processes, 1 to 8 (default: the GPUs, at least 2)"
+    )
+    gpu.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="cpu: as if there were no GPU (default: %(default)s)",
+    )
+    gpu.add_argument(
+        "--limit", type=float, metavar="S", help="seconds that a check may take (default: 60)"
+    )
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Check a run before it is started."""
+    """Check a run before it is started, or this machine's GPUs."""
+    if args.gpu:
+        return _check_gpus(args)
+    if args.config is None:
+        raise UserError("no config given: dist-vse doctor CONFIG [key=value ...], or --gpu")
     from dist_vse.launch.doctor import doctor as check
 
     return check(args.config, args.overrides, args.cluster, args.timeout)
+
+
+def _check_gpus(args: argparse.Namespace) -> int:
+    from dist_vse.launch.gpu_checks.command import LIMIT_S, Options, check_gpus, read_numbers
+
+    defaults = Options()
+    options = Options(
+        config=args.config,
+        overrides=args.overrides,
+        json=args.json,
+        ranks=args.ranks,
+        checks=defaults.checks if args.checks is None else read_numbers(args.checks),
+        device=args.device,
+        limit_s=LIMIT_S if args.limit is None else args.limit,
+    )
+    return check_gpus(options)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ def calibrate(config: TrainConfig, *, vocabulary: int, rounds: int) -> Hardware:
     alone = run_on_ranks(_measure, 1, config, vocabulary, rounds)
     full = run_on_ranks(_measure, cores, config, vocabulary, rounds) if cores > 1 else alone
     crowded = run_on_ranks(_measure_chunks, 2 * cores, config, vocabulary, rounds)
-    pair = run_on_ranks(_messages, 2, rounds)
+    pair = run_on_ranks(measure_link, 2, rounds)
     return Hardware(
         name=f"{cores} cores of this machine",
         ranks_per_node=1 << 20,
@@ -74,10 +74,12 @@ def fastest(work: Callable[[], Any], rounds: int) -> float:
     taken = []
     work()  # warms up
     for _ in range(2):
+        _finish_work()
         distributed.barrier()
         started = time.perf_counter()
         for _ in range(rounds):
             work()
+        _finish_work()
         taken.append((time.perf_counter() - started) / rounds)
     return float(distributed.all_reduce_mean(torch.tensor([min(taken)])))
 
@@ -152,26 +154,35 @@ def _adam(rounds: int) -> float:
     return fastest(optimizer.step, rounds) / len(parameter) * 1e9
 
 
-def _messages(rounds: int) -> dict[str, float]:
-    """Return alpha and the speeds of a link, from small and large messages."""
+def _finish_work() -> None:
+    """Wait for what a GPU still has to do."""
+    if distributed.device().type == "cuda":
+        torch.cuda.synchronize()
 
-    def seconds(collective: Callable[[Tensor], Any], size: int) -> float:
-        x = torch.zeros(size // 4)
+
+def measure_link(rounds: int) -> dict[str, float]:
+    """Return the `LinkConfig` of the link between all ranks, from small and large messages."""
+    here, size = distributed.device(), distributed.world_size()
+
+    def seconds(collective: Callable[[Tensor], Any], num_bytes: int) -> float:
+        x = torch.zeros(num_bytes // 4, device=here)
         return fastest(lambda: collective(x), rounds)
 
     def exchange(x: Tensor) -> None:
-        other = 1 - distributed.rank()
-        distributed.AsyncSendRecv(x, torch.empty_like(x), destination=other, source=other).wait()
+        rank = distributed.rank()
+        distributed.AsyncSendRecv(
+            x, torch.empty_like(x), destination=(rank + 1) % size, source=(rank - 1) % size
+        ).wait()
 
     small = seconds(distributed.gather_rows, SMALL)
     copied = seconds(distributed.gather_rows, LARGE) - small
     added = seconds(distributed.all_reduce_sum, LARGE) - small
     swapped = seconds(exchange, LARGE) - small
-    return {  # of two ranks each sends the whole of its message, in an all-reduce as well
+    return {  # what a rank sends in each, in rings; of two ranks the whole of its message
         "alpha_us": small * 1e6,
-        "copy_gb_per_s": LARGE / copied / GB,
-        "reduce_gb_per_s": LARGE / added / GB,
-        "pair_gb_per_s": LARGE / swapped / GB,
+        "copy_gb_per_s": (size - 1) * LARGE / max(copied, 1e-9) / GB,
+        "reduce_gb_per_s": 2 * (size - 1) / size * LARGE / max(added, 1e-9) / GB,
+        "pair_gb_per_s": LARGE / max(swapped, 1e-9) / GB,
     }
 
 

@@ -81,6 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead: predict the rows of `dist-vse bench scale --out FILE`; print the errors",
     )
     parser.add_argument("--rounds", type=int, default=5, help="of --calibrate (default: 5)")
+    parser.add_argument(
+        "--from-doctor",
+        metavar="JSON",
+        type=Path,
+        help="of --calibrate: measure nothing, take a GPU's figures from "
+        "`dist-vse doctor --gpu --json JSON`, and what that did not measure from --hardware",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,8 +95,10 @@ def run(args: argparse.Namespace) -> int:
     config = _read_config(args)
     if args.rounds < 1 or args.vocabulary < 1:
         raise UserError(f"--rounds ({args.rounds}), --vocabulary ({args.vocabulary}): at least 1")
+    if args.from_doctor is not None and args.calibrate is None:
+        raise UserError(f"--from-doctor {args.from_doctor} needs --calibrate FILE, which it writes")
     if args.calibrate is not None:
-        return _calibrate(args, config)
+        return _calibrate_gpu(args) if args.from_doctor else _calibrate(args, config)
 
     from dist_vse.tools.plan.check import read_report
     from dist_vse.tools.plan.hardware import load_hardware
@@ -198,6 +207,22 @@ def _calibrate(args: argparse.Namespace, config: "TrainConfig") -> int:
     day = datetime.date.today().isoformat()
     about = f"Measured by `dist-vse plan --calibrate`, torch {torch.__version__}, {day}."
     save_hardware(hardware, args.calibrate, about)
+    print(f"wrote {args.calibrate}; plan with --hardware {args.calibrate}")
+    return 0
+
+
+def _calibrate_gpu(args: argparse.Namespace) -> int:
+    from dist_vse.tools.plan.calibrate import save_hardware
+    from dist_vse.tools.plan.doctor_figures import hardware_of_gpu, read_figures
+    from dist_vse.tools.plan.hardware import load_hardware
+
+    figures, gpus = read_figures(args.from_doctor)
+    base = load_hardware(args.hardware or HARDWARE)
+    about = (
+        f"Measured by `dist-vse doctor --gpu` ({args.from_doctor.name}); links between nodes"
+        f"{' and inside them' * (gpus < 2)} are those of {base.name}, attained_encoders is assumed."
+    )
+    save_hardware(hardware_of_gpu(figures, base, gpus), args.calibrate, about)
     print(f"wrote {args.calibrate}; plan with --hardware {args.calibrate}")
     return 0
 

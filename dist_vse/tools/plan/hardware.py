@@ -66,11 +66,13 @@ class Hardware:
     process_gib: float = 1.0
     """What a rank takes before there is a model: CUDA's context and NCCL, or the libraries."""
     conv_tflops: float = 10.0
-    """10^12 float32 operations a second that convolutions reach at best."""
+    """10^12 float32 operations a second that convolutions reach at best, without TF32."""
     fp32_tflops: float = 10.0
     """The same of float32 matrix products."""
+    tf32_tflops: float = 0.0
+    """The same of products and convolutions in TF32; 0: the device has none, as a CPU."""
     bf16_tflops: float = 10.0
-    """The same of bfloat16."""
+    """The same of bfloat16 and float16."""
     attained_encoders: float = 0.5
     """Share of these that the encoders' products and convolutions reach."""
     attained_loss: float = 0.8
@@ -91,11 +93,20 @@ class Hardware:
     def __post_init__(self) -> None:
         at_least(1, ranks_per_node=self.ranks_per_node)
         at_least(0, cores=self.cores, process_gib=self.process_gib, launch_us=self.launch_us)
+        at_least(0, tf32_tflops=self.tf32_tflops)
         for name in ("attained_encoders", "attained_loss"):
             value = getattr(self, name)
             check(0 < value <= 1, f"{name} ({value}) must be above 0 and at most 1")
         for name in ("memory_gib", "conv_tflops", "fp32_tflops", "bf16_tflops", "memory_gb_per_s"):
             check(getattr(self, name) > 0, f"{name} ({getattr(self, name)}) must be above 0")
+
+    def rates(self, precision: str) -> tuple[float, float]:
+        """Return the 10^12 operations a second of products and convolutions in a precision."""
+        if precision in ("bf16", "fp16"):
+            return self.bf16_tflops, self.bf16_tflops
+        if precision == "tf32" and self.tf32_tflops:
+            return self.tf32_tflops, self.tf32_tflops
+        return self.fp32_tflops, self.conv_tflops
 
     def ranks_on_node(self, world_size: int) -> int:
         """Return how many ranks share a node."""

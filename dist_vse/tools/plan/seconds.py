@@ -92,10 +92,9 @@ def chunk_seconds(work: Work, rows: int, hardware: Hardware, world_size: int) ->
     measured = [speed for speed in hardware.chunks if speed.model == work.model]
     if measured:
         return _measured(measured, rows, hardware, world_size)
-    bf16 = work.precision == "bf16"
 
     def of(ops: Ops) -> float:
-        return rows_seconds(ops, rows, hardware, bf16=bf16) * hardware.crowding(world_size)
+        return rows_seconds(ops, rows, hardware, work.precision) * hardware.crowding(world_size)
 
     forward = of(work.forward)
     return ChunkSeconds(forward, forward, of(work.backward), of(work.frozen_forward))
@@ -113,10 +112,9 @@ def hook_seconds(work: Work, settings: Settings, hardware: Hardware) -> tuple[fl
     return chunks * forward, once * forward + chunks * backward
 
 
-def rows_seconds(ops: Ops, rows: int, hardware: Hardware, *, bf16: bool) -> float:
+def rows_seconds(ops: Ops, rows: int, hardware: Hardware, precision: str) -> float:
     """Return the seconds of some pairs' operators, one after another on one device."""
-    matmul = (hardware.bf16_tflops if bf16 else hardware.fp32_tflops) * TERA
-    conv = (hardware.bf16_tflops if bf16 else hardware.conv_tflops) * TERA
+    matmul, conv = (rate * TERA for rate in hardware.rates(precision))
     products = (ops.matmul_flops / matmul + ops.conv_flops / conv) / hardware.attained_encoders
     passes = ops.moved_bytes / (hardware.memory_gb_per_s * GB)
     return rows * (products + passes) + ops.calls * hardware.launch_us * 1e-6
@@ -151,7 +149,8 @@ def interpolate(points: list[tuple[int, float]], x: float) -> float:
 def loss_seconds(work: Work, settings: Settings, hardware: Hardware) -> float:
     """Return the loss's own work on a rank: its products, and its passes over the tiles."""
     entries = float(settings.rank_batch) * settings.global_batch
-    rate = hardware.bf16_tflops if settings.bf16_products else hardware.fp32_tflops
+    in_float32 = "tf32" if work.precision == "tf32" else "fp32"
+    rate, _ = hardware.rates("bf16" if settings.bf16_products else in_float32)
     products = 2 * work.embed_dim * entries / (rate * TERA * hardware.attained_loss)
     passes = entries / (hardware.memory_gb_per_s * GB)
     if hardware.cores:  # tiles stay in the cache, and `attained_loss` was measured with them

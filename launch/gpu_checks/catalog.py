@@ -1,0 +1,36 @@
+"""The checks by number; docs/gpu.md says of each what it proves."""
+
+from dataclasses import dataclass
+
+NO_GROUP, ONE, ALL = "none", "one", "all"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check, and what it needs."""
+
+    name: str
+    function: str
+    """"module:name" in this package: Task -> Finding."""
+    group: str = ONE
+    """Who runs it: ALL ranks, a group of ONE, or a process without a group (NO_GROUP)."""
+    gpus: int = 0
+    """Fewest GPUs that it needs; 0 runs on a CPU too."""
+
+
+CHECKS = {
+    1: Check("machine", "machine:check_machine"),
+    2: Check("ceilings", "machine:check_ceilings", gpus=1),
+    3: Check("collectives", "links:check_collectives", ALL),
+    4: Check("bandwidth", "links:check_bandwidth", ALL, gpus=2),
+    5: Check("replay", "encoders:check_replay"),
+    6: Check("dtypes", "encoders:check_dtypes"),
+    7: Check("exactness", "exactness:check_exactness", ALL),
+    8: Check("loss", "losses:check_loss", NO_GROUP),
+    9: Check("step", "steps:check_step"),
+    10: Check("input", "inputs:check_input", gpus=1),
+    11: Check("determinism", "determinism:check_determinism"),
+    12: Check("memory", "steps:check_memory"),
+    13: Check("faults", "faults:check_faults", NO_GROUP),
+    14: Check("kernels", "losses:check_kernels"),
+}

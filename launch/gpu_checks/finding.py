@@ -1,0 +1,37 @@
+"""What a check is given, and what it returns."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every rank of a check is given."""
+
+    number: int
+    on_gpu: bool
+    folder: str
+    """For files; it is removed after the check."""
+    limit_s: float
+    """Seconds after which the check is ended."""
+    config: str | None = None
+    """A run's config; without one the checks of a step take a reference model."""
+    overrides: list[str] = field(default_factory=list)
+    earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Figures of the checks that ran before, by number."""
+
+    def earlier_figure(self, number: int, name: str) -> float | None:
+        """Return a figure of an earlier check, None where it has not run or has none."""
+        found = self.earlier.get(str(number), {}).get(name)
+        return None if found is None else float(found)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found; of several ranks rank 0's counts."""
+
+    ok: bool
+    words: str
+    """One line."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """Numbers and texts, for the JSON."""
