@@ -113,7 +113,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `doctor`."""
     parser.description = (
         "Check a run before it is started: its batch, data, memory, disk, and all of its ranks. "
-        "With --gpu: check this machine's GPUs and what the product does on them (docs/gpu.md)."
+        "With --gpu: check this machine's GPUs instead (docs/guides/gpu.md)."
     )
     _add_config(parser, "cluster file, or a name of `dist-vse config list`", optional=True)
     parser.add_argument(

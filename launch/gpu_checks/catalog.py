@@ -1,4 +1,4 @@
-"""The checks by number; docs/gpu.md says of each what it proves."""
+"""The checks by number; docs/guides/gpu.md says of each what it proves."""
 
 from dataclasses import dataclass
 

@@ -40,10 +40,10 @@ def check_machine(task: Task) -> Finding:
             "gpus": torch.cuda.device_count(),
             "capability": [found.major, found.minor],
             "memory_gib": found.total_memory / GIB,
-            "nccl": list(torch.cuda.nccl.version()),  # type: ignore[no-untyped-call]
+            "nccl": list(torch.cuda.nccl.version()),
             "cudnn": torch.backends.cudnn.version(),
             "cuda": torch.version.cuda,
-            "driver_cuda": torch._C._cuda_getDriverVersion(),
+            "driver_cuda": getattr(torch._C, "_cuda_getDriverVersion", lambda: None)(),
         }
         words = (
             f"{torch.cuda.device_count()} x {found.name}, capability {found.major}.{found.minor}, "
@@ -87,7 +87,7 @@ def check_ceilings(task: Task) -> Finding:
 
 def seconds_of(work: Callable[[], Any], repeats: int = 5) -> float:
     """Return the median seconds of a piece of work on the current GPU, by its events."""
-    taken = []
+    taken: list[float] = []
     for _ in range(2 + repeats):  # two warm up
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -128,7 +128,8 @@ def _copy_rates(here: torch.device) -> dict[str, float]:
     half = target[: len(host)]
 
     def from_host(memory: Tensor) -> float:
-        return len(host) / seconds_of(lambda: half.copy_(memory, non_blocking=True), 3) / GB
+        taken = seconds_of(lambda: half.copy_(memory, non_blocking=True), 3)
+        return len(host) / taken / GB
 
     rates = {
         "copy_gb_per_s": 2 * BYTES / seconds_of(lambda: target.copy_(source)) / GB,

@@ -69,7 +69,7 @@ def run_ranks(
     ends: queue.Queue[tuple[int, int, float]] = queue.Queue()
     logs = [folder / f"rank{rank}.log" for rank in range(world_size or 1)]
     environment = os.environ | _group(world_size) | dict(extra or {})
-    ended: dict[int, tuple[int, float]] = {}
+    ended: dict[int, tuple[int | None, float]] = {}
     deadline = began + limit_s
     try:
         for rank, log in enumerate(logs):
@@ -87,9 +87,9 @@ def run_ranks(
             processes.append(process)
             threading.Thread(target=_await, args=(rank, process, began, ends), daemon=True).start()
         while len(ended) < len(processes):
-            rank, code, seconds = ends.get(timeout=max(0.0, deadline - time.monotonic()))
-            ended[rank] = code, seconds
-            if code:
+            rank, failed, at = ends.get(timeout=max(0.0, deadline - time.monotonic()))
+            ended[rank] = failed, at
+            if failed:
                 deadline = min(deadline, time.monotonic() + grace_s)
     except queue.Empty:
         pass
@@ -97,10 +97,11 @@ def run_ranks(
         for process in processes:
             _kill(process)
     whole = time.monotonic() - began
-    return [
-        Ended(*ended.get(rank, (None, whole)), log.read_text(errors="replace"))
-        for rank, log in enumerate(logs)
-    ]
+    found = []
+    for rank, log in enumerate(logs):
+        code, seconds = ended.get(rank, (None, whole))
+        found.append(Ended(code, seconds, log.read_text(errors="replace")))
+    return found
 
 
 def _group(world_size: int | None) -> dict[str, str]:

@@ -154,7 +154,7 @@ def check_memory(task: Task) -> Finding:
         rigs.append(build_rig(config))
         return rigs[0]
 
-    rig, memory = measure_memory(built, lambda rig: rig.step())  # type: ignore[arg-type, return-value]
+    rig, memory = measure_memory(built, lambda rig: rig.step())  # type: ignore[arg-type]
     measured = float(max(memory.peaks.values()))
     config = replace(rig.config, cache=replace(config.cache, keep_graphs=rig.keep_graphs))
     forecast = step_memory(

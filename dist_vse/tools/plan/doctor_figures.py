@@ -47,6 +47,7 @@ def hardware_of_gpu(figures: Figures, base: Hardware, gpus: int = 1) -> Hardware
     inside = base.inside
     if all(name in link for name in names):
         inside = LinkConfig(**{name: float(link[name]) for name in names})
+    rates: dict[str, Any] = {name: float(found[name]) for name in RATES}
     return replace(
         base,
         name=f"{found['device']}, {gpus} a node",
@@ -60,7 +61,7 @@ def hardware_of_gpu(figures: Figures, base: Hardware, gpus: int = 1) -> Hardware
         attained_loss=1.0,  # the rates are of products that are as large
         inside=inside,
         chunks=[],
-        **{name: float(found[name]) for name in RATES},
+        **rates,
     )
 
 
