@@ -10,6 +10,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.version import __version__
 
 if TYPE_CHECKING:
+    from dist_vse.data.dataset import PairStream
     from dist_vse.evaluation.retrieval.metrics import retrieval_metrics
     from dist_vse.losses.module import GlobalContrastiveLoss
     from dist_vse.losses.options import LossOptions
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GlobalContrastiveLoss",
     "LossOptions",
+    "PairStream",
     "UserError",
     "__version__",
     "cached_step",
@@ -29,6 +31,7 @@ __all__ = [
 _HOMES = {
     "GlobalContrastiveLoss": "dist_vse.losses.module",
     "LossOptions": "dist_vse.losses.options",
+    "PairStream": "dist_vse.data.dataset",
     "cached_step": "dist_vse.training.cached_step",
     "retrieval_metrics": "dist_vse.evaluation.retrieval.metrics",
 }

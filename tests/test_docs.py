@@ -15,7 +15,17 @@ SELECTED = re.compile(r"\s-k (\w+)")
 BARE = re.compile(r"`([\w.-]+\.(?:md|py|sbatch|sh|svg|yaml))`")
 EXAMPLES = {"configs/my.yaml"}  # what a reader is to write
 WRITTEN = {"config.yaml"}  # into a run's folder
-FOLDERS = ("benchmarks", "configs", "demo", "dist_vse", "docs", "launch", "shards", "tests")
+FOLDERS = (
+    "benchmarks",
+    "configs",
+    "demo",
+    "dist_vse",
+    "docs",
+    "examples",
+    "launch",
+    "shards",
+    "tests",
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

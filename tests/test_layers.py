@@ -80,7 +80,9 @@ def test_a_folder_beside_the_package_is_a_link_in_it(name: str) -> None:
     assert link.is_symlink() and link.resolve() == ROOT / name
 
 
-@pytest.mark.parametrize("folder", ["dist_vse", "launch", "shards", "tests", "benchmarks", "demo"])
+@pytest.mark.parametrize(
+    "folder", ["dist_vse", "launch", "shards", "tests", "benchmarks", "demo", "examples"]
+)
 def test_every_folder_with_code_is_a_package(folder: str) -> None:
     for path in sources(folder):
         assert (path.parent / "__init__.py").is_file(), f"{path.parent} is left out of the wheel"
