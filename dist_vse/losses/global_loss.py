@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
@@ -66,7 +65,9 @@ class GlobalLoss:
         self.name = name
         self._unit_length = unit_length
         self.options = options or LossOptions()
-        self._ids = [x.cpu() for x in (image_ids, text_ids) if x is not None]
+        given = {"image": image_ids, "text": text_ids}
+        self._ids = [x.cpu() for x in given.values() if x is not None]
+        self._kinds_of_ids = [kind for kind, ids in given.items() if ids is not None]
         self._fault = self.options.fault() or _unknown(name)  # raised on all ranks, when called
         self._captions_in_bf16 = (
             self._fault is None and self.options.bf16_products and find_loss(name).captions_in_bf16
@@ -137,7 +138,7 @@ class GlobalLoss:
             "kernels": kernels,  # that run, whatever was asked for
             "embedding": rows.shape[1],
             "precision": str(rows.dtype),
-            "num_ids": len(self._ids),
+            "ids": " and ".join(self._kinds_of_ids) or "none",
             "gradient": gradient,  # whether one is wanted
             "prefetched": self._prefetched.rows > 0,
         }
@@ -255,9 +256,13 @@ class _Total(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tiled: TiledLoss = ctx.tiled
+        if torch.is_grad_enabled():  # alike on all ranks, and before anything is sent
+            raise UserError(
+                "the loss over the global batch has no second derivative; take its gradient "
+                "without create_graph=True"
+            )
         with torch.autocast(grad.device.type, enabled=False):
             row_grad, column_grad = tiled.backward()
         factor = grad * distributed.world_size()

@@ -44,4 +44,10 @@ class LossOptions:
                 f"hard_negative_weight ({self.hard_negative_weight}) must be between 0 (all "
                 "violations) and 1 (the hardest)"
             )
+        if self.tile is not None and not (type(self.tile) is int and self.tile >= 1):
+            return f"tile ({self.tile}) must be a number from 1 on, or None"
+        if not self.memory_gib >= 0:
+            return f"memory_gib ({self.memory_gib}) must be at least 0"
+        if self.temperature is not None and not self.temperature > 0:
+            return f"temperature ({self.temperature}) must be above 0"
         return None

@@ -86,6 +86,19 @@ def test_a_registered_optimizer_trains_alike_on_any_number_of_ranks() -> None:
     assert kept == {"first", "second", "third"} and moved.max() == pytest.approx(0.02, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("adamw", {"betas": (0.7, 0.6)}), ("adam", {"betas": (0.7, 0.6)}), ("sgd", {"momentum": 0.8})],
+)
+def test_every_setting_reaches_the_optimizer(name: str, settings: dict[str, object]) -> None:
+    config = OptimConfig(name, lr=0.3, weight_decay=0.2, beta1=0.7, beta2=0.6, momentum=0.8)
+    groups = build_optimizer(tiny_model(), config).param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.2}
+    for group in groups:
+        assert group["lr"] == 0.3
+        assert {key: group[key] for key in settings} == settings
+
+
 @pytest.mark.slow
 def test_doctor_and_plan_count_what_a_registered_optimizer_keeps(
     monkeypatch: pytest.MonkeyPatch,

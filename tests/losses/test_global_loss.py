@@ -120,6 +120,27 @@ def test_finite_at_low_temperatures_in_every_precision(name: str, dtype: torch.d
         assert all(torch.isfinite(grad).all() for grad in grads)
 
 
+@pytest.mark.parametrize("name", ["convse", "info_nce", "dcl"])
+@pytest.mark.parametrize("far", [False, True])
+def test_sums_of_powers_neither_overflow_nor_vanish(name: str, far: bool) -> None:
+    """At t = 0.0115 a power of 2 is within float32's range, a sum of 16 is not.
+
+    With `far`, one row is near its captions and all others are opposite to them: with one shift
+    for all pairs, their sums would vanish.
+    """
+    case = Case(name, 16, temperature=0.0115)
+    if far:
+        case.texts = case.texts[:1].expand(16, -1).clone()
+        case.images = case.texts.clone()
+        case.images[1:] *= -1
+    else:
+        case.texts[:10] = case.images[:10] = case.images[:1].clone()
+    exact = gradients(dense_loss, case)
+    for tile in (4, 64):
+        ours = gradients(global_loss, case, dtype=torch.float32, tile=tile)
+        assert error(ours, exact) < 1e-3, (tile, error(ours, exact))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_around_it_changes_nothing(name: str) -> None:
     case = Case(name, 12)

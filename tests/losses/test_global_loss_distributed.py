@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
+from dist_vse.losses.hardest import Best
 from dist_vse.losses.registry import LOSSES
 from dist_vse.tools.bench.traffic import bytes_sent
 from tests.support.distributed import run_distributed
@@ -93,6 +94,43 @@ def test_even_ranks_equal_one_process(world_size: int) -> None:
         assert max(errors.values()) < 1e-10, errors
     for errors in run_distributed(_compare, world_size, EVEN, torch.float32, NAMES):
         assert max(errors.values()) < 1e-5, errors
+
+
+def _low_temperature() -> dict[str, float]:
+    """Return the error in float32 at a temperature whose powers float32 can't hold."""
+    errors = {}
+    for name in NAMES:
+        case = Case(name, 9, temperature=0.005)
+        exact = gradients(dense_loss, case)
+        _take_part(case, {2: (0, 9), 3: (0, 2, 7)}[distributed.world_size()])
+        ours = gradients(global_loss, case, dtype=torch.float32)
+        errors[name] = error(_whole(ours), exact)
+    return errors
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_first_rank_without_rows_at_a_low_temperature(world_size: int) -> None:
+    """The bound of the similarities is that of all ranks, not of the first."""
+    for errors in run_distributed(_low_temperature, world_size):
+        assert max(errors.values()) < 2e-4, errors
+
+
+def _join(values: list[list[float]]) -> tuple[list[float], list[int]]:
+    """Join what each rank met, with a tolerance of 0.01: the values and their indices."""
+    own = torch.tensor(values[distributed.rank()])
+    best = Best(len(own), own, 0.01)
+    for j, value in enumerate(own):
+        best.update(value.view(1, 1), 1, slice(j, j + 1), 10 * distributed.rank() + j)
+    best.join()
+    return best.values.tolist(), best.indices.tolist()
+
+
+def test_the_first_rank_among_nearly_equal_ones_has_the_hardest() -> None:
+    """Copies on two ranks may differ in their last bits."""
+    values = [[0.5, 0.5, 0.5], [0.505, 0.52, 0.4]]
+    for found, indices in run_distributed(_join, 2, values):
+        assert found == pytest.approx([0.505, 0.52, 0.5])
+        assert indices == [0, 11, 2]
 
 
 def _copies(transport: str) -> list[Tensor]:

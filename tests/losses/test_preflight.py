@@ -1,5 +1,6 @@
 """Arguments that do not fit, or differ between ranks: the same verdict on every rank, no hang."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from tests.support.distributed import run_distributed
-from tests.support.loss_cases import global_loss, step_loss
+from tests.support.loss_cases import NAMES, global_loss, step_loss
 
 
 def _verdicts(odd: int) -> dict[str, str]:
@@ -27,6 +28,11 @@ def _verdicts(odd: int) -> dict[str, str]:
         "bias": {"args": ("convse", x, x, ten, zero - 1)},
         "gradient": {"args": ("convse", leaf, x, ten, zero)},
         "duplicates": {"image_ids": ids},
+        "other ids": {"text_ids": ids},
+        "integers": {"args": ("convse", x.long(), x, ten, zero)},
+        "tile": {"tile": 0},
+        "budget": {"memory_gib": -1.0},
+        "schedule": {"temperature": 0.0},
         "weight": {"hard_negative_weight": 0.5},
         "transport": {"transport": "ring"},
         "prefetched": {"prefetched": 3},
@@ -35,6 +41,8 @@ def _verdicts(odd: int) -> dict[str, str]:
     told = {}
     for what, other in others.items():
         given = same | other if distributed.rank() == odd else dict(same)
+        if what == "other ids" and distributed.rank() != odd:
+            given["image_ids"] = ids
         name, *tensors = given.pop("args")
         prefetched = given.pop("prefetched", 0)
         if "prefetched" in what:  # a ring sends nothing ahead: no rank waits for another here
@@ -66,7 +74,13 @@ def test_every_rank_is_told_what_one_of_them_passes_that_does_not_fit() -> None:
         "temperature": "log_scale is 2.30",
         "bias": "bias is 0.0 on rank 0 and -1.0 on rank 1",
         "gradient": "gradient is False on rank 0 and True on rank 1",
-        "duplicates": "num_ids is 0 on rank 0 and 1 on rank 1",
+        "duplicates": "ids is none on rank 0 and image on rank 1",
+        "other ids": "ids is image on rank 0 and text on rank 1",
+        "integers": "image_features (torch.int64) and text_features (torch.float32) must be of a "
+        "floating type (on rank 1)",
+        "tile": "tile (0) must be a number from 1 on, or None (on rank 1)",
+        "budget": "memory_gib (-1.0) must be at least 0 (on rank 1)",
+        "schedule": "temperature (0.0) must be above 0 (on rank 1)",
         "weight": "hard_negative_weight is 1.0 on rank 0 and 0.5 on rank 1; pass the same "
         "on all ranks",
         "transport": "transport is gather on rank 0 and ring on rank 1",
@@ -75,6 +89,28 @@ def test_every_rank_is_told_what_one_of_them_passes_that_does_not_fit() -> None:
     }
     for what, text in expected.items():
         assert text in first[what], what
+
+
+def _second_derivatives() -> set[str]:
+    """Return what is said to each loss, transport and way to ask for a second derivative."""
+    told = set()
+    x, zero, ten = torch.eye(4), torch.zeros(1), torch.full((1,), 10.0).log()
+    for name, transport, learned in itertools.product(NAMES, ("gather", "ring"), (False, True)):
+        leaves = [x.clone().requires_grad_(), ten.clone().requires_grad_(learned)]
+        loss = global_loss(name, leaves[0], x, leaves[1], zero, transport=transport).loss
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        try:
+            torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+            told.add(f"{name}: nothing")
+        except UserError as error:
+            told.add(str(error))
+    return told
+
+
+def test_a_second_derivative_is_refused_for_all_losses() -> None:
+    for told in run_distributed(_second_derivatives, 2):
+        (only,) = told
+        assert "has no second derivative; take its gradient without create_graph=True" in only
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -164,6 +164,21 @@ def _load(folder: Path) -> Progress | None:
     return checkpoint.load_latest(folder, TellingEngine())  # type: ignore[arg-type]
 
 
+def test_other_ranks_draw_numbers_that_nobody_drew_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rank's random state fits another world size: not those of the start are drawn again."""
+    monkeypatch.setattr(checkpoint, "_read_weights", lambda path, module: {})
+    monkeypatch.setattr(TellingEngine, "load", lambda *_: None, raising=False)
+    seeds = {5}
+    for step in (3, 4):
+        _publish(tmp_path, step)  # by two ranks
+        torch.manual_seed(5)
+        assert _load(tmp_path) == Progress(step, step, [])
+        seeds.add(torch.initial_seed())
+    assert len(seeds) == 3
+
+
 def test_damaged_checkpoints_do_not_count_among_the_kept(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 500)
     whole = tmp_path / "whole"

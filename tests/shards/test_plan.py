@@ -89,6 +89,15 @@ def test_shards_are_cut_by_the_bytes_of_their_images(tmp_path: Path) -> None:
         assert sum(r.image.stat().st_size for r in one.records) + first > 1000
 
 
+def test_a_shard_may_have_exactly_the_bytes_that_are_allowed() -> None:
+    image = Member(Path("a.tar"), 0, 500)
+    records = [replace(record, image=image) for record in _records(6)]
+    tasks = plan_shards(records, Options(shard_bytes=1000))
+    assert [len(task.records) for task in tasks] == [2, 2, 2]
+    tasks = plan_shards(records, Options(shard_bytes=999))
+    assert [len(task.records) for task in tasks] == [1] * 6
+
+
 def test_the_plan_does_not_depend_on_the_order_given_but_on_the_seed() -> None:
     records = _records(40)
     shuffled = random.Random(1).sample(records, len(records))

@@ -50,6 +50,31 @@ def test_a_whole_tar_is_that_of_tarfile(
         assert ours[offset : offset + len(data)] == data
 
 
+@pytest.mark.parametrize("before", [0, 1, 700, 5000])
+def test_a_buffer_has_room_for_what_it_was_asked_for(
+    tmp_path: Path, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the member nearly fills a chunk, and what lies before it is carried over."""
+    monkeypatch.setattr(tar, "CHUNK_BYTES", 1 << 15)
+    given = 0
+    for num_bytes in range((1 << 15) - 12_000, 1 << 15, 256):
+        path = tmp_path / f"{num_bytes}.tar"
+        with path.open("wb", buffering=0) as file, TarWriter(file) as writer:
+            writer.add("before", b"b" * before)
+            buffer = writer.reserve(num_bytes)
+            if buffer is None:
+                continue
+            assert len(buffer) == num_bytes
+            given += 1
+            buffer[:] = b"m" * num_bytes
+            offset = writer.add_filled("member", num_bytes)
+            writer.close()
+        assert path.read_bytes()[offset : offset + num_bytes] == b"m" * num_bytes
+        with tarfile.open(path) as archive:
+            assert [m.size for m in archive] == [before, num_bytes]
+    assert given > 10
+
+
 class _Reluctant(io.FileIO):
     """A file that takes few bytes at a time, as a pipe or a network disk may."""
 

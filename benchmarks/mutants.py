@@ -1,0 +1,218 @@
+"""Do the tests notice a fault? Put one in at a time, and run the tests that should fail.
+
+    python -m benchmarks.mutants               # all; the exit code is 1 if one survives
+    python -m benchmarks.mutants safe join     # those whose names hold one of these words
+    python -m benchmarks.mutants --check       # only: does every line to be changed still exist?
+
+A fault is one line of losses, engine, stream, retrieval, checkpoints or shards, changed in a copy
+of this checkout. A new test of such code comes with its fault here. Some ten seconds a fault.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault, and the tests (a file, or a file and words of `pytest -k`) that should see it."""
+
+    name: str
+    path: str
+    line: str
+    faulty: str
+    tests: str
+    words: str = ""
+
+    def source(self) -> str:
+        """Return the faulty file. Raises LookupError unless the line is there exactly once."""
+        text = (ROOT / self.path).read_text(encoding="utf-8")
+        if text.count(self.line) != 1:
+            raise LookupError(f"{self.path}: {self.line!r} is there {text.count(self.line)} times")
+        return text.replace(self.line, self.faulty)
+
+
+LOSSES, TESTS = "dist_vse/losses", "tests/losses"
+MUTANTS = (
+    Mutant(
+        "softmax-safe",
+        f"{LOSSES}/softmax.py",
+        "SAFE = 86.0",
+        "SAFE = 126.0",
+        f"{TESTS}/test_global_loss.py",
+        "powers",
+    ),
+    Mutant(
+        "softmax-low-rows",
+        f"{LOSSES}/softmax.py",
+        "if smallest_own - shift >= -SAFE else",
+        "if smallest_own - shift >= -2 * SAFE else",
+        f"{TESTS}/test_global_loss.py",
+        "powers",
+    ),
+    Mutant(
+        "softmax-own-columns",
+        f"{LOSSES}/softmax.py",
+        "self.column_sums[layout.own].log2() + self.shift,",
+        "self.column_sums[layout.own].log2(),",
+        f"{TESTS}/test_global_loss.py",
+        "low_temperatures or powers or float32",
+    ),
+    Mutant(
+        "preflight-norms",
+        f"{LOSSES}/preflight.py",
+        "max(row_norms) * max(column_norms)",
+        "row_norms[0] * column_norms[0]",
+        f"{TESTS}/test_global_loss_distributed.py",
+        "without_rows",
+    ),
+    Mutant(
+        "preflight-close",
+        f"{LOSSES}/preflight.py",
+        "CLOSE = 1e-6",
+        "CLOSE = 1e-2",
+        f"{TESTS}/test_preflight.py",
+        "every_rank",
+    ),
+    Mutant(
+        "hardest-join",
+        f"{LOSSES}/hardest.py",
+        "self.indices.masked_fill_(self.values < largest - self.tolerance, nowhere)",
+        "self.indices.masked_fill_(self.values < largest, nowhere)",
+        f"{TESTS}/test_global_loss_distributed.py",
+        "nearly",
+    ),
+    Mutant(
+        "kinds-of-ids",
+        f"{LOSSES}/global_loss.py",
+        '" and ".join(self._kinds_of_ids)',
+        "str(len(self._kinds_of_ids))",
+        f"{TESTS}/test_preflight.py",
+        "every_rank",
+    ),
+    Mutant(
+        "second-derivative",
+        f"{LOSSES}/global_loss.py",
+        "if torch.is_grad_enabled():  # alike",
+        "if False:  # alike",
+        f"{TESTS}/test_preflight.py",
+        "second",
+    ),
+    Mutant(
+        "beta2",
+        "dist_vse/config/optimizers.py",
+        '"betas": (optim.beta1, optim.beta2)',
+        '"betas": (optim.beta1, 0.999)',
+        "tests/engine/test_optimizer.py",
+        "setting",
+    ),
+    Mutant(
+        "seed-of-other-ranks",
+        "dist_vse/runs/checkpoint.py",
+        'torch.initial_seed() + 7919 * manifest["step"]',
+        "torch.initial_seed()",
+        "tests/runs/test_checkpoint.py",
+        "nobody_drew",
+    ),
+    Mutant(
+        "manifest-checksum",
+        "dist_vse/runs/checkpoint.py",
+        'manifest.pop("checksum", None) != _checksum(manifest)',
+        'manifest.pop("checksum", None) is None',
+        "tests/runs/test_damaged_files.py",
+    ),
+    Mutant(
+        "tar-room",
+        "dist_vse/shards/build/tar_writer.py",
+        "if needed + _PAGE_BYTES > CHUNK_BYTES:",
+        "if needed > CHUNK_BYTES:",
+        "tests/shards/test_tar_writer.py",
+        "room",
+    ),
+    Mutant(
+        "shard-bytes",
+        "dist_vse/shards/build/plan.py",
+        "num_bytes + size > options.shard_bytes",
+        "num_bytes + size >= options.shard_bytes",
+        "tests/shards/test_plan.py",
+        "exactly",
+    ),
+    Mutant(
+        "pipe-consent",
+        "dist_vse/data/index.py",
+        "if may_run_code(location) and not allow_pipe:",
+        "if False:",
+        "tests/data/test_consent.py",
+    ),
+    Mutant(
+        "secrets",
+        "dist_vse/shards/manifest.py",
+        "fields[name] = without_secrets(fields[name])",
+        "pass",
+        "tests/shards/test_secrets.py",
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Try the faults; return 1 if one survives, or can't be put in."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("words", nargs="*", metavar="WORD", help="of the names of the faults")
+    parser.add_argument("--check", action="store_true", help="run no test")
+    args = parser.parse_args(argv)
+    chosen = [m for m in MUTANTS if not args.words or any(word in m.name for word in args.words)]
+    try:
+        sources = [mutant.source() for mutant in chosen]
+    except LookupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.check:
+        return 0
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy = Path(folder) / "checkout"
+        ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+        for mutant, source in zip(chosen, sources, strict=True):
+            found = _is_found(mutant, source, copy)
+            print(f"{mutant.name}: {'killed' if found else 'SURVIVES'}", flush=True)
+            survivors += [] if found else [mutant.name]
+    print(f"{len(chosen)} faults, {len(survivors)} survive: {' '.join(survivors)}".rstrip(": "))
+    return 1 if survivors else 0
+
+
+def _is_found(mutant: Mutant, source: str, copy: Path) -> bool:
+    """Return whether the tests fail with the fault. Raises LookupError if none ran."""
+    path = copy / mutant.path
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(source, encoding="utf-8")
+    words = ["-k", mutant.words] if mutant.words else []
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
+    try:
+        done = subprocess.run(
+            [*command, *words, "-m", "not slow"],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return True  # a hang is seen too
+    finally:
+        path.write_text(whole, encoding="utf-8")
+    if done.returncode > 1:
+        raise LookupError(f"{mutant.name}: {done.stdout.decode()[-2000:]}")
+    return done.returncode == 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
