@@ -28,6 +28,8 @@ TEXT_ENCODERS = {
     "pretrained": EncoderSpec("dist_vse.models.text:build_pretrained", from_library=True),
 }
 
+WORD_RULES = ("plain", "treebank")  # functions of dist_vse.models.words
+
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -50,11 +52,27 @@ class ImageConfig:
     """Without a random crop, make the whole image the square; else its middle."""
     resampling: str = "bicubic"
     """`bicubic` or `bilinear`, of images in evaluation."""
+    crop_share: float = 1.0
+    """Share of the middle square's side that is seen without a random crop. The paper: 0.875, since
+    it resizes to 256 and crops 224."""
+    normalize: bool = False
+    """Divide the trunk's output by its L2 norm, as VSE++ does."""
+    projection: int = 0
+    """Size of a linear map between the trunk and the head; 0 is none. The paper: 1024."""
+    drifting_statistics: bool = False
+    """A fault of the authors' code, to reproduce it: run a frozen trunk in train mode. BatchNorm
+    then uses the statistics of each chunk, and its running statistics move: an image's features
+    depend on the other images of the chunk."""
 
     def __post_init__(self) -> None:
         one_of("model.image.kind", self.kind, tuple(IMAGE_ENCODERS))
         _check_unlocked("model.image", self.frozen, self.unlocked)
         at_least(8, model__image__size=self.size)
+        at_least(0, model__image__projection=self.projection)
+        check(
+            0 < self.crop_share <= 1,
+            f"model.image.crop_share ({self.crop_share}) must be above 0 and at most 1",
+        )
         one_of("model.image.resampling", self.resampling, ("bicubic", "bilinear"))
 
     @property
@@ -90,11 +108,22 @@ class TextConfig:
     """Size of the word vectors of `gru`."""
     min_count: int = 1
     """Rarer words of the training captions become <unk>."""
+    words: str = "plain"
+    """How captions are split: `plain`, or `treebank` (nearly as NLTK does it for the paper)."""
+    vocabulary: str | None = None
+    """A file of words to take instead of counting them: a run's vocabulary.json, or what
+    `dist-vse import` made of the authors' vocabulary."""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("model.text.kind", self.kind, tuple(TEXT_ENCODERS))
         _check_unlocked("model.text", self.frozen, self.unlocked)
+        one_of("model.text.words", self.words, WORD_RULES)
+        check(
+            self.vocabulary is None or not self.spec.from_library,
+            f"model.text.vocabulary ({self.vocabulary}) is for encoders from scratch: the model of "
+            "model.text.weights brings its own",
+        )
         at_least(1, model__text__max_tokens=self.max_tokens, model__text__depth=self.depth)
         share(model__text__dropout=self.dropout)
         check(

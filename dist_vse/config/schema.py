@@ -89,12 +89,14 @@ class TrainConfig:
         )
         data = self.data
         augmented = data.crop == "random" or data.flip or data.color_jitter > 0
+        augmented = augmented or image.drifting_statistics
         check(
             data.features is None
             or (image.all_frozen and image.weights is not None and not augmented and not data.mix),
             "data.features needs model.image.frozen=true with model.image.weights, "
-            "data.crop=center, data.flip=false, data.color_jitter=0 and no data.mix: an image must "
-            "have the same features every time",
+            "data.crop=center, data.flip=false, data.color_jitter=0, "
+            "model.image.drifting_statistics=false and no data.mix: an image must have the same "
+            "features every time",
         )
         keep, engine = self.cache.keep_graphs, self.engine
         check(

@@ -40,7 +40,11 @@ class DataConfig:
     """Parallel reading positions. The global batch is the same for every world size that
     divides this number (times any number of workers)."""
     shuffle_window: int = 1024
-    """Samples within which a stream is shuffled; shards are shuffled as well."""
+    """Samples within which a stream is shuffled; shards are shuffled as well. 0 shuffles an epoch
+    as a whole, evenly; every shard is then read all the time."""
+    captions_per_image: int = 0
+    """Captions of an image that are samples of their own (the paper: 5): an image can then stand in
+    a batch several times. 0 takes each image once, with one of all its captions in turn."""
     num_workers: int = 1
     """Decoding processes a rank; 0 decodes in the training process."""
     crop: str = "random"
@@ -70,8 +74,10 @@ class DataConfig:
     index wrote the commands."""
 
     def __post_init__(self) -> None:
-        at_least(1, data__num_streams=self.num_streams, data__shuffle_window=self.shuffle_window)
+        at_least(1, data__num_streams=self.num_streams)
         at_least(0, data__num_workers=self.num_workers, data__sentences_above=self.sentences_above)
+        at_least(0, data__shuffle_window=self.shuffle_window)
+        at_least(0, data__captions_per_image=self.captions_per_image)
         for label, weight in self.caption_weights.items():
             check(
                 0 <= weight < float("inf"),
@@ -80,6 +86,11 @@ class DataConfig:
         check(
             not self.caption_weights or any(self.caption_weights.values()),
             "data.caption_weights: one of them must be above 0",
+        )
+        check(
+            not self.caption_weights or self.captions_per_image == 0,
+            f"data.captions_per_image ({self.captions_per_image}) takes each caption equally often: "
+            "leave out data.caption_weights, or set it to 0",
         )
         one_of("data.crop", self.crop, ("random", "center"))
         check(
@@ -109,6 +120,8 @@ class ModelConfig:
     """Size of the shared space."""
     head_hidden: int = 0
     """Hidden units of the MLP heads; 0 makes the heads linear. The paper: 2048."""
+    head_bias: bool = True
+    """Give the hidden layer of the MLP heads a bias. The paper's has none."""
     head_dropout: float = 0.0
     grad_checkpointing: bool = False
     """Recompute the trunks' activations in backward: less memory, more time."""
@@ -139,6 +152,8 @@ class ModelConfig:
             ("image.kind", self.image.kind, ImageConfig.kind),
             ("image.name", self.image.name, ImageConfig.name),
             ("image.weights", self.image.weights, None),
+            ("image.normalize", self.image.normalize, False),
+            ("image.projection", self.image.projection, 0),
             ("text.kind", self.text.kind, TextConfig.kind),
             ("text.dropout", self.text.dropout, 0.0),
             ("head_hidden", self.head_hidden, 0),
@@ -187,7 +202,8 @@ class LossConfig:
     warmup_samples: int = 0
     """convse++ and vse++: pairs seen while going from the mean of all violations to the hardest."""
     duplicates: str = "mask"
-    """Pairs of equal image or caption: `mask` (no negatives) or `positive` (more positives)."""
+    """Pairs of equal image or caption: `mask` (no negatives), `positive` (more positives), or
+    `keep`: negatives like all others, as in the authors' code."""
     transport: str = "gather"
     """`gather` the captions' features once, or pass them round a `ring` (memory O(b d))."""
     memory_gib: float = 0.25

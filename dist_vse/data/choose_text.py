@@ -26,14 +26,19 @@ class TextChoice:
     sentences_above: int = 0  # words
 
     def choose(
-        self, meta: Meta, turn: int, generator: Callable[[], np.random.Generator]
+        self,
+        meta: Meta,
+        turn: int,
+        generator: Callable[[], np.random.Generator],
+        which: int | None = None,
     ) -> tuple[str, str]:
         """Return a caption, and the part of it to train on; `generator` is called to draw.
 
-        Without weights the captions come in turn, and samples start with different ones.
+        Without weights the captions come in turn, and samples start with different ones; `which`
+        is the caption's number, where each is a sample of its own.
         Raises BadSampleError if no caption has a weight.
         """
-        weights = self._weights(meta)
+        weights = self._weights(meta) if which is None else []
         above = self.sentences_above
         maybe_long = above and any(len(caption) > 2 * above for caption in meta.captions)
         draws: list[float] = generator().random(2).tolist() if weights or maybe_long else []
@@ -41,7 +46,7 @@ class TextChoice:
             ends = np.cumsum(weights)
             choice = int(np.searchsorted(ends, draws[0] * ends[-1], side="right"))
         else:
-            choice = (turn + image_id(meta.key)) % len(meta.captions)
+            choice = (turn + image_id(meta.key) if which is None else which) % len(meta.captions)
         caption = meta.captions[choice]
         if maybe_long and len(caption.split()) > above:
             return caption, begun_at_a_sentence(caption, draws[1])

@@ -37,6 +37,7 @@ class Transform:
     scaled: bool = False
     """Decode JPEG no larger than the crop needs, for speed; else in full and by `resampling`."""
     squash: bool = False
+    crop_share: float = 1.0  # of the middle square's side, where the crop isn't random
     """Without a random crop: the whole image becomes the square."""
     resampling: str = "bicubic"
 
@@ -92,7 +93,7 @@ def _transform(
     elif transform.squash:
         box = 0.0, 0.0, float(size[0]), float(size[1])
     else:
-        box = center_box(*size)
+        box = center_box(*size, transform.crop_share)
     if image or not _decode_scaled(data, size, box, out):
         _decode_any(data, image or open_image(data), transform, box, out)
     if flip:
@@ -117,9 +118,9 @@ def _decode_any(
         out[:] = _upright(out.copy(), stored)
 
 
-def center_box(width: int, height: int) -> Box:
-    """Return the largest square in the middle of an image."""
-    side = min(width, height)
+def center_box(width: int, height: int, share: float = 1.0) -> Box:
+    """Return the square in the middle of an image: the largest one, or a share of its side."""
+    side = min(width, height) * share
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 

@@ -59,7 +59,11 @@ def eval_batches(
     """
     start, stop = eval_share(index.split(split).num_samples, batch_size, placement)
     transform = Transform(
-        image.size, scaled=scaled, squash=image.squash, resampling=image.resampling
+        image.size,
+        scaled=scaled,
+        squash=image.squash,
+        crop_share=image.crop_share,
+        resampling=image.resampling,
     )
     share = _Share(index, split, start, stop, batch_size, transform, tokenizer)
     return run_workers(share, num_workers=num_workers, prefetch=BATCHES_AHEAD)

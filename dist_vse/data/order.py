@@ -18,18 +18,26 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+WHOLE_BLOCK = 1024  # items of a block where a turn is shuffled as a whole
+
 
 @dataclass(frozen=True)
 class Source:
     """A data set's part in the mixture."""
 
     shard_sizes: tuple[int, ...]  # samples in each shard
-    per_epoch: int  # samples that an epoch takes; all of them where the weight is 1
+    per_epoch: int  # items that an epoch takes; all of them where the weight is 1
+    captions: int = 1  # items of a sample: each is a caption of its own with the sample's image
 
     @property
     def num_samples(self) -> int:
         """Samples in all shards."""
         return sum(self.shard_sizes)
+
+    @property
+    def num_items(self) -> int:
+        """Items in all shards."""
+        return self.num_samples * self.captions
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,12 @@ class Order:
     sources: tuple[Source, ...]
     seed: int
     streams: int
-    shuffle_window: int
+    shuffle_window: int  # 0 shuffles each turn as a whole, evenly
+
+    @property
+    def block_size(self) -> int:
+        """Items that a stream orders at a time."""
+        return self.shuffle_window or WHOLE_BLOCK
 
     def epoch(self, epoch: int) -> "EpochOrder":
         """Return the order of one epoch."""
@@ -58,6 +71,7 @@ class Place(NamedTuple):
     turn: int  # how often the data set was read before
     shard: int
     row: int
+    caption: int = 0  # where a sample's captions are items of their own
 
 
 class _Ring(NamedTuple):
@@ -66,6 +80,7 @@ class _Ring(NamedTuple):
     shards: list[int]
     starts: list[int]  # where each of these begins
     offset: int  # where the turn begins
+    order: NDArray[np.intp] | None = None  # of all items, where they are shuffled as a whole
 
 
 class _Block(NamedTuple):
@@ -100,7 +115,7 @@ class EpochOrder:
 
     def stream_sample(self, stream: int, position: int) -> Place:
         """Return the sample at a position of the stream, 0 <= position < its length."""
-        number, place = divmod(position, self._order.shuffle_window)
+        number, place = divmod(position, self._order.block_size)
         if stream not in self._blocks or self._blocks[stream].number != number:
             self._blocks[stream] = self._block(stream, number)
         block = self._blocks[stream]
@@ -111,7 +126,7 @@ class EpochOrder:
 
     def block_shards(self, stream: int, number: int) -> list[tuple[int, int]]:
         """Return the (source, shard)s that a block of the stream reads; none beyond its end."""
-        if number * self._order.shuffle_window >= self.stream_length(stream):
+        if number * self._order.block_size >= self.stream_length(stream):
             return []
         block = self._block(stream, number)
         counts = np.diff(block.counts, prepend=0).tolist()  # of each source
@@ -121,17 +136,21 @@ class EpochOrder:
             while at < stop:
                 place = self._place(source, at)
                 found.append((source, place.shard))
+                if self._order.shuffle_window == 0:  # the next item may lie in any shard
+                    at += 1
+                    continue
                 of_source = self._order.sources[source]
-                end_of_turn = (place.turn + 1) * of_source.num_samples  # may be within the shard
-                at = min(at + of_source.shard_sizes[place.shard] - place.row, end_of_turn)
-        return found
+                end_of_turn = (place.turn + 1) * of_source.num_items  # may be within the shard
+                items = of_source.shard_sizes[place.shard] * of_source.captions
+                at = min(at + items - place.row * of_source.captions - place.caption, end_of_turn)
+        return list(dict.fromkeys(found)) if self._order.shuffle_window == 0 else found
 
     def _counts(self, stream: int) -> list[int]:
         """Return how many samples the stream reads of each source."""
         return [int(cuts[stream + 1] - cuts[stream]) for cuts in self._cuts]
 
     def _block(self, stream: int, number: int) -> _Block:
-        window, counts = self._order.shuffle_window, self._counts(stream)
+        window, counts = self._order.block_size, self._counts(stream)
         start = number * window
         size = min(window, sum(counts) - start)
         before, after = shares(counts, start), shares(counts, start + size)
@@ -142,21 +161,28 @@ class EpochOrder:
 
     def _place(self, source: int, at: int) -> Place:
         """Find the sample at an index of the source's endless sequence."""
-        turn, place = divmod(at, self._order.sources[source].num_samples)
+        items = self._order.sources[source].num_items
+        turn, place = divmod(at, items)
         if (source, turn) not in self._rings:
             self._rings[source, turn] = self._ring(source, turn)
         ring = self._rings[source, turn]
-        on_ring = (ring.offset + place) % self._order.sources[source].num_samples
+        on_ring = (ring.offset + place) % items if ring.order is None else int(ring.order[place])
         slot = bisect_right(ring.starts, on_ring) - 1
-        return Place(source, turn, ring.shards[slot], on_ring - ring.starts[slot])
+        item = on_ring - ring.starts[slot]
+        row, caption = divmod(item, self._order.sources[source].captions)
+        return Place(source, turn, ring.shards[slot], row, caption)
 
     def _ring(self, source: int, turn: int) -> _Ring:
         sizes = np.array(self._order.sources[source].shard_sizes, np.int64)
+        sizes *= self._order.sources[source].captions
         shards = _permutation((self._seed, turn, 0, source), len(sizes))
         starts = np.cumsum(sizes[shards]) - sizes[shards]
         # Starts anywhere, so that the streams cut even a single shard at new positions.
         offset = int(_raw((self._seed, turn, 1, source), 1)[0]) % int(sizes.sum())
-        return _Ring(shards.tolist(), starts.tolist(), offset)
+        order = None
+        if self._order.shuffle_window == 0:
+            order = _permutation((self._seed, turn, 3, source), int(sizes.sum()))
+        return _Ring(shards.tolist(), starts.tolist(), offset, order)
 
 
 def shares(counts: Sequence[int], position: int) -> list[int]:

@@ -39,6 +39,8 @@ class TrainSet:
     split: str
     weight: float = 1.0
     """How often an epoch holds each sample; 0.5 means every other epoch."""
+    captions: int = 0
+    """Captions of an image that are items of their own; 0 gives each image one a turn."""
 
     @property
     def num_samples(self) -> int:
@@ -47,8 +49,8 @@ class TrainSet:
 
     @property
     def per_epoch(self) -> int:
-        """Samples that an epoch takes from it."""
-        return max(1, round(self.weight * self.num_samples))
+        """Samples that an epoch takes from it: images, or their captions."""
+        return max(1, round(self.weight * self.num_samples * (self.captions or 1)))
 
     def __str__(self) -> str:
         return f"{self.index.root}, split {self.split!r}"
@@ -60,7 +62,12 @@ def open_train_sets(data: DataConfig) -> list[TrainSet]:
     Raises UserError for a missing one, or one without the split.
     """
     sets = [
-        TrainSet(read_index(s.index, allow_pipe=data.allow_pipe), s.split, s.weight)
+        TrainSet(
+            read_index(s.index, allow_pipe=data.allow_pipe),
+            s.split,
+            s.weight,
+            data.captions_per_image,
+        )
         for s in data.train_sets()
     ]
     for a_set in sets:
@@ -164,8 +171,10 @@ class RankStreams:
         """Open nothing yet; shuffling reads from all the shards of a stream's block at once."""
         readers = []
         for a_set, source in zip(self.sets, self.order.sources, strict=True):
-            in_block = self.order.shuffle_window * source.per_epoch // self.order.per_epoch
-            shards_per_block = 2 + in_block * len(source.shard_sizes) // source.num_samples
+            in_block = self.order.block_size * source.per_epoch // self.order.per_epoch
+            shards_per_block = 2 + in_block * len(source.shard_sizes) // source.num_items
+            if self.order.shuffle_window == 0:
+                shards_per_block = len(source.shard_sizes)
             limit = max(2, MAX_OPEN_SHARDS // len(self.sets))
             max_open = min(limit, streams * shards_per_block)
             readers.append(ShardReader(a_set.index, a_set.split, max_open=max_open))
@@ -227,15 +236,18 @@ class _Stream:
     def _read(self) -> _Sample | _Bad:
         """Read the next sample: its captions and the bytes of its image file."""
         epoch, place = self._advance()
-        reader, (source, turn, shard, row) = self._readers[place.source], place
+        reader, (source, turn, shard, row, item) = self._readers[place.source], place
+        items = self._plan.sets[source].captions
         try:
             meta = reader.meta(shard, row)
         except BadSampleError as error:
             return _Bad(str(error), epoch, place)
-        origin = turn, self._first[source] + reader.number(shard, row)
+        # What is drawn for an image depends on the origin: it must differ between its captions.
+        origin = turn * max(1, items) + item, self._first[source] + reader.number(shard, row)
         try:
             draws = partial(self._draws.of, *origin, b"text")
-            caption, text = self._plan.texts.choose(meta, turn, draws)
+            which = item if items else None
+            caption, text = self._plan.texts.choose(meta, turn, draws, which)
         except BadSampleError as error:
             return _Bad(str(error), epoch, place)
         image = reader.image(shard, row) if self._plan.read_images else b""
@@ -257,7 +269,7 @@ class _Stream:
 
         Raises UserError if a whole stream has only bad ones.
         """
-        (_, _, shard, row), reader = bad.place, self._readers[bad.place.source]
+        (_, _, shard, row, _), reader = bad.place, self._readers[bad.place.source]
         name = reader.shard_name(shard)
         self._skipped.append(Skipped(reader.key(shard, row), name, bad.reason, bad.epoch))
         self._bad_in_a_row += 1
@@ -274,7 +286,7 @@ class _Stream:
             self._epoch, self._position = self._epoch + 1, 0
         place = self._epochs(self._epoch).stream_sample(self._stream, self._position)
         if self._prefetcher.active:
-            block = self._position // self._plan.order.shuffle_window
+            block = self._position // self._plan.order.block_size
             self._prefetcher.enter(self._stream, self._epochs, self._epoch, block)
         self._position += 1
         return self._epoch, place

@@ -79,13 +79,14 @@ def _transform(data: DataConfig, image: ImageConfig) -> Transform:
         color_jitter=data.color_jitter,
         scaled=True,
         squash=image.squash,
+        crop_share=image.crop_share,
         resampling=image.resampling,
     )
 
 
 def _source(a_set: TrainSet) -> Source:
     sizes = tuple(shard.num_samples for shard in a_set.index.split(a_set.split).shards)
-    return Source(sizes, a_set.per_epoch)
+    return Source(sizes, a_set.per_epoch, max(1, a_set.captions))
 
 
 def _batches(plan: RankStreams, rows: int, num_workers: int, prefetch: int) -> Iterator[Batch]:

@@ -42,9 +42,12 @@ def pair_masks(
 ) -> tuple[Tensor, Tensor]:
     """Return which pairs (N, N) are positives and which are negatives.
 
-    Duplicates are pairs i != j of equal image or caption id: `mask` makes them neither.
+    Duplicates are pairs i != j of equal image or caption id: `mask` makes them neither, and `keep`
+    leaves them negatives.
     """
     own = torch.eye(count, dtype=torch.bool, device=on)
+    if duplicates == "keep":
+        return own, ~own
     same = own.clone()
     for ids in (image_ids, text_ids):
         if ids is not None:

@@ -189,7 +189,7 @@ class GlobalLoss:
         )
 
     def _duplicates(self, layout: Layout, rows: Tensor) -> DuplicatePairs | None:
-        if not self._ids:
+        if not self._ids or self.options.duplicates == "keep":
             return None
         return DuplicatePairs(layout.gather(torch.stack(self._ids, 1)), layout, rows.device)
 

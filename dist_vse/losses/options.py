@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-DUPLICATES = ("mask", "positive")
+DUPLICATES = ("mask", "positive", "keep")
 TRANSPORTS = ("gather", "ring")
 KERNELS = ("auto", "fused", "tiled")
 
@@ -16,7 +16,7 @@ class LossOptions:
     hard_negative_weight: float = 1.0
     """From 0 (the mean of all violations) to 1 (the hardest negative alone): convse++, vse++."""
     duplicates: str = "mask"
-    """Pairs of equal image or caption id: `mask` (no negatives) or `positive`."""
+    """Pairs of equal image or caption id: `mask` (no negatives), `positive`, or `keep`."""
     transport: str = "gather"
     """`gather` the captions' features once, or pass them round a `ring`."""
     bf16_products: bool = False

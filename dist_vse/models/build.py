@@ -4,7 +4,8 @@ import os
 import shutil
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import ImageConfig, LossConfig, ModelConfig, TextConfig
@@ -59,7 +60,8 @@ def _build_tower(
 ) -> Tower:
     """Join trunk and head, and freeze what the config says."""
     if config.unlocked == 0:
-        return Tower(trunk, head, frozen=config.frozen)
+        drifting = isinstance(config, ImageConfig) and config.drifting_statistics
+        return Tower(trunk, head, frozen=config.frozen, drifting_statistics=drifting)
     layers = layer_numbers(trunk)
     locked = max(layers.values()) + 1 - config.unlocked
     if locked <= 0:
@@ -83,10 +85,19 @@ def _build_parts(config: ModelConfig, vocabulary: Vocabulary) -> Parts:
         grad_checkpointing=config.grad_checkpointing and not config.text.all_frozen,
     )
     image_head, text_head = (
-        build_head(trunk.dim, config.embed_dim, config.head_hidden, config.head_dropout)
-        for trunk in (image_trunk, text_trunk)
+        build_head(
+            dim,
+            config.embed_dim,
+            config.head_hidden,
+            config.head_dropout,
+            hidden_bias=config.head_bias,
+        )
+        for dim in (config.image.projection or image_trunk.dim, text_trunk.dim)
     )
-    return Parts(image_trunk, text_trunk, image_head, text_head)
+    before = build_projection(
+        image_trunk.dim, config.image.projection, normalize=config.image.normalize
+    )
+    return Parts(image_trunk, text_trunk, nn.Sequential(*before, *image_head), text_head)
 
 
 def _check_compiler() -> None:
@@ -98,16 +109,40 @@ def _check_compiler() -> None:
         )
 
 
-def build_head(dim: int, embed_dim: int, hidden: int, dropout: float) -> nn.Sequential:
+class Normalize(nn.Module):
+    """Divides each row by its L2 norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (b, d) of unit length, of x (b, d)."""
+        return functional.normalize(x, dim=-1)
+
+
+def build_projection(dim: int, size: int, *, normalize: bool) -> list[nn.Module]:
+    """Return what stands between a trunk of `dim` and its head: nothing where size is 0.
+
+    VSE++ (https://arxiv.org/abs/1707.05612) normalises the trunk's output and maps it linearly;
+    ConVSE puts its MLP behind that.
+    """
+    layers: list[nn.Module] = [Normalize()] if normalize else []
+    return [*layers, _xavier(nn.Linear(dim, size))] if size else layers
+
+
+def build_head(
+    dim: int, embed_dim: int, hidden: int, dropout: float, *, hidden_bias: bool = True
+) -> nn.Sequential:
     """Build the head (b, dim) -> (b, embed_dim): linear, or with one hidden layer if hidden > 0.
 
     The hidden layer is that of ConVSE (https://arxiv.org/abs/2110.08872); Xavier's uniform
     weights and zero biases are those of VSE++ (https://arxiv.org/abs/1707.05612).
     """
-    layers: list[nn.Module] = [nn.Linear(dim, hidden), nn.ReLU()] if hidden else []
-    layers += [nn.Dropout(dropout), nn.Linear(hidden or dim, embed_dim)]
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    layers: list[nn.Module] = []
+    if hidden:
+        layers = [_xavier(nn.Linear(dim, hidden, bias=hidden_bias)), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Dropout(dropout), _xavier(nn.Linear(hidden or dim, embed_dim)))
+
+
+def _xavier(layer: nn.Linear) -> nn.Linear:
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

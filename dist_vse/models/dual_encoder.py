@@ -23,15 +23,24 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 class Tower(nn.Module):
     """One modality: a trunk, and the head that maps its output onto the unit sphere."""
 
-    def __init__(self, trunk: nn.Module, head: nn.Module, *, frozen: bool) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: nn.Module,
+        *,
+        frozen: bool,
+        drifting_statistics: bool = False,
+    ) -> None:
         """Join trunk and head; a frozen trunk gets no gradient and stays in eval mode.
 
         So do those modules of a trunk that learns of which all parameters are frozen already.
+        With `drifting_statistics` their mode changes with the tower's, as in the authors' code.
         """
         super().__init__()
         self.trunk = trunk.requires_grad_(False).eval() if frozen else trunk
         self.head = head
         self.frozen = frozen
+        self.drifting_statistics = drifting_statistics
         self._keep_frozen()
 
     def train(self, mode: bool = True) -> "Tower":
@@ -42,6 +51,8 @@ class Tower(nn.Module):
 
     def _keep_frozen(self) -> None:
         """Put a frozen trunk into eval mode, or the modules of it that are."""
+        if self.drifting_statistics:
+            return
         for module in self.trunk.modules():
             parameters = list(module.parameters())
             if self.frozen or (parameters and not any(p.requires_grad for p in parameters)):

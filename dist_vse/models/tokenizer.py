@@ -5,8 +5,6 @@ Shape letters: n captions, l tokens of the longest.
 
 import json
 import os
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,16 +16,13 @@ from torch import Tensor
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import TextConfig
+from dist_vse.models.words import WORD_RULES
 
 # Data workers are the parallelism; the library's own threads would fight them for the cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")  # ids 0 to 3; no word can look like these
 PAD, START, END, UNK = range(len(SPECIALS))
-
-# A run of letters and digits with inner apostrophes; else any single character but a space, so
-# that punctuation, combining marks and emoji are kept.
-_WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
 
 
 class Vocabulary(Protocol):
@@ -63,19 +58,15 @@ class Tokenizer(Protocol):
         """Return int64 (n, l), padded on the right with `pad_id` to the longest caption."""
 
 
-def split_words(caption: str) -> list[str]:
-    """Split a caption into case-folded words and single symbols."""
-    return _WORD.findall(unicodedata.normalize("NFKC", caption).casefold())
-
-
-def build_vocabulary(captions: Iterable[str], min_count: int) -> list[str]:
+def build_vocabulary(captions: Iterable[str], min_count: int, rule: str = "plain") -> list[str]:
     """Return the words seen at least `min_count` times, the most frequent first, ties by word.
 
+    `rule` is one of `WORD_RULES`.
     Raises UserError if no word is left.
     """
     counts: Counter[str] = Counter()
     for caption in captions:
-        counts.update(split_words(caption))
+        counts.update(WORD_RULES[rule](caption))
     words = sorted(
         (word for word, count in counts.items() if count >= min_count),
         key=lambda word: (-counts[word], word),
@@ -93,9 +84,10 @@ class WordTokenizer:
 
     pad_id = PAD
 
-    def __init__(self, vocabulary: Sequence[str], max_tokens: int) -> None:
+    def __init__(self, vocabulary: Sequence[str], max_tokens: int, rule: str = "plain") -> None:
         """Keep `vocabulary` in its order; `max_tokens` counts <start> and <end>.
 
+        `rule` is one of `WORD_RULES`.
         Raises UserError if a caption could hold no word.
         """
         if max_tokens < 3:
@@ -105,6 +97,7 @@ class WordTokenizer:
         self.vocabulary: list[str] | None = list(vocabulary)
         self.vocab_size = len(SPECIALS) + len(vocabulary)
         self.max_tokens = max_tokens
+        self.rule = rule
         self._ids = {word: i for i, word in enumerate(vocabulary, start=len(SPECIALS))}
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
@@ -113,9 +106,9 @@ class WordTokenizer:
         Raises UserError for a caption without a word.
         """
         check_captions(captions)
-        room = self.max_tokens - 2
+        room, split = self.max_tokens - 2, WORD_RULES[self.rule]
         rows = [
-            [START, *(self._ids.get(word, UNK) for word in split_words(caption)[:room]), END]
+            [START, *(self._ids.get(word, UNK) for word in split(caption)[:room]), END]
             for caption in captions
         ]
         longest = max(map(len, rows), default=0)
@@ -124,7 +117,11 @@ class WordTokenizer:
 
     def save(self, path: Path) -> None:
         """Write the words and the length limit as JSON."""
-        content = {"max_tokens": self.max_tokens, "vocabulary": self.vocabulary}
+        content = {
+            "max_tokens": self.max_tokens,
+            "rule": self.rule,
+            "vocabulary": self.vocabulary,
+        }
         path.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
     @classmethod
@@ -135,7 +132,10 @@ class WordTokenizer:
         """
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return cls(content["vocabulary"], content["max_tokens"])
+            rule = content.get("rule", "plain")
+            if rule not in WORD_RULES:
+                raise KeyError(rule)
+            return cls(content["vocabulary"], content["max_tokens"], rule)
         except FileNotFoundError:
             raise UserError(
                 f"{path}: no such vocabulary; give a file of WordTokenizer.save"
@@ -218,8 +218,11 @@ def build_tokenizer(
         assert config.weights is not None, "checked by TextConfig"
         return PretrainedTokenizer(config.weights, config.max_tokens)
     if vocabulary is None:
-        vocabulary = build_vocabulary(captions(), config.min_count)
-    return WordTokenizer(vocabulary, config.max_tokens)
+        if config.vocabulary is not None:
+            words = WordTokenizer.load(Path(config.vocabulary)).vocabulary
+            return WordTokenizer(words or [], config.max_tokens, config.words)
+        vocabulary = build_vocabulary(captions(), config.min_count, config.words)
+    return WordTokenizer(vocabulary, config.max_tokens, config.words)
 
 
 def check_captions(captions: Sequence[str]) -> None:

@@ -16,9 +16,9 @@ from dist_vse.runs import checkpoint
 from dist_vse.runs.files import CHECKPOINTS
 from dist_vse.runs.folder import find_earlier_start, find_run, open_run
 
-_MODEL_OF_RUN = ("pretrained", "embed_dim", "head_hidden")
-_IMAGE_OF_RUN = ("kind", "name", "squash", "resampling")
-_TEXT_OF_RUN = ("kind", "weights", "width", "depth", "word_dim", "min_count")
+_MODEL_OF_RUN = ("pretrained", "embed_dim", "head_hidden", "head_bias")
+_IMAGE_OF_RUN = ("kind", "name", "squash", "crop_share", "resampling", "normalize", "projection")
+_TEXT_OF_RUN = ("kind", "weights", "width", "depth", "word_dim", "min_count", "words")
 """Settings that `model.from_run` brings with its weights."""
 
 

@@ -16,11 +16,16 @@ def feature_key(config: TrainConfig, index: Index) -> Key:
     return {
         "model": f"{image.kind} {image.name}",
         "weights": sha256_of_file(Path(str(image.weights)))[:16],
-        "size": f"{image.size}{' squashed' * image.squash} {image.resampling}",
+        "size": f"{image.size}{' squashed' * image.squash} {image.resampling}{_crop(config)}",
         "data": f"{index.fingerprint()} {config.data.train_split}",
         "precision": f"{config.engine.precision} {here}",
         "timm": metadata.version("timm"),
     }
+
+
+def _crop(config: TrainConfig) -> str:
+    share = config.model.image.crop_share
+    return "" if share == 1 else f" {share} of the side"
 
 
 def open_run_features(config: TrainConfig, index: Index) -> Features | None:

@@ -131,3 +131,30 @@ def test_the_global_random_state_is_left_alone(index: Index) -> None:
     take(start(index), 1)
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(np.random.get_state()[1], legacy)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("window", [32, 0])
+def test_captions_are_samples_of_their_own(index: Index, window: int) -> None:
+    """Each of an image's captions comes once a turn, on any number of ranks in one order."""
+    options: dict[str, Any] = {
+        "sets": [TrainSet(index, "train", captions=3)],
+        "captions_per_image": 3,
+        "shuffle_window": window,
+    }
+    count = 3 * TOTAL // BATCH
+    steps = take(start(index, **options), count)
+    seen = Counter((*row,) for (batch,) in steps for row in batch.origin.tolist())
+    assert set(seen.values()) == {1}
+    assert {turn for turn, _ in seen} == {0, 1, 2}
+    texts = {
+        (int(i), int(t))
+        for (batch,) in steps
+        for i, t in zip(batch.image_ids, batch.text_ids, strict=True)
+    }
+    assert len(texts) > 2.5 * TOTAL  # a caption of its own for each item
+    two = take(start(index, world_size=2, **options), count)
+    assert [digest(ranks) for ranks in two] == [digest(ranks) for ranks in steps]
+    resumed = start(index, state=state(steps[4]), **options)
+    assert digest(take(resumed, 1)[0]) == digest(steps[5])
+    if window == 0:  # as in the authors' code, one image can stand in a batch twice
+        assert any(len(set(batch.image_ids.tolist())) < BATCH for (batch,) in steps)

@@ -26,7 +26,7 @@ torch.set_num_threads(1)
     tile=st.integers(1, 30),
     temperature=st.sampled_from([1.0, 0.1, 0.02, 0.005]),
     groups=st.integers(1, 30),
-    duplicates=st.sampled_from(["mask", "positive"]),
+    duplicates=st.sampled_from(["mask", "positive", "keep"]),
     weight=st.sampled_from([0.0, 0.3, 1.0]),
     kept=st.sampled_from([0.0, 4e-7, 1.0]),
     seed=st.integers(0, 10_000),

@@ -53,7 +53,7 @@ def _compare(
     for name, transport, duplicates, (temperature, weight, tile, kept) in itertools.product(
         names,
         ("gather", "ring"),
-        ("mask", "positive"),
+        ("mask", "positive", "keep"),
         ((0.1, 1.0, 3, 0.0), (0.005, 0.4, 4, 1.0), (0.1, 0.0, 64, 0.0)),
     ):
         case = Case(

@@ -213,7 +213,10 @@ def test_statistics_update_once_in_two_passes(image: str, checkpointing: bool) -
     assert dict(twice.named_buffers())["image.trunk.backbone.bn1.num_batches_tracked"] == 2
 
 
-@pytest.mark.parametrize("name", ["coco_paper", "flickr30k_paper"])
+@pytest.mark.parametrize(
+    "name",
+    ["coco_paper", "coco_paper_plus_plus", "flickr30k_paper", "flickr30k_paper_plus_plus"],
+)
 def test_paper_configs_build(name: str) -> None:
     config = load_config(ROOT / f"configs/{name}.yaml")
     for world_size in (1, 2, 4, 8):
@@ -223,6 +226,10 @@ def test_paper_configs_build(name: str) -> None:
     model = build(replace(config.model, image=image))
     learned = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
     assert learned["text.trunk.gru.weight_hh_l0"] == (3 * 1024, 1024)
-    assert learned["image.head.0.weight"] == (2048, 512)
+    assert learned["image.head.1.weight"] == (1024, 512)  # behind the normalisation
+    assert learned["image.head.2.weight"] == (2048, 1024)
+    assert "image.head.2.bias" not in learned and "text.head.0.bias" not in learned
+    assert learned["image.head.5.weight"] == (1024, 2048)
+    assert learned["text.head.0.weight"] == (2048, 1024)
     assert learned["text.head.3.weight"] == (1024, 2048)
     assert not any(n.startswith("image.trunk") for n in learned)

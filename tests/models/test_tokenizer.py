@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dist_vse.common.errors import UserError
-from dist_vse.config import TextConfig
+from dist_vse.config import TextConfig, encoders
 from dist_vse.models.tokenizer import (
     PretrainedTokenizer,
     WordTokenizer,
     build_tokenizer,
     build_vocabulary,
-    split_words,
 )
+from dist_vse.models.words import WORD_RULES, split_plain
 from tests.support.tiny_models import write_tiny_bert
 
 CAPTIONS = ["A red square.", "a blue square on a red one", "a circle"]
@@ -36,16 +36,16 @@ CAPTIONS = ["A red square.", "a blue square on a red one", "a circle"]
     ],
 )
 def test_split_words(caption: str, words: list[str]) -> None:
-    assert split_words(caption) == words
+    assert split_plain(caption) == words
 
 
 def test_composed_and_decomposed_accents_are_one_word() -> None:
-    assert split_words("cafe\u0301") == split_words("caf\u00e9")
+    assert split_plain("cafe\u0301") == split_plain("caf\u00e9")
 
 
 @given(st.text())
 def test_split_words_loses_nothing_but_space(caption: str) -> None:
-    assert bool(split_words(caption)) == bool(caption.strip())
+    assert bool(split_plain(caption)) == bool(caption.strip())
 
 
 def test_vocabulary_is_by_count_then_word() -> None:
@@ -140,3 +140,34 @@ def test_build_tokenizer_counts_captions_only_when_it_must(tmp_path: Path) -> No
     assert torch.equal(first(CAPTIONS), again(CAPTIONS))
     bert = TextConfig(kind="pretrained", weights=str(write_tiny_bert(tmp_path)), max_tokens=8)
     assert build_tokenizer(bert, unread, None)(["a red"]).tolist() == [[2, 4, 5, 3]]
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [  # as NLTK 3.9 splits them
+        ("A man's dog isn't here.", ["a", "man", "'s", "dog", "is", "n't", "here", "."]),
+        ('It\'s "big" (5:30)!', ["it", "'s", "``", "big", "''", "(", "5:30", ")", "!"]),
+        ("1,000 cats, 50% cats", ["1,000", "cats", ",", "50", "%", "cats"]),
+        ("The dogs' bowl -- cannot", ["the", "dogs", "'", "bowl", "--", "can", "not"]),
+        ("he said 'hello' there...", ["he", "said", "'", "hello", "'", "there", "..."]),
+        ("a t-shirt costs $5.50", ["a", "t-shirt", "costs", "$", "5.50"]),
+        ("A man. He runs; mr. smith", ["a", "man", ".", "he", "runs", ";", "mr.", "smith"]),
+    ],
+)  # fmt: skip
+def test_treebank_words(caption: str, words: list[str]) -> None:
+    assert WORD_RULES["treebank"](caption) == words
+
+
+def test_every_rule_of_the_config_exists_and_goes_through_the_file(tmp_path: Path) -> None:
+    assert tuple(WORD_RULES) == encoders.WORD_RULES
+    config = TextConfig(kind="gru", words="treebank")
+    tokenizer = build_tokenizer(config, lambda: ["a man's dog"], None)
+    assert tokenizer.vocabulary == ["'s", "a", "dog", "man"]
+    assert isinstance(tokenizer, WordTokenizer)
+    tokenizer.save(tmp_path / "v.json")
+    again = WordTokenizer.load(tmp_path / "v.json")
+    assert torch.equal(again(["dog's"]), tokenizer(["dog's"]))
+    named = TextConfig(kind="gru", words="treebank", vocabulary=str(tmp_path / "v.json"))
+    taken = build_tokenizer(named, lambda: ["another"], None)
+    assert taken.vocabulary == tokenizer.vocabulary
+    assert torch.equal(taken(["dog's"]), tokenizer(["dog's"]))

@@ -39,7 +39,10 @@ class Embedder:
         self.tokenizer, self.shape, self.device = tokenizer, shape, device
         self.dim = shape.embed_dim  # the size of the shared space
         self.square = Transform(
-            shape.image.size, squash=shape.image.squash, resampling=shape.image.resampling
+            shape.image.size,
+            squash=shape.image.squash,
+            crop_share=shape.image.crop_share,
+            resampling=shape.image.resampling,
         )
 
     @torch.inference_mode()
