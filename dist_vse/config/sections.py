@@ -89,7 +89,7 @@ class DataConfig:
         )
         check(
             not self.caption_weights or self.captions_per_image == 0,
-            f"data.captions_per_image ({self.captions_per_image}) takes each caption equally often: "
+            f"data.captions_per_image ({self.captions_per_image}) takes captions equally often: "
             "leave out data.caption_weights, or set it to 0",
         )
         one_of("data.crop", self.crop, ("random", "center"))

@@ -132,10 +132,11 @@ class WordTokenizer:
         """
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            words, max_tokens = content["vocabulary"], content["max_tokens"]
             rule = content.get("rule", "plain")
             if rule not in WORD_RULES:
                 raise KeyError(rule)
-            return cls(content["vocabulary"], content["max_tokens"], rule)
+            return cls(words, max_tokens, rule)
         except FileNotFoundError:
             raise UserError(
                 f"{path}: no such vocabulary; give a file of WordTokenizer.save"

@@ -1,0 +1,1 @@
+"""Taking over what the authors' code left: checkpoints, vocabularies, precomputed features."""
