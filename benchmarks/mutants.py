@@ -180,14 +180,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     survivors = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder) / "checkout"
-        ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache")
-        shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=_ignored)
         for mutant, source in zip(chosen, sources, strict=True):
             found = _is_found(mutant, source, copy)
             print(f"{mutant.name}: {'killed' if found else 'SURVIVES'}", flush=True)
             survivors += [] if found else [mutant.name]
     print(f"{len(chosen)} faults, {len(survivors)} survive: {' '.join(survivors)}".rstrip(": "))
     return 1 if survivors else 0
+
+
+def _ignored(folder: str, names: list[str]) -> list[str]:
+    """Return what of a folder is not copied: caches everywhere, data and `.venv` at the top."""
+    top = (".git", ".venv", "runs") if Path(folder) == ROOT else ()
+    return [name for name in names if name in top or name.endswith(("_cache", "__pycache__"))]
 
 
 def _is_found(mutant: Mutant, source: str, copy: Path) -> bool:

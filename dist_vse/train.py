@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,8 +49,23 @@ INTERRUPTED = 130
 def run(config: TrainConfig) -> int:
     """Train from the newest checkpoint (or from nothing) to `total_steps`; return the exit code.
 
-    Every rank of a process group calls this. Raises UserError alike on every rank.
+    Every rank of a process group calls this. Raises UserError alike on every rank, LostRankError
+    where another rank has died.
     """
+    try:
+        return _run(config)
+    except RuntimeError as error:
+        if not distributed.is_lost_rank(error):
+            raise
+        found = checkpoint.steps(Path(config.output_dir) / CHECKPOINTS)
+        step = int(found[-1].name.split("-")[1]) if found else 0
+        raise distributed.LostRankError(
+            f"another rank is gone or does not answer (its own log says why); start again: "
+            f"{config.output_dir} continues at step {step}"
+        ) from error
+
+
+def _run(config: TrainConfig) -> int:
     config.check_world_size(distributed.world_size())
     signals.listen()
     torch.manual_seed(config.seed + 1000 * distributed.rank())  # dropout differs between ranks
@@ -232,6 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:  # there is no group
         logger.error("error: %s", error)
         return 2
+    except distributed.LostRankError as error:
+        logger.error("error: %s", error)
+        return 1
 
 
 def _run_alike(config_path: str, overrides: Sequence[str]) -> int:

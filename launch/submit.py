@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_text
 from dist_vse.config import dump_config, load_config
 from dist_vse.launch.cluster import ClusterConfig, load_cluster
@@ -111,6 +112,8 @@ def plan_submission(
     check_tracker_names(config.trackers)
     scheduler.check_cluster(cluster)
     run_dir = Path(config.output_dir).absolute()
+    if "%" in str(run_dir):
+        raise UserError(f"output_dir={run_dir}: schedulers replace %; give a name without it")
     folder = run_dir / "submit"
     jobs = folder if jobs is None else jobs
     code = code_folder(jobs)

@@ -165,6 +165,8 @@ def parse_meta(data: bytes) -> Meta:
     try:
         content = json.loads(data)
         key, captions = content["key"], content["captions"]
+        if not isinstance(captions, list):  # a text would be taken letter by letter
+            raise TypeError(f"captions are a {type(captions).__name__}, not a list")
         kept = tuple(caption for caption in captions if caption.strip())
         if "languages" not in content and CAPTION_WEIGHTS not in content and kept:
             return Meta(str(key), kept)
@@ -173,7 +175,7 @@ def parse_meta(data: bytes) -> Meta:
         labels = compress(map(str, languages if isinstance(languages, list) else ()), chosen)
         given = caption_weights(content, len(captions))
         weights, names = tuple(compress(given, chosen)), tuple(labels)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadSampleError(f"broken metadata ({type(error).__name__}: {error})") from error
     if not kept:
         raise BadSampleError("no caption")

@@ -30,11 +30,13 @@ from dist_vse.distributed.group import (
     rank,
     world_size,
 )
+from dist_vse.distributed.lost_rank import LostRankError, is_lost_rank
 
 __all__ = [
     "AsyncAllGather",
     "AsyncReduce",
     "AsyncSendRecv",
+    "LostRankError",
     "all_gather_object",
     "all_gather_rows",
     "all_reduce_max",
@@ -49,6 +51,7 @@ __all__ = [
     "first_failure",
     "gather_ragged_rows",
     "gather_rows",
+    "is_lost_rank",
     "is_main_process",
     "main_process_only",
     "process_group",

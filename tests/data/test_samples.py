@@ -4,11 +4,12 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from dist_vse.data.decode import Transform, decode_image
+from dist_vse.data.decode import BadSampleError, Transform, decode_image
 from dist_vse.data.index import image_id
-from dist_vse.data.reader import ShardReader
+from dist_vse.data.reader import ShardReader, parse_meta
 from tests.support.datasets import Sample, draw, encode, write_dataset, write_shards
 from tests.support.streams import PLAIN, start, words
 
@@ -93,3 +94,9 @@ def test_a_crop_depends_on_nothing_but_seed_epoch_and_sample(tmp_path: Path) -> 
     reference = pixels(1, 100)
     assert len(reference) == 32
     assert pixels(4, 2) == reference
+
+
+@pytest.mark.parametrize("captions", ['"a red apple"', '{"a": "b"}', "5", "[5]", "[" * 100_000])
+def test_captions_that_are_no_list_of_texts_are_bad(captions: str) -> None:
+    with pytest.raises(BadSampleError, match="broken metadata"):
+        parse_meta(f'{{"key": "k", "captions": {captions}}}'.encode())

@@ -172,3 +172,8 @@ if __name__ == "__main__":
     for name, path in CLUSTERS.items():
         with tempfile.TemporaryDirectory() as folder:
             (GOLDEN / f"{name}.txt").write_text(_text(path, Path(folder)))
+
+
+def test_a_name_that_schedulers_would_change_is_refused() -> None:
+    with pytest.raises(UserError, match="schedulers replace %"):
+        plan_submission(ROOT / "configs/debug_cpu.yaml", ["output_dir=runs/%j"], None)

@@ -36,6 +36,9 @@ def broken(folders: Path, folder: Path, how: str) -> Path:
     elif how == "open_clip coca":
         content["model_cfg"]["multimodal_cfg"] = {}
         config.write_text(json.dumps(content))
+    elif how == "open_clip hub":
+        content["model_cfg"]["vision_cfg"]["timm_model_name"] = "hf-hub:somebody/model"
+        config.write_text(json.dumps(content))
     elif how == "open_clip other shape":
         content["model_cfg"]["vision_cfg"]["layers"] = 3
         config.write_text(json.dumps(content))
@@ -65,6 +68,7 @@ def broken(folders: Path, folder: Path, how: str) -> Path:
         ("open_clip no weights", r"the weights are missing; one of open_clip_model\.safetensors"),
         ("other model", "model_type 'bert' is no CLIP"),
         ("open_clip coca", "describes CoCa"),
+        ("open_clip hub", "is not here but on a hub"),
         ("open_clip other shape", r"does not load \(Error\(s\) in loading state_dict"),
         ("open_clip pickle", r"does not read as weights \(.*it must hold tensors only"),
         ("deeper", "its weights lack 16 tensors"),

@@ -156,6 +156,11 @@ def _config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{path}: is no config of OpenCLIP ({first_line(error)})") from error
     if lacking:
         raise UserError(f"{path}: lacks {', '.join(sorted(lacking))}")
+    name = model["vision_cfg"].get("timm_model_name") or ""
+    if ":" in name:  # hf-hub:… would be fetched
+        raise UserError(
+            f"{path}: timm_model_name {name!r} is not here but on a hub; name the architecture"
+        )
     if "multimodal_cfg" in model:
         raise UserError(f"{path}: describes CoCa; only models of two encoders are supported")
     return model, pixels
