@@ -19,6 +19,7 @@ from dist_vse.launch import cli as launch
 from dist_vse.shards import cli as shards
 from dist_vse.tools import configs
 from dist_vse.tools.bench import cli as bench
+from dist_vse.tools.convse import cli as convse
 from dist_vse.tools.export import cli as export
 from dist_vse.tools.plan import cli as plan
 from dist_vse.tools.search import cli as search
@@ -230,6 +231,11 @@ COMMANDS = {
         "measure retrieval on a split, compared with the untrained model and chance",
         _add_eval,
         _eval,
+    ),
+    "import": Command(
+        "take over a checkpoint or vocabulary of ConVSE's or VSE++'s code",
+        convse.add_arguments,
+        convse.run,
     ),
     "report": Command(
         "write the results of one run, or of several side by side, as an HTML page",
