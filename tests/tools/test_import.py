@@ -72,7 +72,9 @@ def _write(folder: Path, *, mlp: bool = True, **changes: Any) -> tuple[Path, Pat
     return folder / "model_best.pth.tar", folder / "v.pkl"
 
 
-@pytest.mark.parametrize("mlp", [True, False], ids=["convse", "vsepp"])
+@pytest.mark.parametrize(
+    "mlp", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["convse", "vsepp"]
+)
 def test_an_imported_run_has_their_features_and_is_evaluated(tmp_path: Path, mlp: bool) -> None:
     checkpoint, vocabulary = _write(tmp_path, mlp=mlp)
     write_dataset(tmp_path / "shards", {"train": 8, "test": 12})
