@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.result import Result
+from benchmarks.support.loss_on_gpu import run_on_gpu
 from benchmarks.support.lower_bound import bare_steps
 from benchmarks.support.memory import measure_memory
 from benchmarks.support.open_clip_loss import peer_loss
@@ -39,6 +40,8 @@ EXACT_ROWS = 512  # of a rank, for the error compared with float64
 def run(args: argparse.Namespace) -> Result:
     """Measure what `args` ask for."""
     _check(args)
+    if args.device == "cuda":
+        return run_on_gpu(args.rows, args.dim, args.repeats)
     report: dict[str, Any] = {
         "processes": args.processes,
         "threads_per_process": 1,

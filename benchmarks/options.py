@@ -14,6 +14,12 @@ def _add_loss(loss: argparse.ArgumentParser) -> None:
     )
     loss.add_argument("--processes", type=int, default=2, help="ranks on this machine (default: 2)")
     loss.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: one rank of eight on one GPU, without a network; wall and device time, memory",
+    )
+    loss.add_argument(
         "--rows",
         type=int,
         nargs="*",

@@ -37,6 +37,7 @@ from dist_vse.training.batches import build_train_batches
 from dist_vse.training.build_engine import launcher_conflicts
 from dist_vse.training.chunks import make_chunks
 from dist_vse.training.grad_cache import train_step
+from dist_vse.training.kernel_check import compile_meanwhile
 from dist_vse.training.profiler import profiled
 from dist_vse.training.schedule import learning_rate
 from dist_vse.training.setup import Run, set_up
@@ -81,7 +82,8 @@ def _run(config: TrainConfig) -> int:
     indexes = (run.index, *(a_set.index for a_set in run.train_sets))
     data = {str(index.root): index.fingerprint() for index in indexes}
     with run.exclusive_write():
-        record_environment(run.run_dir, progress.step, data)
+        loss = {"name": run.config.loss.name, "kernels": run.kernels, "reason": run.kernels_reason}
+        record_environment(run.run_dir, progress.step, data, loss)
     trace = run.run_dir / TRACE_NAME if config.profile else None
     watching = watchdog.watching(watchdog.limit_s())
     with watching, step_timer.listening(run.meter.clock), profiled(trace) as traced:
@@ -116,6 +118,8 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         per_epoch=sum(a_set.per_epoch for a_set in run.train_sets),
     )
     batches = build_train_batches(config, run.train_sets, run.tokenizer, progress)
+    if run.kernels == "fused":
+        batches = compile_meanwhile(batches, config)
     if progress.step == 0:
         _evaluate(run, progress, recorder)
     meter.reset()

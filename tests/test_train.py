@@ -15,6 +15,7 @@ from dist_vse import distributed, train
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
 from dist_vse.runs import checkpoint, lease
+from dist_vse.runs.environment import read_environment
 from tests.support.datasets import Sample, make_sample, write_dataset, write_shards
 from tests.support.distributed import run_distributed
 from tests.support.runs import CONFIG, read_lines, read_logged, read_losses, run, settings
@@ -69,6 +70,9 @@ def test_the_loss_curve_does_not_depend_on_the_world_size(
         curves.append(read_losses(run_dir))
         masked.append(read_logged(run_dir, "masked_pairs"))
     assert len(curves[0]) == 6
+    environment = read_environment(tmp_path / "w2") or {}
+    tiled = {"name": loss, "kernels": "tiled", "reason": "the device is cpu"}
+    assert environment["loss"] == tiled
     assert masked[0] == masked[1] == masked[2]
     for curve in curves[1:]:
         assert curve == pytest.approx(curves[0], abs=1e-4)
@@ -112,6 +116,21 @@ def test_a_chunk_size_found_by_trying_is_written_down_and_changes_nothing(
     assert run_distributed(_run, 2, later) == [0, 0]
     assert load_config(tmp_path / "auto" / "config.yaml").chunk_size == chunk_size
     assert len(read_losses(tmp_path / "auto")) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_run_in_fused_kernels_says_so_and_learns_the_same(shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: the fused kernels are NOT tried")
+    for kernels in ("fused", "tiled"):
+        more = (*SGD, f"loss.kernels={kernels}", "total_steps=2")
+        overrides = _overrides(shards, tmp_path / kernels, *more)
+        assert run_distributed(_run, 1, overrides, timeout=110) == [0]
+        environment = read_environment(tmp_path / kernels) or {}
+        assert environment["loss"]["kernels"] == kernels
+        assert environment["loss"]["reason"] == f"loss.kernels={kernels}"
+    losses = read_losses(tmp_path / "fused")
+    assert losses == pytest.approx(read_losses(tmp_path / "tiled"), abs=1e-5)
 
 
 @pytest.mark.slow

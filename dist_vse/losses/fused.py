@@ -27,6 +27,7 @@ from dist_vse.losses.transport import Block
 
 FORWARD_COLUMNS = 2**14  # of which partial results are in memory at a time
 GRADIENT_ROWS, GRADIENT_COLUMNS = 2**14, 2**13  # of which the gradient is
+MARKED_ROWS = 32  # of a program that marks duplicates
 
 
 class Epilogue(Protocol):
@@ -131,9 +132,9 @@ class Tiles:
         tiles = _cdiv(b, blocks.height) * _cdiv(c, blocks.width) if self._families else 0
         marks = torch.zeros(tiles, dtype=torch.uint8, device=self.rows.device)
         for order, first, last in self._families:
-            self.kernels.mark[(_cdiv(b, 32),)](
+            self.kernels.mark[(_cdiv(b, MARKED_ROWS),)](
                 order, first[rows], last[rows], marks, b, c, strip.columns.start,
-                height=blocks.height, width=blocks.width, size=32,
+                height=blocks.height, width=blocks.width, size=MARKED_ROWS,
             )  # fmt: skip
         return marks
 

@@ -38,11 +38,14 @@ def describe_environment() -> dict[str, dict[str, Any]]:
 
 
 @distributed.main_process_only
-def record_environment(run_dir: Path, step: int, data: dict[str, str]) -> None:
+def record_environment(
+    run_dir: Path, step: int, data: dict[str, str], loss: dict[str, str] | None = None
+) -> None:
     """Append a line for this attempt of the run; every rank may call it, rank 0 writes.
 
-    `data` holds the fingerprint of each data set by its place. Raises UserError if a run that goes
-    on after `step` began with other data or another vocabulary; the data may lie elsewhere now.
+    `data` holds the fingerprint of each data set by its place, `loss` what computes the loss, and
+    why. Raises UserError if a run that goes on after `step` began with other data or another
+    vocabulary; the data may lie elsewhere now.
     """
     former = read_environment(run_dir)
     vocabulary = run_dir / VOCABULARY_NAME
@@ -50,6 +53,8 @@ def record_environment(run_dir: Path, step: int, data: dict[str, str]) -> None:
     if step > 0 and former is not None:
         _check_same(run_dir, former, data, words)
     line = {"step": step, **describe_environment(), "data": data, "vocabulary": words}
+    if loss is not None:
+        line["loss"] = loss
     with (run_dir / ENVIRONMENT_NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -48,6 +48,9 @@ class Run:
     features: Features | None
     lease: Lease
     meter: Meter
+    kernels: str
+    """What computes the loss: `fused` or `tiled`."""
+    kernels_reason: str
 
     def check_lease(self) -> None:
         """Raise LostLease, alike on every rank, if a later attempt has taken the run over."""
@@ -104,7 +107,8 @@ def set_up(config: TrainConfig) -> Run:
         )
         chunking = choose_chunks(config, model)
         meter = _build_meter(config, model)
-    config = settle_kernels(config)
+    settled = settle_kernels(config)
+    config = settled.config
     chunking = agree(chunking)
     if config.chunk_size == AUTO:
         config = replace(config, chunk_size=chunking.chunk_size)
@@ -116,7 +120,18 @@ def set_up(config: TrainConfig) -> Run:
         lease = acquire(run_dir) if distributed.is_main_process() else None
     lease = distributed.broadcast_object(lease)
     return Run(
-        config, run_dir, index, train_sets, tokenizer, engine, graphs, features, lease, meter
+        config,
+        run_dir,
+        index,
+        train_sets,
+        tokenizer,
+        engine,
+        graphs,
+        features,
+        lease,
+        meter,
+        settled.kernels,
+        settled.reason,
     )
 
 

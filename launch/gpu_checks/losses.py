@@ -14,13 +14,17 @@ from dist_vse.losses.global_loss import global_loss
 from dist_vse.losses.kernel_choice import choose_kernels
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.registry import LOSSES, find_loss
-from dist_vse.tools.bench.rank_loss import BARE, RANKS, time_losses
-from dist_vse.tools.verify.peer import peer_losses
+from dist_vse.tools.bench.rank_loss import (
+    BARE,
+    OPEN_CLIP,
+    RANKS,
+    open_clip_loss,
+    time_losses,
+)
 
 SIZES = ((4096, 512), (16384, 512))  # rows a rank and embedding, on a GPU
 SMALL = ((12, 16),)
 MAIN = "convse, fused"  # what the words are about
-OPEN_CLIP = "OpenCLIP, autocast"
 
 TEMPERATURES = (0.07, 0.005)
 COUNTS = {True: (1, 300, 700), False: (40,)}  # pairs: an edge, and several tiles
@@ -37,7 +41,11 @@ def check_loss(task: Task) -> Finding:
     for rows, width in SIZES if task.on_gpu else SMALL:
         name = f"b={rows} N={rows * RANKS} d={width}"
         tables[name] = time_losses(
-            rows, width, device, peers=lambda: peers(device), repeats=3 if task.on_gpu else 1
+            rows,
+            width,
+            device,
+            peers=lambda: open_clip_loss(device),
+            repeats=3 if task.on_gpu else 1,
         )
     # On a CPU the kernels run in the interpreter, and only that all run is looked at.
     failed = sorted(
@@ -50,19 +58,6 @@ def check_loss(task: Task) -> Finding:
         return Finding(False, "; ".join(failed), {"losses": tables})
     parts = [_in_words(name, table) for name, table in tables.items()]
     return Finding(True, "; ".join(parts), {"losses": tables})
-
-
-def peers(device: torch.device) -> dict[str, Any]:
-    """Return OpenCLIP's loss with the flags that are exact, under its autocast, if installed."""
-    exact = peer_losses().get("local_loss=True, gather_with_grad=True")
-    if exact is None:
-        return {}
-
-    def loss(images: Tensor, texts: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return exact(images, texts, images.new_full((1,), 1 / 0.07).log())
-
-    return {OPEN_CLIP: loss}
 
 
 def _in_words(name: str, table: dict[str, Any]) -> str:

@@ -89,7 +89,7 @@ def build_rig(config: TrainConfig) -> Rig:
     """Build the config's engine with its own chunks (found by trying where auto)."""
     model = build(config)
     chunking = agree(choose_chunks(config, model))
-    config = settle_kernels(replace(config, chunk_size=chunking.chunk_size))
+    config = settle_kernels(replace(config, chunk_size=chunking.chunk_size)).config
     batch = made_up_batch(config, config.global_batch_size // distributed.world_size())
     return Rig(config, build_engine(config, model), batch, chunking.keep_graphs)
 

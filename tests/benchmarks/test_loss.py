@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.__main__ import main
+from benchmarks.support import loss_on_gpu
+from dist_vse.tools.bench import rank_loss
 from dist_vse.tools.verify.peer import peer_version
 
 
@@ -63,3 +66,33 @@ def test_options_that_make_no_sense_are_one_line(
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["loss", "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --device cuda needs a GPU") and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_gpus_table_is_made_of_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = {"convse, tiled": rank_loss._ours("convse", "tiled")}
+    monkeypatch.setattr(rank_loss, "our_losses", lambda: fast)
+    result = loss_on_gpu.measure([24], 16, 1, torch.device("cpu"))
+    (found,) = result.figures["losses"]
+    assert found["global_batch"] == 24 * 8
+    rows = {row[0]: row for row in result.tables[0].rows}
+    assert {"convse, tiled", rank_loss.BARE} <= set(rows)
+    if peer_version() is not None:
+        assert rows["OpenCLIP, autocast"][5] == "1.00"
+    assert all("error" not in one for one in found.values() if isinstance(one, dict)), found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_benchmark_on_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "loss.json"
+    assert main(["loss", "--device", "cuda", "--rows", "1024", "--out", str(out)]) == 0
+    (found,) = json.loads(out.read_text())["figures"]["losses"]
+    assert found["convse, fused"]["kernels"] > 0

@@ -25,7 +25,7 @@ except ImportError as error:
     print(f"this Triton ({triton.__version__}) compiles nothing ahead: {error}", file=sys.stderr)
     sys.exit(3)
 
-from dist_vse.losses import fused_kernels, kernel_choice
+from dist_vse.losses import fused, fused_kernels, kernel_choice
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What is compiled: a kernel, the loss whose it is (where it has several) and what duplicates are.
@@ -37,11 +37,14 @@ VARIANTS = {
     "weights_hinges": ("weights", "HINGES", "MASK"),
     "pair_sums_sigmoid": ("pair_sums", "SIGMOID", "POSITIVE"),
     "pair_sums_hinges": ("pair_sums", "HINGES", "MASK"),
+    "mark": ("mark", None, None),
 }
 INTEGERS = ("rows", "columns", "total", "d", "offset", "start")
-OTHER_TYPES = {"codes": "*i32", "marks": "*u8", "tolerance": "fp32"} | {
-    name: "*i32" for name in ("row_index", "column_index")
-}
+OTHER_TYPES = (
+    {"codes": "*i32", "marks": "*u8", "tolerance": "fp32"}
+    | {name: "*i32" for name in ("row_index", "column_index")}
+    | {name: "*i64" for name in ("order", "first", "last")}
+)
 
 
 def cuobjdump() -> Path | None:
@@ -53,16 +56,20 @@ def cuobjdump() -> Path | None:
 def compile_ahead(variant: str, dtype: str, capability: int, **blocks: int) -> dict[str, Any]:
     """Return what a compiled kernel takes; `blocks` are in place of the table's."""
     name, loss, duplicates = VARIANTS[variant]
-    shape = kernel_choice.blocks_of(name, DTYPES[dtype], divmod(capability, 10))._replace(**blocks)
+    tiled = "weights" if name == "mark" else name  # it marks the tiles of every kernel alike
+    shape = kernel_choice.blocks_of(tiled, DTYPES[dtype], divmod(capability, 10))._replace(**blocks)
     kernel = getattr(fused_kernels, name)
-    constants: dict[str, Any] = {
-        "duplicates": getattr(fused_kernels, duplicates).value,
-        "kinds": 0 if duplicates == "NONE" else 2,
-        "precision": "tf32x3" if dtype == "fp32" else "tf32",
-        "height": shape.height,
-        "width": shape.width,
-        "depth": shape.depth,
-    }
+    constants: dict[str, Any] = {"height": shape.height, "width": shape.width}
+    if duplicates is None:
+        shape = shape._replace(warps=4, stages=3)  # Triton's own, for it is started without any
+        constants["size"] = fused.MARKED_ROWS
+    else:
+        constants |= {
+            "duplicates": getattr(fused_kernels, duplicates).value,
+            "kinds": 0 if duplicates == "NONE" else 2,
+            "precision": "tf32x3" if dtype == "fp32" else "tf32",
+            "depth": shape.depth,
+        }
     if loss is not None:
         constants["loss"] = getattr(fused_kernels, loss).value
     signature = {x: _type(x, dtype, constants) for x in kernel.arg_names}

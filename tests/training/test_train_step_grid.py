@@ -22,6 +22,9 @@ from dist_vse.engine.plain import PlainEngine
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.losses.global_loss import GlobalLoss
+from dist_vse.losses.kernel_choice import choose_kernels
+from dist_vse.losses.options import LossOptions
+from dist_vse.losses.registry import find_loss
 from dist_vse.models.build import build_head
 from dist_vse.models.dual_encoder import DualEncoder, Tower
 from dist_vse.models.image import ImageTrunk
@@ -100,13 +103,19 @@ def _rank_chunks(model: DualEncoder, seed: int, num_chunks: int) -> list[Chunk]:
 
 
 def _error(
-    engine: Engine, loss_name: str, num_chunks: int, kept: int, clip_norm: float = 0.0
+    engine: Engine,
+    loss_name: str,
+    num_chunks: int,
+    kept: int,
+    clip_norm: float = 0.0,
+    kernels: str = "auto",
 ) -> float:
     """Train STEPS steps; return |difference| / |movement| of the parameters to one process."""
     before, expected = _reference(loss_name, clip_norm)
     for step in range(STEPS):
         chunks = _rank_chunks(engine.module, step, num_chunks)
-        train_step(engine, GlobalLoss(loss_name), chunks, keep_graphs=kept)
+        loss = GlobalLoss(loss_name, LossOptions(kernels=kernels))
+        train_step(engine, loss, chunks, keep_graphs=kept)
     if isinstance(engine, ZeroEngine):
         with engine.gathered_parameters():
             found = _parameters(engine.module)
@@ -150,6 +159,23 @@ def _errors_beside_the_grid() -> dict[tuple[Any, ...], float]:
     return errors
 
 
+def _errors_of_fused_kernels() -> dict[tuple[Any, ...], float]:
+    """Run the losses in the fused kernels, and only in them."""
+    has_kernels = all(find_loss(name).fused is not None for name in LOSSES)
+    assert choose_kernels("fused", has_kernels, torch.float32, distributed.device())[0] == "fused"
+    return {
+        (stage, loss_name, num_chunks, kept): _error(
+            _engine(stage), loss_name, num_chunks, kept, kernels="fused"
+        )
+        for stage, loss_name, num_chunks, kept in (
+            (None, "convse", 4, 2),
+            (1, "convse++", 4, 0),
+            (2, "convse", 1, 1),
+            (3, "convse", 2, 1),
+        )
+    }
+
+
 def test_some_cases_equal_one_process_with_the_whole_batch() -> None:
     cases = [("convse", 4, 1), ("convse++", 1, 1)]
     for errors in run_distributed(_errors_of_the_grid, 2, (None, 1, 3), cases):
@@ -174,3 +200,12 @@ def test_so_do_clipping_and_a_reduction_at_every_chunk() -> None:
     for errors in run_distributed(_errors_beside_the_grid, 2, timeout=180):
         assert not {case: error for case, error in errors.items() if not error < 1e-5}
         assert len(errors) == 5 + 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_so_do_fused_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: the fused kernels are NOT tried")
+    for errors in run_distributed(_errors_of_fused_kernels, 2, timeout=180):
+        assert not {case: error for case, error in errors.items() if not error < 1e-5}
+        assert len(errors) == 4

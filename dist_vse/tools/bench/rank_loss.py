@@ -17,10 +17,12 @@ from dist_vse.distributed.pretend import pretended_group
 from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.losses.options import LossOptions
 from dist_vse.tools.bench.device_time import time_on_device
+from dist_vse.tools.verify.peer import peer_losses
 
 RANKS = 8
 TEMPERATURE = 0.07
 BARE = "one bare product"
+OPEN_CLIP = "OpenCLIP, autocast"
 STRIP = 8192  # columns of the bare product that are in memory at a time
 
 LossStep = Callable[[Tensor, Tensor], Tensor]
@@ -57,6 +59,19 @@ def time_losses(
         images, captions = (x.detach().bfloat16() for x in features)
         found[BARE] = _timed(lambda: _bare_product(images, captions), device, repeats)
     return found
+
+
+def open_clip_loss(device: torch.device) -> dict[str, LossStep]:
+    """Return OpenCLIP's with the flags that are exact, under its autocast; nothing if missing."""
+    exact = peer_losses().get("local_loss=True, gather_with_grad=True")
+    if exact is None:
+        return {}
+
+    def loss(images: Tensor, texts: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return exact(images, texts, images.new_full((1,), -math.log(TEMPERATURE)))
+
+    return {OPEN_CLIP: loss}
 
 
 def _ours(name: str, kernels: str) -> LossStep:
