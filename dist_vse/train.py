@@ -71,6 +71,7 @@ def _run(config: TrainConfig) -> int:
     signals.listen()
     torch.manual_seed(config.seed + 1000 * distributed.rank())  # dropout differs between ranks
     run = set_up(config)
+    config = run.config  # with all that was left to be found
     progress = checkpoint.load_latest(run.run_dir / CHECKPOINTS, run.engine)
     if progress is None:
         progress = Progress(0, 0, [])
@@ -130,11 +131,14 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         with distributed.raise_on_all_ranks():
             batch = next(batches)
         step_timer.begin("encode")
-        total = config.total_steps * config.global_batch_size
-        rate = learning_rate(progress.samples_seen, config.optim, total_samples=total)
+        rate = learning_rate(progress.samples_seen, config.optim, total_samples=config.horizon)
         engine.set_learning_rate(rate)
         loss = build_loss(config, batch, progress.samples_seen)
         chunks = make_chunks(engine.module, batch, config, run.features)
+        last = progress.step + 1 == config.total_steps
+        log = last or (progress.step + 1) % config.log_every == 0
+        if log:
+            engine.norms.start()
         output = train_step(engine, loss, chunks, keep_graphs=run.keep_graphs)
 
         progress = _advance(progress, batch, config.global_batch_size)
@@ -143,16 +147,20 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         meter.add(config.global_batch_size)
         traced()
         bar.update()
-        last = progress.step == config.total_steps
         flags = distributed.any_rank_each((signals.asked(), saver.writing, saver.overdue))
         stopped, writing, overdue = flags
         saver.settle(writing=writing)
         save = last or stopped or overdue or config.saves_after(progress.step)
-        log = last or progress.step % config.log_every == 0
         if save or log:
             _flush(run, skipped_log)
         if log:
-            _log(run, progress, {**output.stats, "loss": output.loss, "lr": rate}, recorder)
+            numbers: dict[str, Tensor | float] = {
+                **output.stats,
+                **engine.step_norms(),
+                "loss": output.loss,
+                "lr": rate,
+            }
+            _log(run, progress, numbers, recorder)
         score = None
         # Who was asked to stop saves first: the time that is left may be short.
         if last or (_due(progress.step, config.eval_every) and not stopped):

@@ -11,7 +11,8 @@ from typing import Any
 
 from dist_vse.config.checks import at_least, check, one_of, share
 
-SCHEDULES = ("constant", "cosine", "step")
+SCHEDULES = ("constant", "cosine", "linear", "wsd", "step")
+_DECAYS = ("cosine", "linear", "wsd")
 ADAM_EPS = 1e-8
 _TIMM = "timm.optim:create_optimizer_v2"
 
@@ -68,7 +69,12 @@ class OptimConfig:
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0 is off (DeepSpeed's own default would be 1.0)."""
     schedule: str = "cosine"
-    """constant; cosine to zero; step: a tenth after half of the run."""
+    """constant; cosine or linear to min_lr; wsd (warm-up, stable, decay): constant, then linear to
+    min_lr over the last cooldown_samples; step: a tenth after half of the run."""
+    min_lr: float = 0.0
+    """Where cosine, linear and wsd end."""
+    cooldown_samples: int = 0
+    """Pairs at the end of the run over which wsd decays."""
     warmup_samples: int = 0
     """Pairs seen while the learning rate rises from 0."""
 
@@ -87,6 +93,16 @@ class OptimConfig:
         at_least(0, optim__clip_norm=self.clip_norm, optim__momentum=self.momentum)
         at_least(0, optim__weight_decay=self.weight_decay)
         at_least(0, optim__warmup_samples=self.warmup_samples)
+        check(
+            0 <= self.min_lr <= self.lr and (self.min_lr == 0 or self.schedule in _DECAYS),
+            f"optim.min_lr ({self.min_lr}) must be between 0 and optim.lr, and is for "
+            f"{', '.join(_DECAYS)}",
+        )
+        check(
+            (self.cooldown_samples > 0) == (self.schedule == "wsd"),
+            f"optim.cooldown_samples ({self.cooldown_samples}) must be above 0 for "
+            f"optim.schedule=wsd, and is for no other (it is {self.schedule})",
+        )
         check(
             0 < self.layer_decay <= 1,
             f"optim.layer_decay ({self.layer_decay}) must be above 0 and at most 1",

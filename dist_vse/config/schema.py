@@ -5,7 +5,7 @@ rest is derived. A component takes its own section, or plain values; what joins 
 (`training.setup`, `training.batches`, `evaluation.batches` …) takes the whole.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.local_path import require_local
@@ -34,6 +34,11 @@ class TrainConfig:
     `auto` tries at the start which is the largest that fits, and writes it into the run's config:
     where there is dropout, other chunks draw other numbers."""
     total_steps: int = 1000
+    """Length of the run in steps. A larger batch then means more samples; the next two do not."""
+    total_samples: int = 0
+    """Length of the run in pairs, in the place of `total_steps`, which is rounded up from it."""
+    epochs: float = 0.0
+    """Length of the run in readings of the training data, in the place of both."""
     trackers: list[str] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl and TensorBoard: `wandb`, `mlflow`. Both can stay
     offline (WANDB_MODE=offline; MLflow writes into the run's folder)."""
@@ -70,6 +75,7 @@ class TrainConfig:
         at_least(1, global_batch_size=self.global_batch_size)
         number_or_auto(1, chunk_size=self.chunk_size)
         at_least(1, total_steps=self.total_steps, log_every=self.log_every)
+        at_least(0, total_samples=self.total_samples, epochs=self.epochs)
         at_least(1, keep_checkpoints=self.keep_checkpoints)
         image, whole = self.model.image, self.model.is_whole
         check(
@@ -122,6 +128,19 @@ class TrainConfig:
         return (self.checkpoint_every > 0 and step % self.checkpoint_every == 0) or (
             every > 0 and seen // every > (seen - self.global_batch_size) // every
         )
+
+    @property
+    def horizon(self) -> int:
+        """Pairs at whose end the schedules end."""
+        return self.total_samples or self.total_steps * self.global_batch_size
+
+    def with_budget(self, epoch_size: int) -> "TrainConfig":
+        """Fill in `total_samples` from `epochs`, and `total_steps` from `total_samples`."""
+        samples = round(self.epochs * epoch_size) if self.epochs else self.total_samples
+        if not samples:
+            return self
+        steps = -(-samples // self.global_batch_size)
+        return replace(self, total_samples=samples, total_steps=steps)
 
     def _scores_a_checkpoint(self) -> bool:
         """Return whether a step before the last is both evaluated and saved."""

@@ -29,6 +29,7 @@ from dist_vse.engine.optimizer_state import (
     load_state,
     load_whole_state,
 )
+from dist_vse.engine.step_norms import StepNorms
 from dist_vse.models.dual_encoder import DualEncoder
 
 IMPORTS = ("torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.zero.stage3")
@@ -108,6 +109,8 @@ class ZeroEngine:
         self.optimizer = optimizer
         self.whole_tensors = whole_tensors
         self.stage = stage
+        self.clips = clip_norm > 0
+        self.norms = StepNorms(optimizer, split=stage > 0)
         self.max_live_graphs = max_live_graphs(stage, coalesce=config.coalesce)
         # One reduction for all chunks, at the price of whole gradients in memory for the step,
         # which ZeRO 0 and 1 hold anyway.
@@ -179,6 +182,13 @@ class ZeroEngine:
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next step."""
         set_learning_rate(self.optimizer, rate)
+
+    def step_norms(self) -> dict[str, float]:
+        """Return `grad_norm`, before clipping, and `update_ratio` of a step that was measured."""
+        found = self.norms.read()
+        if self.clips:
+            found["grad_norm"] = float(self.engine.get_global_grad_norm())
+        return found
 
     @contextlib.contextmanager
     def gathered_parameters(self, *, changed: bool = False) -> Iterator[None]:

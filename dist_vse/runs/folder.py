@@ -12,6 +12,8 @@ from dist_vse.runs.files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME, VOCABULA
 
 _MAY_CHANGE = (
     "total_steps",
+    "total_samples",
+    "epochs",
     "log_every",
     "trackers",
     "project",

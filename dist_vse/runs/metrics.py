@@ -118,6 +118,7 @@ def log_line(step: int, total_steps: int, values: dict[str, Any]) -> None:
     formats = {
         "loss": "loss {:.4f}",
         "lr": "lr {:.1e}",
+        "grad_norm": "gradient {:.2g}",
         "pairs_per_s": "{:,.0f} pairs/s",
         "memory_gib": "{:.2f} GiB a rank",
         "mfu": "MFU {:.1%}",

@@ -18,9 +18,14 @@ def _step(progress: float) -> float:
     return 1.0 if progress < 0.5 else 0.1
 
 
+def _linear(progress: float) -> float:
+    return 1.0 - progress
+
+
 _COURSES: dict[str, Callable[[float], float]] = {
     "constant": _constant,
     "cosine": _cosine,  # https://arxiv.org/abs/1608.03983, without restarts
+    "linear": _linear,
     "step": _step,  # VSE++ lowers the rate to a tenth half-way, https://arxiv.org/abs/1707.05612
 }
 
@@ -28,13 +33,19 @@ _COURSES: dict[str, Callable[[float], float]] = {
 def learning_rate(samples_seen: int, optim: OptimConfig, *, total_samples: int) -> float:
     """Return the rate of the step that starts after `samples_seen` pairs.
 
-    It rises linearly to its peak over the warm-up; then the schedule runs to the end.
+    It rises linearly to its peak over the warm-up; then the schedule runs to the end. `wsd` stays
+    at the peak until the cool-down (https://arxiv.org/abs/2404.06395).
     """
     warmup = optim.warmup_samples
     if samples_seen < warmup:
         return optim.lr * (samples_seen + 1) / (warmup + 1)
-    progress = (samples_seen - warmup) / max(1, total_samples - warmup)
-    return optim.lr * _COURSES[optim.schedule](min(1.0, progress))
+    if optim.schedule == "wsd":
+        left = (total_samples - samples_seen) / optim.cooldown_samples
+        course = max(0.0, min(1.0, left))
+    else:
+        progress = (samples_seen - warmup) / max(1, total_samples - warmup)
+        course = _COURSES[optim.schedule](min(1.0, progress))
+    return optim.min_lr + (optim.lr - optim.min_lr) * course
 
 
 def warmup_fraction(samples_seen: int, warmup_samples: int) -> float:

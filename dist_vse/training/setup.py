@@ -86,6 +86,7 @@ def set_up(config: TrainConfig) -> Run:
         index = read_index(config.data.index, allow_pipe=config.data.allow_pipe)
         index.split(config.data.eval_split)
         train_sets = open_train_sets(config.data)
+        config = config.with_budget(sum(a_set.per_epoch for a_set in train_sets))
         features = open_run_features(config, index)
         with writing(Path(config.output_dir)):
             if distributed.is_main_process():

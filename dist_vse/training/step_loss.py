@@ -25,7 +25,7 @@ def loss_options(config: TrainConfig, samples_seen: int) -> LossOptions:
             samples_seen,
             start=loss.temperature,
             end=loss.temperature_end,
-            total_samples=config.total_steps * config.global_batch_size,
+            total_samples=config.horizon,
         )
     return LossOptions(
         margin=loss.margin,

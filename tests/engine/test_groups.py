@@ -77,8 +77,18 @@ def _weights(engine: ZeroEngine) -> dict[str, Tensor]:
 def _updates(optim: OptimConfig, stage: int) -> dict[str, Tensor]:
     engine = _engine(optim, stage)
     before = _weights(engine)
+    engine.norms.start()
     _step(engine, 0, optim.lr)
-    return {name: p - before[name] for name, p in _weights(engine).items()}
+    updates = {name: p - before[name] for name, p in _weights(engine).items()}
+    learned = [n for n, p in engine.module.named_parameters() if p.requires_grad]
+    update, weight = (
+        torch.cat([x[n].double().flatten() for n in learned]).norm() for x in (updates, before)
+    )
+    norms = engine.step_norms()
+    assert norms["update_ratio"] == pytest.approx((update / weight).item(), rel=1e-5)
+    if optim.weight_decay == 0:
+        assert norms["grad_norm"] == pytest.approx(update.item() / optim.lr, rel=1e-5)
+    return updates
 
 
 def _worst_ratio() -> dict[int, float]:
