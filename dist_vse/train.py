@@ -26,6 +26,7 @@ from dist_vse.evaluation.examples import save_examples
 from dist_vse.losses.registry import find_loss
 from dist_vse.losses.statistics import collapsed
 from dist_vse.models.dual_encoder import average_statistics
+from dist_vse.models.image import set_training_input
 from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress
 from dist_vse.runs.environment import record_environment
@@ -98,6 +99,7 @@ def _run(config: TrainConfig) -> int:
 def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress:
     """Loop over the steps until the last one or any rank's wish to stop; each ends in `traced`."""
     config, engine, meter = run.config, run.engine, run.meter
+    image = config.model.image
     saver = Saver(
         run.run_dir / CHECKPOINTS,
         run.lease,
@@ -133,6 +135,9 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         step_timer.begin("encode")
         rate = learning_rate(progress.samples_seen, config.optim, total_samples=config.horizon)
         engine.set_learning_rate(rate)
+        if image.size_schedule or image.patch_drop:
+            of_run = progress.samples_seen / config.horizon
+            set_training_input(engine.module, *image.input_at(of_run))
         loss = build_loss(config, batch, progress.samples_seen)
         chunks = make_chunks(engine.module, batch, config, run.features)
         last = progress.step + 1 == config.total_steps

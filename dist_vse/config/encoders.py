@@ -5,7 +5,8 @@ To add an encoder, write its builder and add an entry. `models.image.build_image
 saves any encoder, and loads it again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 from dist_vse.config.checks import at_least, check, one_of, share
 
@@ -48,6 +49,13 @@ class ImageConfig:
     follows it."""
     size: int = 224
     """Side of the square input, pixels."""
+    size_schedule: list[list[float]] = field(default_factory=list)
+    """Smaller sides in training: `[[0, 112], [0.7, 160], [0.95, 224]]` trains at 112 pixels until
+    0.7 of the run; timm resamples the positions. Evaluation has `size`. For timm models."""
+    patch_drop: float = 0.0
+    """Share of a ViT's patches that training leaves out, drawn anew for each image."""
+    patch_drop_until: float = 1.0
+    """Share of the run after which no patch is left out."""
     squash: bool = False
     """Without a random crop, make the whole image the square; else its middle."""
     resampling: str = "bicubic"
@@ -73,7 +81,33 @@ class ImageConfig:
             0 < self.crop_share <= 1,
             f"model.image.crop_share ({self.crop_share}) must be above 0 and at most 1",
         )
+        share(model__image__patch_drop=self.patch_drop)
+        self._check_schedule()
         one_of("model.image.resampling", self.resampling, ("bicubic", "bilinear"))
+
+    def _check_schedule(self) -> None:
+        for item in self.size_schedule:
+            check(
+                len(item) == 2 and 0 <= item[0] < 1 and item[1] == int(item[1]) >= 8,
+                f"model.image.size_schedule: {item} must be a share of the run (0 to 1) and a side "
+                "in pixels, such as [0.7, 160]",
+            )
+        shares = [item[0] for item in self.size_schedule]
+        check(
+            shares[:1] in ([], [0]) and all(a < b for a, b in pairwise(shares)),
+            f"model.image.size_schedule: the shares {shares} must begin with 0 and grow",
+        )
+        check(
+            not (self.all_frozen and (self.size_schedule or self.patch_drop)),
+            "model.image.size_schedule and model.image.patch_drop are for a trunk that learns; "
+            "leave them out with model.image.frozen=true",
+        )
+
+    def input_at(self, progress: float) -> tuple[int, float]:
+        """Return the side and the share of dropped patches at a share of the run."""
+        sizes = [int(side) for start, side in self.size_schedule if start <= progress]
+        drop = self.patch_drop if progress < self.patch_drop_until else 0.0
+        return (sizes[-1] if sizes else self.size), drop
 
     @property
     def all_frozen(self) -> bool:

@@ -93,6 +93,12 @@ class TrainConfig:
             f"{self.checkpoint_every}, checkpoint_samples={self.checkpoint_samples}); make "
             "eval_every a multiple of checkpoint_every",
         )
+        check(
+            (self.model.pretrained is None and image.kind == "timm")
+            or not (image.size_schedule or image.patch_drop),
+            "model.image.size_schedule and model.image.patch_drop are for timm models "
+            "(model.image.name), not for the encoder of model.pretrained or of another kind",
+        )
         data = self.data
         augmented = data.crop == "random" or data.flip or data.color_jitter > 0
         augmented = augmented or image.drifting_statistics

@@ -8,12 +8,15 @@ import pickle
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.layers import PatchDropout
 from timm.models import load_state_dict
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import ImageConfig
@@ -39,17 +42,35 @@ class ImageTrunk(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.dim = dim
+        self.train_size: int | None = None
+        """Side to which training shrinks its images; None leaves them."""
         for name, values in (("mean", mean), ("std", std)):
             # In units of uint8, so that pixels need no division first.
             self.register_buffer(name, torch.tensor(values).mul(255).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (b, d) of uint8 images (b, 3, h, w), or of normalised float ones."""
-        if images.dtype == torch.uint8:
+        raw = images.dtype == torch.uint8
+        if self.training and self.train_size not in (None, images.shape[-1]):
+            images = _resize(images.to(self.mean.dtype), self.train_size)
+        if raw:
             images = images.to(self.mean.dtype).sub_(self.mean).div_(self.std)
         # Convolutions are faster with the channels last, and keep that order from layer to layer.
         features: Tensor = self.backbone(images.contiguous(memory_format=torch.channels_last))
         return features
+
+
+def set_training_input(model: nn.Module, size: int, patch_drop: float) -> None:
+    """Have the image trunk train on images of this side, without this share of its patches."""
+    for module in model.modules():
+        if isinstance(module, ImageTrunk):
+            module.train_size = size
+        elif isinstance(module, PatchDropout):
+            module.prob = patch_drop
+
+
+def _resize(images: Tensor, size: int | None) -> Tensor:
+    return functional.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
 Builder = Callable[[ImageConfig, bool], ImageTrunk]
@@ -73,7 +94,7 @@ def build_timm(config: ImageConfig, grad_checkpointing: bool) -> ImageTrunk:
     Raises UserError for an unknown name, weights of another model, or an image size that the
     model cannot take.
     """
-    backbone = _create(config.name, config.size)
+    backbone = _create(config)
     if config.weights is not None:
         _load_weights(backbone, Path(config.weights), config.name)
     if grad_checkpointing:
@@ -103,16 +124,25 @@ def make_sendable(encoder: nn.Module, what: str) -> None:
         parameter.data = parameter.data.contiguous()
 
 
-def _create(name: str, size: int) -> nn.Module:
+def _create(config: ImageConfig) -> nn.Module:
     """Create the timm model with random weights."""
+    name, size = config.name, config.size
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has the names"
         raise UserError(f"model.image.name={name!r} is no timm model; {hint}")
+    options: dict[str, Any] = {"patch_drop_rate": config.patch_drop} if config.patch_drop else {}
+    if config.size_schedule:
+        options["dynamic_img_size"] = True
     try:
         try:
-            model: nn.Module = timm.create_model(name, num_classes=0, img_size=size)
+            model: nn.Module = timm.create_model(name, num_classes=0, img_size=size, **options)
         except TypeError:  # a convolutional net takes any size, and knows no img_size
+            if config.patch_drop:
+                raise UserError(
+                    f"model.image.name={name!r} has no patches to leave out: set "
+                    "model.image.patch_drop=0"
+                ) from None
             model = timm.create_model(name, num_classes=0)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
@@ -125,13 +155,16 @@ def _create(name: str, size: int) -> nn.Module:
 def _output_dim(backbone: nn.Module, config: ImageConfig) -> int:
     """Return the size of the features, by a forward of one black image."""
     training = backbone.training
+    sizes = [*(int(side) for _, side in config.size_schedule), config.size]
     try:
         with torch.no_grad():
-            features: Tensor = backbone.eval()(torch.zeros(1, 3, config.size, config.size))
+            for size in sizes:
+                features: Tensor = backbone.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, ValueError, AssertionError) as error:
+        key = "size" if size == config.size else "size_schedule"
         raise UserError(
             f"model.image.name={config.name!r} does not take images of "
-            f"model.image.size={config.size}: {first_line(error)}"
+            f"model.image.{key}={size}: {first_line(error)}"
         ) from error
     finally:
         backbone.train(training)

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Progress:
 
 
 Tensors = dict[str, Tensor]
+Fit = Callable[[Tensors, nn.Module], Tensors]
 FileDigests = dict[str, dict[str, Any]]
 """Size and checksum of files, by their names."""
 
@@ -210,12 +211,12 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load the whole weights of a checkpoint's folder into a model.
+def load_weights(path: Path, model: nn.Module, *, fit: Fit | None = None) -> None:
+    """Load the whole weights of a checkpoint's folder into a model, after `fit` has changed them.
 
     Raises UserError if they don't fit.
     """
-    model.load_state_dict(_read_weights(path, model))
+    model.load_state_dict(_read_weights(path, model, fit))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -272,11 +273,12 @@ def steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def _read_weights(path: Path, model: nn.Module) -> Tensors:
+def _read_weights(path: Path, model: nn.Module, fit: Fit | None = None) -> Tensors:
     try:
         weights = load_file(path / WEIGHTS)
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{path / WEIGHTS}: can't be read ({first_line(error)})") from error
+    weights = fit(weights, model) if fit is not None else weights
     wanted = {name: whole_shape(value) for name, value in _named(model)}
     for name in sorted(wanted.keys() | weights.keys()):
         found = tuple(weights[name].shape) if name in weights else "nothing"

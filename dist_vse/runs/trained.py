@@ -1,6 +1,5 @@
 """The tokenizer and the model that a run's folder holds."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from dist_vse.data.eval_stream import captions
 from dist_vse.data.streams import open_train_sets
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.positions import fit_positions
 from dist_vse.models.pretrained import pretrained_tokenizer
 from dist_vse.models.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
 from dist_vse.runs import checkpoint
@@ -45,7 +45,8 @@ def build_start(config: TrainConfig, tokenizer: Tokenizer) -> DualEncoder:
     """Build a run's model as it is before the first step, with the weights of `model.from_run`.
 
     A temperature goes on where both runs learn it for the same loss, a bias where the loss is the
-    same; else they are the config's. Raises UserError if the weights can't be read or don't fit.
+    same; else they are the config's. Positions are resampled to the config's sizes. Raises
+    UserError if the weights can't be read or don't fit.
     """
     model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
     if config.model.from_run is None:
@@ -58,7 +59,7 @@ def build_start(config: TrainConfig, tokenizer: Tokenizer) -> DualEncoder:
         del own["bias"]
     if same and before.learn_temperature and loss.learn_temperature:
         del own["log_scale"]
-    checkpoint.load_weights(path, model)
+    checkpoint.load_weights(path, model, fit=fit_positions)
     model.load_state_dict(own, strict=False)
     return model
 
@@ -74,7 +75,8 @@ def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokeniz
     if build and not path.is_file() and config.model.from_run is not None:
         former = find_run(Path(config.model.from_run))[0] / VOCABULARY_NAME
         if former.is_file():
-            shutil.copyfile(former, path)
+            words = WordTokenizer.load(former).vocabulary or []
+            WordTokenizer(words, config.model.text.max_tokens).save(path)
     if path.is_file():
         return WordTokenizer.load(path)
     if not config.model.text.spec.from_library and not build:
