@@ -149,9 +149,12 @@ class TrainConfig:
         return replace(self, total_samples=samples, total_steps=steps)
 
     def _scores_a_checkpoint(self) -> bool:
-        """Return whether a step before the last is both evaluated and saved."""
+        """Return whether a step before the last is both evaluated and saved, as far as known."""
         every = self.eval_every
-        steps = range(every, self.total_steps, every) if every else range(0)
+        if self.epochs and not self.total_samples:  # the data set decides how many steps
+            return every > 0
+        total = -(-self.total_samples // self.global_batch_size) or self.total_steps
+        steps = range(every, total, every) if every else range(0)
         return any(map(self.saves_after, steps))
 
     def check_world_size(self, world_size: int) -> None:
