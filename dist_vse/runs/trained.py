@@ -75,8 +75,9 @@ def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokeniz
     if build and not path.is_file() and config.model.from_run is not None:
         former = find_run(Path(config.model.from_run))[0] / VOCABULARY_NAME
         if former.is_file():
-            words = WordTokenizer.load(former).vocabulary or []
-            WordTokenizer(words, config.model.text.max_tokens).save(path)
+            of_run = WordTokenizer.load(former)
+            words, max_tokens = of_run.vocabulary or [], config.model.text.max_tokens
+            WordTokenizer(words, max_tokens, of_run.rule).save(path)
     if path.is_file():
         return WordTokenizer.load(path)
     if not config.model.text.spec.from_library and not build:
