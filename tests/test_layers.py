@@ -38,11 +38,12 @@ LAYERS = (
 )
 LEVEL = {name: level for level, name in enumerate(LAYERS)}
 
+CARRIED = "dist_vse/tools/export/transformers_modeling.py"  # copied into exports, not imported
 OWNERS = {
     "torch.distributed": {"dist_vse/distributed/", "dist_vse/common/cpu.py"},
     "deepspeed": {"dist_vse/engine/"},
-    "timm": {"dist_vse/models/"},
-    "transformers": {"dist_vse/models/"},
+    "timm": {"dist_vse/models/", CARRIED},
+    "transformers": {"dist_vse/models/", CARRIED},
     "webdataset": {"dist_vse/data/"},
     "submitit": {"launch/"},
     "open_clip": {"dist_vse/tools/verify/", "dist_vse/models/pretrained/"},

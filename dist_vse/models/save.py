@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import timm
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -34,6 +35,12 @@ def save_image_trunk(trunk: nn.Module, folder: Path, image: ImageConfig) -> None
         **{name: backbone.pretrained_cfg[name] for name in ("mean", "std")},  # type: ignore[index]
     }
     save_for_hf(backbone, str(folder), safe_serialization=True, data_config=preprocessing)
+
+
+def usual_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a timm model's tensors as it is built by its name alone."""
+    model = timm.create_model(name, num_classes=0)
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
 def save_text_trunk(trunk: nn.Module, folder: Path) -> None:

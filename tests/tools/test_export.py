@@ -256,6 +256,21 @@ def test_the_description_says_where_the_model_came_from(exported: tuple[Path, Pa
     assert source["data"] == {place: read_index(place).fingerprint()}
 
 
+def test_the_command_writes_another_librarys_layout(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["export", str(runs / "pretrained"), str(out), "--format"]
+    assert cli.main([*words, "transformers", "--onnx"]) == 2
+    assert "--onnx goes with --format dist_vse or sentence-tr" in capsys.readouterr().err
+    assert cli.main([*words, "transformers"]) == 0
+    assert {"config.json", "model.safetensors"} <= {path.name for path in out.iterdir()}
+    assert 'library_name: "transformers"' in (out / "README.md").read_text()
+    other = tmp_path / "other"
+    assert cli.main([*words[:2], str(other), "--format", "sentence-transformers"]) == 0
+    assert (other / "modules.json").is_file() and dist_vse.load(str(other)).dim
+
+
 def test_what_is_no_export_or_damaged(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no exported model"):
         dist_vse.load(str(tmp_path))

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from dist_vse.tools.export.options import FORMS, OWN
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what to export and where to."""
@@ -10,6 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_dir", metavar="RUN", type=Path, help="a trained run, or a folder of its checkpoints"
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--format",
+        choices=FORMS,
+        default=OWN,
+        help="the library that is to load the folder (default: dist_vse.load)",
+    )
     parser.add_argument(
         "--onnx", action="store_true", help="add image.onnx and text.onnx (extra onnx)"
     )
@@ -19,5 +27,6 @@ def run(args: argparse.Namespace) -> int:
     """Export; return 0."""
     from dist_vse.tools.export.write import export_run
 
-    print(f"wrote {export_run(args.run_dir, args.out, onnx=args.onnx)}")
+    path = export_run(args.run_dir, args.out, onnx=args.onnx, form=args.format)
+    print(f"wrote {path}")
     return 0

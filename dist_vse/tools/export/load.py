@@ -56,9 +56,8 @@ class Embedder:
         _check_list(images, "images")
         found = [torch.empty(0, self.dim)]
         for start in range(0, len(images), batch_size):
-            batch = enumerate(images[start : start + batch_size], start)
-            pixels = [self._pixels(image, position) for position, image in batch]
-            found.append(self.model.encode_images(torch.stack(pixels).to(self.device)).cpu())
+            pixels = read_pixels(images[start : start + batch_size], self.square, first=start)
+            found.append(self.model.encode_images(pixels.to(self.device)).cpu())
         return torch.cat(found)
 
     @torch.inference_mode()
@@ -77,20 +76,16 @@ class Embedder:
             found.append(self.model.encode_texts(tokens.to(self.device)).cpu())
         return torch.cat(found)
 
-    def _pixels(self, image: "str | Path | bytes | Image", position: int) -> Tensor:
-        from PIL import Image
 
-        if not isinstance(image, str | Path | bytes | Image.Image):
-            raise UserError(
-                f"images[{position}] is {_named(image)}; give a path, the bytes of a file, or a "
-                "PIL image (Image.fromarray makes one of an array)"
-            )
-        name = str(image) if isinstance(image, str | Path) else f"images[{position}]"
-        try:
-            data = image if isinstance(image, bytes) else _read(image)
-            return torch.from_numpy(np.ascontiguousarray(decode_image(data, self.square)))
-        except (BadSampleError, OSError) as error:
-            raise UserError(f"{name}: cannot be read ({error}); give an image file") from error
+def read_pixels(
+    images: "Sequence[str | Path | bytes | Image]", square: Transform, *, first: int = 0
+) -> Tensor:
+    """Return uint8 pixels (n, 3, size, size) of files, their bytes or PIL images.
+
+    Raises UserError for what cannot be read; `first` is the position of the first one in a list.
+    """
+    pixels = [_pixels(image, square, position) for position, image in enumerate(images, first)]
+    return torch.stack(pixels)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Embedder:
@@ -146,6 +141,22 @@ def _check_list(given: object, name: str) -> None:
 
 def _named(value: object) -> str:
     return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def _pixels(image: "str | Path | bytes | Image", square: Transform, position: int) -> Tensor:
+    from PIL import Image
+
+    if not isinstance(image, str | Path | bytes | Image.Image):
+        raise UserError(
+            f"images[{position}] is {_named(image)}; give a path, the bytes of a file, or a "
+            "PIL image (Image.fromarray makes one of an array)"
+        )
+    name = str(image) if isinstance(image, str | Path) else f"images[{position}]"
+    try:
+        data = image if isinstance(image, bytes) else _read(image)
+        return torch.from_numpy(np.ascontiguousarray(decode_image(data, square)))
+    except (BadSampleError, OSError) as error:
+        raise UserError(f"{name}: cannot be read ({error}); give an image file") from error
 
 
 def _read(image: "str | Path | Image") -> bytes:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dist_vse.common.errors import UserError, first_line, writing
-from dist_vse.config import ModelConfig, TrainConfig
+from dist_vse.config import ModelConfig
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.pretrained import save_pretrained
 from dist_vse.models.save import TRUNK_WEIGHTS, save_image_trunk, save_text_trunk, save_tokenizer
@@ -21,47 +21,27 @@ from dist_vse.models.tokenizer import Tokenizer, WordTokenizer
 from dist_vse.runs.environment import read_environment
 from dist_vse.runs.files import VOCABULARY_NAME
 from dist_vse.runs.trained import open_trained
+from dist_vse.tools.export.card import Card, own_usage, read_metrics, write_card
 from dist_vse.tools.export.folder import HEADS, IMAGE, MODEL, TEXT, Description, write_description
+from dist_vse.tools.export.formats import FORMATS, add_sentence_transformers
 from dist_vse.tools.export.load import build, load
-
-README = """# {name}
-
-An image encoder and a caption encoder into one space of {dim} dimensions, trained with dist_vse
-({loss}, global batch {batch:,}); from {checkpoint} of {name}.
-
-    import dist_vse
-
-    model = dist_vse.load("path/to/this/folder")
-    scores = model.encode_images(["photo.jpg"]) @ model.encode_texts(["a red apple"]).T
-
-Without dist_vse: {parts}. Divide the features by their length. The score of a pair is the inner
-product.
-"""
-OWN_PARTS = """`image/` is a model of timm (`timm.create_model("local-dir:image",
-pretrained=True)`; images are {square} {size} pixels with {resampling}, and normalised as
-`image/config.json` says){text}. The heads in `heads.safetensors` (`image.*`,
-`text.*`: linear layers{relu}) map the trunks' outputs into the shared space"""
-WHOLE_PARTS = {
-    "transformers": "`model/` is a model of transformers (`AutoModel.from_pretrained`; "
-    "`get_image_features`,\n`get_text_features`), with tokenizer and image processor",
-    "OpenCLIP": "`model/` is a model of OpenCLIP\n"
-    "(`open_clip.create_model_and_transforms('local-dir:model')`)",
-}
-PRETRAINED_TEXT = (
-    "; `text/` one of transformers with its tokenizer (the mean of the last hidden states over a "
-    "caption's tokens)"
-)
+from dist_vse.tools.export.options import OWN, SENTENCES
 
 
-def export_run(location: Path, out: Path, *, onnx: bool) -> Path:
+def export_run(
+    location: Path, out: Path, *, onnx: bool = False, form: str = OWN, name: str | None = None
+) -> Path:
     """Write the model of a run, or of one of its checkpoints, into the folder `out`.
 
-    The folder appears by one rename, after what it holds was loaded again and found equal to the
-    bit. Raises UserError if `out` exists or cannot be written, and if the run has no checkpoint or
-    has diverged.
+    `form` is one of `options.FORMS`; `name` is what the model will be called on a hub. The folder
+    appears by one rename; one of our own layout was loaded again before, and found equal to the
+    bit. Raises UserError if `out` exists or cannot be written, if the run has no checkpoint or has
+    diverged, and for a model that a form cannot express.
     """
     if out.exists():
         raise UserError(f"{out}: already exists; give another folder, or remove it")
+    if onnx and form in FORMATS:
+        raise UserError(f"--onnx goes with --format {OWN} or {SENTENCES}, not {form}")
     trained = open_trained(location)
     model = trained.model.eval()
     _check_finite(model, f"{trained.run_dir} at {trained.checkpoint.name}")
@@ -71,14 +51,23 @@ def export_run(location: Path, out: Path, *, onnx: bool) -> Path:
         "run": trained.run_dir.resolve().name,
         "checkpoint": trained.checkpoint.name,
         "loss": trained.config.loss.name,
+        "metrics": read_metrics(trained.run_dir),
         "global_batch_size": trained.config.global_batch_size,
         "data": (read_environment(trained.run_dir) or {}).get("data", {}),  # fingerprint by place
     }
+    name = name or str(out.resolve())
+    shape = trained.config.model
     with _writing(out):
-        write_folder(temporary, model, trained.tokenizer, trained.config, source)
-    again = build(temporary)
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name]), f"{name} changed by saving"
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        if form in FORMATS:
+            card = FORMATS[form](temporary, model, shape, name)
+        else:
+            card = write_folder(temporary, model, trained.tokenizer, shape, source)
+        if form == SENTENCES:
+            card = add_sentence_transformers(temporary, name)
+        write_card(temporary, card, source, shape.embed_dim)
+    if form not in FORMATS:
+        _check_again(temporary, model)
     if onnx:
         from dist_vse.tools.export.onnx import write_onnx
 
@@ -87,6 +76,13 @@ def export_run(location: Path, out: Path, *, onnx: bool) -> Path:
     with _writing(out):
         os.rename(temporary, out)
     return out
+
+
+def _check_again(folder: Path, model: DualEncoder) -> None:
+    """Hold the weights that were written to those of the model, to the bit."""
+    again = build(folder)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), f"{name} changed by saving"
 
 
 def _check_finite(model: DualEncoder, name: str) -> None:
@@ -113,11 +109,10 @@ def write_folder(
     folder: Path,
     model: DualEncoder,
     tokenizer: Tokenizer,
-    config: TrainConfig,
+    shape: ModelConfig,
     source: dict[str, Any],
-) -> None:
-    """Write all files of an export."""
-    shape = config.model
+) -> Card:
+    """Write an export of our own layout; return what its card says."""
     folder.mkdir(parents=True)
     heads = {
         f"{side}.{name}": tensor
@@ -128,22 +123,14 @@ def write_folder(
     heads = {name: tensor.contiguous().clone() for name, tensor in heads.items()}
     save_file(heads, folder / HEADS, metadata={"format": "pt"})
     if shape.pretrained is not None:
-        parts = WHOLE_PARTS[save_pretrained(model, shape.pretrained, folder / MODEL)]
+        whole = save_pretrained(model, shape.pretrained, folder / MODEL)
         moved = dataclasses.replace(shape, pretrained=MODEL)
     else:
-        parts = _own_parts(shape)
+        whole = ""
         moved = _write_trunks(folder, model, tokenizer, shape)
-    text = README.format(
-        name=source["run"],
-        checkpoint=source["checkpoint"],
-        loss=source["loss"],
-        batch=config.global_batch_size,
-        dim=shape.embed_dim,
-        parts=parts,
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
     description = Description(moved, tokenizer.vocab_size, tokenizer.pad_id, dict(source))
     write_description(folder, description)
+    return Card("dist_vse", own_usage(shape, whole))
 
 
 def _write_trunks(
@@ -163,17 +150,4 @@ def _write_trunks(
         shape,
         image=dataclasses.replace(shape.image, weights=image),
         text=dataclasses.replace(shape.text, weights=text),
-    )
-
-
-def _own_parts(shape: ModelConfig) -> str:
-    squash = shape.image.squash
-    return OWN_PARTS.format(
-        square="squashed to"
-        if squash
-        else "cropped to the largest square in the middle, resized to",
-        size=shape.image.size,
-        resampling=shape.image.resampling,
-        text=PRETRAINED_TEXT if shape.text.spec.from_library else "",
-        relu=", with a ReLU between them" if shape.head_hidden else "",
     )
