@@ -91,6 +91,8 @@ def _find_sync(module: nn.Module) -> Sync:
     """Return how the wrapper is told which backward reduces: by what it offers, not by its type."""
     if hasattr(module, "set_gradient_accumulation_boundary"):  # DeepSpeed
         boundary: Any = module.set_gradient_accumulation_boundary
+        if module.zero_optimization_stage() > 0:  # type: ignore[operator]
+            return lambda last: contextlib.nullcontext()  # `accumulation` sees to it
         return lambda last: contextlib.nullcontext(boundary(last))
     sharded: list[Any] = [m for m in module.modules() if hasattr(m, "set_requires_gradient_sync")]
     if sharded:  # FSDP2

@@ -64,6 +64,10 @@ def _on_two_ranks() -> dict[str, Any]:
         with pytest.raises(UserError) as error:
             loss(*features)
         found["errors"][what] = str(error.value)
+    leaves = [x.clone().requires_grad_() for x in whole]
+    with pytest.raises(UserError) as error:
+        torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    found["errors"]["create_graph"] = str(error.value)
     with torch.no_grad():
         found["no_grad"] = loss(*whole)
     return found
@@ -87,6 +91,7 @@ def test_on_two_ranks_its_scalars_are_exact_and_slips_are_one_error() -> None:
     assert "embedding is 6 on rank 0 and 5 on rank 1" in first["errors"]["width"]
     assert "on rank 1 one's length is off by 1: use" in first["errors"]["length"]
     assert "must be of a floating type (on rank 1)" in first["errors"]["integers"]
+    assert "has no second derivative" in first["errors"]["create_graph"]
     assert torch.equal(first["no_grad"], second["no_grad"])
 
 

@@ -143,3 +143,36 @@ def test_backward_and_sync_are_the_loops_own() -> None:
     assert syncs == [False, False, False, False, True, True]  # three forwards, three backwards
     for name, exact in _exact("info_nce").items():
         torch.testing.assert_close(gradients(model, loss)[name] / 64, exact)
+
+
+def _zero_steps() -> dict[int, dict[str, Tensor]]:
+    """Return how far each parameter moves in a step of SGD with rate 1, by ZeRO's stage."""
+    from dist_vse.config import EngineConfig
+    from dist_vse.engine.zero import _import_deepspeed, zero_config
+
+    deepspeed = _import_deepspeed()
+    batch = rows_of_rank(make_pairs(sum(COUNTS)), COUNTS, dist.get_rank())
+    moved = {}
+    for stage in (0, 1, 2, 3):
+        model = make_towers(scale=True)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        config = zero_config(
+            EngineConfig(zero_stage=stage), rank_batch_size=COUNTS[0], clip_norm=0.0, bucket=1 << 16
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        cached_step(engine, GlobalContrastiveLoss("info_nce"), batch, chunk_size=4)
+        engine.step()
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            after = {name: p.detach().clone() for name, p in model.named_parameters()}
+        moved[stage] = {name: before[name] - after[name] for name in before}
+    return moved
+
+
+@pytest.mark.slow
+def test_under_deepspeed_it_has_the_gradient_of_one_process() -> None:
+    exact = _exact("info_nce", scale=True)
+    for stage, moved in run_distributed(_zero_steps, 2)[0].items():
+        for part, movement in moved.items():
+            error = (movement - exact[part]).norm() / exact[part].norm()
+            assert error < 1e-5, (stage, part, float(error))
