@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dist_vse.launch.submit import Plan
 
 _PARALLEL = 4
+AUTOTUNE_LIMIT_S = 1800.0
 
 
 def _add_config(
@@ -141,6 +142,12 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument(
         "--limit", type=float, metavar="S", help="seconds that a check may take (default: 60)"
     )
+    gpu.add_argument(
+        "--autotune",
+        action="store_true",
+        help="instead of the checks: time shapes of the fused kernels' tiles, for minutes, and "
+        "keep the fastest in your cache, where runs find them",
+    )
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -155,9 +162,14 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def _check_gpus(args: argparse.Namespace) -> int:
-    from dist_vse.launch.gpu_checks.command import LIMIT_S, Options, check_gpus, read_numbers
+    from dist_vse.launch.gpu_checks.catalog import AUTOTUNE
+    from dist_vse.launch.gpu_checks.command import Options, check_gpus, read_numbers
 
     defaults = Options()
+    if args.autotune:
+        if args.checks is not None:
+            raise UserError("--autotune makes no checks; leave --checks out")
+        defaults = Options(checks=[AUTOTUNE], limit_s=AUTOTUNE_LIMIT_S)
     options = Options(
         config=args.config,
         overrides=args.overrides,
@@ -165,7 +177,7 @@ def _check_gpus(args: argparse.Namespace) -> int:
         ranks=args.ranks,
         checks=defaults.checks if args.checks is None else read_numbers(args.checks),
         device=args.device,
-        limit_s=LIMIT_S if args.limit is None else args.limit,
+        limit_s=defaults.limit_s if args.limit is None else args.limit,
     )
     return check_gpus(options)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_vse.losses.decoupled import Decoupled
 from dist_vse.losses.hardest import Best, Hardest, hardest_terms
-from dist_vse.losses.kernel_choice import INTERPRETED, Blocks, blocks_of
+from dist_vse.losses.kernel_choice import blocks_on
 from dist_vse.losses.matmul import Matmul
 from dist_vse.losses.pairwise import Hinges, Sigmoid, hinge_terms, sigmoid_terms
 from dist_vse.losses.positives import Positives
@@ -24,6 +24,7 @@ from dist_vse.losses.softmax import RunningSoftmax
 from dist_vse.losses.tiled import TermInputs, Terms
 from dist_vse.losses.tiles import ranges
 from dist_vse.losses.transport import Block
+from dist_vse.losses.tuned_blocks import Blocks
 
 FORWARD_COLUMNS = 2**14  # of which partial results are in memory at a time
 GRADIENT_ROWS, GRADIENT_COLUMNS = 2**14, 2**13  # of which the gradient is
@@ -121,10 +122,7 @@ class Tiles:
 
     def blocks(self, kernel: str) -> Blocks:
         """Return a kernel's."""
-        if not self.rows.is_cuda:
-            return INTERPRETED
-        capability = torch.cuda.get_device_capability(self.rows.device)
-        return blocks_of(kernel, self.rows.dtype, capability)
+        return blocks_on(kernel, self.rows.dtype, self.rows.device)
 
     def _marks(self, rows: slice, strip: Block, blocks: Blocks) -> Tensor:
         """Return which tiles hold duplicates: the others pay for none."""

@@ -2,22 +2,11 @@
 
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 
 from dist_vse.common.log import logger
-
-
-class Blocks(NamedTuple):
-    """The shape of a tile, and how a program works on it."""
-
-    height: int
-    width: int
-    depth: int
-    warps: int
-    stages: int
-
+from dist_vse.losses.tuned_blocks import Blocks, Table, cache_path, key, read_blocks
 
 # Chosen from registers and spills of compiled code (tests/losses/test_fused_compiled.py); no time
 # was measured. A column lies across the threads, so tall tiles have fewer steps to reduce it.
@@ -30,6 +19,19 @@ HOPPER = {
 DEFAULT = Blocks(128, 128, 32, 8, 3)
 FLOAT32 = Blocks(64, 64, 32, 8, 3)
 INTERPRETED = Blocks(16, 32, 16, 1, 1)
+TRIED: Table = {}
+"""What is tried now, in place of everything else; only autotuning fills it."""
+
+
+def blocks_on(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
+    """Return the blocks of a kernel on a device: timed ones where there are any."""
+    if tried := TRIED.get(key(kernel, dtype)):
+        return tried
+    if device.type != "cuda":
+        return INTERPRETED
+    timed = read_blocks(cache_path(torch.cuda.get_device_name(device)))
+    default = blocks_of(kernel, dtype, torch.cuda.get_device_capability(device))
+    return timed.get(key(kernel, dtype), default)
 
 
 def blocks_of(kernel: str, dtype: torch.dtype, capability: tuple[int, int]) -> Blocks:

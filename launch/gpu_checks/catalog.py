@@ -34,3 +34,13 @@ CHECKS = {
     13: Check("faults", "faults:check_faults", NO_GROUP),
     14: Check("kernels", "losses:check_kernels"),
 }
+
+AUTOTUNE = 0
+"""No check: it is run in the place of them, and only where it is asked for."""
+
+
+def find_check(number: int) -> Check:
+    """Return a check, or autotuning."""
+    if number == AUTOTUNE:
+        return Check("autotune", "autotune:autotune", NO_GROUP, gpus=1)
+    return CHECKS[number]

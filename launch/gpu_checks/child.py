@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
-from dist_vse.launch.gpu_checks.catalog import CHECKS, NO_GROUP
+from dist_vse.launch.gpu_checks.catalog import NO_GROUP, find_check
 from dist_vse.launch.gpu_checks.finding import Finding, Task
 
 RESULT = "result.json"
@@ -19,7 +19,7 @@ RESULT = "result.json"
 def main(path: str) -> None:
     """Run the check; rank 0 writes what it found."""
     task = Task(**json.loads(Path(path).read_text(encoding="utf-8")))
-    check = CHECKS[task.number]
+    check = find_check(task.number)
 
     from dist_vse import distributed
 
@@ -38,7 +38,7 @@ def main(path: str) -> None:
 
 def find(number: int) -> Callable[[Task], Finding]:
     """Return a check's function; what it needs is imported here."""
-    module, _, name = CHECKS[number].function.partition(":")
+    module, _, name = find_check(number).function.partition(":")
     found: Callable[[Task], Finding] = getattr(
         importlib.import_module(f"dist_vse.launch.gpu_checks.{module}"), name
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError, writing
-from dist_vse.launch.gpu_checks.catalog import ALL, CHECKS, NO_GROUP
+from dist_vse.launch.gpu_checks.catalog import ALL, CHECKS, NO_GROUP, find_check
 from dist_vse.launch.gpu_checks.child import RESULT
 from dist_vse.launch.gpu_checks.finding import Finding, Task
 from dist_vse.launch.gpu_checks.processes import Ended, Place, run_ranks
@@ -93,7 +93,7 @@ def find_place(device: str, ranks: int | None) -> Place:
 
 def run_check(number: int, place: Place, options: Options, earlier: Sequence[Row] = ()) -> Row:
     """Run one check in processes of its own; what goes wrong with it is its row."""
-    check = CHECKS[number]
+    check = find_check(number)
     began = time.monotonic()
 
     def row(status: str, words: str, figures: dict[str, Any] | None = None) -> Row:
