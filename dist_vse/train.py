@@ -44,6 +44,8 @@ from dist_vse.training.schedule import learning_rate
 from dist_vse.training.setup import Run, set_up
 from dist_vse.training.step_loss import build_loss
 
+EARLY = 0.1
+"""Share of a run before which features that are nearly equal are no news."""
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, saved a checkpoint, and can be continued."""
 
@@ -216,9 +218,11 @@ def _log(
     with run.exclusive_write():
         recorder.write("train", progress.step, values)
     log_line(progress.step, run.config.total_steps, values)
-    has_warmup = find_loss(run.config.loss.name).has_warmup
-    if warning := collapsed(statistics, has_warmup=has_warmup):
-        logger.warning(warning)
+    # Encoders with random weights give nearly equal features at first, whatever the loss.
+    if progress.samples_seen >= run.config.horizon * EARLY:
+        has_warmup = find_loss(run.config.loss.name).has_warmup
+        if warning := collapsed(statistics, has_warmup=has_warmup):
+            logger.warning(warning)
     run.meter.reset()
 
 

@@ -99,6 +99,13 @@ class TrainConfig:
             "model.image.size_schedule and model.image.patch_drop are for timm models "
             "(model.image.name), not for the encoder of model.pretrained or of another kind",
         )
+        widths, embed_dim = self.loss.widths, self.model.embed_dim
+        check(
+            len({*widths}) == len(widths)
+            and all(w > 0 and (w < embed_dim or self.model.is_whole) for w in widths),
+            f"loss.widths ({widths}) must be different numbers above 0 and below model.embed_dim "
+            f"({embed_dim})",
+        )
         data = self.data
         augmented = data.crop == "random" or data.flip or data.color_jitter > 0
         augmented = augmented or image.drifting_statistics

@@ -199,6 +199,9 @@ class LossConfig:
     """m of convse++, vse0 and vse++."""
     bias: float = -10.0
     """Start of siglip's learned bias."""
+    widths: list[int] = field(default_factory=list)
+    """Smaller widths that the features shall serve as well: the loss is the mean over the whole of
+    them and over their first w numbers, normalised again (Matryoshka)."""
     warmup_samples: int = 0
     """convse++ and vse++: pairs seen while going from the mean of all violations to the hardest."""
     duplicates: str = "mask"

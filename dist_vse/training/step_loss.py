@@ -3,18 +3,19 @@
 from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.losses.global_loss import GlobalLoss
+from dist_vse.losses.nested import NestedLoss
 from dist_vse.losses.options import LossOptions
 from dist_vse.training.schedule import temperature, warmup_fraction
 
 
-def build_loss(config: TrainConfig, batch: Batch, samples_seen: int) -> GlobalLoss:
+def build_loss(config: TrainConfig, batch: Batch, samples_seen: int) -> GlobalLoss | NestedLoss:
     """Return the loss of this rank's batch, in the step that starts after `samples_seen` pairs."""
-    return GlobalLoss(
-        config.loss.name,
-        loss_options(config, samples_seen),
-        image_ids=batch.image_ids,
-        text_ids=batch.text_ids,
-    )
+    widths, options = config.loss.widths, loss_options(config, samples_seen)
+    losses = [
+        GlobalLoss(config.loss.name, options, image_ids=batch.image_ids, text_ids=batch.text_ids)
+        for _ in range(1 + len(widths))
+    ]
+    return NestedLoss(losses, widths) if widths else losses[0]
 
 
 def loss_options(config: TrainConfig, samples_seen: int) -> LossOptions:

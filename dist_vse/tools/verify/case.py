@@ -57,6 +57,7 @@ def shrink(config: TrainConfig, world_size: int) -> TrainConfig:
     return replace(
         config,
         model=model,
+        loss=replace(config.loss, widths=[]),
         optim=OptimConfig(name="sgd", weight_decay=0.0, clip_norm=config.optim.clip_norm),
         global_batch_size=world_size * chunks * ROWS,
         chunk_size=ROWS,
