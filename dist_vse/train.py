@@ -37,6 +37,7 @@ from dist_vse.runs.skipped import SkippedLog
 from dist_vse.training.batches import build_train_batches
 from dist_vse.training.build_engine import launcher_conflicts
 from dist_vse.training.chunks import make_chunks
+from dist_vse.training.early_stop import read_early_stop
 from dist_vse.training.grad_cache import train_step
 from dist_vse.training.kernel_check import compile_meanwhile
 from dist_vse.training.profiler import profiled
@@ -91,15 +92,18 @@ def _run(config: TrainConfig) -> int:
     trace = run.run_dir / TRACE_NAME if config.profile else None
     watching = watchdog.watching(watchdog.limit_s())
     with watching, step_timer.listening(run.meter.clock), profiled(trace) as traced:
-        progress = _train(run, progress, traced)
-    if progress.step == config.total_steps:
+        progress, ended = _train(run, progress, traced)
+    if ended or progress.step == config.total_steps:
         return 0
     logger.info("stopped at step %d and saved: the same command continues", progress.step)
     return INTERRUPTED
 
 
-def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress:
-    """Loop over the steps until the last one or any rank's wish to stop; each ends in `traced`."""
+def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Progress, bool]:
+    """Loop over the steps until the last one or any rank's wish to stop; each ends in `traced`.
+
+    Return where the run stands, and whether its patience ended it.
+    """
     config, engine, meter = run.config, run.engine, run.meter
     image = config.model.image
     saver = Saver(
@@ -125,12 +129,13 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
     batches = build_train_batches(config, run.train_sets, run.tokenizer, progress)
     if run.kernels == "fused":
         batches = compile_meanwhile(batches, config)
+    early_stop = read_early_stop(run.run_dir, config.best_metric, config.patience)
     if progress.step == 0:
-        _evaluate(run, progress, recorder)
+        early_stop.add(_evaluate(run, progress, recorder))
     meter.reset()
     bar = progress_bar(config.total_steps, progress.step)
     stopped = False
-    while progress.step < config.total_steps and not stopped:
+    while progress.step < config.total_steps and not stopped and not early_stop.ends:
         step_timer.begin("data")
         with distributed.raise_on_all_ranks():
             batch = next(batches)
@@ -172,15 +177,21 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> Progress
         # Who was asked to stop saves first: the time that is left may be short.
         if last or (_due(progress.step, config.eval_every) and not stopped):
             score = _evaluate(run, progress, recorder)
+            early_stop.add(score)
             meter.reset()
-        if save:
+        if save or early_stop.ends:
             _save(run, saver, progress, score)
             meter.reset()
     watchdog.progress()
     saver.finish()
     bar.close()
     recorder.close()
-    return progress
+    if early_stop.ends:
+        logger.info(
+            "ended at step %d: %d evaluations without a better %s",
+            *(progress.step, config.patience, config.best_metric),
+        )
+    return progress, early_stop.ends
 
 
 def _due(step: int, every: int) -> bool:
@@ -227,7 +238,7 @@ def _log(
 
 
 def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
-    """Measure retrieval and record it; return the sum of the six recalls."""
+    """Measure retrieval and record it; return its `best_metric`."""
     split = run.config.data.eval_split
     batches = build_eval_batches(run.config, run.index, run.tokenizer, split)
     average_statistics(run.engine.module)
@@ -251,7 +262,7 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
         metrics["t2i_r1"],
         metrics["rsum"],
     )
-    return float(metrics["rsum"])
+    return float(metrics[run.config.best_metric])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

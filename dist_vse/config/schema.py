@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.local_path import require_local
-from dist_vse.config.checks import AUTO, at_least, check, number_or_auto
+from dist_vse.config.checks import AUTO, at_least, check, number_or_auto, one_of
 from dist_vse.config.optimizers import OptimConfig, needs_whole_tensors
 from dist_vse.config.sections import (
     CacheConfig,
@@ -17,6 +17,11 @@ from dist_vse.config.sections import (
     EngineConfig,
     LossConfig,
     ModelConfig,
+)
+
+BEST_METRICS = (
+    "rsum",
+    *(f"{way}_{part}" for way in ("i2t", "t2i") for part in ("r1", "r5", "r10", "map")),
 )
 
 
@@ -57,8 +62,13 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     keep_best: int = 0
-    """Further checkpoints that are kept: those of the highest sum of recalls, of the steps that
-    were evaluated as well."""
+    """Further checkpoints that are kept: those of the highest best_metric, of the steps that were
+    evaluated as well."""
+    best_metric: str = "rsum"
+    """Metric of an evaluation by which keep_best and patience judge: rsum, or i2t_ or t2i_ with r1,
+    r5, r10 or map."""
+    patience: int = 0
+    """Evaluations without a better best_metric after which the run ends; 0 goes on to the end."""
     profile: bool = False
     """Write a trace of three steps (torch.profiler, rank 0) to `profile.json` in the run's folder,
     for https://ui.perfetto.dev."""
@@ -85,7 +95,12 @@ class TrainConfig:
         )
         at_least(0, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
         at_least(0, checkpoint_samples=self.checkpoint_samples, keep_best=self.keep_best)
-        at_least(0, checkpoint_minutes=self.checkpoint_minutes)
+        at_least(0, checkpoint_minutes=self.checkpoint_minutes, patience=self.patience)
+        one_of("best_metric", self.best_metric, BEST_METRICS)
+        check(
+            self.patience == 0 or self.eval_every > 0,
+            f"patience ({self.patience}) counts evaluations: set eval_every as well",
+        )
         check(
             self.keep_best == 0 or self._scores_a_checkpoint(),
             f"keep_best ({self.keep_best}) can keep none: before the last step, no step is both "

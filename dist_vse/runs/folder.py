@@ -23,6 +23,8 @@ _MAY_CHANGE = (
     "checkpoint_minutes",
     "keep_checkpoints",
     "keep_best",
+    "best_metric",
+    "patience",
     "profile",
     "engine.zero_stage",
     "engine.coalesce",
