@@ -121,6 +121,10 @@ def _add_peers(peers: argparse.ArgumentParser) -> None:
     peers.add_argument("--timeout", type=float, default=600, help="of a training, seconds [600]")
 
 
+def _add_conformance(conformance: argparse.ArgumentParser) -> None:
+    conformance.add_argument("--processes", type=int, default=2, help="ranks on this machine [2]")
+
+
 def _add_shard(shard: argparse.ArgumentParser) -> None:
     shard.add_argument("folder", metavar="DIR", type=Path, help="for the files, some GB")
     shard.add_argument("--images", type=int, default=20_000, help="untouched (default: 20000)")
@@ -172,6 +176,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "order": ("what an epoch misses and repeats", _add_order),
     "peers": ("OpenCLIP's trainer and ours, end to end", _add_peers),
     "install": ("what dist_vse and its extras take on disk", _add_install),
+    "conformance": ("gradients of OpenCLIP, sentence-transformers, GradCache", _add_conformance),
     "shard": ("sharding, tar, ShardWriter and img2dataset", _add_shard),
 }
 """Benchmark NAME is `run` in `benchmarks.NAME`."""

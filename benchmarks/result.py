@@ -14,7 +14,10 @@ from rich.console import Console
 from dist_vse.runs.environment import describe_environment
 from dist_vse.tools.bench.table import Table
 
-PEERS = ("open_clip_torch", "simplejpeg", "opencv-python-headless")
+PEERS = (
+    *("open_clip_torch", "sentence-transformers", "gradcache"),
+    *("simplejpeg", "opencv-python-headless"),
+)
 KEPT = ("title", "notes")  # written by a person; remarks on the figures go with the figures
 
 

@@ -37,20 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peer",
-        choices=("open_clip",),
-        help="instead of a config: the flags of OpenCLIP's loss, compared with ours (extra "
-        "`open_clip`)",
+        choices=("open_clip", "sentence_transformers", "grad_cache", "all"),
+        help="instead of a config: the losses of another library, or of all of these, compared "
+        "with ours (extra `examples`)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print; return 0 if all is exact, 1 if something is off."""
+    if args.peer is not None:
+        return _compare_peers(args)
     if "RANK" in os.environ:
         return _join_group(args)
     check = _choose_check(args)
-    processes = PROCESSES if args.processes is None else args.processes
-    if processes < 1:
-        raise UserError(f"--processes {processes} must be at least 1")
+    processes = _processes(args)
 
     from dist_vse.distributed.spawn import run_on_ranks
     from dist_vse.tools.verify.checks import Result, describe
@@ -88,19 +88,30 @@ def _join_group(args: argparse.Namespace) -> int:
 
 def _choose_check(args: argparse.Namespace) -> "Callable[[], Result]":
     """Return what every rank runs. Raises UserError for what the user can mend."""
-    if args.peer is None:
-        config = _read_config(args)  # an error in it is reported before torch is imported
+    config = _read_config(args)  # an error in it is reported before torch is imported
 
-        from dist_vse.tools.verify.checks import check
+    from dist_vse.tools.verify.checks import check
 
-        return partial(check, config)
+    return partial(check, config)
+
+
+def _compare_peers(args: argparse.Namespace) -> int:
     if args.config is not None:
         raise UserError(f"--peer {args.peer} takes no config; leave {args.config} out")
+    if "RANK" in os.environ:
+        raise UserError(f"--peer {args.peer} starts its own processes; run it without a launcher")
+    processes = _processes(args)
 
-    from dist_vse.tools.verify.peer import check_peer, require_peer
+    from dist_vse.tools.verify.conformance.command import run
 
-    require_peer()
-    return check_peer
+    return run(args.peer, processes)
+
+
+def _processes(args: argparse.Namespace) -> int:
+    processes = PROCESSES if args.processes is None else args.processes
+    if processes < 1:
+        raise UserError(f"--processes {processes} must be at least 1")
+    return int(processes)
 
 
 def _read_config(args: argparse.Namespace) -> "TrainConfig":
