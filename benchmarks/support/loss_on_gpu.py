@@ -59,7 +59,7 @@ def _sentence_transformers(device: torch.device) -> dict[str, LossStep]:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     symmetric: Any = MultipleNegativesRankingLoss(
-        torch.nn.Identity(),  # type: ignore[arg-type]  # no model: it is given features
+        torch.nn.Identity(),  # no model: it is given features
         scale=1 / TEMPERATURE,
         gather_across_devices=True,
         directions=("query_to_doc", "doc_to_query"),
