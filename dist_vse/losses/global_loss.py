@@ -220,6 +220,7 @@ class GlobalLoss:
         return None
 
 
+@uncompiled
 def global_loss(
     name: str,
     image_features: Tensor,
