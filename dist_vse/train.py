@@ -29,7 +29,7 @@ from dist_vse.models.dual_encoder import average_statistics
 from dist_vse.models.image import set_training_input
 from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress
-from dist_vse.runs.environment import record_environment
+from dist_vse.runs.environment import record_environment, shards_state, verify_shards
 from dist_vse.runs.files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME, TRACE_NAME
 from dist_vse.runs.metrics import Recorder, log_line, peak_memory_gib, progress_bar
 from dist_vse.runs.saver import Saver
@@ -86,9 +86,14 @@ def _run(config: TrainConfig) -> int:
         logger.info("resuming %s at step %d", run.run_dir, progress.step)
     indexes = (run.index, *(a_set.index for a_set in run.train_sets))
     data = {str(index.root): index.fingerprint() for index in indexes}
+    with distributed.raise_on_all_ranks():
+        for index in indexes if config.resume.verify_shards else ():
+            verify_shards(index)
+    shards = {str(index.root): shards_state(index) for index in indexes}
     with run.exclusive_write():
         loss = {"name": run.config.loss.name, "kernels": run.kernels, "reason": run.kernels_reason}
-        record_environment(run.run_dir, progress.step, data, loss)
+        allow = config.resume.allow
+        record_environment(run.run_dir, progress.step, data, loss, shards=shards, allow=allow)
     trace = run.run_dir / TRACE_NAME if config.profile else None
     watching = watchdog.watching(watchdog.limit_s())
     with watching, step_timer.listening(run.meter.clock), profiled(trace) as traced:

@@ -17,6 +17,7 @@ from dist_vse.config.sections import (
     EngineConfig,
     LossConfig,
     ModelConfig,
+    ResumeConfig,
 )
 
 BEST_METRICS = (
@@ -78,6 +79,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     def __post_init__(self) -> None:
         require_local(self.output_dir, "output_dir=")

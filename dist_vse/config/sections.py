@@ -258,3 +258,15 @@ class EngineConfig:
         stage = self.zero_stage
         check(stage in (0, 1, 2, 3), f"engine.zero_stage ({stage}) must be 0, 1, 2 or 3")
         one_of("engine.precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    """How a run goes on that was trained before."""
+
+    allow: list[str] = field(default_factory=list)
+    """Settings that may differ from those that the run began with, though they change what is
+    learned: `[loss.temperature, optim]`; `data` and `vocabulary` stand for what was read."""
+    verify_shards: bool = False
+    """Compare the bytes of all local shards with the index (SHA-256) before training; else only
+    their sizes and times are compared with the last start's, and a change is a warning."""

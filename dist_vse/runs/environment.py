@@ -1,9 +1,12 @@
 """What a run was made with: versions, machine and data, written by the run itself."""
 
+import contextlib
+import hashlib
 import json
 import os
 import platform
 import socket
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ import torch
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import sha256_of_file
+from dist_vse.common.log import logger
 from dist_vse.common.reading import BadFileError, json_lines
 from dist_vse.common.version import __version__
-from dist_vse.data.index import INDEX_NAME
+from dist_vse.data.index import INDEX_NAME, Index, Shard, is_remote
 from dist_vse.runs.files import ENVIRONMENT_NAME, VOCABULARY_NAME
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "webdataset", "timm", "transformers", "numpy")
@@ -39,20 +43,29 @@ def describe_environment() -> dict[str, dict[str, Any]]:
 
 @distributed.main_process_only
 def record_environment(
-    run_dir: Path, step: int, data: dict[str, str], loss: dict[str, str] | None = None
+    run_dir: Path,
+    step: int,
+    data: dict[str, str],
+    loss: dict[str, str] | None = None,
+    *,
+    shards: Mapping[str, str] | None = None,
+    allow: Collection[str] = (),
 ) -> None:
     """Append a line for this attempt of the run; every rank may call it, rank 0 writes.
 
-    `data` holds the fingerprint of each data set by its place, `loss` what computes the loss, and
-    why. Raises UserError if a run that goes on after `step` began with other data or another
-    vocabulary; the data may lie elsewhere now.
+    `data` holds the fingerprint of each data set by its place, `shards` the state of its local
+    files, `loss` what computes the loss, and why. Raises UserError if a run that goes on after
+    `step` began with other data or another vocabulary, unless `allow` names it; the data may lie
+    elsewhere now.
     """
     former = read_environment(run_dir)
     vocabulary = run_dir / VOCABULARY_NAME
     words = sha256_of_file(vocabulary)[:16] if vocabulary.is_file() else ""
     if step > 0 and former is not None:
-        _check_same(run_dir, former, data, words)
+        _check_same(run_dir, former, data, words, allow)
+        _tell_touched(former.get("shards"), shards or {})
     line = {"step": step, **describe_environment(), "data": data, "vocabulary": words}
+    line["shards"] = dict(shards or {})
     if loss is not None:
         line["loss"] = loss
     with (run_dir / ENVIRONMENT_NAME).open("a", encoding="utf-8") as file:
@@ -78,15 +91,67 @@ def _is_whole(line: dict[str, Any]) -> bool:
     )
 
 
-def _check_same(run_dir: Path, former: dict[str, Any], data: dict[str, str], words: str) -> None:
+def shards_state(index: Index) -> str:
+    """Return 16 hex digits that change when the size or time of a local shard does."""
+    digest = hashlib.sha256()
+    for shard in _local_shards(index):
+        with contextlib.suppress(OSError):  # who reads it says so
+            status = (index.root / shard.path).stat()
+            digest.update(f"{shard.path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def verify_shards(index: Index) -> None:
+    """Compare this rank's share of the local shards with the index's checksums.
+
+    Raises UserError, on this rank, for one that differs or can't be read.
+    """
+    for shard in _local_shards(index)[distributed.rank() :: distributed.world_size()]:
+        path = index.root / shard.path
+        try:
+            same = sha256_of_file(path) == shard.sha256
+        except OSError as error:
+            raise UserError(f"{path}: can't be read ({error.strerror})") from error
+        if not same:
+            raise UserError(
+                f"{path}: the bytes are not those of the index (SHA-256); copy it again, or run "
+                f"`dist-vse shard repair {index.root}`"
+            )
+
+
+def _local_shards(index: Index) -> list[Shard]:
+    shards = [s for name in sorted(index.splits) for s in index.splits[name].shards]
+    return [shard for shard in shards if not is_remote(shard.path)]
+
+
+def _tell_touched(former: object, now: Mapping[str, str]) -> None:
+    """Warn of data sets whose local shards were touched since the last start."""
+    before = former if isinstance(former, dict) else {}
+    for place, state in now.items():
+        if before.get(place, state) != state:
+            logger.warning(
+                "%s: shards have other sizes or times than when the run stopped; to compare their "
+                "bytes with the index, set resume.verify_shards=true",
+                place,
+            )
+
+
+def _check_same(
+    run_dir: Path,
+    former: dict[str, Any],
+    data: dict[str, str],
+    words: str,
+    allow: Collection[str],
+) -> None:
     """Raise UserError if the data or the vocabulary are others than at the former start."""
     before, now = sorted(former["data"].values()), sorted(data.values())
-    if before != now:
+    if before != now and "data" not in allow:
         raise UserError(
             f"{run_dir}: the run began with other data (fingerprints {', '.join(before)}; now "
-            f"{', '.join(now)}): give the data set that it began with, or another output_dir"
+            f"{', '.join(now)}): give the data set that it began with, or another "
+            "output_dir, or continue with resume.allow=[data]"
         )
-    if former.get("vocabulary", words) != words:
+    if former.get("vocabulary", words) != words and "vocabulary" not in allow:
         raise UserError(
             f"{run_dir / VOCABULARY_NAME}: has changed since the run began: put the former file "
             "back, or give another output_dir"

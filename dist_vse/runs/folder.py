@@ -1,10 +1,11 @@
 """A run's folder: finding it, and the config in it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dist_vse import distributed
-from dist_vse.common.errors import UserError
+from dist_vse.common.errors import UserError, unknown_name
 from dist_vse.common.files import write_text
 from dist_vse.common.log import logger
 from dist_vse.config import TrainConfig, dump_config, flat_config, load_config
@@ -31,6 +32,8 @@ _MAY_CHANGE = (
     "data.num_workers",
     "data.max_bad",
     "data.allow_pipe",
+    "resume.allow",
+    "resume.verify_shards",
     "cache.keep_graphs",
     "cache.memory_gib",
     "loss.kernels",
@@ -48,16 +51,32 @@ def prepare_run_dir(config: TrainConfig) -> Path:
     if not (run_dir / METRICS_NAME).is_file():  # nothing was trained yet
         (run_dir / VOCABULARY_NAME).unlink(missing_ok=True)
     earlier = find_earlier_start(run_dir)
-    changed = _differences(earlier, config) if earlier is not None else []
-    if changed:
+    changed = _differences(earlier, config) if earlier is not None else {}
+    _check_allow(config)
+    refused = [key for key in changed if not _is_allowed(key, config.resume.allow)]
+    if refused:
         raise UserError(
-            f"{run_dir} holds a run of another config ({'; '.join(changed)}): give another "
-            "output_dir, or remove that folder"
+            f"{run_dir} holds a run of another config ({'; '.join(changed[key] for key in refused)}): "
+            f"give another output_dir, or continue it with resume.allow=[{','.join(refused)}]"
         )
+    for text in changed.values():
+        logger.warning("%s goes on with %s", run_dir, text)
     if earlier is not None:
         _tell_new_end(earlier, config)
     write_config(config)
     return run_dir
+
+
+def _check_allow(config: TrainConfig) -> None:
+    """Raise UserError for a name in `resume.allow` that is no setting and no section."""
+    keys = [*flat_config(config), "data", "vocabulary"]
+    for name in config.resume.allow:
+        if not any(_is_allowed(key, [name]) for key in keys):
+            raise unknown_name("resume.allow", name, keys)
+
+
+def _is_allowed(key: str, allow: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in allow)
 
 
 def _tell_new_end(earlier: TrainConfig, config: TrainConfig) -> None:
@@ -87,16 +106,16 @@ def write_config(config: TrainConfig) -> None:
     write_text(Path(config.output_dir) / CONFIG_NAME, dump_config(config))
 
 
-def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """Say what differs, as `loss.name: convse -> convse++`."""
+def _differences(old: TrainConfig, new: TrainConfig) -> dict[str, str]:
+    """Say by its key what differs, as `loss.name: convse -> convse++`."""
     before, after = flat_config(old), flat_config(new)
     # Both folders may have been moved; the data's fingerprint is compared when the run goes on.
     ignored = {*_MAY_CHANGE, "output_dir", "data.index"}
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
+    return {
+        key: f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in {**after, **before}  # those of optim.options differ
         if key not in ignored and before.get(key) != after.get(key)
-    ]
+    }
 
 
 def open_run(run_dir: Path) -> TrainConfig:
