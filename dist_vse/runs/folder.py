@@ -55,8 +55,9 @@ def prepare_run_dir(config: TrainConfig) -> Path:
     _check_allow(config)
     refused = [key for key in changed if not _is_allowed(key, config.resume.allow)]
     if refused:
+        differences = "; ".join(changed[key] for key in refused)
         raise UserError(
-            f"{run_dir} holds a run of another config ({'; '.join(changed[key] for key in refused)}): "
+            f"{run_dir} holds a run of another config ({differences}): "
             f"give another output_dir, or continue it with resume.allow=[{','.join(refused)}]"
         )
     for text in changed.values():
