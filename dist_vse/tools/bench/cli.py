@@ -1,20 +1,42 @@
-"""`dist-vse bench scale`: its options."""
+"""`dist-vse bench`: the options of its measurements."""
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the subcommand `scale`, the only measurement that the package brings along."""
+    """Add the subcommands: the measurements that the package brings along."""
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     help_text = "speed, memory and traffic over processes"
     _add_scale(benchmarks.add_parser("scale", help=help_text))
+    help_text = "one exact step of a loss over a million pairs"
+    _add_million(benchmarks.add_parser("million", help=help_text))
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the measurement; return the exit code."""
-    from dist_vse.tools.bench import scale
+    from dist_vse.tools.bench import million, scale
 
-    return scale.run(args)
+    return million.run(args) if args.benchmark == "million" else scale.run(args)
+
+
+def _add_million(million: argparse.ArgumentParser) -> None:
+    million.description = (
+        "Take one exact step (forward and backward) of ConVSE++ and of ConVSE over made-up "
+        "features, on processes of this machine with one thread each. Reports time, operations, "
+        "bytes and memory, and compares some rows and columns with dense float64. A million pairs "
+        "take about half an hour of two cores."
+    )
+    million.add_argument("--pairs", type=int, default=2**20, metavar="N", help="[1048576]")
+    million.add_argument("--dim", type=int, default=64, metavar="D", help="embedding [64]")
+    million.add_argument("--processes", type=int, default=2, metavar="W", help="[2]")
+    million.add_argument(
+        "--losses",
+        nargs="+",
+        default=["convse++", "convse"],
+        choices=["convse++", "convse"],
+        help="[convse++ convse]",
+    )
+    million.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
 
 
 def _add_scale(scale: argparse.ArgumentParser) -> None:

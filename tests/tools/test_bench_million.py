@@ -1,0 +1,40 @@
+"""`dist-vse bench million`, with fewer pairs: its costs add up, and it sees a wrong gradient."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from dist_vse import cli
+from dist_vse.tools.bench import million
+
+
+@pytest.mark.slow
+def test_one_step_is_exact_and_its_costs_are_counted(tmp_path: Path) -> None:
+    out = tmp_path / "m.json"
+    assert cli.main(["bench", "million", "--pairs", "4096", "--out", str(out)]) == 0
+    plus, plain = json.loads(out.read_text())
+    assert (plus["loss"], plain["loss"]) == ("convse++", "convse")
+    for row in (plus, plain):
+        assert row["pairs"] == 4096 and row["error"] < 1e-5
+        # Captions' features are gathered, and their gradients come back.
+        assert 1 <= row["sent"] / (2 * 2048 * 64 * 4) < 1.2
+        assert row["memory_gib"] < 0.2 and row["seconds"] > 0
+    assert plain["flop"] == 4 * plus["flop"] == 8 * 4096 * 2048 * 64
+
+
+@pytest.mark.parametrize("name", ["convse", "convse++"])
+def test_the_check_sees_a_wrong_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = million.TiledLoss.backward
+
+    def wrong(tiled: Any) -> tuple[Tensor, Tensor]:
+        rows, columns = right(tiled)
+        return rows * 1.001, columns
+
+    (row,) = million.measure_losses(600, 16, (name,))
+    assert row["error"] < 1e-5
+    monkeypatch.setattr(million.TiledLoss, "backward", wrong)
+    (row,) = million.measure_losses(600, 16, (name,))
+    assert row["error"] > 5e-4
