@@ -34,6 +34,7 @@ from dist_vse.runs.files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME, TRACE_
 from dist_vse.runs.metrics import Recorder, log_line, peak_memory_gib, progress_bar
 from dist_vse.runs.saver import Saver
 from dist_vse.runs.skipped import SkippedLog
+from dist_vse.training.batch_report import reported_step
 from dist_vse.training.batches import build_train_batches
 from dist_vse.training.build_engine import launcher_conflicts
 from dist_vse.training.chunks import make_chunks
@@ -156,7 +157,13 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
         log = last or (progress.step + 1) % config.log_every == 0
         if log:
             engine.norms.start()
-        output = train_step(engine, loss, chunks, keep_graphs=run.keep_graphs)
+        reported: dict[str, float] = {}
+        if log and config.batch_report:
+            output, reported = reported_step(
+                engine, loss, chunks, keep_graphs=run.keep_graphs, seed=progress.step
+            )
+        else:
+            output = train_step(engine, loss, chunks, keep_graphs=run.keep_graphs)
 
         progress = _advance(progress, batch, config.global_batch_size)
         watchdog.progress()
@@ -174,6 +181,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
             numbers: dict[str, Tensor | float] = {
                 **output.stats,
                 **engine.step_norms(),
+                **reported,
                 "loss": output.loss,
                 "lr": rate,
             }

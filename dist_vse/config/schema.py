@@ -70,6 +70,9 @@ class TrainConfig:
     r5, r10 or map."""
     patience: int = 0
     """Evaluations without a better best_metric after which the run ends; 0 goes on to the end."""
+    batch_report: bool = False
+    """At log steps, estimate what a larger batch would be worth: the gradient's noise scale and the
+    bias of few negatives (docs/explain/batch.md), for metrics.jsonl and the report."""
     profile: bool = False
     """Write a trace of three steps (torch.profiler, rank 0) to `profile.json` in the run's folder,
     for https://ui.perfetto.dev."""
@@ -145,6 +148,10 @@ class TrainConfig:
             not needs_whole_tensors(self.optim) or engine.zero_stage == 0,
             f"optim.name={self.optim.name} needs whole tensors, and engine.zero_stage="
             f"{engine.zero_stage} hands it flat pieces of them: set engine.zero_stage=0",
+        )
+        check(
+            not self.batch_report or engine.zero_stage < 3,
+            "batch_report=true is for engine.zero_stage 0 to 2: ZeRO 3 has no whole gradients",
         )
         check(
             not self.model.compile or engine.zero_stage < 3,

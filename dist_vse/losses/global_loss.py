@@ -74,6 +74,10 @@ class GlobalLoss:
         )
         self._prefetched = PrefetchedGather(self.options.transport, bf16=self._captions_in_bf16)
 
+    def ids(self, rows: int) -> Tensor:
+        """Return the ids of this rank's rows (b, k), on the host; k is 0 where there are none."""
+        return torch.stack(self._ids, 1) if self._ids else torch.zeros(rows, 0, dtype=torch.long)
+
     def prefetch(self, text_features: Tensor) -> None:
         """Start to send the text features of a chunk (c, d) to all ranks; chunks come in order.
 

@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "best_metric",
     "patience",
     "profile",
+    "batch_report",
     "engine.zero_stage",
     "engine.coalesce",
     "data.num_workers",

@@ -9,6 +9,7 @@ from dist_vse.common.files import atomic_output, check_output
 from dist_vse.common.version import __version__
 from dist_vse.data.index import Index
 from dist_vse.tools.report import sections
+from dist_vse.tools.report.batch import batch_section
 from dist_vse.tools.report.explore import SCRIPT
 from dist_vse.tools.report.images import names_commands, open_data, thumbnails
 from dist_vse.tools.report.numbers import figure
@@ -59,6 +60,7 @@ def _parts(record: Record, index: Index | None, images: dict[str, str] | None) -
         sections.header(record),
         result_tables(record),
         sections.charts(record),
+        batch_section(record),
         sections.examples(record, images),
         _details(record, index),
     ]
