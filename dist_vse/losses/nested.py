@@ -23,6 +23,11 @@ class NestedLoss:
         assert len(losses) == 1 + len(widths), (len(losses), widths)
         self._losses = list(zip(losses, (None, *widths), strict=True))
 
+    @property
+    def whole(self) -> GlobalLoss:
+        """The loss of the whole width."""
+        return self._losses[0][0]
+
     def prefetch(self, text_features: Tensor) -> None:
         """Start to send a chunk's text features (c, d) to all ranks, at each width."""
         for loss, width in self._losses:

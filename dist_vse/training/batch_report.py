@@ -20,6 +20,7 @@ from dist_vse.engine import Engine
 from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.losses.global_loss import GlobalLoss, LossOutput
 from dist_vse.losses.layout import Layout
+from dist_vse.losses.nested import NestedLoss
 from dist_vse.training.grad_cache import train_step
 from dist_vse.training.prefetch_to_device import Chunk
 
@@ -116,8 +117,9 @@ class _Inputs(NamedTuple):
 class WatchedLoss:
     """A step's loss that keeps what it was called with."""
 
-    def __init__(self, loss: GlobalLoss) -> None:
+    def __init__(self, loss: GlobalLoss | NestedLoss) -> None:
         self.loss = loss
+        self.whole = loss.whole if isinstance(loss, NestedLoss) else loss
         self.inputs: _Inputs | None = None
 
     def prefetch(self, text_features: Tensor) -> None:
@@ -142,8 +144,8 @@ class WatchedLoss:
         counts = distributed.all_gather_object(len(images))
         layout = Layout(tuple(counts), distributed.rank())
         pairs = _Inputs(layout.gather(images), layout.gather(texts), log_scale, bias)
-        ids = layout.gather(self.loss.ids(len(images)).to(images.device))
-        return negatives_bias(self.loss, pairs, ids, seed=seed)
+        ids = layout.gather(self.whole.ids(len(images)).to(images.device))
+        return negatives_bias(self.whole, pairs, ids, seed=seed)
 
 
 def negatives_bias(loss: GlobalLoss, pairs: _Inputs, ids: Tensor, *, seed: int) -> dict[str, float]:
@@ -213,7 +215,12 @@ _SUMS = ("vse0", "vse++")
 
 
 def reported_step(
-    engine: Engine, loss: GlobalLoss, chunks: Sequence[Chunk], *, keep_graphs: int, seed: int
+    engine: Engine,
+    loss: GlobalLoss | NestedLoss,
+    chunks: Sequence[Chunk],
+    *,
+    keep_graphs: int,
+    seed: int,
 ) -> tuple[LossOutput, dict[str, float]]:
     """Take a train step; return its output, and what a larger batch would be worth.
 
