@@ -94,7 +94,7 @@ def find_place(device: str, ranks: int | None) -> Place:
 def run_check(number: int, place: Place, options: Options, earlier: Sequence[Row] = ()) -> Row:
     """Run one check in processes of its own; what goes wrong with it is its row."""
     check = find_check(number)
-    began = time.monotonic()
+    began, limit_s = time.monotonic(), check.patience * options.limit_s
 
     def row(status: str, words: str, figures: dict[str, Any] | None = None) -> Row:
         seconds = round(time.monotonic() - began, 1)
@@ -108,7 +108,7 @@ def run_check(number: int, place: Place, options: Options, earlier: Sequence[Row
             number,
             on_gpu=place.gpus > 0,
             folder=name,
-            limit_s=options.limit_s,
+            limit_s=limit_s,
             config=options.config,
             overrides=list(options.overrides),
             earlier={str(row.number): row.figures for row in earlier},
@@ -117,12 +117,12 @@ def run_check(number: int, place: Place, options: Options, earlier: Sequence[Row
         path.write_text(json.dumps(asdict(task)), encoding="utf-8")
         ranks = {NO_GROUP: None, ALL: place.ranks}.get(check.group, 1)
         arguments = ["-m", "dist_vse.launch.gpu_checks.child", str(path)]
-        ended = run_ranks(arguments, ranks, place, folder, limit_s=options.limit_s, grace_s=GRACE_S)
+        ended = run_ranks(arguments, ranks, place, folder, limit_s=limit_s, grace_s=GRACE_S)
         result = folder / RESULT
         if result.is_file() and not any(one.code for one in ended):
             finding = Finding(**json.loads(result.read_text(encoding="utf-8")))
             return row(OK if finding.ok else FAIL, finding.words, finding.figures)
-    return row(FAIL, explain(ended, options.limit_s), {"logs": [one.log[-4000:] for one in ended]})
+    return row(FAIL, explain(ended, limit_s), {"logs": [one.log[-4000:] for one in ended]})
 
 
 def explain(ended: Sequence[Ended], limit_s: float) -> str:
