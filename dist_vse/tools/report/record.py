@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.reading import BadFileError, read_json
 from dist_vse.config import TrainConfig, dump_config, load_config
 from dist_vse.runs.environment import read_environment, trained_on
 from dist_vse.runs.files import CONFIG_NAME, EXAMPLES_NAME, METRICS_NAME
@@ -162,18 +163,49 @@ def _by_step(lines: list[tuple[int, Line]], kind: str, run_dir: Path) -> list[Li
         missing = [name for name in ("step", *_FIELDS[kind]) if name not in line]
         if missing:
             raise UserError(f"{path}: line {number} ({kind}) lacks {', '.join(missing)}; remove it")
+        wrong = [k for k in ("step", *_FIELDS[kind]) if k != "split" and not _is_figure(line[k])]
+        if wrong:
+            raise UserError(f"{path}: line {number} ({kind}): {wrong[0]} is no number; remove it")
         found[line["step"]] = line
     if not found:
         raise UserError(f"{path}: has no {kind} line yet; wait for the run's next one")
     return [found[step] for step in sorted(found)]
 
 
+def _is_figure(value: object) -> bool:
+    """Return whether a value is a number; a run that diverged has NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _read_json(path: Path, *needed: str) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         missing = [name for name in needed if name not in content]
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{path}: no JSON ({error}); run `dist-vse eval` again") from error
+        if not missing:
+            _check_types(content)
+    except BadFileError as error:
+        raise UserError(f"{path}: {error}; run `dist-vse eval` again") from error
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}; run `dist-vse eval` again")
     return content
+
+
+def _check_types(content: dict[str, Any]) -> None:
+    """Raise BadFileError unless results and examples hold what the page computes with."""
+    for name, value in content.items():
+        if name in ("trained", "untrained", "chance", "metrics"):
+            if not isinstance(value, dict) or not all(map(_is_figure, value.values())):
+                raise BadFileError(f"{name} must hold numbers")
+        elif name.startswith(("text_to_image", "image_to_text")):
+            if not isinstance(value, list) or not all(map(_is_query, value)):
+                raise BadFileError(f"{name} must hold queries with their answers")
+        elif name in ("split", "checkpoint", "protocol", "data") and not isinstance(value, str):
+            raise BadFileError(f"{name} must be a text")
+
+
+def _is_query(query: object) -> bool:
+    """Return whether an example has a key, a rank and answers with scores."""
+    if not isinstance(query, dict) or not isinstance(query.get("answers"), list):
+        return False
+    scored = all(isinstance(a, dict) and _is_figure(a.get("score")) for a in query["answers"])
+    return scored and isinstance(query.get("key"), str) and _is_figure(query.get("rank"))

@@ -76,3 +76,31 @@ def test_examples_that_cannot_be_read(run_dir: Path, content: str) -> None:
     (run_dir / "examples.json").write_text(content)
     with pytest.raises(UserError, match=r"examples\.json: .*; run `dist-vse eval` again"):
         write_report(run_dir, None, run_dir / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chance", {"rsum": "high"}),
+        ("chance", None),
+        ("text_to_image", {"key": "k"}),
+        ("image_to_text", [{"key": "k", "rank": "first", "answers": []}]),
+        ("text_to_image", [{"key": "k", "rank": 1, "answers": None}]),
+        ("text_to_image", [{"key": "k", "rank": 1, "answers": [{"score": "x"}]}]),
+        ("split", 5),
+    ],
+)
+def test_examples_of_other_types_are_one_line(run_dir: Path, name: str, value: object) -> None:
+    path = run_dir / "examples.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=rf"examples\.json: {name} must"):
+        write_report(run_dir, None, run_dir / "report.html")
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", "x"), ("step", "1"), ("memory_gib", None)])
+def test_numbers_of_other_types_are_one_line(run_dir: Path, name: str, value: object) -> None:
+    lines = metrics_lines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {name: value})
+    (run_dir / "metrics.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=rf"line 2 \(train\): {name} is no number"):
+        write_report(run_dir, None, run_dir / "report.html")
