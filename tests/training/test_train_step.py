@@ -188,7 +188,8 @@ def test_images_stay_on_the_host_until_their_chunks_turn(monkeypatch: pytest.Mon
             )
 
     chunks = _rank_chunks(model, 0, 4)
-    monkeypatch.setattr(grad_cache, "device", lambda: torch.device("meta"))
+    real, elsewhere = grad_cache.prefetch_to_device, torch.device("meta")
+    monkeypatch.setattr(grad_cache, "prefetch_to_device", lambda c, here: real(c, elsewhere))
     train_step(_Watching(model, _sgd(model)), GlobalLoss("convse"), chunks, keep_graphs=0)
     assert images_at == ["meta"] * 8
     assert all(chunk["images"].device.type == "cpu" for chunk in chunks)
