@@ -13,7 +13,7 @@ from dist_vse.common.consent import add_allow_pipe
 from dist_vse.common.errors import UserError
 from dist_vse.common.extras import needs_train
 from dist_vse.common.local_path import require_local
-from dist_vse.common.terminal import message
+from dist_vse.common.terminal import message, say
 from dist_vse.common.version import __version__
 from dist_vse.launch import cli as launch
 from dist_vse.shards import cli as shards
@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with needs_train(f"dist-vse {args.command}"):
             return COMMANDS[args.command].run(args)
     except UserError as error:
-        print(f"error: {message(str(error))}", file=sys.stderr)
+        say(f"error: {message(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", file=sys.stderr)
         return 130
 
 
@@ -198,7 +198,7 @@ def _report(args: argparse.Namespace) -> int:
         path = write_comparison(args.run_dirs, args.out or first.parent / "compare.html")
     else:
         path = write_report(first, args.data, args.out or first / "report.html")
-    print(f"wrote {path}")
+    say(f"wrote {path}")
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.terminal import say
 
 if TYPE_CHECKING:
     from dist_vse.launch.submit import Plan
@@ -69,12 +70,12 @@ def submit(args: argparse.Namespace) -> int:
         raise UserError("--parallel needs --sweep: a single run is one job")
     plan = plan_submission(args.config, args.overrides, args.cluster, scale=args.scale)
     if args.dry_run:
-        print(dry_run.dry_run(plan))
+        say(dry_run.dry_run(plan))
         return 0
     _warn(plan)
     job = start(plan)
-    print(f"job {job.job_id} ({job.scheduler}), {plan.cluster.world_size} processes")
-    print(f"log of rank 0: {job.log(0)}", flush=True)
+    say(f"job {job.job_id} ({job.scheduler}), {plan.cluster.world_size} processes")
+    say(f"log of rank 0: {job.log(0)}", flush=True)
     return follow(job) if args.wait else 0
 
 
@@ -88,16 +89,16 @@ def _sweep(args: argparse.Namespace) -> int:
         raise UserError(f"--parallel ({parallel}) must be at least 1")
     plans = plan_sweep(args.config, args.overrides, args.sweep, args.cluster, scale=args.scale)
     if args.dry_run:
-        print(dry_run.dry_run(plans[0], runs=len(plans), parallel=parallel))
-        print(f"\n{len(plans)} runs, {parallel} at a time:")
-        print("\n".join(f"  {plan.run_dir}" for plan in plans))
+        say(dry_run.dry_run(plans[0], runs=len(plans), parallel=parallel))
+        say(f"\n{len(plans)} runs, {parallel} at a time:")
+        say("\n".join(f"  {plan.run_dir}" for plan in plans))
         return 0
     _warn(plans[0])
     jobs = []
     for plan, job in zip(plans, submit_sweep(plans, parallel=parallel), strict=True):
-        print(f"job {job.job_id}: {plan.run_dir}", flush=True)
+        say(f"job {job.job_id}: {plan.run_dir}", flush=True)
         jobs.append(job)
-    print(f"dist-vse runs {plans[0].jobs.parent}")
+    say(f"dist-vse runs {plans[0].jobs.parent}")
     return max(follow(job) for job in jobs) if args.wait else 0
 
 
@@ -105,9 +106,9 @@ def _warn(plan: "Plan") -> None:
     from dist_vse.launch.dry_run import find_conflicts, report_ignored
 
     for conflict in find_conflicts(plan, os.environ):
-        print(f"in this shell: {conflict}", file=sys.stderr)
+        say(f"in this shell: {conflict}", file=sys.stderr)
     if ignored := report_ignored(plan):
-        print(ignored, file=sys.stderr)
+        say(ignored, file=sys.stderr)
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -191,7 +192,7 @@ def status(args: argparse.Namespace) -> int:
     """Print where a submitted run stands."""
     from dist_vse.launch.status import status as find_status
 
-    print(find_status(args.run_dir))
+    say(find_status(args.run_dir))
     return 0
 
 
@@ -214,7 +215,7 @@ def cancel(args: argparse.Namespace) -> int:
     """Ask a submitted run to save and exit."""
     from dist_vse.launch.cancel import cancel as ask
 
-    print(ask(args.run_dir))
+    say(ask(args.run_dir))
     return 0
 
 
@@ -229,5 +230,5 @@ def runs(args: argparse.Namespace) -> int:
     """Print the table of several runs."""
     from dist_vse.launch.runs import find_runs, table
 
-    print(table(find_runs(args.folders)))
+    say(table(find_runs(args.folders)))
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.terminal import say
 from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig, load_config
 from dist_vse.config.optimizers import state_tensors
@@ -89,13 +90,11 @@ def doctor(
     began, failures = time.monotonic(), dict[str, str]()
     for name, check in _CHECKS.items():
         try:
-            print(f"ok    {name}: {check(checkup)}", flush=True)
+            say(f"ok    {name}: {check(checkup)}", flush=True)
         except UserError as error:
             first = failures.setdefault(str(error), name)
-            print(
-                f"FAIL  {name}: {error if first == name else f'same error as {first}'}", flush=True
-            )
-    print(f"{len(_CHECKS)} checks in {time.monotonic() - began:.0f} s")
+            say(f"FAIL  {name}: {error if first == name else f'same error as {first}'}", flush=True)
+    say(f"{len(_CHECKS)} checks in {time.monotonic() - began:.0f} s")
     return 2 if failures else 0
 
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.terminal import say
 from dist_vse.launch.outcome import find_outcome
 from dist_vse.launch.schedulers import find_scheduler
 from dist_vse.launch.schedulers.base import SubmittedJob, load_job
@@ -55,12 +56,12 @@ def _pass_on_ctrl_c(job: SubmittedJob, times: int) -> bool:
     """Cancel or kill a job that Ctrl-C may cancel; return whether to go on following."""
     scheduler = find_scheduler(job.scheduler)
     if not scheduler.ctrl_c_cancels:
-        print(f"job {job.job_id} goes on; end it with `dist-vse cancel`", file=sys.stderr)
+        say(f"job {job.job_id} goes on; end it with `dist-vse cancel`", file=sys.stderr)
         return False
     if times > 1:
         scheduler.kill(job)
         return False
-    print("asked the job to save and exit; Ctrl-C again kills it", file=sys.stderr)
+    say("asked the job to save and exit; Ctrl-C again kills it", file=sys.stderr)
     scheduler.cancel(job)
     return True
 
@@ -70,7 +71,7 @@ def report(job: SubmittedJob) -> int:
     delay_s = find_scheduler(job.scheduler).results_delay_s
     code, causes = find_outcome(job, job_state(job).name, results_delay_s=delay_s)
     for cause in causes:
-        print(f"error: job {job.job_id}, {cause}", file=sys.stderr)
+        say(f"error: job {job.job_id}, {cause}", file=sys.stderr)
     return code
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dist_vse.common.consent import add_allow_pipe
 from dist_vse.common.errors import UserError
+from dist_vse.common.terminal import say
 from dist_vse.shards.error_budget import ErrorBudget, parse_error_budget
 from dist_vse.shards.options import (
     add_caption_key,
@@ -267,7 +268,7 @@ def _stats(args: argparse.Namespace) -> int:
     if args.contact_sheet is not None:
         with _write_errors(args.contact_sheet):
             count = write_contact_sheet(index, args.contact_sheet)
-        print(f"{count} samples: {args.contact_sheet}")
+        say(f"{count} samples: {args.contact_sheet}")
     return 0
 
 

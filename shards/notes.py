@@ -2,9 +2,9 @@
 
 import sys
 
-from dist_vse.common.terminal import message
+from dist_vse.common.terminal import message, say
 
 
 def note(text: str) -> None:
     """Print a note that needs no answer."""
-    print(f"note: {message(text)}", file=sys.stderr)
+    say(f"note: {message(text)}", file=sys.stderr)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from dist_vse.common.terminal import plain, without_secrets
+from dist_vse.common.terminal import plain, say, without_secrets
 from dist_vse.shards.manifest import SKIPPED_NAME, ShardEntry
 
 if TYPE_CHECKING:
@@ -141,9 +141,8 @@ def print_stats(stats: "dict[str, Stats]") -> None:
     ):
         _print_histogram(console, title, counts)
     for one, other, count in shared_images(stats):
-        console.print(
-            f"{count:,} images are in both {one} and {other}: the same bytes", style="red"
-        )
+        repeated = f"{count:,} images are in both {one} and {other}: the same bytes"
+        console.print(plain(repeated), style="red")
 
 
 def _counts(counter: Counter[str]) -> str:
@@ -162,9 +161,9 @@ def _print_histogram(console: Console, title: str, counts: Counter[int]) -> None
         seen += counts[median]
         if seen >= half:
             break
-    console.print(f"\n{title} (median {median:,})", style="bold")
+    console.print(plain(f"\n{title} (median {median:,})"), style="bold")
     for number, count in sorted(bins.items()):
         start = low + number * width
         label = f"{start:,}" if width == 1 else f"{start:,}-{start + width - 1:,}"
         bar = "█" * round(BAR * count / max(bins.values()))
-        console.print(f"{label:>15} {count:>9,} {bar}", highlight=False)
+        say(f"{label:>15} {count:>9,} {bar}")

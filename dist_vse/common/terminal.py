@@ -2,7 +2,7 @@
 
 import re
 import reprlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.text import Text  # not here: `dist-vse --help` does without it
@@ -46,6 +46,11 @@ def message(text: object) -> str:
         return shown
     half = MAX_CHARS // 2
     return f"{shown[:half]} [... {len(shown) - 2 * half:,} characters ...] {shown[-half:]}"
+
+
+def say(text: object, *, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
+    """Print a text as `printable` returns it; all that is no table of rich's goes through here."""
+    print(printable(text), file=file, end=end, flush=flush)
 
 
 def plain(text: object) -> "Text":

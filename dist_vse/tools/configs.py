@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from dist_vse.common.errors import UserError, writing
+from dist_vse.common.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "list":
         _print_list()
     elif args.action == "show":
-        print(named_config(args.name).read_text(encoding="utf-8"), end="")
+        say(named_config(args.name).read_text(encoding="utf-8"), end="")
     else:
         _copy(named_config(args.name), args.dest)
     return 0
@@ -46,7 +47,7 @@ def _print_list() -> None:
     for name, path in named.items():
         lines = path.read_text(encoding="utf-8").splitlines()
         about = next((line[2:] for line in lines if line.startswith("# ")), "")
-        print(f"{name:<{width}}  {about.partition('. ')[0].rstrip('.:')}")
+        say(f"{name:<{width}}  {about.partition('. ')[0].rstrip('.:')}")
 
 
 def _copy(source: Path, dest: Path) -> None:
@@ -56,4 +57,4 @@ def _copy(source: Path, dest: Path) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
-    print(f"wrote {path}")
+    say(f"wrote {path}")

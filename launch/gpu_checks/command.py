@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError, writing
+from dist_vse.common.terminal import say
 from dist_vse.launch.gpu_checks.catalog import ALL, CHECKS, NO_GROUP, find_check
 from dist_vse.launch.gpu_checks.child import RESULT
 from dist_vse.launch.gpu_checks.finding import Finding, Task
@@ -63,19 +64,19 @@ def check_gpus(options: Options) -> int:
     if options.json is not None:
         with writing(options.json):  # now, not after minutes
             options.json.touch()
-    print(_heading(place), flush=True)
+    say(_heading(place), flush=True)
     rows: list[Row] = []
     began = time.monotonic()
     for number in options.checks:
         rows.append(run_check(number, place, options, earlier=rows))
-        print(_line(rows[-1]), flush=True)
+        say(_line(rows[-1]), flush=True)
         if options.json is not None:
             _write(options.json, place, rows)
     counts = {status: sum(row.status == status for row in rows) for status in (OK, FAIL, SKIPPED)}
     words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    print(f"{len(rows)} checks in {time.monotonic() - began:.0f} s: {words}")
+    say(f"{len(rows)} checks in {time.monotonic() - began:.0f} s: {words}")
     if options.json is not None:
-        print(f"wrote {options.json}")
+        say(f"wrote {options.json}")
     return 2 if counts[FAIL] else 0
 
 

@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dist_vse.common.terminal import say
 from dist_vse.launch.gpu_checks.finding import Finding, Task
 from dist_vse.launch.gpu_checks.processes import Ended, Place, run_ranks
 
@@ -87,7 +88,7 @@ def main(kind: str, limit_s: float) -> None:
             if kind == "raise":
                 raise RuntimeError(WORDS)
             threading.Event().wait()
-        print(distributed.all_reduce_sum(x)[0].item())
+        say(distributed.all_reduce_sum(x)[0].item())
 
 
 if __name__ == "__main__":

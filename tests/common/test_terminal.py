@@ -1,7 +1,10 @@
 """Text on its way to a terminal."""
 
+import ast
 import io
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -16,12 +19,14 @@ from dist_vse.common.terminal import (
     one_line,
     plain,
     printable,
+    say,
     short,
     without_secrets,
 )
 from dist_vse.tools.bench import table as bench
 from dist_vse.tools.search.found import Found
 from dist_vse.tools.search.run import _show
+from tests.support.paths import ROOT
 
 ODD = "a [red] balloon [/home] [b]x[/b] :smile: [link=x]y \\[z"
 
@@ -107,3 +112,32 @@ def test_urls_lose_their_secrets(given: str, shown: str) -> None:
         str(UserError(given)) == without_secrets(given) == without_secrets(without_secrets(given))
     )
     assert "pw" not in shown and "=S" not in shown
+
+
+def _printed_raw(path: Path) -> Iterator[str]:
+    """Yield the calls of a source file that print what may be text from outside."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        place = f"{path.relative_to(ROOT)}:{node.lineno}"
+        if isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield f"{place}: print, not say"
+        if name in ("print", "add_row", "add_column"):
+            for value in node.args:
+                parts = value.values if isinstance(value, ast.JoinedStr) else ()
+                if any(isinstance(x, ast.FormattedValue) and not x.format_spec for x in parts):
+                    yield f"{place}: {ast.unparse(value)} is markup; say plain(...)"
+
+
+def test_nothing_is_printed_past_the_helpers() -> None:
+    sources = [p for d in ("dist_vse", "launch", "shards") for p in (ROOT / d).rglob("*.py")]
+    assert len(sources) > 150
+    makers = ("terminal.py", "document.py")  # the helpers; makers of docs pages
+    raw = [line for p in sources if p.name not in makers for line in _printed_raw(p)]
+    assert not raw, "\n".join(raw)
+
+
+def test_say_prints_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    say("wrote [red]\x1b[2J", end="!")
+    assert capsys.readouterr().out == "wrote [red]\ufffd[2J!"

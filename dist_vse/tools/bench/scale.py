@@ -18,6 +18,7 @@ from rich.console import Console
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.log import setup_logging
+from dist_vse.common.terminal import say
 from dist_vse.distributed.spawn import RankGroup, run_rank_groups
 from dist_vse.engine.zero import IMPORTS
 from dist_vse.runs.environment import describe_environment
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             code = 0
         except UserError as error:  # alike on every rank
             if distributed.is_main_process():
-                print(f"error: {error}", file=sys.stderr)
+                say(f"error: {error}", file=sys.stderr)
             code = 2
         distributed.barrier()  # a launcher ends all ranks when the first one ends
     return code
@@ -134,10 +135,10 @@ def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
     if args.out is not None:
         content = report | {"tables": [asdict(table) for table in shown]}
         Path(args.out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        console.print(f"wrote {args.out}")
+        say(f"wrote {args.out}")
     if args.page is not None:
         write_page(report, Path(args.page))
-        console.print(f"wrote {args.page}")
+        say(f"wrote {args.page}")
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from dist_vse.common.terminal import say
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what can be imported, and where to."""
@@ -33,5 +35,5 @@ def run(args: argparse.Namespace) -> int:
         from dist_vse.tools.convse.checkpoint import import_checkpoint
 
         import_checkpoint(args.checkpoint, args.out, vocabulary=args.vocabulary, data=args.data)
-    print(f"wrote {args.out}")
+    say(f"wrote {args.out}")
     return 0

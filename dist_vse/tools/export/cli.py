@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from dist_vse.common.terminal import say
 from dist_vse.tools.export.options import FORMS, OWN
 
 
@@ -28,5 +29,5 @@ def run(args: argparse.Namespace) -> int:
     from dist_vse.tools.export.write import export_run
 
     path = export_run(args.run_dir, args.out, onnx=args.onnx, form=args.format)
-    print(f"wrote {path}")
+    say(f"wrote {path}")
     return 0

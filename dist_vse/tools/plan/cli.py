@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_vse.common.errors import UserError, writing
-from dist_vse.common.terminal import plain
+from dist_vse.common.terminal import plain, say
 
 if TYPE_CHECKING:
     from dist_vse.config import TrainConfig
@@ -154,18 +154,20 @@ def _plan(
     find = price if args.as_configured else choose
     plans = [find(work, start, hardware) for start in starts]
     console = _console()
-    console.print(
+    about = (
         f"{work.model}: {work.forward.flops / 1e9:.3g} GFLOP a pair forward, "
         f"{work.backward.flops / 1e9:.3g} backward; {work.trainable / 1e6:.4g} M "
         f"parameters learn, {work.frozen / 1e6:.1f} M are frozen."
     )
+    console.print(plain(about))
     console.print(plain(f"{hardware.name}: {hardware.checked or NOT_CHECKED}"), soft_wrap=True)
     for table in (plan_table(plans, "the plan"), seconds_table(plans), memory_table(plans)):
         console.print(table)
     for plan in plans:
-        console.print(f"{plan.settings.world_size:,} GPUs: {explain(plan, work)}")
+        console.print(plain(f"{plan.settings.world_size:,} GPUs: {explain(plan, work)}"))
         if plan.fits and not args.as_configured:
-            console.print(f"    {as_overrides(plan)}{_streams(config, plan)}", soft_wrap=True)
+            overrides = f"    {as_overrides(plan)}{_streams(config, plan)}"
+            console.print(plain(overrides), soft_wrap=True)
     _write(
         args.out,
         {
@@ -207,7 +209,7 @@ def _calibrate(args: argparse.Namespace, config: "TrainConfig") -> int:
     day = datetime.date.today().isoformat()
     about = f"Measured by `dist-vse plan --calibrate`, torch {torch.__version__}, {day}."
     save_hardware(hardware, args.calibrate, about)
-    print(f"wrote {args.calibrate}; plan with --hardware {args.calibrate}")
+    say(f"wrote {args.calibrate}; plan with --hardware {args.calibrate}")
     return 0
 
 
@@ -223,7 +225,7 @@ def _calibrate_gpu(args: argparse.Namespace) -> int:
         f"{' and inside them' * (gpus < 2)} are those of {base.name}, attained_encoders is assumed."
     )
     save_hardware(hardware_of_gpu(figures, base, gpus), args.calibrate, about)
-    print(f"wrote {args.calibrate}; plan with --hardware {args.calibrate}")
+    say(f"wrote {args.calibrate}; plan with --hardware {args.calibrate}")
     return 0
 
 
@@ -242,7 +244,7 @@ def _check(
     console.print(parts_table(checked))
     in_time = sum(abs(one.time_error) <= TIME_BOUND for one in checked)
     in_memory = sum(abs(one.memory_error) <= MEMORY_BOUND for one in checked)
-    console.print(f"within the bounds: time {in_time}, memory {in_memory} of {len(checked)} rows")
+    say(f"within the bounds: time {in_time}, memory {in_memory} of {len(checked)} rows")
     _write(
         args.out,
         {
@@ -272,4 +274,4 @@ def _write(path: Path | None, content: dict[str, Any]) -> None:
         return
     with writing(path):
         path.write_text(json.dumps({"plan": 1, **content}, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    say(f"wrote {path}")

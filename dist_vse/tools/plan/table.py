@@ -74,7 +74,7 @@ def check_table(checked: Sequence[Checked]) -> Table:
             str(settings.chunk),
             str(settings.kept),
             str(settings.zero_stage),
-            f"{settings.loss} {settings.transport}",
+            plain(f"{settings.loss} {settings.transport}"),
             figure(one.measured_seconds),
             figure(one.plan.seconds.total),
             _error(one.time_error, TIME_BOUND),

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
-from dist_vse.common.terminal import message
+from dist_vse.common.terminal import message, say
 from dist_vse.tools.report.page import document, render
 from dist_vse.tools.report.record import read_record
 
@@ -26,7 +26,7 @@ def watch_run(run_dir: Path, index_dir: Path | None, port: int) -> None:
         raise UserError(f"port {port}: {error.strerror}; give another with --port") from error
     with server:
         place = f"http://127.0.0.1:{server.server_port}/"
-        print(message(f"{run_dir} is at {place}; Ctrl-C ends this"), flush=True)
+        say(message(f"{run_dir} is at {place}; Ctrl-C ends this"), flush=True)
         server.serve_forever()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dist_vse.common.consent import add_allow_pipe
 from dist_vse.common.errors import UserError
+from dist_vse.common.terminal import say
 
 MODEL = "a trained run, a folder of its checkpoints, or an exported model"
 
@@ -92,7 +93,7 @@ def run_embed(args: argparse.Namespace) -> int:
         with distributed.raise_on_all_ranks():
             if distributed.is_main_process():
                 files = write(found, args.out, origin(model.model, index, args.split))
-                print(f"wrote {', '.join(map(str, files))}")
+                say(f"wrote {', '.join(map(str, files))}")
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.terminal import say
 
 if TYPE_CHECKING:
     from dist_vse.config import TrainConfig
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from dist_vse.tools.verify.checks import Result, describe
 
     result: Result = run_on_ranks(check, processes)
-    print(describe(result))
+    say(describe(result))
     return result.code
 
 
@@ -80,7 +81,7 @@ def _join_group(args: argparse.Namespace) -> int:
         except UserError as error:  # alike on every rank
             code, message = 2, f"error: {error}"
         if distributed.is_main_process():
-            print(message, file=sys.stderr if code == 2 else sys.stdout, flush=True)
+            say(message, file=sys.stderr if code == 2 else sys.stdout, flush=True)
         # A launcher ends all ranks when the first one fails: let rank 0 speak before.
         distributed.barrier()
         return code
@@ -130,5 +131,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(parser.parse_args(arguments))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
