@@ -63,6 +63,10 @@ class DataConfig:
     """Begin a caption of more words than this at one of its sentences, drawn each time, so that
     what `model.text.max_tokens` cuts off is seen as well. 0: always at its start, as in
     evaluation."""
+    negatives: int = 0
+    """Texts a pair brings at most, from the `negatives` of its JSON, which no image belongs to:
+    further captions that every image must tell from its own (hard negatives as NegCLIP's).
+    Each is encoded, so they cost as much time and memory as captions."""
     features: str | None = None
     """Folder of the frozen image trunk's outputs, which `dist-vse features` writes once: training
     reads them instead of images. Needs a frozen trunk, no augmentation, and a single data set."""
@@ -78,6 +82,7 @@ class DataConfig:
         at_least(0, data__num_workers=self.num_workers, data__sentences_above=self.sentences_above)
         at_least(0, data__shuffle_window=self.shuffle_window)
         at_least(0, data__captions_per_image=self.captions_per_image)
+        at_least(0, data__negatives=self.negatives)
         for label, weight in self.caption_weights.items():
             check(
                 0 <= weight < float("inf"),

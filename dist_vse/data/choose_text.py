@@ -24,6 +24,7 @@ class TextChoice:
 
     weights: Mapping[str, float] = field(default_factory=dict)  # by label
     sentences_above: int = 0  # words
+    num_negatives: int = 0  # of a sample, at most
 
     def choose(
         self,
@@ -51,6 +52,15 @@ class TextChoice:
         if maybe_long and len(caption.split()) > above:
             return caption, begun_at_a_sentence(caption, draws[1])
         return caption, caption
+
+    def negatives(
+        self, meta: Meta, generator: Callable[[], np.random.Generator]
+    ) -> tuple[str, ...]:
+        """Return the sample's negatives, or some of them in random order if there are more."""
+        if len(meta.negatives) <= self.num_negatives or not self.num_negatives:
+            return meta.negatives[: self.num_negatives]
+        chosen = generator().permutation(len(meta.negatives))[: self.num_negatives]
+        return tuple(meta.negatives[number] for number in chosen.tolist())
 
     def _weights(self, meta: Meta) -> list[float]:
         """Return what each caption weighs; nothing if neither the settings nor the sample say.

@@ -16,8 +16,10 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import without_secrets
 from dist_vse.data.decode import BadSampleError
 from dist_vse.data.index import Index, Shard, is_remote
-from dist_vse.data.sample_fields import CAPTION_WEIGHTS, caption_weights
+from dist_vse.data.sample_fields import OPTIONAL_FIELDS, caption_weights, negatives
 from dist_vse.data.shard_cache import Cache, cache_from_environment, fetch, open_copy
+
+_MORE = frozenset(("languages", *OPTIONAL_FIELDS))
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Meta:
     captions: tuple[str, ...]  # at least one, none of them blank
     labels: tuple[str, ...] = ()  # `languages`: one a caption, or none at all
     weights: tuple[float, ...] = ()  # `caption_weights`: likewise
+    negatives: tuple[str, ...] = ()  # none of them blank
 
 
 class _OpenShard:
@@ -168,15 +171,16 @@ def parse_meta(data: bytes) -> Meta:
         if not isinstance(captions, list):  # a text would be taken letter by letter
             raise TypeError(f"captions are a {type(captions).__name__}, not a list")
         kept = tuple(caption for caption in captions if caption.strip())
-        if "languages" not in content and CAPTION_WEIGHTS not in content and kept:
+        if kept and not _MORE.intersection(content):
             return Meta(str(key), kept)
         chosen = [bool(caption.strip()) for caption in captions]
         languages = content.get("languages")
         labels = compress(map(str, languages if isinstance(languages, list) else ()), chosen)
         given = caption_weights(content, len(captions))
         weights, names = tuple(compress(given, chosen)), tuple(labels)
+        false = negatives(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadSampleError(f"broken metadata ({type(error).__name__}: {error})") from error
     if not kept:
         raise BadSampleError("no caption")
-    return Meta(str(key), kept, names if len(names) == len(kept) else (), weights)
+    return Meta(str(key), kept, names if len(names) == len(kept) else (), weights, false)

@@ -5,12 +5,28 @@ from typing import Any
 
 CAPTION_WEIGHTS = "caption_weights"
 """How often each caption is drawn: one number a caption."""
-OPTIONAL_FIELDS = (CAPTION_WEIGHTS,)
+NEGATIVES = "negatives"
+"""Texts that are false of the image, such as its captions with two words exchanged."""
+OPTIONAL_FIELDS = (CAPTION_WEIGHTS, NEGATIVES)
 
 
 def check_fields(fields: Mapping[str, Any], num_captions: int) -> None:
     """Raise ValueError if one of the optional fields does not hold what it must."""
     caption_weights(fields, num_captions)
+    negatives(fields)
+
+
+def negatives(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a sample's negatives without blank ones; none where there is no such field.
+
+    Raises ValueError for what is no list of texts.
+    """
+    value = fields.get(NEGATIVES)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{NEGATIVES} must be a list of texts")
+    return tuple(text for text in value if text.strip())
 
 
 def caption_weights(fields: Mapping[str, Any], num_captions: int) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """The batches that the stream yields, and how the samples of a stream become tensors.
 
-Shapes: k samples of one stream, b on this rank, h = w pixels, l tokens, L streams, W ranks.
+Shapes: k samples of one stream, b on this rank, m negatives, h = w pixels, l tokens, L streams,
+W ranks.
 """
 
 from collections.abc import Sequence
@@ -58,6 +59,8 @@ class Part:
     origin: NDArray[np.int64]  # (k, 2)
     state: NDArray[np.int64]  # (2,)
     skipped: tuple[Skipped, ...]
+    negatives: NDArray[np.int64] | None  # tokens (m, l)
+    negative_ids: NDArray[np.int64]  # (m,)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class Batch:
     """(L/W, 2): epoch and next position of this rank's streams after this batch."""
     skipped: tuple[Skipped, ...]
     """Bad samples skipped before this batch was full."""
+    negatives: Tensor | None = None
+    """int64 (m, l): texts that belong to no image, where `data.negatives` asks for some."""
+    negative_ids: Tensor | None = None
+    """int64 (m,): equal for equal texts, captions too."""
 
 
 def join_parts(parts: Sequence[Part], images: Tensor | None, pad_id: int) -> Batch:
@@ -88,14 +95,20 @@ def join_parts(parts: Sequence[Part], images: Tensor | None, pad_id: int) -> Bat
     """
     if images is None:
         images = torch.cat([part.images for part in parts if part.images is not None])
+    false = [part.negatives for part in parts if part.negatives is not None]
+    texts = torch.from_numpy(_pad([*(part.tokens for part in parts), *false], pad_id))
+    rows = sum(len(part.tokens) for part in parts)
+    ids = torch.from_numpy(np.concatenate([part.negative_ids for part in parts]))
     return Batch(
         images=images,
-        tokens=torch.from_numpy(_pad([part.tokens for part in parts], pad_id)),
+        tokens=texts[:rows],
         image_ids=torch.from_numpy(np.concatenate([part.image_ids for part in parts])),
         text_ids=torch.from_numpy(np.concatenate([part.text_ids for part in parts])),
         origin=torch.from_numpy(np.concatenate([part.origin for part in parts])),
         state=np.stack([part.state for part in parts]),
         skipped=tuple(skipped for part in parts for skipped in part.skipped),
+        negatives=texts[rows:] if false else None,
+        negative_ids=ids if false else None,
     )
 
 

@@ -88,6 +88,7 @@ class _Sample(NamedTuple):
     image: bytes  # the file's
     epoch: int
     place: Place
+    negatives: tuple[str, ...] = ()
 
 
 class _Bad(NamedTuple):
@@ -208,15 +209,20 @@ class _Stream:
         ids = np.array([(sample.image_id, sample.text_id) for sample in samples], np.int64)
         origin = np.array([sample.origin for sample in samples], np.int64)  # turn, sample number
         texts = [sample.text for sample in samples]
+        negatives = [text for sample in samples for text in sample.negatives]
+        tokens = self._plan.tokenizer([*texts, *negatives]).numpy()
+        wanted = self._plan.texts.num_negatives > 0
         skipped, self._skipped = tuple(self._skipped), []
         return Part(
             images=images.permute(0, 3, 1, 2),
-            tokens=self._plan.tokenizer(texts).numpy(),
+            tokens=tokens[: len(texts)],
             image_ids=ids[:, 0],
             text_ids=ids[:, 1],
             origin=origin,
             state=np.array([self._epoch, self._position]),
             skipped=skipped,
+            negatives=tokens[len(texts) :] if wanted else None,
+            negative_ids=np.array([image_id(text) for text in negatives], np.int64),
         )
 
     def _good_samples(self, out: NDArray[np.uint8]) -> list[_Sample]:
@@ -252,7 +258,8 @@ class _Stream:
             return _Bad(str(error), epoch, place)
         image = reader.image(shard, row) if self._plan.read_images else b""
         number = reader.image_id(shard, row)
-        return _Sample(text, image_id(caption), number, origin, image, epoch, place)
+        false = self._plan.texts.negatives(meta, partial(self._draws.of, *origin, b"negatives"))
+        return _Sample(text, image_id(caption), number, origin, image, epoch, place, false)
 
     def _decode(self, sample: _Sample, out: Pixels) -> _Sample | _Bad:
         """Decode the image into `out`."""

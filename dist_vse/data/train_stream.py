@@ -64,7 +64,7 @@ def train_batches(
         part_size=global_batch_size // streams,
         transform=_transform(data, image),
         tokenizer=tokenizer,
-        texts=TextChoice(data.caption_weights, data.sentences_above),
+        texts=TextChoice(data.caption_weights, data.sentences_above, data.negatives),
         read_images=data.features is None,
     )
     return _batches(plan, rows, num_workers, prefetch)

@@ -37,8 +37,9 @@ class Decoupled:
         self.sums.accumulate(tile)
 
     def finalize(self) -> TermResult:
-        own = self.positives.layout.own
+        layout, own = self.positives.layout, self.positives.layout.own
         row_logs, column_logs = self.sums.join()
+        column_logs = column_logs[: layout.total]
         has_rows, has_columns = row_logs != -torch.inf, column_logs != -torch.inf
         row_losses = row_logs - self.positives.rows
         column_losses = column_logs[own] - self.positives.own_columns
@@ -46,7 +47,8 @@ class Decoupled:
         total += column_losses.masked_fill(~has_columns[own], 0).sum()
         # Nothing is normalized by the sum of no powers: 2^(z - inf) is 0.
         self.row_logs = row_logs.masked_fill(~has_rows, torch.inf)
-        self.column_logs = column_logs.masked_fill(~has_columns, torch.inf)
+        column_logs = column_logs.masked_fill(~has_columns, torch.inf)
+        self.column_logs = self.positives.with_negatives(column_logs, torch.inf)
         row_weight = self.positives.row_share * has_rows
         column_weight = self.positives.column_share * has_columns
         return TermResult(total, row_weight + column_weight[own], row_weight, column_weight)

@@ -10,6 +10,7 @@ from dist_vse.losses.reference import DensePairs
 from dist_vse.losses.registry import find_loss
 
 
+# More than eight parameters: a batch's features and ids, each of which may be left out.
 def dense_loss(
     name: str,
     image_features: Tensor,
@@ -20,8 +21,12 @@ def dense_loss(
     *,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
+    negatives: Tensor | None = None,
+    negative_ids: Tensor | None = None,
 ) -> Tensor:
     """Return the loss called `name` of N pairs: features (N, d), log_scale and bias (1,), ids (N,).
+
+    Negatives are features (M, d) of texts without an image, with ids (M,).
 
     Arguments as for `global_loss`, which equals it on any number of ranks.
     """
@@ -30,6 +35,13 @@ def dense_loss(
         log_scale = torch.full_like(log_scale, -math.log(options.temperature))
     s = image_features @ text_features.T  # (N, N)
     positive, negative = pair_masks(len(s), image_ids, text_ids, options.duplicates, s.device)
+    if negatives is not None:
+        s = torch.cat([s, image_features @ negatives.T], 1)  # (N, N + M)
+        false = torch.ones(len(s), len(negatives), dtype=torch.bool, device=s.device)
+        positive = torch.cat([positive, ~false], 1)
+        if text_ids is not None and negative_ids is not None:
+            false = text_ids.view(-1, 1) != negative_ids.view(1, -1)
+        negative = torch.cat([negative, false], 1)
     pairs = DensePairs(
         s, log_scale.exp(), bias, positive, negative, options.margin, options.hard_negative_weight
     )

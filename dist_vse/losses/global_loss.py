@@ -24,6 +24,7 @@ from dist_vse.losses.fused import Epilogues, FusedPass
 from dist_vse.losses.kernel_choice import choose_kernels, log_choice
 from dist_vse.losses.layout import DuplicatePairs, Layout
 from dist_vse.losses.matmul import Matmul
+from dist_vse.losses.negatives import Negatives, WithNegatives
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.positives import OwnPairs, Positives
 from dist_vse.losses.preflight import Metadata, exchange_metadata, off_unit, refuse
@@ -48,7 +49,8 @@ class GlobalLoss:
 
     Text features may be sent ahead, a chunk at a time, with `prefetch`; then the loss is called
     once with all features. 64-bit ids (b,) tell which pairs share an image or a caption; they are
-    looked at on the host, and should lie there. With `unit_length`, features of another length are
+    looked at on the host, and should lie there. `negative_ids` (m,) are those of the negatives: one
+    that is a row's caption is none for that row. With `unit_length`, features of another length are
     refused.
     What the losses are: `dist_vse.losses.reference`, docs/explain/losses.md.
     """
@@ -61,6 +63,7 @@ class GlobalLoss:
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
         unit_length: bool = False,
+        negative_ids: Tensor | None = None,
     ) -> None:
         self.name = name
         self._unit_length = unit_length
@@ -68,6 +71,9 @@ class GlobalLoss:
         given = {"image": image_ids, "text": text_ids}
         self._ids = [x.cpu() for x in given.values() if x is not None]
         self._kinds_of_ids = [kind for kind, ids in given.items() if ids is not None]
+        self._text_ids, self._negative_ids = (
+            None if x is None else x.cpu() for x in (text_ids, negative_ids)
+        )
         self._fault = self.options.fault() or _unknown(name)  # raised on all ranks, when called
         self._captions_in_bf16 = (
             self._fault is None and self.options.bf16_products and find_loss(name).captions_in_bf16
@@ -88,16 +94,22 @@ class GlobalLoss:
 
     @uncompiled
     def __call__(
-        self, image_features: Tensor, text_features: Tensor, log_scale: Tensor, bias: Tensor
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        log_scale: Tensor,
+        bias: Tensor,
+        negatives: Tensor | None = None,
     ) -> LossOutput:
         """Return the loss of the global batch, and statistics.
 
         Features (b, d) of unit length in any floating type, log_scale = log(1/t) and bias (1,);
-        b may differ between ranks and be 0, all else must be alike on all ranks.
+        b may differ between ranks and be 0, all else must be alike on all ranks. `negatives` (m, d)
+        are texts without an image, further captions that no image has; m may differ as well.
         Raises UserError for arguments that do not fit together or that differ between the ranks,
         the same on all of them.
         """
-        fault = self._fault or self._find_fault(image_features, text_features)
+        fault = self._fault or self._find_fault(image_features, text_features, negatives)
         if fault is not None:
             refuse(fault, image_features.device)
         spec, options = find_loss(self.name), self.options
@@ -106,8 +118,11 @@ class GlobalLoss:
         dtype = torch.promote_types(
             torch.promote_types(image_features.dtype, text_features.dtype), torch.float32
         )
-        device, has_kernels = image_features.device, spec.fused is not None
+        device = image_features.device
+        has_kernels = spec.fused is not None
         kernels, reason = choose_kernels(options.kernels, has_kernels, dtype, device)
+        if negatives is not None and kernels == "fused":
+            kernels, reason = "tiled", "there are negatives"
         log_choice(options.kernels, kernels, reason)
         with torch.autocast(image_features.device.type, enabled=False):
             scale = log_scale.to(dtype).exp()
@@ -117,13 +132,18 @@ class GlobalLoss:
             if spec.similarity_unit is not None:
                 unit = spec.similarity_unit(scale)
                 rows = images * unit
-            inputs = rows, captions, bias.to(dtype)
+            texts = captions if negatives is None else torch.cat([captions, negatives.to(dtype)])
+            inputs = rows, texts, bias.to(dtype)
             keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
             with torch.no_grad():
-                own = OwnPairs.of(rows, captions)
+                own = OwnPairs.of(rows, captions, texts)
                 agreed = self._agreed(rows, gradient=keep, kernels=kernels)
-                off = off_unit(images, captions) if self._unit_length else None
-                metadata = exchange_metadata(own, log_scale, bias, agreed, off_unit=off)
+                agreed["negatives"] = negatives is not None
+                off = off_unit(images, texts) if self._unit_length else None
+                num_negatives = len(texts) - len(captions)
+                metadata = exchange_metadata(
+                    own, num_negatives, log_scale, bias, agreed, off_unit=off
+                )
                 tiled = self._build(spec, metadata, inputs, own, fused=kernels == "fused")
                 local_total = tiled.forward(keep=keep)
                 total, stats = summarize(
@@ -156,14 +176,25 @@ class GlobalLoss:
         *,
         fused: bool,
     ) -> TiledLoss:
-        rows, captions, bias = (x.detach() for x in inputs)
+        rows, texts, bias = (x.detach() for x in inputs)
+        captions, of_negatives = texts[: len(rows)], texts[len(rows) :]
         options, layout = self.options, metadata.layout
+        negatives = self._negatives(metadata, rows.device)
         average = options.duplicates == "positive"
         positives = Positives(
-            rows, captions, own, layout, self._duplicates(layout, rows), average_duplicates=average
+            rows,
+            captions,
+            own,
+            layout,
+            self._duplicates(layout, rows),
+            average_duplicates=average,
+            negatives=negatives,
         )
-        transport = self._transport(captions, layout)
+        transport = self._transport(captions, layout, self._prefetched.take())
         positives.include_duplicates(transport)
+        if negatives is not None:
+            more = self._transport(of_negatives, metadata.negatives)
+            transport = WithNegatives(transport, more, layout.total)
         matmul = Matmul(rows, bf16=options.bf16_products)
         candidates = spec.positives_compete and average
         of_terms = TermInputs(
@@ -197,13 +228,25 @@ class GlobalLoss:
             return None
         return DuplicatePairs(layout.gather(torch.stack(self._ids, 1)), layout, rows.device)
 
-    def _transport(self, captions: Tensor, layout: Layout) -> Transport:
-        travelling = captions.bfloat16() if self._captions_in_bf16 else captions
+    def _negatives(self, metadata: Metadata, device: torch.device) -> Negatives | None:
+        layout, negatives = metadata.layout, metadata.negatives
+        if not negatives.total:
+            return None
+        ids = self._negative_ids
+        gathered = None if ids is None else negatives.gather(ids)
+        return Negatives(negatives.total, layout.total, device, self._text_ids, gathered)
+
+    def _transport(
+        self, texts: Tensor, layout: Layout, gathered: Tensor | None = None
+    ) -> Transport:
+        travelling = texts.bfloat16() if self._captions_in_bf16 else texts
         if self.options.transport == "ring" and len(layout.counts) > 1:
             return Ring(travelling, layout)
-        return Gather(travelling, layout, self._prefetched.take())
+        return Gather(travelling, layout, gathered)
 
-    def _find_fault(self, image_features: Tensor, text_features: Tensor) -> str | None:
+    def _find_fault(
+        self, image_features: Tensor, text_features: Tensor, negatives: Tensor | None
+    ) -> str | None:
         """Say what is wrong with this rank's arguments, if anything is."""
         if image_features.ndim != 2 or image_features.shape != text_features.shape:
             return (
@@ -219,11 +262,22 @@ class GlobalLoss:
         if any(x.shape != (rows,) or x.dtype != torch.int64 for x in self._ids):
             shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in self._ids)
             return f"ids ({shapes}) must be int64, one a row ({rows} rows)"
+        if negatives is not None:
+            if not find_loss(self.name).takes_negatives:
+                return (
+                    f"loss.name={self.name} takes no negatives; choose another, or leave them out"
+                )
+            if negatives.ndim != 2 or negatives.shape[1] != image_features.shape[1]:
+                return f"negatives {tuple(negatives.shape)} must be (number, embedding)"
+            ids = self._negative_ids
+            if ids is not None and (ids.shape != negatives.shape[:1] or ids.dtype != torch.int64):
+                return f"negative_ids {ids.dtype} {tuple(ids.shape)} must be int64, one a negative"
         if self._prefetched.rows not in (0, rows):
             return f"{self._prefetched.rows} rows were prefetched, but the loss is given {rows}"
         return None
 
 
+# More than eight parameters: a batch's features and ids, each of which may be left out.
 @uncompiled
 def global_loss(
     name: str,
@@ -235,10 +289,14 @@ def global_loss(
     *,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
+    negatives: Tensor | None = None,
+    negative_ids: Tensor | None = None,
 ) -> LossOutput:
     """Return the loss called `name` of the global batch in one call; see `GlobalLoss`."""
-    loss = GlobalLoss(name, options, image_ids=image_ids, text_ids=text_ids)
-    return loss(image_features, text_features, log_scale, bias)
+    loss = GlobalLoss(
+        name, options, image_ids=image_ids, text_ids=text_ids, negative_ids=negative_ids
+    )
+    return loss(image_features, text_features, log_scale, bias, negatives)
 
 
 def _unknown(name: str) -> str | None:

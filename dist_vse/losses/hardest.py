@@ -50,7 +50,7 @@ class Hardest:
         self.weight = weight
         tolerance = ROUNDINGS * torch.finfo(positives.rows.dtype).eps * bound
         self.rows = Best(len(positives.rows), positives.rows, tolerance)
-        self.columns = Best(self.layout.total, positives.rows, tolerance)
+        self.columns = Best(positives.num_columns, positives.rows, tolerance)
 
     def accumulate(self, tile: Tile) -> None:
         first_row = self.layout.own.start + tile.rows.start
@@ -60,12 +60,14 @@ class Hardest:
     def finalize(self) -> TermResult:
         self.columns.join()
         row_hinges = self.margin + self.rows.values - self.positives.rows
-        column_hinges = self.margin + self.columns.values - self.positives.columns()
+        largest = self.columns.values[: self.layout.total]
+        column_hinges = self.margin + largest - self.positives.columns()
         self.row_weight = (row_hinges > 0) * self.positives.row_share * self.weight
-        self.column_weight = (column_hinges > 0) * self.positives.column_share * self.weight
+        column_weight = (column_hinges > 0) * self.positives.column_share * self.weight
+        self.column_weight = self.positives.with_negatives(column_weight, 0)
         total = row_hinges.clamp(min=0).sum() + column_hinges[self.layout.own].clamp(min=0).sum()
-        own_weight = self.row_weight + self.column_weight[self.layout.own]
-        return TermResult(total * self.weight, own_weight, self.row_weight, self.column_weight)
+        own_weight = self.row_weight + column_weight[self.layout.own]
+        return TermResult(total * self.weight, own_weight, self.row_weight, column_weight)
 
     def gradients(self, block: Block, rows: Tensor) -> tuple[Tensor, Tensor]:
         own, there = self.layout.own, block.columns

@@ -81,17 +81,17 @@ class DuplicatePairs:
         if not len(i):
             return None
         of_rows, of_columns = left[i] - (rows.start + self.offset), right[j] - columns.start
-        return _sent(of_rows, self.device), _sent(of_columns, self.device)
+        return sent(of_rows, self.device), sent(of_columns, self.device)
 
     def shares(self, dtype: torch.dtype) -> Tensor:
         """Return one over each row's group size (N,), on the device."""
-        return _sent(1 / self.group_sizes.to(dtype), self.device)
+        return sent(1 / self.group_sizes.to(dtype), self.device)
 
     def _within(self, start: int, stop: int) -> Tensor:
         return self.flagged[bisect_left(self._sorted, start) : bisect_left(self._sorted, stop)]
 
 
-def _sent(x: Tensor, device: torch.device) -> Tensor:
+def sent(x: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of host memory on the device; the host waits for nothing."""
     return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 

@@ -1,6 +1,6 @@
 """Log-sum-exps of rows and columns over tiles, with a running maximum; to base 2.
 
-b rows on this rank, N columns on all.
+b rows on this rank, N columns on all, and M negatives.
 """
 
 import torch
@@ -19,7 +19,7 @@ class RunningSums:
     def __init__(self, positives: Positives) -> None:
         self.row_max = torch.full_like(positives.rows, LOW)
         self.row_sums = torch.zeros_like(self.row_max)
-        self.column_max = self.row_max.new_full((positives.layout.total,), LOW)
+        self.column_max = self.row_max.new_full((positives.num_columns,), LOW)
         self.column_sums = torch.zeros_like(self.column_max)
         self.largest = torch.full_like(self.row_max, float("-inf"))  # negatives of each row
 
@@ -31,7 +31,7 @@ class RunningSums:
         torch.maximum(largest, tile.negative_maxima(float("-inf")), out=largest)
 
     def join(self) -> tuple[Tensor, Tensor]:
-        """Join the ranks' columns; return the log-sum-exps of rows (b,) and columns (N,)."""
+        """Join the ranks' columns; return the log-sum-exps of rows (b,) and columns (N + M,)."""
         largest = distributed.all_reduce_max(self.column_max.clone())
         self.column_sums *= (self.column_max - largest).exp2()
         distributed.all_reduce_sum(self.column_sums)

@@ -95,21 +95,28 @@ class GlobalContrastiveLoss(nn.Module):
         *,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
+        negatives: Tensor | None = None,
+        negative_ids: Tensor | None = None,
     ) -> Tensor:
         """Return the global loss of features (b, d) of unit length, in any floating type.
 
         `logit_scale` (1/t, as CLIP models return it) and `logit_bias` take the place of the
         module's own, and are alike on all ranks. Pairs that share an int64 id (b,) are no
-        negatives of each other. Raises UserError, the same on all ranks, for features that do not
-        fit together or differ in width between the ranks, and for others than of unit length.
+        negatives of each other. `negatives` (m, d) are texts that no image has, and their ids (m,)
+        say which are a row's caption after all.
+
+        Raises UserError, the same on all ranks, for features that do not fit together or differ in
+        width between the ranks, and for others than of unit length.
         """
         log_scale, bias = self.scalars()
         if logit_scale is not None:
             log_scale = logit_scale.to(log_scale.dtype).log().view(1)
         if logit_bias is not None:
             bias = logit_bias.to(bias.dtype).view(1)
-        step_loss = StepLoss(self, image_ids=image_ids, text_ids=text_ids)
-        return step_loss(image_features, text_features, log_scale, bias).loss
+        step_loss = StepLoss(
+            self, image_ids=image_ids, text_ids=text_ids, negative_ids=negative_ids
+        )
+        return step_loss(image_features, text_features, log_scale, bias, negatives).loss
 
 
 class StepLoss:
@@ -121,6 +128,7 @@ class StepLoss:
         *,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
     ) -> None:
         self._module = module
         self._loss = GlobalLoss(
@@ -128,6 +136,7 @@ class StepLoss:
             module.options,
             image_ids=image_ids,
             text_ids=text_ids,
+            negative_ids=negative_ids,
             unit_length=True,
         )
 
@@ -135,11 +144,16 @@ class StepLoss:
         """Send nothing ahead: that wants equally many rows of all ranks."""
 
     def __call__(
-        self, image_features: Tensor, text_features: Tensor, log_scale: Tensor, bias: Tensor
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        log_scale: Tensor,
+        bias: Tensor,
+        negatives: Tensor | None = None,
     ) -> LossOutput:
-        """Return the rank's loss: features (b, d), log_scale and bias (1,)."""
+        """Return the rank's loss: features (b, d), log_scale and bias (1,), negatives (m, d)."""
         log_scale, bias = _AveragedGradient.apply(log_scale, bias)
-        output = self._loss(image_features, text_features, log_scale, bias)
+        output = self._loss(image_features, text_features, log_scale, bias, negatives)
         self._module.stats = output.stats
         return output
 

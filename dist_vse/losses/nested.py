@@ -34,14 +34,25 @@ class NestedLoss:
             loss.prefetch(_first(text_features, width))
 
     def __call__(
-        self, image_features: Tensor, text_features: Tensor, log_scale: Tensor, bias: Tensor
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        log_scale: Tensor,
+        bias: Tensor,
+        negatives: Tensor | None = None,
     ) -> LossOutput:
         """Return the loss of features (b, d), and the statistics of the whole width.
 
         `loss_WIDTH` among these is the loss of a smaller one. Raises UserError as GlobalLoss does.
         """
         outputs = [
-            loss(_first(image_features, width), _first(text_features, width), log_scale, bias)
+            loss(
+                _first(image_features, width),
+                _first(text_features, width),
+                log_scale,
+                bias,
+                None if negatives is None else _first(negatives, width),
+            )
             for loss, width in self._losses
         ]
         of_widths = {

@@ -91,7 +91,7 @@ class Hinges:
         self.weight = weight
         # A negative above its row's (column's) threshold violates the margin.
         self.row_thresholds = positives.rows - margin
-        self.column_thresholds = positives.columns() - margin
+        self.column_thresholds = positives.with_negatives(positives.columns() - margin, torch.inf)
         self.row_stats = self.row_thresholds.new_zeros(2, len(self.row_thresholds))
         self.column_stats = self.row_stats.new_zeros(2, len(self.column_thresholds))
         self.largest = torch.full_like(self.row_thresholds, float("-inf"))
@@ -113,7 +113,8 @@ class Hinges:
         row_terms, self.row_weights = self._weigh_violations(*self.row_stats)
         column_terms, self.column_weights = self._weigh_violations(*self.column_stats)
         row_weight = self.row_stats[1] * self.row_weights * self.positives.row_share
-        column_weight = self.column_stats[1] * self.column_weights * self.positives.column_share
+        column_weight = (self.column_stats[1] * self.column_weights)[: self.layout.total]
+        column_weight = column_weight * self.positives.column_share
         total = row_terms.sum() + column_terms[self.layout.own].sum()
         own_weight = row_weight + column_weight[self.layout.own]
         return TermResult(total, own_weight, row_weight, column_weight)

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dist_vse import distributed
 from dist_vse.losses.layout import DuplicatePairs, Layout
+from dist_vse.losses.negatives import Negatives
 from dist_vse.losses.tiles import ranges
 from dist_vse.losses.transport import Block, Transport
 
@@ -28,11 +30,11 @@ class OwnPairs(NamedTuple):
     column_squares: Tensor
 
     @staticmethod
-    def of(rows: Tensor, columns: Tensor) -> "OwnPairs":
-        """Look at features (b, d) and (b, d)."""
-        norms = [torch.linalg.vector_norm(x, dim=1) for x in (rows, columns)]
+    def of(rows: Tensor, columns: Tensor, texts: Tensor) -> "OwnPairs":
+        """Look at features (b, d) and (b, d), and those of all texts of this rank (b + m, d)."""
+        norms = [torch.linalg.vector_norm(x, dim=1) for x in (rows, texts)]
         longest = [torch.cat([x, x.new_zeros(1)]).amax() for x in norms]
-        squares = [x.square().sum() for x in norms]
+        squares = [x[: len(rows)].square().sum() for x in norms]
         return OwnPairs(torch.linalg.vecdot(rows, columns), *longest, *squares)
 
 
@@ -48,7 +50,9 @@ class Positives:
         duplicates: DuplicatePairs | None,
         *,
         average_duplicates: bool,
+        negatives: Negatives | None = None,
     ) -> None:
+        self.negatives = negatives
         self._rows, self._columns = rows, columns  # (b, d) each
         self.layout = layout
         self.duplicates = duplicates
@@ -76,6 +80,17 @@ class Positives:
         self.rows = rows * self.row_share
         columns = distributed.all_reduce_sum(columns) * self.column_share
         self.own_columns = columns[self.layout.own]
+
+    @property
+    def num_columns(self) -> int:
+        """Captions, and negatives behind them (N + M)."""
+        return self.layout.total + (0 if self.negatives is None else self.negatives.total)
+
+    def with_negatives(self, values: Tensor, fill: float) -> Tensor:
+        """Return values of the captions (N,), and `fill` for each negative: (N + M,)."""
+        if self.negatives is None:
+            return values
+        return pad(values, (0, self.negatives.total), value=fill)
 
     def columns(self) -> Tensor:
         """Gather the means of all columns (N,)."""

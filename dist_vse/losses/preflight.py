@@ -16,7 +16,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.losses.layout import Layout
 from dist_vse.losses.positives import OwnPairs
 
-NUMBERS = 8  # a rank's; a first one below 0 (it is the number of rows) says that it refuses
+NUMBERS = 9  # a rank's; a first one below 0 (it is the number of rows) says that it refuses
 UNIT = 0.01  # features of unit length are off by less, rounded to bfloat16 too
 CLOSE = 1e-6  # the temperature's logarithm and the bias are alike if they differ by less
 
@@ -28,10 +28,13 @@ class Metadata:
     layout: Layout
     largest: float  # no |similarity| of the batch is larger
     smallest_own: float
+    negatives: Layout
+    """How many negatives each rank has."""
 
 
 def exchange_metadata(
     own: OwnPairs,
+    num_negatives: int,
     log_scale: Tensor,
     bias: Tensor,
     settings: Mapping[str, object],
@@ -48,6 +51,7 @@ def exchange_metadata(
     infinity = own.similarities.new_full((1,), float("inf"))
     here = [
         torch.full_like(own.longest_row, len(own.similarities)),
+        torch.full_like(own.longest_row, num_negatives),
         own.longest_row,
         own.longest_column,
         torch.cat([own.similarities, infinity]).amin(),
@@ -58,7 +62,7 @@ def exchange_metadata(
     numbers = torch.stack([x.double() for x in here])
     code = zlib.crc32(repr(settings).encode())
     there = _exchange(torch.cat([numbers, numbers.new_full((1,), code)])).T.tolist()
-    counts, row_norms, column_norms, smallest, log_scales, biases, off, codes = there
+    counts, negatives, row_norms, column_norms, smallest, log_scales, biases, off, codes = there
     if min(counts) < 0:
         raise distributed.first_failure(distributed.all_gather_object(None))
     if len(set(codes)) > 1 or _spread(log_scales) > CLOSE or _spread(biases) > CLOSE:
@@ -69,8 +73,11 @@ def exchange_metadata(
             f"the features must be of unit length; on rank {off.index(max(off))} one's length is "
             f"off by {max(off):.3g}: use torch.nn.functional.normalize(features, dim=1)"
         )
-    layout = Layout(tuple(int(count) for count in counts), distributed.rank())
-    return Metadata(layout, max(row_norms) * max(column_norms), min(smallest))
+    layout, of_negatives = (
+        Layout(tuple(int(count) for count in each), distributed.rank())
+        for each in (counts, negatives)
+    )
+    return Metadata(layout, max(row_norms) * max(column_norms), min(smallest), of_negatives)
 
 
 def refuse(fault: str, device: torch.device) -> NoReturn:
@@ -82,9 +89,9 @@ def refuse(fault: str, device: torch.device) -> NoReturn:
     raise distributed.first_failure(distributed.all_gather_object(UserError(fault)))
 
 
-def off_unit(images: Tensor, captions: Tensor) -> Tensor:
-    """Return by how much a length of features (b, d) differs from 1, at most; 0 without rows."""
-    norms = torch.cat([torch.linalg.vector_norm(x, dim=1) for x in (images, captions)])
+def off_unit(images: Tensor, texts: Tensor) -> Tensor:
+    """Return by how much a feature's length differs from 1, at most; 0 without rows."""
+    norms = torch.cat([torch.linalg.vector_norm(x, dim=1) for x in (images, texts)])
     return torch.cat([norms - 1, norms.new_zeros(1)]).abs().amax()
 
 

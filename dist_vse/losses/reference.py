@@ -1,11 +1,11 @@
 """The losses as their papers write them: dense, on one process. The oracle of the tests.
 
-These hold the whole N x N matrix, so they are for reading, tests and `dist-vse verify`
+These hold the whole matrix, so they are for reading, tests and `dist-vse verify`
 (`dense_loss` finds them by name); training uses `global_loss`. N pairs: row i is image i, column j
-caption j.
+caption j; column N + k is negative k of M, a text without an image.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,21 +17,32 @@ class DensePairs:
     """All pairs of a batch: similarities, and which pairs belong together.
 
     `positive` are the pairs that belong together (the diagonal, and duplicates where they count
-    as positives), `negative` those that do not. A pair may be neither.
+    as positives), `negative` those that do not. A pair may be neither. Rows choose among all
+    columns; the columns that choose a row are the `captions`.
     """
 
-    s: Tensor  # (N, N) cosines
+    s: Tensor  # (N, N + M) cosines
     scale: Tensor  # (1,), 1/t
     bias: Tensor  # (1,)
-    positive: Tensor  # (N, N)
-    negative: Tensor  # (N, N)
+    positive: Tensor  # (N, N + M)
+    negative: Tensor  # (N, N + M)
     margin: float
     hard_negative_weight: float
 
     @property
     def logits(self) -> Tensor:
-        """Similarities over the temperature (N, N)."""
+        """Similarities over the temperature (N, N + M)."""
         return self.s * self.scale
+
+    @property
+    def captions(self) -> "DensePairs":
+        """The same without the negatives: (N, N)."""
+        s, positive, negative = (x[:, : len(x)] for x in (self.s, self.positive, self.negative))
+        return replace(self, s=s, positive=positive, negative=negative)
+
+    def along(self, dim: int) -> "DensePairs":
+        """Return what rows (dim 1) or columns (dim 0) choose among."""
+        return self if dim == 1 else self.captions
 
     @property
     def count(self) -> int:
@@ -45,11 +56,13 @@ def convse(pairs: DensePairs) -> Tensor:
     The sum is not halved. Several positives a row are averaged outside the logarithm.
     https://arxiv.org/abs/2110.08872, https://arxiv.org/abs/2004.11362 (L_out)
     """
-    logits, positive = pairs.logits, pairs.positive
-    candidates = logits.masked_fill(~(positive | pairs.negative), float("-inf"))
-    rows = candidates.logsumexp(1) - masked_mean(logits, positive, 1)
-    columns = candidates.logsumexp(0) - masked_mean(logits, positive, 0)
-    return (rows + columns).sum() / pairs.count
+    total = pairs.s.sum() * 0
+    for dim in (1, 0):
+        logits, positive = pairs.along(dim).logits, pairs.along(dim).positive
+        others = ~(positive | pairs.along(dim).negative)
+        candidates = logits.masked_fill(others, float("-inf"))
+        total = total + (candidates.logsumexp(dim) - masked_mean(logits, positive, dim)).sum()
+    return total / pairs.count
 
 
 def info_nce(pairs: DensePairs) -> Tensor:
@@ -64,8 +77,10 @@ def dcl(pairs: DensePairs) -> Tensor:
     nothing. https://arxiv.org/abs/2110.06848
     """
     rows = pairs.logits, pairs.positive, pairs.negative
+    captions = pairs.captions
+    columns = captions.logits.T, captions.positive.T, captions.negative.T
     total = pairs.s.sum() * 0
-    for z, positive, negative in (rows, tuple(x.T for x in rows)):
+    for z, positive, negative in (rows, columns):
         some = negative.any(1)
         denominators = z.masked_fill(~negative, float("-inf"))[some].logsumexp(1)
         total = total + (denominators - masked_mean(z, positive, 1)[some]).sum()
@@ -81,7 +96,7 @@ def siglip(pairs: DensePairs) -> Tensor:
 
 def vse0(pairs: DensePairs) -> Tensor:
     """Return the sum of all hinges (VSE0 of https://arxiv.org/abs/1707.05612)."""
-    return sum((violations(pairs, dim).sum() for dim in (1, 0)), pairs.s.sum() * 0)
+    return sum((violations(pairs.along(dim), dim).sum() for dim in (1, 0)), pairs.s.sum() * 0)
 
 
 def vse_plus_plus(pairs: DensePairs) -> Tensor:
@@ -92,9 +107,10 @@ def vse_plus_plus(pairs: DensePairs) -> Tensor:
     """
     total, weight = pairs.s.sum() * 0, pairs.hard_negative_weight
     for dim in (1, 0):
-        hinges = violations(pairs, dim)  # (N, N)
+        among = pairs.along(dim)
+        hinges = violations(among, dim)  # (N, N + M) or (N, N)
         if hinges.numel():
-            negatives = pairs.s.masked_fill(~pairs.negative, float("-inf"))
+            negatives = among.s.masked_fill(~among.negative, float("-inf"))
             hardest = hinges.gather(dim, first_argmax(negatives, dim))
             total = total + weight * hardest.sum()
         mean = hinges.sum(dim) / (hinges > 0).sum(dim).clamp(min=1)

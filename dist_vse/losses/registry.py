@@ -68,6 +68,9 @@ class LossSpec:
     captions_in_bf16: bool = False
     """Whether captions may travel in bfloat16 where products are bfloat16: the gradient must be
     made of products alone, not of the features themselves."""
+    takes_negatives: bool = False
+    """Whether texts without an image may be further columns (negatives.py): a term's columns are
+    then `positives.num_columns`, of which only the captions count as columns."""
     cost: LossCost = LossCost()
 
     def caption_bytes(self, *, bf16_products: bool) -> int:
@@ -102,6 +105,7 @@ LOSSES = {
             name="convse",
             label="ConVSE",
             paper="https://arxiv.org/abs/2110.08872",
+            takes_negatives=True,
             dense=_DENSE + "convse",
             terms=_SOFTMAX,
             fused=_FUSED + "softmax_epilogues",
@@ -114,6 +118,7 @@ LOSSES = {
             name="convse++",
             label="ConVSE++",
             paper="https://arxiv.org/abs/2110.08872",
+            takes_negatives=True,
             dense=_DENSE + "convse_plus_plus",
             terms=_HARDEST,
             fused=_FUSED + "hardest_epilogues",
@@ -125,6 +130,7 @@ LOSSES = {
             name="info_nce",
             label="InfoNCE",
             paper="https://arxiv.org/abs/2103.00020",  # CLIP: half of ConVSE
+            takes_negatives=True,
             dense=_DENSE + "info_nce",
             terms=_SOFTMAX,
             fused=_FUSED + "softmax_epilogues",
@@ -137,6 +143,7 @@ LOSSES = {
             name="dcl",
             label="DCL",
             paper="https://arxiv.org/abs/2110.06848",
+            takes_negatives=True,
             dense=_DENSE + "dcl",
             terms="dist_vse.losses.decoupled:decoupled_terms",
             fused=_FUSED + "decoupled_epilogues",
@@ -149,6 +156,7 @@ LOSSES = {
             name="siglip",
             label="SigLIP",
             paper="https://arxiv.org/abs/2303.15343",
+            takes_negatives=True,
             dense=_DENSE + "siglip",
             terms="dist_vse.losses.pairwise:sigmoid_terms",
             fused=_FUSED + "sigmoid_epilogues",
@@ -163,6 +171,7 @@ LOSSES = {
             name="vse0",
             label="VSE0",
             paper="https://arxiv.org/abs/1707.05612",
+            takes_negatives=True,
             dense=_DENSE + "vse0",
             terms="dist_vse.losses.pairwise:hinge_terms",
             fused=_FUSED + "hinge_epilogues",
@@ -172,6 +181,7 @@ LOSSES = {
             name="vse++",
             label="VSE++",
             paper="https://arxiv.org/abs/1707.05612",
+            takes_negatives=True,
             dense=_DENSE + "vse_plus_plus",
             terms=_HARDEST,
             fused=_FUSED + "hardest_epilogues",

@@ -46,7 +46,7 @@ class SharedSoftmax:
         self.positives = positives
         self.shift = shift
         self.row_sums = torch.zeros_like(positives.rows)
-        self.column_sums = self.row_sums.new_zeros(positives.layout.total)
+        self.column_sums = self.row_sums.new_zeros(positives.num_columns)
         self.largest = torch.zeros_like(self.row_sums)
 
     def prepare(self, tile: Tile) -> None:
@@ -62,16 +62,17 @@ class SharedSoftmax:
 
     def finalize(self) -> TermResult:
         layout, own = self.positives.layout, self.positives.own.similarities
-        distributed.all_reduce_sum(self.column_sums)
+        column_sums = distributed.all_reduce_sum(self.column_sums[: layout.total])
         result = _result(
             self.positives,
             self.row_sums.log2() + self.shift,
-            self.column_sums[layout.own].log2() + self.shift,
+            column_sums[layout.own].log2() + self.shift,
         )
         # What a power weighs in the gradient, in the memory of the sums.
         self.row_weights = self.row_sums.add_((own - self.shift).exp2_()).reciprocal_()
         own_powers = (layout.gather(own) - self.shift).exp2_()
-        self.column_weights = self.column_sums.add_(own_powers).reciprocal_()
+        column_weights = column_sums.add_(own_powers).reciprocal_()
+        self.column_weights = self.positives.with_negatives(column_weights, 0)
         return result
 
     def grad_logits(self, tile: Tile) -> Tensor:
@@ -99,10 +100,12 @@ class RunningSoftmax:
     def finalize(self) -> TermResult:
         layout, own = self.positives.layout, self.positives.own.similarities
         row_logs, column_logs = self.sums.join()
+        column_logs = column_logs[: layout.total]
         result = _result(self.positives, row_logs, column_logs[layout.own])
         # The log-sum-exps with the own pair: what grad_logits normalizes by.
         self.row_logs = torch.logaddexp2(row_logs, own)
-        self.column_logs = torch.logaddexp2(column_logs, layout.gather(own))
+        column_logs = torch.logaddexp2(column_logs, layout.gather(own))
+        self.column_logs = self.positives.with_negatives(column_logs, torch.inf)
         return result
 
     def grad_logits(self, tile: Tile) -> Tensor:

@@ -2,7 +2,7 @@
 
 Forward, each tile goes into a term's statistics. Backward, each tile is computed again (or was
 kept) and its gradient goes into the features. b rows (images) on this rank, N columns (captions)
-on all ranks, d embedding.
+on all ranks, d embedding; behind the captions M negatives, m of this rank, if there are any.
 """
 
 from collections.abc import Callable, Iterator
@@ -148,7 +148,10 @@ class TiledLoss:
                 del tile  # the next one may have its memory
 
     def backward(self) -> tuple[Tensor, Tensor]:
-        """Return the gradient of the sum over all ranks in the rows and in own columns (b, d)."""
+        """Return the gradient of the sum over all ranks in the rows and in own columns.
+
+        These are (b, d), and (b, d) or, with negatives, (b + m, d).
+        """
         row_grad = None
 
         def contribute(block: Block) -> Tensor:
@@ -160,7 +163,8 @@ class TiledLoss:
         column_grad = self.transport.collect(contribute)
         assert row_grad is not None
         for result in self._results:
-            self.positives.add_own_gradient(result.own_weight, row_grad, column_grad)
+            of_captions = column_grad[: len(row_grad)]
+            self.positives.add_own_gradient(result.own_weight, row_grad, of_captions)
         return row_grad, column_grad
 
     def take_bias_grad(self) -> Tensor | None:
@@ -209,6 +213,7 @@ class TiledLoss:
         values = self.matmul.similarities(rows, operand[block.within(columns)])
         tile = self._tile(rows, columns, values, workspace)
         self._hide_own_entries(tile)
+        self._hide_true_negatives(tile)
         if tile.duplicates is not None and not self.candidates:
             tile.values[tile.duplicates] = float("-inf")
             tile.duplicates = None
@@ -226,6 +231,13 @@ class TiledLoss:
             shift = offset - tile.columns.start
             entries[:, first + shift : last + shift].diagonal().fill_(float("-inf"))
 
+    def _hide_true_negatives(self, tile: Tile) -> None:
+        """Make the similarities of rows with negatives that are their own caption -inf."""
+        if self.positives.negatives is not None:
+            pairs = self.positives.negatives.true_pairs(tile.rows, tile.columns)
+            if pairs is not None:
+                tile.values[pairs] = float("-inf")
+
     def _tiles(self, block: Block) -> Iterator[tuple[slice, slice]]:
         for columns in ranges(block.columns.start, block.columns.stop, self.width):
             for rows in ranges(0, len(self.rows), self.height):
@@ -234,7 +246,7 @@ class TiledLoss:
     def _workspace(self) -> Tensor:
         """Return memory for the intermediate results of a dense term, as large as a tile."""
         height = min(self.height, len(self.rows)) if self.dense is not None else 0
-        return self.rows.new_empty(height * min(self.width, self.positives.layout.total))
+        return self.rows.new_empty(height * min(self.width, self.positives.num_columns))
 
     def _tile(self, rows: slice, columns: slice, values: Tensor, workspace: Tensor) -> Tile:
         duplicates = self.positives.duplicates

@@ -103,14 +103,22 @@ class DualEncoder(nn.Module):
         self.bias = nn.Parameter(torch.tensor([bias]), requires_grad=learn_bias)
 
     def prepare(
-        self, *, images: Tensor | None = None, tokens: Tensor, image_hidden: Tensor | None = None
+        self,
+        *,
+        images: Tensor | None = None,
+        tokens: Tensor,
+        image_hidden: Tensor | None = None,
+        negatives: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return what `forward` needs, by keyword: all of it has b rows.
+        """Return what `forward` needs, by keyword: all of it has b rows, negatives (m, l) have m.
 
         Raw input (b, 3, h, w) and (b, l) for a trunk that learns; for a frozen one its output,
         which is computed unless it is given.
         """
-        texts = _prepare(self.text, "tokens", "text_hidden", tokens)
+        texts = _prepare(self.text, "tokens", "text_hidden", _joined(tokens, negatives))
+        if negatives is not None:
+            (name, both), *_ = texts.items()
+            texts[name], texts["negatives"] = both[: len(tokens)], both[len(tokens) :]
         if image_hidden is not None:
             assert self.image.frozen, "the outputs of a trunk that learns change"
             return {"image_hidden": image_hidden, **texts}
@@ -124,16 +132,27 @@ class DualEncoder(nn.Module):
         *,
         image_hidden: Tensor | None = None,
         text_hidden: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        negatives: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """Return features (b, d) of images and captions, log_scale (1,) and bias (1,).
 
         Images are uint8 (b, 3, h, w), or float if already normalised; tokens int64 (b, l). Either
         may be replaced by its trunk's output. The features are float32 and of unit length.
+        Negatives (m, l), or their trunk's output, add features (m, d) at the end: they are encoded
+        together with the captions, since there may be none.
         """
         image_features = self.image(images, image_hidden)  # (b, d)
-        text_features = self.text(tokens, text_hidden)  # (b, d)
+        if text_hidden is None:
+            assert tokens is not None
+            text_features = self.text(_joined(tokens, negatives))  # (b + m, d)
+        else:
+            text_features = self.text(None, _joined(text_hidden, negatives))
         # Copies: under ZeRO-3 the parameters themselves are gone when forward returns.
-        return image_features, text_features, bounded(self.log_scale), self.bias.clone()
+        scalars = bounded(self.log_scale), self.bias.clone()
+        if negatives is None:
+            return image_features, text_features, *scalars
+        rows = len(image_features)
+        return image_features, text_features[:rows], *scalars, text_features[rows:]
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Return unit-length float32 features (b, d) of images (b, 3, h, w)."""
@@ -146,6 +165,10 @@ class DualEncoder(nn.Module):
         return features
 
 
+def _joined(texts: Tensor, negatives: Tensor | None) -> Tensor:
+    return texts if negatives is None else torch.cat([texts, negatives])
+
+
 def _prepare(tower: Tower, raw_name: str, hidden_name: str, raw: Tensor) -> dict[str, Tensor]:
     if not tower.frozen:
         return {raw_name: raw}
@@ -154,14 +177,20 @@ def _prepare(tower: Tower, raw_name: str, hidden_name: str, raw: Tensor) -> dict
 
 
 def made_up_pairs(
-    model: DualEncoder, rows: int, *, image_size: int, num_tokens: int
+    model: DualEncoder, rows: int, *, image_size: int, num_tokens: int, negatives: int = 0
 ) -> dict[str, Tensor]:
-    """Return black images and captions without padding, on the host, as `prepare` takes them."""
+    """Return black images and captions without padding, on the host, as `prepare` takes them.
+
+    With so many `negatives` a pair.
+    """
     word = 1 if getattr(model.text.trunk, "pad_id", 0) == 0 else 0
-    return {
+    made_up = {
         "images": torch.zeros(rows, 3, image_size, image_size, dtype=torch.uint8),
         "tokens": torch.full((rows, num_tokens), word),
     }
+    if negatives:
+        made_up["negatives"] = torch.full((rows * negatives, num_tokens), word)
+    return made_up
 
 
 def average_statistics(model: nn.Module) -> None:

@@ -33,6 +33,7 @@ class Pairs:
 
     image_size: int
     num_tokens: int
+    negatives: int = 0  # a pair's
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def choose_chunks(config: TrainConfig, model: DualEncoder) -> Chunking:
     )
     return choose_chunking(
         model,
-        Pairs(config.model.image.size, config.model.text.max_tokens),
+        Pairs(config.model.image.size, config.model.text.max_tokens, config.data.negatives),
         rank_batch_size=config.global_batch_size // distributed.world_size(),
         chunk_size=chunk_size,
         keep_graphs=keep_graphs,
@@ -140,7 +141,13 @@ def _try(model: DualEncoder, pairs: Pairs, rows: int, bf16: bool) -> Allocated |
     """
     here = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
-    made_up = made_up_pairs(model, rows, image_size=pairs.image_size, num_tokens=pairs.num_tokens)
+    made_up = made_up_pairs(
+        model,
+        rows,
+        image_size=pairs.image_size,
+        num_tokens=pairs.num_tokens,
+        negatives=pairs.negatives,
+    )
 
     def encode() -> Tensor:
         with torch.autocast(here.type, torch.bfloat16, enabled=bf16):

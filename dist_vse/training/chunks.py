@@ -22,10 +22,17 @@ def make_chunks(
     name, images = "images", batch.images
     if features is not None:
         name, images = "image_hidden", features.rows(batch.origin[:, 1])
-    tokens = batch.tokens
+    parts = {name: images, "tokens": batch.tokens}
     if here.type == "cuda":  # a GPU reads such memory by itself, while others work
-        images, tokens = images.pin_memory(), tokens.pin_memory()
-    pieces = zip(*(x.split(config.fixed_chunk_size) for x in (images, tokens)), strict=True)
+        parts = {name: part.pin_memory() for name, part in parts.items()}
+    size = config.fixed_chunk_size
+    pieces = [
+        dict(zip(parts, p, strict=True))
+        for p in zip(*(x.split(size) for x in parts.values()), strict=True)
+    ]
+    if batch.negatives is not None:  # whichever chunk encodes them
+        for piece, negatives in zip(pieces, batch.negatives.tensor_split(len(pieces)), strict=True):
+            piece["negatives"] = negatives
     bf16 = config.engine.precision == "bf16"
     with torch.autocast(here.type, torch.bfloat16, enabled=bf16):
-        return [model.prepare(tokens=t, **{name: i}) for i, t in pieces]
+        return [model.prepare(**piece) for piece in pieces]

@@ -39,15 +39,23 @@ class Loss(Protocol):
         """Take a chunk's text features (c, d) before the next chunk is encoded."""
 
     def __call__(
-        self, image_features: Tensor, text_features: Tensor, log_scale: Tensor, bias: Tensor
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        log_scale: Tensor,
+        bias: Tensor,
+        negatives: Tensor | None = None,
     ) -> LossOutput:
-        """Return the rank's loss: features (b, d), log_scale and bias (1,)."""
+        """Return the rank's loss: features (b, d), log_scale and bias (1,).
+
+        Features (m, d) of negatives come last, where the batch has such texts.
+        """
 
 
 class _Encoded(NamedTuple):
     """A chunk after the first pass: its outputs, with their graph or with what repeats them."""
 
-    outputs: tuple[Tensor, ...]  # (c, d), (c, d), then (1,) each
+    outputs: tuple[Tensor, ...]  # (c, d), (c, d), then (1,) each, then negatives if any
     state: RandomState
     has_graph: bool
 
@@ -114,8 +122,8 @@ def _gradients_of_outputs(
     """
     columns = zip(*(chunk.outputs for chunk in encoded), strict=True)
     leaves = [torch.cat([part.detach() for part in c]).requires_grad_() for c in columns]
-    image_features, text_features, log_scale, bias = leaves  # (b, d), (b, d), (k,), (k,)
-    output = loss(image_features, text_features, log_scale.mean(0, True), bias.mean(0, True))
+    images, texts, log_scale, bias, *negatives = leaves  # (b, d), (b, d), (k,), (k,), (m, d)
+    output = loss(images, texts, log_scale.mean(0, True), bias.mean(0, True), *negatives)
     mean_loss = all_reduce_mean(output.loss.detach().clone())
     grads = torch.autograd.grad(output.loss, leaves, allow_unused=True, materialize_grads=True)
     by_output = (_split_like(grad, encoded, i) for i, grad in enumerate(grads))

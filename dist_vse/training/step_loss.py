@@ -12,7 +12,13 @@ def build_loss(config: TrainConfig, batch: Batch, samples_seen: int) -> GlobalLo
     """Return the loss of this rank's batch, in the step that starts after `samples_seen` pairs."""
     widths, options = config.loss.widths, loss_options(config, samples_seen)
     losses = [
-        GlobalLoss(config.loss.name, options, image_ids=batch.image_ids, text_ids=batch.text_ids)
+        GlobalLoss(
+            config.loss.name,
+            options,
+            image_ids=batch.image_ids,
+            text_ids=batch.text_ids,
+            negative_ids=batch.negative_ids,
+        )
         for _ in range(1 + len(widths))
     ]
     return NestedLoss(losses, widths) if widths else losses[0]

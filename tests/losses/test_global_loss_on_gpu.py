@@ -68,6 +68,21 @@ def _compare_all(transport: str, ragged: bool) -> list[tuple[str, dict[str, int]
     ]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_negatives_have_the_numbers_of_the_cpu(name: str) -> None:
+    case = _case(name, "positive", ragged=False)
+    negatives = case.images[:7].float().flip(1)
+    ids = {"negative_ids": torch.arange(7) * 5}
+    right = _found(case, case.leaves(torch.float32), negatives=negatives, **ids)
+    with pretend_gpu() as gpu:
+        leaves = [GpuTensor(x.detach()).requires_grad_() for x in case.leaves(torch.float32)]
+        found = _found(case, leaves, negatives=GpuTensor(negatives), **ids)
+    for ours, theirs in zip(found, right, strict=True):
+        assert isinstance(ours, GpuTensor)
+        torch.testing.assert_close(ours.inner, theirs, rtol=1e-5, atol=1e-6)
+    assert sum(gpu.waits.values()) <= LOSS_WAITS, gpu.waits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ragged", [True, False])
 @pytest.mark.parametrize("transport", ["gather", "ring"])
@@ -78,7 +93,7 @@ def test_two_ranks_have_the_numbers_of_the_cpu(transport: str, ragged: bool) -> 
 
 
 def test_a_host_tensor_among_the_devices_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_sent", lambda x, device: x)
+    monkeypatch.setattr(layout, "sent", lambda x, device: x)
     with pytest.raises(HostMeetsDeviceError, match="dist_vse/losses/"):
         _compare("convse", "mask", {}, ragged=False)
 

@@ -33,8 +33,8 @@ def step_loss(name: str, **options: Any) -> GlobalLoss:
 
 
 def _split(options: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments in which all but the ids is a LossOptions."""
-    ids = {name: value for name, value in options.items() if name.endswith("_ids")}
+    """Return arguments in which all but the ids and negatives is a LossOptions."""
+    ids = {k: v for k, v in options.items() if k.endswith("_ids") or k == "negatives"}
     others = {name: value for name, value in options.items() if name not in ids}
     return {**ids, "options": LossOptions(**others)}
 

@@ -31,6 +31,7 @@ CASES: list[list[str]] = [
     ],
     ["loss.name=info_nce", "loss.transport=ring", "engine.precision=bf16", "chunk_size=auto"],
     ["loss.temperature=0.005", "loss.bf16_products=true", "cache.keep_graphs=0"],
+    ["loss.name=dcl", "data.negatives=2", "loss.transport=ring"],
 ]
 
 
@@ -47,7 +48,8 @@ def test_the_shipped_code_is_exact(world_size: int) -> None:
     for found in run_distributed(_codes, world_size, timeout=110):
         for code, text in found:
             assert code == 0, text
-        learned, _, siglip, *_ = (text for _, text in found)
+        learned, _, siglip, *_, hard = (text for _, text in found)
+        assert "gradient of negatives" in hard and "gradient of negatives" not in learned
         assert "movement of temperature" in learned and ", clipped" in learned
         assert "movement of bias" in siglip and "gradient of bias" in siglip
         assert (", ".join(map(str, ragged_counts(world_size))) + " pairs") in learned

@@ -74,8 +74,11 @@ def small_model(config: TrainConfig, *, frozen: tuple[bool, bool]) -> DualEncode
     return model.to(distributed.device())
 
 
-def make_batch(total: int, *, duplicates: bool = True) -> Batch:
-    """Draw a global batch of `total` pairs; `duplicates` repeats its first rows at its end."""
+def make_batch(total: int, *, duplicates: bool = True, negatives: int = 0) -> Batch:
+    """Draw a global batch of `total` pairs; `duplicates` repeats its first rows at its end.
+
+    Each brings so many negatives, of which the first is another pair's caption.
+    """
     generator = torch.Generator().manual_seed(0)
     # A coarse pattern of its own for each image, so that features differ.
     coarse = torch.rand(total, 3, 4, 4, generator=generator).mul_(255)
@@ -86,7 +89,7 @@ def make_batch(total: int, *, duplicates: bool = True) -> Batch:
     if duplicates and total >= 4:
         image_ids[-1] = image_ids[0]
         text_ids[-2] = text_ids[1]
-    return Batch(
+    batch = Batch(
         images=images,
         tokens=tokens,
         image_ids=image_ids,
@@ -95,22 +98,38 @@ def make_batch(total: int, *, duplicates: bool = True) -> Batch:
         state=np.zeros((0, 2), dtype=np.int64),
         skipped=(),
     )
+    if not negatives:
+        return batch
+    false = torch.randint(1, VOCABULARY, (total * negatives, TOKENS), generator=generator)
+    false_ids = total + torch.arange(total * negatives)
+    false[0], false_ids[0] = tokens[-1], text_ids[-1]
+    return replace(batch, negatives=false, negative_ids=false_ids)
 
 
-def make_features(total: int) -> tuple[Tensor, Tensor]:
+def make_features(total: int, *, negatives: int = 0) -> list[Tensor]:
     """Draw unit features (total, d) in float64; a caption resembles its image a little.
+
+    Those of images, of captions and, if there are some, of so many `negatives` a pair.
 
     Not much: where a softmax is nearly certain, the dense loss itself has few digits.
     """
     generator = torch.Generator().manual_seed(0)
     made = torch.randn(2, total, WIDTH, generator=generator, dtype=torch.float64)
     made[1] += 0.2 * made[0]
-    images, texts = functional.normalize(made, dim=2).to(distributed.device()).unbind()
-    return images, texts
+    features = list(functional.normalize(made, dim=2).to(distributed.device()).unbind())
+    if negatives:  # each resembles an image as a caption does
+        false = torch.randn(total * negatives, WIDTH, generator=generator, dtype=torch.float64)
+        false = functional.normalize(false + 0.2 * made[0].repeat(negatives, 1), dim=1)
+        features.append(false.to(distributed.device()))
+    return features
 
 
 def part_of(batch: Batch, rows: slice) -> Batch:
-    """Return some rows of a batch."""
+    """Return some rows of a batch, with the negatives that they bring."""
+    if batch.negatives is not None and batch.negative_ids is not None:
+        of_rows = negatives_of(rows, len(batch.negatives) // max(1, len(batch.tokens)))
+        false, false_ids = batch.negatives[of_rows], batch.negative_ids[of_rows]
+        batch = replace(batch, negatives=false, negative_ids=false_ids)
     return replace(
         batch,
         images=batch.images[rows],
@@ -119,3 +138,8 @@ def part_of(batch: Batch, rows: slice) -> Batch:
         text_ids=batch.text_ids[rows],
         origin=batch.origin[rows],
     )
+
+
+def negatives_of(rows: slice, negatives: int) -> slice:
+    """Return which negatives some rows bring, if each brings so many."""
+    return slice(rows.start * negatives, rows.stop * negatives)

@@ -18,7 +18,8 @@ float32, two of TF32 and bfloat16."""
 ROUNDING = 4
 """A run's error may be that many times the error of one process in the same precision."""
 
-DenseLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+DenseLoss = Callable[..., Tensor]
+"""Of features (N, d) of images and captions, log_scale, bias, and features (M, d) if any."""
 
 
 def samples_seen(config: TrainConfig) -> int:
@@ -34,9 +35,13 @@ def build_dense_loss(config: TrainConfig, batch: Batch, *, rounded: bool = False
     loss, here = config.loss, distributed.device()
     bf16 = rounded and loss.bf16_products
 
-    def fn(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
+    def fn(
+        images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, *negatives: Tensor
+    ) -> Tensor:
         if bf16:  # their gradients go past the rounding
-            images, texts = (x + (x.bfloat16() - x).detach() for x in (images, texts))
+            images, texts, *negatives = (  # type: ignore[assignment]
+                x + (x.bfloat16() - x).detach() for x in (images, texts, *negatives)
+            )
         return dense_loss(
             loss.name,
             images,
@@ -46,6 +51,8 @@ def build_dense_loss(config: TrainConfig, batch: Batch, *, rounded: bool = False
             loss_options(config, samples_seen(config)),
             image_ids=batch.image_ids.to(here),
             text_ids=batch.text_ids.to(here),
+            negatives=negatives[0] if negatives else None,
+            negative_ids=None if batch.negative_ids is None else batch.negative_ids.to(here),
         ).view(())
 
     return fn
@@ -68,7 +75,10 @@ def model_gradients(
     here = distributed.device()
     autocast = rounded and config.engine.precision == "bf16"
     with torch.autocast(here.type, torch.bfloat16, enabled=autocast):
-        outputs = model(**model.prepare(images=batch.images.to(here), tokens=batch.tokens.to(here)))
+        inputs = {"images": batch.images.to(here), "tokens": batch.tokens.to(here)}
+        if batch.negatives is not None:
+            inputs["negatives"] = batch.negatives.to(here)
+        outputs = model(**model.prepare(**inputs))
     loss = build_dense_loss(config, batch, rounded=rounded)(*outputs)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
