@@ -127,12 +127,17 @@ class WatchedLoss:
         self.loss.prefetch(text_features)
 
     def __call__(
-        self, image_features: Tensor, text_features: Tensor, log_scale: Tensor, bias: Tensor
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        log_scale: Tensor,
+        bias: Tensor,
+        negatives: Tensor | None = None,
     ) -> LossOutput:
-        """Pass on; see GlobalLoss."""
+        """Pass on; see GlobalLoss. The report is of the pairs alone, without negatives."""
         inputs = (image_features, text_features, log_scale, bias)
         self.inputs = _Inputs(*(x.detach().double() for x in inputs))
-        return self.loss(image_features, text_features, log_scale, bias)
+        return self.loss(image_features, text_features, log_scale, bias, negatives)
 
     def bias_of_few_negatives(self, seed: int) -> dict[str, float]:
         """Return the bias of smaller batches, `bias_of_n`, with its standard error.

@@ -21,6 +21,7 @@ from torch.nn import functional
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.memory import measure
+from dist_vse.common.terminal import say
 from dist_vse.common.units import GIB
 from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.losses.global_loss import GlobalLoss, LossOutput
@@ -47,21 +48,21 @@ def run(args: argparse.Namespace) -> int:
     settings = (args.pairs // args.processes, args.dim, tuple(args.losses))
     rows = run_on_ranks(measure_losses, args.processes, *settings)
     header = "loss      pairs      s  products alone s  GFLOP a rank  sent MiB  memory GiB  error"
-    print(header)
+    say(header)
     for row in rows:
-        print(
+        say(
             f"{row['loss']:<9} {row['pairs']:>7,} {row['seconds']:>6.1f} "
             f"{row['bound_s']:>17.1f} {row['flop'] / 1e9:>13,.0f} {row['sent'] / 2**20:>9.1f} "
             f"{row['memory_gib']:>11.3f}  {row['error']:.1e}"
         )
-    print(
+    say(
         "memory: the largest rank's tensors besides its own features, which take "
         f"{rows[0]['features_gib']:.3f} GiB; error: of {2 * CHECKED * args.processes} rows and "
         "columns, against dense float64"
     )
     if args.out is not None:
         Path(args.out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {args.out}")
+        say(f"wrote {args.out}")
     return 0
 
 

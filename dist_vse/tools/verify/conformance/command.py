@@ -10,6 +10,7 @@ import rich.console
 from torch.multiprocessing.spawn import ProcessException
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.terminal import say
 from dist_vse.distributed.spawn import RankGroup, run_rank_groups
 from dist_vse.tools.bench.table import Table
 from dist_vse.tools.verify.conformance.measure import (
@@ -42,7 +43,7 @@ def run(peer: str, processes: int) -> int:
         console = rich.console.Console(width=160)
     console.print(table(found, processes).as_rich())
     for line in absent:
-        console.print(f"SKIPPED {line}", markup=False)
+        say(f"SKIPPED {line}")
     return int(failed(found))
 
 
