@@ -25,13 +25,16 @@ class Engine(Protocol):
         """Run the model's forward."""
 
     def accumulation(self) -> AbstractContextManager[None]:
-        """Return the block in which a step's backward calls stand."""
+        """Return the block of a step's backward calls; at its end, gradients are averages."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`; `last` marks the step's last call."""
 
+    def all_finite(self) -> Tensor:
+        """Return 1.0 if all averages are finite, else 0.0: on the device, alike on all ranks."""
+
     def step(self) -> None:
-        """Average the gradients over the ranks, clip them, update, and clear them."""
+        """Clip the averaged gradients, update, and clear them."""
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next step."""

@@ -101,6 +101,18 @@ def gradient_slices(engine: Any, module: nn.Module, stage: int) -> list[Gradient
     return [item for parameter in trainable for item in slices[id(parameter)]]
 
 
+def averaged_gradients(engine: Any, module: nn.Module, stage: int) -> list[Tensor]:
+    """List the averages that this rank's optimizer will read, once all gradients are reduced.
+
+    ZeRO 0: all, in `.grad`. ZeRO 1 to 3: `averaged_gradients` has a list for each parameter group
+    (runtime/zero/stage_1_and_2.py) or sub-group (runtime/zero/stage3.py), with None after a step.
+    """
+    if stage == 0:
+        return [p.grad for p in module.parameters() if p.grad is not None]
+    groups = _private(engine.optimizer, "averaged_gradients").values()
+    return [gradient for group in groups if group is not None for gradient in group]
+
+
 def wire_dtype(parameter: Tensor) -> torch.dtype:
     """Return the type in which DeepSpeed sends a parameter's gradient (ZeRO 1 to 3).
 

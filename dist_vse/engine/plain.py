@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dist_vse.distributed import all_reduce_mean
+from dist_vse.engine.finite import all_finite
 from dist_vse.engine.optimizer import set_learning_rate
 from dist_vse.models.dual_encoder import DualEncoder
 
 
 class PlainEngine:
-    """Replicates the model on every rank and reduces all gradients at once, in `step`."""
+    """Replicates the model on every rank and reduces all gradients at once."""
 
     def __init__(
         self, module: DualEncoder, optimizer: torch.optim.Optimizer, clip_norm: float = 0.0
@@ -29,27 +30,37 @@ class PlainEngine:
 
     @contextmanager
     def accumulation(self) -> Iterator[None]:
-        """Do nothing more: gradients add up in `.grad` anyway."""
+        """Let gradients add up in `.grad`; average them over the ranks at the end."""
         yield
+        parameters = self._trainable()
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = self._gradients()
+        mean = all_reduce_mean(nn.utils.parameters_to_vector(grads))  # one message for all
+        nn.utils.vector_to_parameters(mean, grads)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`."""
         loss.backward()
 
+    def all_finite(self) -> Tensor:
+        """Return 1.0 if all averages are finite, else 0.0: on the device, alike on all ranks."""
+        return all_finite(self._gradients())
+
     def step(self) -> None:
-        """Average the gradients over the ranks, clip them, update, and clear them."""
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        mean = all_reduce_mean(nn.utils.parameters_to_vector(grads))  # one message for all
-        nn.utils.vector_to_parameters(mean, grads)
+        """Clip the averaged gradients, update, and clear them."""
         if self.clip_norm > 0:
-            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            nn.utils.clip_grad_norm_(self._trainable(), self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next step."""
         set_learning_rate(self.optimizer, rate)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._trainable() if p.grad is not None]

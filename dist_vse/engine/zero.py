@@ -20,6 +20,7 @@ from dist_vse.common.log import logger
 from dist_vse.config import EngineConfig
 from dist_vse.distributed import rank, world_size
 from dist_vse.engine import deepspeed_internals as internals
+from dist_vse.engine.finite import all_finite
 from dist_vse.engine.gradient_reduction import GradientReduction
 from dist_vse.engine.optimizer import set_learning_rate
 from dist_vse.engine.optimizer_state import (
@@ -133,6 +134,7 @@ class ZeroEngine:
         """Raise UserError if this DeepSpeed's state can't be read: better now than in an hour."""
         try:
             self._fragments()
+            internals.averaged_gradients(self.engine, self.module, self.stage)
             if self.stage == 3:
                 with internals.keep_gathered(list(self.module.parameters())):
                     internals.forget_module_order(self.engine)
@@ -175,8 +177,15 @@ class ZeroEngine:
             self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
+    def all_finite(self) -> Tensor:
+        """Return 1.0 if all averages are finite, else 0.0: on the device, alike on all ranks.
+
+        DeepSpeed looks at them where it needs their norm, and skips the step without a word.
+        """
+        return all_finite(internals.averaged_gradients(self.engine, self.module, self.stage))
+
     def step(self) -> None:
-        """Clip, update, and clear the gradients, which are averaged over the ranks already."""
+        """Clip the averaged gradients, update, and clear them."""
         self.engine.step()
 
     def set_learning_rate(self, rate: float) -> None:

@@ -74,7 +74,7 @@ def train_step(
     chunk it makes the step an ordinary one.
 
     Returns the global loss (the mean over the ranks) and the batch's statistics. Raises UserError
-    on every rank, before anything is updated, if the loss is not finite.
+    on every rank, before anything is updated, if the loss or a gradient is not finite.
     """
     graphs = min(keep_graphs, len(chunks))
     assert engine.max_live_graphs is None or graphs <= engine.max_live_graphs, (
@@ -107,7 +107,7 @@ def train_step(
             encoded[i] = encoded[i]._replace(outputs=())
             engine.backward(surrogate, last=i == 0)
     step_timer.begin("step")
-    _check_finite(output.loss)  # here, where all work is under way: the host waits for it
+    _check_finite(output.loss, engine.all_finite())
     engine.step()
     step_timer.begin(step_timer.OTHER)
     return output
@@ -130,13 +130,21 @@ def _gradients_of_outputs(
     return output._replace(loss=mean_loss), list(zip(*by_output, strict=True))
 
 
-def _check_finite(loss: Tensor) -> None:
-    """Raise UserError if the loss is not finite; all ranks have the same."""
-    value = loss.item()
+def _check_finite(loss: Tensor, gradients: Tensor) -> None:
+    """Raise UserError if the loss is not finite, or `gradients` (1.0 or 0.0) says that one isn't.
+
+    All ranks have the same. The host waits for the device here, where all work is under way.
+    """
+    value, finite = torch.stack([loss, gradients.to(loss.dtype)]).tolist()
     if not math.isfinite(value):
         raise UserError(
             f"the loss is {value}: nothing was updated; lower optim.lr, set optim.clip_norm, or "
             "raise loss.temperature"
+        )
+    if not finite:
+        raise UserError(
+            f"the loss is {value:.6g}, but a gradient is infinite or NaN: nothing was updated; "
+            "lower optim.lr, or look for a division by 0 or a root of 0 in an encoder"
         )
 
 
