@@ -239,6 +239,8 @@ def _log(
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen}
     values |= {name: float(number) for name, number in statistics.items()}
     values |= {**run.meter.rates(), "memory_gib": peak_memory_gib()}
+    if (scale := run.engine.loss_scale) is not None:
+        values |= {"loss_scale": scale.value, "skipped_steps": scale.skipped}
     with run.exclusive_write():
         recorder.write("train", progress.step, values)
     log_line(progress.step, run.config.total_steps, values)

@@ -7,7 +7,7 @@ from dist_vse.config.encoders import ImageConfig, TextConfig
 from dist_vse.losses.options import DUPLICATES, KERNELS, TRANSPORTS
 from dist_vse.losses.registry import check_name
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 MIN_LEARNED_TEMPERATURE = 0.01  # as CLIP bounds it
 
 
@@ -254,7 +254,8 @@ class EngineConfig:
     """0 replicates all; 1 spreads optimizer states, 2 gradients too, 3 parameters too."""
     precision: str = "fp32"
     """fp32; tf32 (a GPU rounds the factors of products and convolutions to 10 bits; the same as
-    fp32 on a CPU); or bf16 (autocast: parameters and statistics stay float32)."""
+    fp32 on a CPU); bf16 (autocast: parameters and statistics stay float32); or fp16 (the same, for
+    GPUs without bfloat16: losses are scaled, and a step whose gradients overflow is skipped)."""
     coalesce: bool = True
     """ZeRO 2 and 3: one gradient reduction a step, for whole gradients in memory until then;
     false reduces at every chunk. ZeRO 0 and 1 always reduce once."""

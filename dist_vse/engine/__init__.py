@@ -10,12 +10,16 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from dist_vse.engine.loss_scale import LossScale
+
 
 class Engine(Protocol):
     """The model with its optimizer, as the train step sees them."""
 
     max_live_graphs: int | None
     """Largest number of forwards that may wait for their backward; None is no bound."""
+    loss_scale: LossScale | None
+    """By what `backward` multiplies in a float16 run, until `step` divides; the caller sets it."""
 
     @property
     def module(self) -> nn.Module:
@@ -35,6 +39,9 @@ class Engine(Protocol):
 
     def step(self) -> None:
         """Clip the averaged gradients, update, and clear them."""
+
+    def skip(self) -> None:
+        """Clear the gradients, of which one is not finite, without an update."""
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next step."""

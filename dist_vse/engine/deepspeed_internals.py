@@ -113,6 +113,21 @@ def averaged_gradients(engine: Any, module: nn.Module, stage: int) -> list[Tenso
     return [gradient for group in groups if group is not None for gradient in group]
 
 
+def take_over_loss_scale(engine: Any, stage: int) -> None:
+    """Have DeepSpeed choose no loss scale in a float16 run.
+
+    With `torch_autocast` in float16 it makes a GradScaler: `torch_autocast_z0_gradscaler` of the
+    engine under ZeRO 0 (runtime/engine.py), `torch_autocast_gradscaler` of the optimizer under the
+    others. Where there is none, ZeRO 1 to 3 take what `override_loss_scale` was given, and skip a
+    step whose gradients' norm is not finite.
+    """
+    if stage == 0:
+        _replace(engine, "torch_autocast_z0_gradscaler", None)
+    else:
+        _private(engine.optimizer, "override_loss_scale")
+        _replace(engine.optimizer, "torch_autocast_gradscaler", None)
+
+
 def wire_dtype(parameter: Tensor) -> torch.dtype:
     """Return the type in which DeepSpeed sends a parameter's gradient (ZeRO 1 to 3).
 

@@ -74,10 +74,11 @@ def conflicts(environment: Mapping[str, str], ours: Mapping[str, Any]) -> list[s
     Raises UserError if the launcher's file can't be read.
     """
     known = _flat(ours)
-    known |= {"bf16.enabled": bool(ours.get("torch_autocast")), "fp16.enabled": False}
+    half = {"bfloat16": "bf16", "float16": "fp16"}.get(known.get("torch_autocast.dtype", ""))
+    known |= {f"{name}.enabled": name == half for name in ("bf16", "fp16")}
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if environment.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        return _of_accelerate(environment, precision, bf16=known["bf16.enabled"])
+        return _of_accelerate(environment, precision, half)
     asked = _asked(environment)
     if precision in ("bf16", "fp16"):
         asked[f"{precision}.enabled"] = True
@@ -93,15 +94,15 @@ def conflicts(environment: Mapping[str, str], ours: Mapping[str, Any]) -> list[s
         differences.append(
             f"the launcher asks DeepSpeed for {name}={_plain(value)}, the run {does}{where}"
         )
-    return differences + _of_accelerate(environment, "no", bf16=False)
+    return differences + _of_accelerate(environment, "no", None)
 
 
-def _of_accelerate(environment: Mapping[str, str], precision: str, *, bf16: bool) -> list[str]:
+def _of_accelerate(environment: Mapping[str, str], precision: str, half: str | None) -> list[str]:
     """Say what accelerate was asked for that it does by itself, without DeepSpeed."""
     asked = {
         f"mixed precision {precision}": (
-            precision not in ("no", "bf16" if bf16 else "no"),
-            f"has {'bf16' if bf16 else 'fp32'}; set engine.precision in its config",
+            precision not in ("no", half),
+            f"has {half or 'fp32'}; set engine.precision in its config",
         ),
         "FSDP": (
             environment.get("ACCELERATE_USE_FSDP") == "true",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from dist_vse.common.errors import UserError
@@ -22,6 +23,7 @@ from dist_vse.distributed import rank, world_size
 from dist_vse.engine import deepspeed_internals as internals
 from dist_vse.engine.finite import all_finite
 from dist_vse.engine.gradient_reduction import GradientReduction
+from dist_vse.engine.loss_scale import KEY, LossScale
 from dist_vse.engine.optimizer import set_learning_rate
 from dist_vse.engine.optimizer_state import (
     Fragment,
@@ -54,7 +56,8 @@ def zero_config(
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT
     if stage in (1, 2):
-        zero["compute_grad_norm"] = clip_norm > 0  # for which the host waits for the device
+        # The host waits for the device for it. By it DeepSpeed skips an overflow in float16.
+        zero["compute_grad_norm"] = clip_norm > 0 or config.precision == "fp16"
         # Reduce to the owner of a partition, not to everyone: fewer bytes.
         zero["use_multi_rank_bucket_allreduce"] = False
     described: dict[str, Any] = {
@@ -67,6 +70,13 @@ def zero_config(
     }
     if config.precision == "bf16":
         described["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if config.precision == "fp16":
+        # No module's gradients travel in float16, where the sum of the ranks' would overflow.
+        described["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "float16",
+            "lower_precision_safe_modules": [],
+        }
     return described
 
 
@@ -113,6 +123,7 @@ class ZeroEngine:
         self.clips = clip_norm > 0
         self.norms = StepNorms(optimizer, split=stage > 0)
         self.max_live_graphs = max_live_graphs(stage, coalesce=config.coalesce)
+        self.loss_scale = self._own_loss_scale() if config.precision == "fp16" else None
         # One reduction for all chunks, at the price of whole gradients in memory for the step,
         # which ZeRO 0 and 1 hold anyway.
         self.coalesce = config.coalesce or stage < 2
@@ -130,11 +141,22 @@ class ZeroEngine:
             return None
         return GradientReduction(slices)
 
+    def _own_loss_scale(self) -> LossScale:
+        """Take the loss scale over from DeepSpeed, whose stages have it in different places."""
+        try:
+            internals.take_over_loss_scale(self.engine, self.stage)
+        except internals.MissingInternalError as missing:
+            raise UserError(
+                f"{missing}: engine.precision=fp16 needs it; set engine.precision=bf16, or install "
+                f"deepspeed{internals.SUPPORTED}"
+            ) from missing
+        return LossScale()
+
     def _check_state(self) -> None:
         """Raise UserError if this DeepSpeed's state can't be read: better now than in an hour."""
         try:
             self._fragments()
-            internals.averaged_gradients(self.engine, self.module, self.stage)
+            self._averaged_gradients()
             if self.stage == 3:
                 with internals.keep_gathered(list(self.module.parameters())):
                     internals.forget_module_order(self.engine)
@@ -175,6 +197,11 @@ class ZeroEngine:
                 self.reduction.start()
         elif not self.coalesce or self.stage == 0:
             self.engine.set_gradient_accumulation_boundary(last)
+        if self.loss_scale is not None:
+            if self.stage > 0:  # DeepSpeed multiplies by it, and divides before it clips
+                self.engine.optimizer.override_loss_scale(self.loss_scale.value)
+            else:
+                loss = loss * self.loss_scale.value
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def all_finite(self) -> Tensor:
@@ -182,11 +209,21 @@ class ZeroEngine:
 
         DeepSpeed looks at them where it needs their norm, and skips the step without a word.
         """
-        return all_finite(internals.averaged_gradients(self.engine, self.module, self.stage))
+        return all_finite(self._averaged_gradients())
 
     def step(self) -> None:
         """Clip the averaged gradients, update, and clear them."""
+        if self.loss_scale is not None and self.stage == 0:
+            torch._foreach_div_(self._averaged_gradients(), self.loss_scale.value)
         self.engine.step()
+
+    def skip(self) -> None:
+        """Clear the gradients, of which one is not finite, without an update."""
+        if self.stage == 0:
+            self.engine.zero_grad()
+            return
+        self.engine.step()  # DeepSpeed finds their norm infinite, and clears all that it keeps
+        assert not self.engine.was_step_applied()
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the rate of the next step."""
@@ -224,13 +261,18 @@ class ZeroEngine:
     def dump_optimizer(self) -> dict[str, Tensor]:
         """Copy this rank's fragments of the optimizer's state to host memory, by name.
 
-        Under ZeRO 0 all ranks hold all of it, and rank 0 alone gives it.
+        Under ZeRO 0 all ranks hold all of it, and rank 0 alone gives it, as it does a loss scale.
         """
         if self.stage == 0 and rank() > 0:
             return {}
-        if self.whole_tensors:
-            return dump_whole_state(self._trainable(), self.optimizer)
-        return dump_state(self._fragments(), self.optimizer)
+        state = (
+            dump_whole_state(self._trainable(), self.optimizer)
+            if self.whole_tensors
+            else dump_state(self._fragments(), self.optimizer)
+        )
+        if self.loss_scale is not None and rank() == 0:
+            state |= self.loss_scale.dump()
+        return state
 
     def load(self, weights: Mapping[str, Tensor], files: Sequence[Path]) -> None:
         """Take whole weights, and the optimizer's state out of all former ranks' `files`.
@@ -239,6 +281,10 @@ class ZeroEngine:
         """
         with self.gathered_parameters(changed=True):
             self.module.load_state_dict(weights)
+        if self.loss_scale is not None and files:
+            with safe_open(files[0], "pt") as first:
+                if KEY in first.keys():  # noqa: SIM118 - a safetensors file is no dict
+                    self.loss_scale.load(first.get_tensor(KEY))
         if self.whole_tensors:
             load_whole_state(self._trainable(), self.optimizer, files)
             return
@@ -249,6 +295,9 @@ class ZeroEngine:
                 values = weights[fragment.name].view(-1)[fragment.start : end]
                 fragment.within(fragment.flat).copy_(values)
         load_state(fragments, self.optimizer, files)
+
+    def _averaged_gradients(self) -> list[Tensor]:
+        return internals.averaged_gradients(self.engine, self.module, self.stage)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}

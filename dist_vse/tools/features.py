@@ -16,7 +16,7 @@ from dist_vse.data.index import Index, read_index
 from dist_vse.data.precomputed import Key, holds_features, write_manifest, write_part
 from dist_vse.data.samples import Placement
 from dist_vse.models.image import ImageTrunk, build_image_trunk
-from dist_vse.models.precision import use_precision
+from dist_vse.models.precision import autocast, use_precision
 from dist_vse.training.frozen_features import feature_key
 
 
@@ -80,7 +80,7 @@ def _write(config: TrainConfig, index: Index, folder: Path, key: Key) -> None:
             scaled=True,  # as training decodes them
         )
         start, stop = eval_share(index.split(split).num_samples, batch_size, placement)
-        outputs = _outputs(trunk, batches, bf16=config.engine.precision == "bf16")
+        outputs = _outputs(trunk, batches, precision=config.engine.precision)
         part = write_part(folder, distributed.rank(), stop - start, outputs)
     parts = distributed.all_gather_object(part)
     if distributed.is_main_process():
@@ -88,10 +88,12 @@ def _write(config: TrainConfig, index: Index, folder: Path, key: Key) -> None:
     distributed.barrier()
 
 
-def _outputs(trunk: ImageTrunk, batches: Iterable[EvalBatch], *, bf16: bool) -> Iterator[Tensor]:
+def _outputs(
+    trunk: ImageTrunk, batches: Iterable[EvalBatch], *, precision: str
+) -> Iterator[Tensor]:
     here = distributed.device()
     trunk.to(here)
     for batch in batches:
-        with torch.no_grad(), torch.autocast(here.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), autocast(here, precision):
             features: Tensor = trunk(batch.images.to(here))
         yield features.float().cpu()

@@ -21,6 +21,7 @@ from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig
 from dist_vse.engine.zero import max_live_graphs
 from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics, made_up_pairs
+from dist_vse.models.precision import autocast
 
 FREE_SHARE = 0.5  # of the free memory; the rest is for data, features, and captions that are longer
 STATE_BYTES = 16  # a trainable parameter: its gradient, Adam's two moments, DeepSpeed's flat copy
@@ -58,7 +59,7 @@ def choose_chunks(config: TrainConfig, model: DualEncoder) -> Chunking:
         keep_graphs=keep_graphs,
         max_live_graphs=max_live_graphs(config.engine.zero_stage, coalesce=config.engine.coalesce),
         memory_gib=config.cache.memory_gib,
-        bf16=config.engine.precision == "bf16",
+        precision=config.engine.precision,
     )
 
 
@@ -71,7 +72,7 @@ def choose_chunking(
     keep_graphs: int | None,
     max_live_graphs: int | None,
     memory_gib: float,
-    bf16: bool,
+    precision: str,
 ) -> Chunking:
     """Return this rank's choice where a number is None (see `agree`).
 
@@ -80,12 +81,12 @@ def choose_chunking(
     """
     budget = memory_gib * GIB if memory_gib else _free_bytes(model)
     if chunk_size is None:
-        chunk_size = _largest_chunk(model, pairs, rank_batch_size, budget, bf16)
+        chunk_size = _largest_chunk(model, pairs, rank_batch_size, budget, precision)
     num_chunks = -(-rank_batch_size // chunk_size)
     if keep_graphs is None and num_chunks == 1:
         keep_graphs = 1
     if keep_graphs is None:
-        graph = _try(model, pairs, chunk_size, bf16)
+        graph = _try(model, pairs, chunk_size, precision)
         # Where memory has no room for one graph, the second pass has none either: 1 is no loss.
         fitting = max(1, int(budget // max(1, graph.held))) if graph else 1
         keep_graphs = min(num_chunks, fitting, max_live_graphs or num_chunks)
@@ -100,7 +101,7 @@ def agree(choice: Chunking) -> Chunking:
 
 
 def _largest_chunk(
-    model: DualEncoder, pairs: Pairs, rank_batch_size: int, budget: float, bf16: bool
+    model: DualEncoder, pairs: Pairs, rank_batch_size: int, budget: float, precision: str
 ) -> int:
     """Return the largest divisor of the rank's batch whose try stays within the budget.
 
@@ -111,7 +112,7 @@ def _largest_chunk(
     sizes = [n for n in sizes if n > 1] or sizes  # BatchNorm needs two rows
     peaks: list[tuple[int, int]] = []
     for size in [n for n in sizes if n >= FIRST_TRY][:2] or sizes[-1:]:
-        found = _try(model, pairs, size, bf16)
+        found = _try(model, pairs, size, precision)
         if found is None or found.peak > budget:
             break
         peaks.append((size, found.peak))
@@ -123,7 +124,9 @@ def _largest_chunk(
     known = dict(peaks)
     fitting = 0
     for size in sorted((n for n in sizes if n <= bound), reverse=True):
-        if size in known or ((found := _try(model, pairs, size, bf16)) and found.peak <= budget):
+        if size in known or (
+            (found := _try(model, pairs, size, precision)) and found.peak <= budget
+        ):
             fitting = size
             break
     if not fitting:
@@ -134,7 +137,7 @@ def _largest_chunk(
     return fitting
 
 
-def _try(model: DualEncoder, pairs: Pairs, rows: int, bf16: bool) -> Allocated | None:
+def _try(model: DualEncoder, pairs: Pairs, rows: int, precision: str) -> Allocated | None:
     """Encode and differentiate a chunk; return what its graph holds, and the peak of it all.
 
     None stands for memory that ran out.
@@ -150,7 +153,7 @@ def _try(model: DualEncoder, pairs: Pairs, rows: int, bf16: bool) -> Allocated |
     )
 
     def encode() -> Tensor:
-        with torch.autocast(here.type, torch.bfloat16, enabled=bf16):
+        with autocast(here, precision):
             inputs = model.prepare(**{name: value.to(here) for name, value in made_up.items()})
             outputs: tuple[Tensor, ...] = model(**inputs)
         return torch.stack([output.sum() for output in outputs]).sum()

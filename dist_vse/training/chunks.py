@@ -1,12 +1,11 @@
 """A rank's batch, cut into chunks of what the model's forward takes."""
 
-import torch
-
 from dist_vse import distributed
 from dist_vse.config import TrainConfig
 from dist_vse.data.precomputed import Features
 from dist_vse.data.samples import Batch
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.precision import autocast
 from dist_vse.training.prefetch_to_device import Chunk
 
 
@@ -33,6 +32,5 @@ def make_chunks(
     if batch.negatives is not None:  # whichever chunk encodes them
         for piece, negatives in zip(pieces, batch.negatives.tensor_split(len(pieces)), strict=True):
             piece["negatives"] = negatives
-    bf16 = config.engine.precision == "bf16"
-    with torch.autocast(here.type, torch.bfloat16, enabled=bf16):
+    with autocast(here, config.engine.precision):
         return [model.prepare(**piece) for piece in pieces]

@@ -59,7 +59,7 @@ def peak_of(name: str, precision: str) -> float | None:
     found = next((peaks for gpu, peaks in _PEAKS.items() if gpu in name), None)
     bf16, fp32 = found or (None, None)
     tf32 = fp32 if bf16 is None else bf16 / 2  # on the same tensor cores, for twice the bytes
-    peak = {"bf16": bf16, "tf32": tf32, "fp32": fp32}[precision]
+    peak = {"bf16": bf16, "fp16": bf16, "tf32": tf32, "fp32": fp32}[precision]
     return None if peak is None else peak * 1e12
 
 

@@ -74,7 +74,8 @@ def train_step(
     chunk it makes the step an ordinary one.
 
     Returns the global loss (the mean over the ranks) and the batch's statistics. Raises UserError
-    on every rank, before anything is updated, if the loss or a gradient is not finite.
+    on every rank, before anything is updated, if the loss or a gradient is not finite; in a
+    float16 run such a gradient skips the update instead.
     """
     graphs = min(keep_graphs, len(chunks))
     assert engine.max_live_graphs is None or graphs <= engine.max_live_graphs, (
@@ -107,8 +108,7 @@ def train_step(
             encoded[i] = encoded[i]._replace(outputs=())
             engine.backward(surrogate, last=i == 0)
     step_timer.begin("step")
-    _check_finite(output.loss, engine.all_finite())
-    engine.step()
+    _update(engine, output.loss)
     step_timer.begin(step_timer.OTHER)
     return output
 
@@ -130,18 +130,28 @@ def _gradients_of_outputs(
     return output._replace(loss=mean_loss), list(zip(*by_output, strict=True))
 
 
-def _check_finite(loss: Tensor, gradients: Tensor) -> None:
-    """Raise UserError if the loss is not finite, or `gradients` (1.0 or 0.0) says that one isn't.
+def _update(engine: Engine, loss: Tensor) -> None:
+    """Update by the gradients, or skip the step if they are too large for a float16 run.
 
-    All ranks have the same. The host waits for the device here, where all work is under way.
+    Raises UserError if the loss, or a gradient in another precision, is not finite. All ranks do
+    the same. The host waits for the device here, where all work is under way.
     """
-    value, finite = torch.stack([loss, gradients.to(loss.dtype)]).tolist()
+    finite = engine.all_finite().to(loss.dtype)
+    value, are_finite = torch.stack([loss, finite]).tolist()
     if not math.isfinite(value):
         raise UserError(
             f"the loss is {value}: nothing was updated; lower optim.lr, set optim.clip_norm, or "
             "raise loss.temperature"
         )
-    if not finite:
+    scale = engine.loss_scale
+    if are_finite:
+        engine.step()
+        if scale is not None:
+            scale.grow()
+    elif scale is not None:
+        engine.skip()
+        scale.back_off()
+    else:
         raise UserError(
             f"the loss is {value:.6g}, but a gradient is infinite or NaN: nothing was updated; "
             "lower optim.lr, or look for a division by 0 or a root of 0 in an encoder"

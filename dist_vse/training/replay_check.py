@@ -35,11 +35,12 @@ class Replay(NamedTuple):
 def check_replay(model: DualEncoder, *, image_size: int, num_tokens: int, precision: str) -> None:
     """Raise UserError, with the module's name, for one that cannot be trained exactly.
 
-    Either it draws random numbers that cannot be drawn again, or it runs in float16, which no
-    precision asks for. Call it before an engine stands around the model; it leaves no trace.
+    Either it draws random numbers that cannot be drawn again, or it runs in float16 where
+    `precision` does not ask for it. Call it before an engine stands around the model; it leaves
+    no trace.
     """
     found = compare_passes(model, image_size=image_size, num_tokens=num_tokens, precision=precision)
-    if found.in_float16 is not None:
+    if found.in_float16 is not None and precision != "fp16":
         raise UserError(
             f"{found.in_float16} runs in float16 with engine.precision={precision}, where its "
             "gradients would underflow: turn autocast off around it "

@@ -36,7 +36,7 @@ def _choose(
         keep_graphs=keep_graphs,
         max_live_graphs=max_live_graphs,
         memory_gib=memory_gib,
-        bf16=False,
+        precision="fp32",
     )
 
 

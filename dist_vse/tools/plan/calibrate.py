@@ -25,6 +25,7 @@ from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.global_loss import global_loss
 from dist_vse.losses.options import LossOptions
 from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics
+from dist_vse.models.precision import autocast
 from dist_vse.tools.plan.count import build_for_plan, model_key
 from dist_vse.tools.plan.hardware import ChunkSpeed, Hardware, LinkConfig
 
@@ -195,16 +196,16 @@ def _chunks(config: TrainConfig, model: DualEncoder, rounds: int) -> list[dict[s
 
 def _chunk(config: TrainConfig, model: DualEncoder, rows: int, rounds: int) -> dict[str, Any]:
     raw = _raw(config, model, rows)
-    bf16 = config.engine.precision == "bf16"
+    cpu, precision = torch.device("cpu"), config.engine.precision
 
     def prepare() -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with autocast(cpu, precision):
             return model.prepare(**raw)
 
     inputs = prepare()
 
     def forward() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with autocast(cpu, precision):
             outputs: tuple[Tensor, ...] = model(**inputs)
         return torch.stack([output.sum() for output in outputs]).sum()
 

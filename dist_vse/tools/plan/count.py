@@ -23,11 +23,13 @@ from dist_vse.engine.gradient_reduction import BUCKET
 from dist_vse.engine.zero import PERSISTENT
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.precision import autocast
 from dist_vse.models.tokenizer import AnyWords, PretrainedTokenizer
 from dist_vse.tools.plan.work import FP32, Line, Ops, Work
 
 FEW, MORE = 4, 12  # pairs; what grows between them grows with every pair
 WORD = 1
+CPU = torch.device("cpu")
 
 
 def model_key(config: TrainConfig) -> str:
@@ -75,12 +77,12 @@ def count_work(config: TrainConfig, *, vocabulary: int) -> Work:
     """
     model = build_for_plan(config, vocabulary, "meta")
     shape = config.model.image.size, config.model.text.max_tokens
-    bf16 = config.engine.precision == "bf16"
+    precision = config.engine.precision
     trained = [p for p in model.parameters() if p.requires_grad]
     whole, learns = [p.numel() for p in model.parameters()], [p.numel() for p in trained]
     with FakeTensorMode() as fake:
         _make_fake(model, fake)
-        few, more = (_run(model, rows, shape, bf16=bf16) for rows in (FEW, MORE))
+        few, more = (_run(model, rows, shape, precision=precision) for rows in (FEW, MORE))
     ends = few.ops, more.ops
     trainable = sum(learns)
     frozen, forward, backward = (_per_pair(a, b) for a, b in zip(*ends, strict=True))
@@ -119,7 +121,7 @@ class _Counted(NamedTuple):
     hidden: int
 
 
-def _run(model: DualEncoder, rows: int, shape: tuple[int, int], *, bf16: bool) -> _Counted:
+def _run(model: DualEncoder, rows: int, shape: tuple[int, int], *, precision: str) -> _Counted:
     size, length = shape
     images = torch.zeros(rows, 3, size, size, dtype=torch.uint8)
     word = WORD if model.text.trunk.pad_id != WORD else WORD + 1
@@ -127,11 +129,11 @@ def _run(model: DualEncoder, rows: int, shape: tuple[int, int], *, bf16: bool) -
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def outputs(inputs: dict[str, Tensor]) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with autocast(CPU, precision):
             made: tuple[Tensor, ...] = model(**inputs)
         return torch.stack([output.sum() for output in made]).sum()
 
-    with _counting() as (frozen, prepared), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with _counting() as (frozen, prepared), autocast(CPU, precision):
         inputs = model.prepare(images=images, tokens=tokens)
     raw = (images, tokens)
     hidden = sum(x.nbytes for x in inputs.values() if all(x is not y for y in raw))

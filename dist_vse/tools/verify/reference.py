@@ -10,11 +10,12 @@ from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.precision import autocast
 from dist_vse.training.step_loss import loss_options
 
-MIN_TOLERANCE = {"float64": 1e-9, "fp32": 1e-5, "tf32": 2**-8, "bf16": 2**-6}
+MIN_TOLERANCE = {"float64": 1e-9, "fp32": 1e-5, "tf32": 2**-8, "fp16": 2**-8, "bf16": 2**-6}
 """Errors that are always allowed: thousands of roundings of float64, some hundred of
-float32, two of TF32 and bfloat16."""
+float32, two of TF32, float16 and bfloat16."""
 ROUNDING = 4
 """A run's error may be that many times the error of one process in the same precision."""
 
@@ -70,19 +71,20 @@ def model_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss and each trainable parameter's gradient, in the model's own precision.
 
-    `rounded` uses bfloat16 where the config does.
+    `rounded` uses bfloat16 or float16 where the config does; a scaled loss keeps small gradients.
     """
     here = distributed.device()
-    autocast = rounded and config.engine.precision == "bf16"
-    with torch.autocast(here.type, torch.bfloat16, enabled=autocast):
+    precision = config.engine.precision if rounded else "fp32"
+    scale = 2.0**8 if precision == "fp16" else 1.0
+    with autocast(here, precision):
         inputs = {"images": batch.images.to(here), "tokens": batch.tokens.to(here)}
         if batch.negatives is not None:
             inputs["negatives"] = batch.negatives.to(here)
         outputs = model(**model.prepare(**inputs))
     loss = build_dense_loss(config, batch, rounded=rounded)(*outputs)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    grads = torch.autograd.grad(scale * loss, list(named.values()), allow_unused=True)
     return loss.detach(), {
-        name: torch.zeros_like(p) if grad is None else grad
+        name: torch.zeros_like(p) if grad is None else grad / scale
         for (name, p), grad in zip(named.items(), grads, strict=True)
     }

@@ -93,11 +93,17 @@ def _take_step(
     count = config.global_batch_size // distributed.world_size()
     start = count * distributed.rank()
     share = part_of(batch, slice(start, start + count))
-    loss = build_loss(config, share, samples_seen(config))
     chunks = make_chunks(engine.module, share, config)
-    output = train_step(engine, loss, chunks, keep_graphs=kept_graphs(config))
+
+    def step() -> Tensor:
+        loss = build_loss(config, share, samples_seen(config))
+        return train_step(engine, loss, chunks, keep_graphs=kept_graphs(config)).loss
+
+    value = step()
+    while engine.loss_scale is not None and not engine.loss_scale.steps:  # it was skipped
+        value = step()
     with engine.gathered_parameters():
-        return output.loss, _copy(engine.module)
+        return value, _copy(engine.module)
 
 
 def _copy(model: DualEncoder) -> dict[str, Tensor]:
