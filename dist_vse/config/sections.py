@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dist_vse.config.checks import at_least, check, number_or_auto, one_of, share
+from dist_vse.config.checks import AUTO, at_least, check, number_or_auto, one_of, share
 from dist_vse.config.encoders import ImageConfig, TextConfig
 from dist_vse.losses.options import DUPLICATES, KERNELS, TRANSPORTS
 from dist_vse.losses.registry import check_name
@@ -216,8 +216,9 @@ class LossConfig:
     """`gather` the captions' features once, or pass them round a `ring` (memory O(b d))."""
     memory_gib: float = 0.25
     """Similarities kept from forward for backward, GiB a rank; the rest is computed again."""
-    bf16_products: bool = False
-    """Compute the similarities in bfloat16 (statistics stay float32)."""
+    bf16_products: bool | str = AUTO
+    """Compute the similarities in bfloat16 (statistics stay float32). `auto` does so on a GPU with
+    engine.precision=bf16: three times as fast as float32. On a CPU it is no faster."""
     kernels: str = "auto"
     """`fused` (Triton; docs/explain/losses.md), `tiled`, or `auto`: fused on a GPU, tiled on a CPU.
     What fused kernels can't do runs in tiles, and the log says so."""
@@ -227,6 +228,10 @@ class LossConfig:
         one_of("loss.duplicates", self.duplicates, DUPLICATES)
         one_of("loss.transport", self.transport, TRANSPORTS)
         one_of("loss.kernels", self.kernels, KERNELS)
+        check(
+            isinstance(self.bf16_products, bool) or self.bf16_products == AUTO,
+            f"loss.bf16_products={self.bf16_products!r} must be true, false or {AUTO}",
+        )
         check(self.temperature > 0, f"loss.temperature ({self.temperature}) must be above 0")
         check(
             self.temperature_end is None or self.temperature_end > 0,

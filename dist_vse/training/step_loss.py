@@ -1,16 +1,27 @@
 """The loss of a step, as the run's config and its schedules have it."""
 
+from dataclasses import replace
+
+from dist_vse import distributed
 from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.losses.nested import NestedLoss
 from dist_vse.losses.options import LossOptions
+from dist_vse.losses.tiles import default_tile
 from dist_vse.training.schedule import temperature, warmup_fraction
 
 
-def build_loss(config: TrainConfig, batch: Batch, samples_seen: int) -> GlobalLoss | NestedLoss:
-    """Return the loss of this rank's batch, in the step that starts after `samples_seen` pairs."""
+def build_loss(
+    config: TrainConfig, batch: Batch, samples_seen: int, *, max_tile: int | None = None
+) -> GlobalLoss | NestedLoss:
+    """Return the loss of this rank's batch, in the step that starts after `samples_seen` pairs.
+
+    `max_tile` bounds the size of its tiles.
+    """
     widths, options = config.loss.widths, loss_options(config, samples_seen)
+    if max_tile is not None:
+        options = replace(options, tile=min(max_tile, default_tile(distributed.device())))
     losses = [
         GlobalLoss(
             config.loss.name,
@@ -22,6 +33,14 @@ def build_loss(config: TrainConfig, batch: Batch, samples_seen: int) -> GlobalLo
         for _ in range(1 + len(widths))
     ]
     return NestedLoss(losses, widths) if widths else losses[0]
+
+
+def has_bf16_products(config: TrainConfig) -> bool:
+    """Return whether this process computes the similarities in bfloat16."""
+    asked = config.loss.bf16_products
+    if isinstance(asked, bool):
+        return asked
+    return config.engine.precision == "bf16" and distributed.device().type == "cuda"
 
 
 def loss_options(config: TrainConfig, samples_seen: int) -> LossOptions:
@@ -39,7 +58,7 @@ def loss_options(config: TrainConfig, samples_seen: int) -> LossOptions:
         hard_negative_weight=warmup_fraction(samples_seen, loss.warmup_samples),
         duplicates=loss.duplicates,
         transport=loss.transport,
-        bf16_products=loss.bf16_products,
+        bf16_products=has_bf16_products(config),
         kernels=loss.kernels,
         temperature=scheduled,
         memory_gib=loss.memory_gib,

@@ -1,5 +1,7 @@
 """Gradients are reduced beside the last backward: each once, to its owner, in one order."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.zero import ZeroEngine
 from tests.support.collectives import Collectives
 from tests.support.distributed import run_distributed
+from tests.support.pretend_gpu import GpuTensor
 from tests.support.tiny import tiny_batch, tiny_model
 
 
@@ -28,10 +31,7 @@ def test_a_reduction_gives_its_owner_the_sum(owner: int | None) -> None:
         assert owner not in (None, rank) or x.tolist() == [6.0] * 3
 
 
-def test_buckets_hold_every_slice_once_and_one_owner_and_type_each(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(gradient_reduction, "BUCKET", 10)
+def test_buckets_hold_every_slice_once_and_one_owner_and_type_each() -> None:
     parameters = [nn.Parameter(torch.zeros(size)) for size in (4, 30, 4, 3, 5, 12)]
     wires = [torch.bfloat16 if number == 3 else torch.float32 for number in range(6)]
     owners = [number % 2 for number in range(6)]
@@ -39,10 +39,20 @@ def test_buckets_hold_every_slice_once_and_one_owner_and_type_each(
         GradientSlice(p, 0, p.numel(), o, w)
         for p, o, w in zip(parameters, owners, wires, strict=True)
     ]
-    buckets = list(gradient_reduction._buckets(slices))
+    buckets = list(gradient_reduction._buckets(slices, 10))
     assert sorted(map(id, slices)) == sorted(id(s) for bucket in buckets for s in bucket)
     assert all(len({(s.owner, s.wire_dtype) for s in bucket}) == 1 for bucket in buckets)
     assert [[s.length for s in b] for b in buckets] == [[30], [4, 4, 5], [12], [3]]
+
+
+def test_buckets_are_larger_on_a_gpu() -> None:
+    def lengths(move: Callable[[Tensor], Tensor]) -> list[int]:
+        parameters = [nn.Parameter(move(torch.zeros(1 << 20))) for _ in range(12)]
+        slices = [GradientSlice(p, 0, p.numel(), None, p.dtype) for p in parameters]
+        return [len(bucket._slices) for bucket in GradientReduction(slices)._buckets]
+
+    assert lengths(lambda x: x) == [1] * 12
+    assert lengths(GpuTensor) == [8, 4]  # 8 x 2^20 elements of 4 bytes: 32 MB
 
 
 class _Net(nn.Module):

@@ -22,7 +22,9 @@ def _allowed() -> tuple[bool, bool]:
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", True)])
+@pytest.mark.parametrize(
+    ("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", True), ("fp16", True)]
+)
 def test_tf32_is_used_where_it_was_asked_for(precision: str, tf32: bool) -> None:
     use_precision(GPU, precision)
     assert _allowed() == (tf32, tf32)
@@ -36,7 +38,7 @@ def test_a_cpu_is_left_alone() -> None:
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_a_gpu_evaluates_in_the_precision_of_the_run_and_a_cpu_in_float32() -> None:
-    for precision in ("fp32", "tf32", "bf16"):
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
         with evaluation_autocast(CPU, precision):
             assert not torch.is_autocast_enabled("cpu")
     block = evaluation_autocast(GPU, "bf16")

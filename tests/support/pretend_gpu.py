@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -235,6 +236,7 @@ def pretend_gpu() -> Iterator[GpuLog]:
         (torch.cuda, "current_stream", _Nothing),
         (torch.cuda, "stream", _Nothing),
         (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=80 << 30)),
         (torch, "autocast", cpu_autocast),
         (Tensor, "pin_memory", _pin),
         (collectives.dist, "get_backend", lambda *_: "nccl"),

@@ -27,7 +27,7 @@ from dist_vse.training.chunking import agree, choose_chunks
 from dist_vse.training.chunks import make_chunks
 from dist_vse.training.flops import Flops, count_flops
 from dist_vse.training.grad_cache import train_step
-from dist_vse.training.step_loss import build_loss
+from dist_vse.training.step_loss import build_loss, has_bf16_products
 
 VOCABULARY = 8192  # of a text encoder from scratch, on made-up pairs
 
@@ -59,7 +59,7 @@ class StepHarness:
         rows = self.config.global_batch_size // ranks
         gathered = rows * ranks if ranks > 1 and self.config.loss.transport == "gather" else 0
         loss, width = self.config.loss, self.config.model.embed_dim
-        caption = find_loss(loss.name).caption_bytes(bf16_products=loss.bf16_products)
+        caption = find_loss(loss.name).caption_bytes(bf16_products=has_bf16_products(self.config))
         pixels, tokens = 3 * self.config.model.image.size**2, self.config.model.text.max_tokens
         trainable = [p for p in self.engine.module.parameters() if p.requires_grad]
         return {

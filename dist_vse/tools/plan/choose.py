@@ -44,7 +44,9 @@ class Plan:
 
 def price(work: Work, settings: Settings, hardware: Hardware) -> Plan:
     """Return what settings cost."""
-    every = moments(work, settings, Place(on_cpu=hardware.cores > 0))
+    every = moments(
+        work, settings, Place(on_cpu=hardware.cores > 0, device_gib=hardware.memory_gib)
+    )
     sent = sent_bytes(loss_collectives(settings, work.embed_dim), settings.world_size)
     sent += sent_bytes(engine_collectives(work, settings), settings.world_size)
     return Plan(

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
-from dist_vse.losses.tiles import default_tile, tile_shape
+from dist_vse.common.units import GIB
+from dist_vse.losses.tiles import CPU_TILE, cuda_tile, tile_shape
 from dist_vse.tools.plan.settings import Settings
 from dist_vse.tools.plan.traffic import travelling_bytes
 from dist_vse.tools.plan.work import FP32, Work
@@ -29,10 +28,12 @@ class Place:
 
     on_cpu: bool
     """Inputs count, gloo needs buffers to add up, and the optimizer goes tensor by tensor."""
+    device_gib: float = 80.0
+    """A GPU's memory, which sets the size of the loss's tiles."""
 
     def tile(self, *, dense: bool) -> tuple[int, int]:
         """Return the largest height and width of the loss's tiles."""
-        size = default_tile(torch.device("cpu" if self.on_cpu else "cuda"))
+        size = CPU_TILE if self.on_cpu else cuda_tile(int(self.device_gib * GIB))
         return tile_shape(size, dense=dense)
 
 

@@ -81,6 +81,7 @@ def settings_of(config: TrainConfig, *, global_batch: int, world_size: int) -> S
     """Return the config's own settings, for a batch and a number of ranks."""
     rows = global_batch // world_size
     chunk, kept = config.chunk_size, config.cache.keep_graphs
+    asked = config.loss.bf16_products  # auto: as a GPU would
     return Settings(
         global_batch=global_batch,
         world_size=world_size,
@@ -91,6 +92,6 @@ def settings_of(config: TrainConfig, *, global_batch: int, world_size: int) -> S
         transport=config.loss.transport,
         loss=config.loss.name,
         loss_gib=config.loss.memory_gib,
-        bf16_products=config.loss.bf16_products,
+        bf16_products=asked if isinstance(asked, bool) else config.engine.precision == "bf16",
         state_tensors=state_tensors(config.optim),
     )

@@ -14,8 +14,9 @@ from dist_vse.tools.verify.reference import (
     samples_seen,
 )
 from dist_vse.tools.verify.table import Row, compare, relative_error
-from dist_vse.training.step_loss import build_loss
+from dist_vse.training.step_loss import build_loss, has_bf16_products
 
+MAX_TILE = 4096
 NAMES = (
     "value",
     "gradient of image features",
@@ -32,7 +33,8 @@ def check_loss(config: TrainConfig) -> list[Row]:
     More pairs than a tile is wide, so that tiles meet; then 10 pairs on ranks of uneven sizes.
     """
     world_size = distributed.world_size()
-    even = -(-(default_tile(distributed.device()) * 5 // 4) // world_size)
+    # The dense reference in float64 bounds how large they may be.
+    even = -(-(min(MAX_TILE, default_tile(distributed.device())) * 5 // 4) // world_size)
     uneven = ragged_counts(world_size)
     shown = ", ".join(str(count) for count in uneven)
     return [
@@ -55,7 +57,7 @@ def _check(config: TrainConfig, counts: list[int], section: str) -> list[Row]:
     start = sum(counts[: distributed.rank()])
     rows = slice(start, start + counts[distributed.rank()])
 
-    step_loss = build_loss(config, part_of(batch, rows), samples_seen(config))
+    step_loss = build_loss(config, part_of(batch, rows), samples_seen(config), max_tile=MAX_TILE)
     of_rows = negatives_of(rows, per_pair)
     leaves = [images[rows], texts[rows], *whole[2:4], *(x[of_rows] for x in negatives)]
     loss, grads = gradients(lambda *x: step_loss(*x).loss, leaves)
@@ -64,7 +66,7 @@ def _check(config: TrainConfig, counts: list[int], section: str) -> list[Row]:
     exact = [value, *grads]
     value, grads = gradients(build_dense_loss(config, batch, rounded=True), whole)
     rounded = [value, *grads]
-    minimum = MIN_TOLERANCE["bf16" if config.loss.bf16_products else "float64"]
+    minimum = MIN_TOLERANCE["bf16" if has_bf16_products(config) else "float64"]
     result = []
     for name, ours, right, plain in zip(NAMES, found, exact, rounded, strict=False):
         if right is None or plain is None:

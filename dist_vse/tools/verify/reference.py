@@ -11,7 +11,7 @@ from dist_vse.data.samples import Batch
 from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.precision import autocast
-from dist_vse.training.step_loss import loss_options
+from dist_vse.training.step_loss import has_bf16_products, loss_options
 
 MIN_TOLERANCE = {"float64": 1e-9, "fp32": 1e-5, "tf32": 2**-8, "fp16": 2**-8, "bf16": 2**-6}
 """Errors that are always allowed: thousands of roundings of float64, some hundred of
@@ -34,7 +34,7 @@ def build_dense_loss(config: TrainConfig, batch: Batch, *, rounded: bool = False
     `rounded` gives it features in the precision of the config's products.
     """
     loss, here = config.loss, distributed.device()
-    bf16 = rounded and loss.bf16_products
+    bf16 = rounded and has_bf16_products(config)
 
     def fn(
         images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, *negatives: Tensor

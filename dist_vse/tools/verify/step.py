@@ -24,7 +24,7 @@ from dist_vse.tools.verify.table import Row, compare, relative_error
 from dist_vse.training.build_engine import build_engine
 from dist_vse.training.chunks import make_chunks
 from dist_vse.training.grad_cache import train_step
-from dist_vse.training.step_loss import build_loss
+from dist_vse.training.step_loss import build_loss, has_bf16_products
 
 PARTS = {
     "movement of image trunk": "image.trunk.",
@@ -67,7 +67,7 @@ def check_step(config: TrainConfig) -> list[Row]:
     found = _movement(before, after)
 
     section = _describe(config, small)
-    minimum = MIN_TOLERANCE["bf16" if small.loss.bf16_products else small.engine.precision]
+    minimum = MIN_TOLERANCE["bf16" if has_bf16_products(small) else small.engine.precision]
     tolerance = max(minimum, ROUNDING * relative_error(rounded_loss, exact_loss))
     rows = [compare(section, "loss", found_loss, exact_loss, tolerance)]
     for part, prefix in PARTS.items():
