@@ -7,6 +7,8 @@ from itertools import repeat
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_vse import distributed
+from dist_vse.common import pinned
 from dist_vse.common.errors import UserError
 from dist_vse.config import DataConfig, ImageConfig
 from dist_vse.data.choose_text import TextChoice
@@ -95,6 +97,8 @@ def _batches(plan: RankStreams, rows: int, num_workers: int, prefetch: int) -> I
         # Besides those in flight, one batch is in use and one is still held. The buffers are
         # allocated with the first batch, where all ranks see if one has no memory for them.
         buffers = BatchBuffers(prefetch + 2, rows, plan.transform.size)
+        if distributed.device().type == "cuda":
+            pinned.register(buffers.images)
         plan = replace(plan, buffers=buffers.images)
     tasks = buffers.tasks(num_workers) if buffers else repeat(None)
     items = run_workers(plan, num_workers=num_workers, prefetch=prefetch, tasks=tasks)

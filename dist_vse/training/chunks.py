@@ -22,7 +22,7 @@ def make_chunks(
     if features is not None:
         name, images = "image_hidden", features.rows(batch.origin[:, 1])
     parts = {name: images, "tokens": batch.tokens}
-    if here.type == "cuda":  # a GPU reads such memory by itself, while others work
+    if here.type == "cuda":  # a GPU reads such memory by itself; the workers' buffers are such
         parts = {name: part.pin_memory() for name, part in parts.items()}
     size = config.fixed_chunk_size
     pieces = [

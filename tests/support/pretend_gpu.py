@@ -58,7 +58,7 @@ class GpuLog:
 
 
 _log = GpuLog()
-_pinned: dict[int, Tensor] = {}
+_pinned: dict[int, object] = {}  # by their addresses: tensors that stay, sizes of memory
 
 
 def _place() -> str:
@@ -116,9 +116,9 @@ class GpuTensor(Tensor):
         devices = [x for x in (*args, kwargs.get("device")) if isinstance(x, (str, torch.device))]
         if any(torch.device(x).type == "cpu" for x in devices):
             return self.cpu()
-        kwargs.pop("device", None)
-        kept = [x.dtype if isinstance(x, Tensor) else x for x in args if x not in devices]
-        return Tensor.to(self, *kept, **kwargs) if kept or kwargs.get("dtype") else self
+        named = [x.dtype if isinstance(x, Tensor) else x for x in (*args, kwargs.get("dtype"))]
+        dtype = next((x for x in named if isinstance(x, torch.dtype)), self.dtype)
+        return Tensor.to(self, dtype, copy=bool(kwargs.get("copy")))
 
     @classmethod
     def __torch_dispatch__(
@@ -212,9 +212,28 @@ class _Nothing:
 
 def _pin(x: Tensor) -> Tensor:
     """Copy into memory that a device reads without the host; it is known by its address."""
+    if _is_pinned(x):
+        return x
     pinned = x.clone()
     _pinned[pinned.untyped_storage().data_ptr()] = pinned
     return pinned
+
+
+_H100 = SimpleNamespace(total_memory=80 << 30, major=9, minor=0)
+
+
+class _Cudart:
+    """CUDA's runtime, as far as memory of the host goes."""
+
+    @staticmethod
+    def cudaHostRegister(address: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        _pinned[address] = size
+        return 0
+
+    @staticmethod
+    def cudaHostUnregister(address: int) -> int:  # noqa: N802
+        _pinned.pop(address, None)
+        return 0
 
 
 @contextlib.contextmanager
@@ -225,25 +244,32 @@ def pretend_gpu() -> Iterator[GpuLog]:
     """
     _log.waits.clear()
     _pinned.clear()
-    autocast, device = torch.autocast, distributed.device
+    autocast, device, plain_tensor = torch.autocast, distributed.device, torch.tensor
 
     def cpu_autocast(device_type: str, *args: Any, **kwargs: Any) -> torch.autocast:
         return autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
+    def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
+        made = plain_tensor(data, **kwargs)
+        on_gpu = device is not None and torch.device(device).type == "cuda"
+        return GpuTensor(made) if on_gpu else made
+
     patches: list[tuple[Any, str, Any]] = [
+        (torch, "tensor", tensor),
         (torch.cuda, "Stream", _Nothing),
         (torch.cuda, "Event", _Nothing),
         (torch.cuda, "current_stream", _Nothing),
         (torch.cuda, "stream", _Nothing),
         (torch.cuda, "_lazy_init", lambda: None),
-        (torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(total_memory=80 << 30)),
+        (torch.cuda, "cudart", _Cudart),
+        (torch.cuda, "get_device_properties", lambda *_: _H100),
         (torch, "autocast", cpu_autocast),
         (Tensor, "pin_memory", _pin),
         (collectives.dist, "get_backend", lambda *_: "nccl"),
     ]
     patches += [
         (module, "device", lambda: GPU)
-        for name, module in list(sys.modules.items())
+        for name, module in sys.modules.copy().items()
         if name.startswith("dist_vse") and getattr(module, "device", None) is device
     ]
     with contextlib.ExitStack() as stack:
