@@ -125,13 +125,69 @@ def test_gradient_slices(stage: int) -> None:
         assert found["own"] == found["updated"], "ranks own other gradients than they update"
 
 
+def _averages(stage: int) -> tuple[float, float, bool]:
+    """Return the length of what the optimizer will read, that of its movement, and what is left."""
+    engine = _engine(stage)
+    start = _fragments_of(engine)
+    with engine.accumulation():
+        outputs = engine(**_rank_batch(engine.module, 0))
+        engine.backward(sum(output.sum() for output in outputs), last=True)
+    averages = internals.averaged_gradients(engine.engine, engine.module, stage)
+    length = float(torch.cat([x.flatten() for x in averages]).norm())
+    engine.step()
+    moved = float((_fragments_of(engine) - start).norm()) / RATE
+    left = internals.averaged_gradients(engine.engine, engine.module, stage)
+    return length, moved, bool(left)
+
+
+def _fragments_of(engine: ZeroEngine) -> Tensor:
+    return torch.cat([f.within(f.flat).detach().clone() for f in engine._fragments()])
+
+
+@pytest.mark.parametrize(
+    "stage", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2, 3))]
+)
+def test_averaged_gradients(stage: int) -> None:
+    for length, moved, left in run_distributed(_averages, 2, stage):
+        assert length == pytest.approx(moved, rel=1e-3), "the optimizer reads others"
+        assert not left, "they stay after a step"
+
+
+def _loss_scales(stage: int) -> tuple[float, float]:
+    """Return by what a float16 run's gradients are multiplied, and what its update divides by."""
+    lengths = []
+    for factor in (1.0, 256.0):
+        engine = _engine(stage, "fp16")
+        assert engine.loss_scale is not None
+        engine.loss_scale.value = factor
+        start = _fragments_of(engine)
+        with engine.accumulation():
+            outputs = engine(**_rank_batch(engine.module, 0))
+            engine.backward(sum(output.sum() for output in outputs), last=True)
+        averages = internals.averaged_gradients(engine.engine, engine.module, stage)
+        lengths.append(float(torch.cat([x.flatten() for x in averages]).norm()))
+        engine.step()
+        lengths.append(float((_fragments_of(engine) - start).norm()))
+    return lengths[2] / lengths[0], lengths[3] / lengths[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_take_over_loss_scale(stage: int) -> None:
+    for multiplied, moved in run_distributed(_loss_scales, 1, stage):
+        assert multiplied == pytest.approx(256, rel=0.05)
+        assert moved == pytest.approx(1, rel=0.05)
+
+
 def _wire_dtypes(precision: str) -> dict[str, torch.dtype]:
     module = _engine(1, precision).module
     return {name: internals.wire_dtype(p) for name, p in module.named_parameters()}
 
 
 def test_wire_dtype() -> None:
-    (found,), (plain,) = (run_distributed(_wire_dtypes, 1, kind) for kind in ("bf16", "fp32"))
+    kinds = ("bf16", "fp32", "fp16")
+    (found,), (plain,), (half,) = (run_distributed(_wire_dtypes, 1, kind) for kind in kinds)
+    assert half == plain, "float16's sums of the ranks would overflow"
     lowered = {
         f"{name}.{own}"
         for name, module in tiny_model().named_modules()
@@ -393,6 +449,7 @@ def _refused(stage: int, name: str) -> str:
         (3, "grad_position"),
         (3, "ds_shape"),
         (3, "ds_active_sub_modules"),
+        (2, "averaged_gradients"),
     ],
 )
 def test_without_the_optimizers_state_the_engine_is_refused(stage: int, name: str) -> None:
