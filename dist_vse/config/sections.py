@@ -131,8 +131,8 @@ class ModelConfig:
     grad_checkpointing: bool = False
     """Recompute the trunks' activations in backward: less memory, more time."""
     compile: bool = False
-    """Compile the trunks (torch.compile): faster steps after a slow first one; numbers differ in
-    their last digits. Not under ZeRO 3. A CPU needs a C++ compiler for it."""
+    """Compile the trunks (torch.compile) before the first step; the log says whether it helps, and
+    numbers differ in their last digits. Not under ZeRO 3. A CPU needs a C++ compiler for it."""
 
     def __post_init__(self) -> None:
         at_least(1, model__embed_dim=self.embed_dim)

@@ -28,6 +28,7 @@ from dist_vse.runs.trackers import check_trackers
 from dist_vse.runs.trained import build_start, run_tokenizer
 from dist_vse.training.build_engine import build_engine
 from dist_vse.training.chunking import agree, choose_chunks
+from dist_vse.training.compile_warmup import warm_up
 from dist_vse.training.flops import count_flops, peak_flops
 from dist_vse.training.frozen_features import open_run_features
 from dist_vse.training.kernel_check import settle_kernels
@@ -116,6 +117,8 @@ def set_up(config: TrainConfig) -> Run:
         write_config(config)
     rows, graphs = chunking.chunk_size, chunking.keep_graphs
     logger.info("%d pairs a chunk, %d chunks keep their graphs", rows, graphs)
+    with distributed.raise_on_all_ranks():
+        warm_up(model, config, rows)
     engine = build_engine(config, model)
     with distributed.raise_on_all_ranks(), writing(run_dir):
         lease = acquire(run_dir) if distributed.is_main_process() else None

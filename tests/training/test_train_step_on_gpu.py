@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dist_vse import distributed
-from dist_vse.config import OptimConfig
+from dist_vse.config import EngineConfig, OptimConfig
+from dist_vse.engine import Engine, zero
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
+from dist_vse.engine.zero import ZeroEngine
 from dist_vse.models import text
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.training import grad_cache
@@ -21,11 +23,25 @@ from tests.support.loss_cases import NAMES, step_loss
 from tests.support.pretend_gpu import GpuTensor, pretend_gpu
 from tests.support.tiny import tiny_batch, tiny_model
 
-ROWS, CHUNK = 12, 4  # a rank's
+ROWS, CHUNK = 12, 5  # a rank's: chunks of 5, 5 and 2
 STEP_WAITS = 2  # what the ranks must know of each other's features; whether the loss is finite
 
 
-def _step(model: DualEncoder, name: str, options: dict[str, Any]) -> list[Tensor]:
+def _engine(model: DualEncoder, stage: int | None, clip_norm: float) -> Engine:
+    config = OptimConfig(name="sgd", lr=0.05, weight_decay=0.0)
+    sgd = build_optimizer(model, config)
+    if stage is None:
+        return PlainEngine(model, sgd, clip_norm)
+    return ZeroEngine(model, sgd, EngineConfig(stage), rank_batch_size=ROWS, clip_norm=clip_norm)
+
+
+def _step(
+    model: DualEncoder,
+    name: str,
+    options: dict[str, Any],
+    stage: int | None = None,
+    clip_norm: float = 0.0,
+) -> list[Tensor]:
     """Take a step with this rank's rows; return the loss and the parameters."""
     rank = distributed.rank()
     images, tokens = tiny_batch(ROWS * distributed.world_size(), 0)
@@ -36,8 +52,7 @@ def _step(model: DualEncoder, name: str, options: dict[str, Any]) -> list[Tensor
     pieces = zip(images.split(CHUNK), tokens.split(CHUNK), strict=True)
     chunks = [model.prepare(images=i, tokens=t) for i, t in pieces]
     ids = torch.arange(ROWS * rank, ROWS * (rank + 1)) // 2  # with duplicates
-    config = OptimConfig(name="sgd", lr=0.05, weight_decay=0.0)
-    engine = PlainEngine(model, build_optimizer(model, config))
+    engine = _engine(model, stage, clip_norm)
     loss = step_loss(name, image_ids=ids, text_ids=ids, **options)
     torch.manual_seed(1 + rank)
     output = train_step(engine, loss, chunks)
@@ -56,13 +71,17 @@ def _move(model: DualEncoder) -> None:
                 module._buffers[name] = GpuTensor(buffer)
 
 
-def _compare(name: str, options: dict[str, Any]) -> dict[str, int]:
-    """Compare with the CPU; return the waits."""
-    right = _step(tiny_model(dropout=0.3), name, options)
+def _compare(
+    name: str, options: dict[str, Any], stage: int | None = None, clip_norm: float = 0.0
+) -> dict[str, int]:
+    """Compare with the CPU; return the waits, but for those of DeepSpeed's own code."""
+    right = _step(tiny_model(dropout=0.3), name, options, stage, clip_norm)
     model = tiny_model(dropout=0.3)
     with pretend_gpu() as gpu:
         _move(model)
-        found = _step(model, name, options)
+        found = _step(model, name, options, stage, clip_norm)
+    takes_norm = stage in (1, 2) and clip_norm > 0  # ZeRO 0 clips as PyTorch does
+    assert (sum(gpu.deepspeeds.values()) > 0) == takes_norm, gpu.deepspeeds
     for ours, theirs in zip(found, right, strict=True):
         assert isinstance(ours, GpuTensor)
         torch.testing.assert_close(ours.inner, theirs, rtol=1e-5, atol=1e-6)
@@ -83,6 +102,39 @@ def test_two_ranks_have_the_numbers_of_the_cpu(transport: str) -> None:
     for of_rank in run_distributed(_compare_all, 2, transport, timeout=110):
         for name, waits in of_rank:
             assert sum(waits.values()) <= STEP_WAITS, (name, waits)
+
+
+ZERO = [(stage, clip_norm) for stage in (0, 1, 2) for clip_norm in (0.0, 0.1)]
+
+
+def _compare_zero(cases: list[tuple[int, float]], spoilt: bool) -> list[dict[str, int]]:
+    """Compare under ZeRO; `spoilt` lets a tensor of the host into what the device judges."""
+    if spoilt:
+        real = zero.all_finite
+        zero.all_finite = lambda gradients: real([*gradients, torch.zeros(3)])
+    return [_compare("convse", {"tile": 8}, *case) for case in cases]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("world_size", "cases"),
+    [
+        (2, ZERO[2:3]),
+        pytest.param(1, ZERO, marks=pytest.mark.slow),
+        pytest.param(2, ZERO, marks=pytest.mark.slow),
+    ],
+    ids=["ZeRO 1", "one process", "two processes"],
+)
+def test_zero_has_the_numbers_of_the_cpu(world_size: int, cases: list[tuple[int, float]]) -> None:
+    for of_rank in run_distributed(_compare_zero, world_size, cases, False, timeout=280):
+        for case, waits in zip(cases, of_rank, strict=True):
+            assert sum(waits.values()) <= STEP_WAITS, (case, waits)
+
+
+@pytest.mark.slow
+def test_a_tensor_of_the_host_is_seen_under_zero() -> None:
+    with pytest.raises(AssertionError, match="HostMeetsDeviceError: tensors of host and device"):
+        run_distributed(_compare_zero, 1, ZERO[2:3], True)
 
 
 @pytest.mark.parametrize(
@@ -121,4 +173,4 @@ def test_a_wait_in_every_chunk_is_counted(monkeypatch: pytest.MonkeyPatch) -> No
         return found
 
     monkeypatch.setattr(grad_cache, "_outputs", outputs)
-    assert sum(_compare("convse", {}).values()) == STEP_WAITS + ROWS // CHUNK
+    assert sum(_compare("convse", {}).values()) == STEP_WAITS + 3
