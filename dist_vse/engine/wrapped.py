@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dist_vse.common.errors import UserError
 from dist_vse.distributed import world_size
+from dist_vse.engine.loss_scale import LossScale
 
 Sync = Callable[[bool], AbstractContextManager[Any]]
 """Returns the block of one chunk's forward, and of its backward; True for the last chunk, whose
@@ -27,6 +28,7 @@ class WrappedModel:
     """
 
     max_live_graphs: int | None = 1
+    loss_scale: LossScale | None = None
 
     def __init__(
         self,
@@ -75,6 +77,9 @@ class WrappedModel:
         return torch.ones((), device=next(self.module.parameters()).device)
 
     def step(self) -> None:
+        """Leave the step to the loop."""
+
+    def skip(self) -> None:
         """Leave the step to the loop."""
 
     def set_learning_rate(self, rate: float) -> None:
