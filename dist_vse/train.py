@@ -31,7 +31,13 @@ from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress
 from dist_vse.runs.environment import record_environment, shards_state, verify_shards
 from dist_vse.runs.files import CHECKPOINTS, EXAMPLES_NAME, SKIPPED_NAME, TRACE_NAME
-from dist_vse.runs.metrics import Recorder, log_line, peak_memory_gib, progress_bar
+from dist_vse.runs.metrics import (
+    Recorder,
+    device_hint,
+    log_line,
+    peak_memory_gib,
+    progress_bar,
+)
 from dist_vse.runs.saver import Saver
 from dist_vse.runs.skipped import SkippedLog
 from dist_vse.training.batch_report import reported_step
@@ -238,7 +244,11 @@ def _log(
 ) -> None:
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen}
     values |= {name: float(number) for name, number in statistics.items()}
-    values |= {**run.meter.rates(), "memory_gib": peak_memory_gib()}
+    rates = run.meter.rates()
+    values |= {**rates, "memory_gib": peak_memory_gib()}
+    if not run.meter.hinted and (hint := device_hint(rates)):
+        run.meter.hinted = True
+        logger.info(hint)
     if (scale := run.engine.loss_scale) is not None:
         values |= {"loss_scale": scale.value, "skipped_steps": scale.skipped}
     with run.exclusive_write():

@@ -7,7 +7,7 @@ microsecond.
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Protocol
@@ -17,6 +17,7 @@ import torch
 PARTS = ("data", "encode", "gather", "loss", "second_pass", "reduce", "step")
 """In the order of a step. `gather`: the loss's collectives, features and statistics, with the
 wait for slower ranks; `reduce`: the engine's, gradients and parameters."""
+_AT_ONCE_S = 1e-4  # of a GPU that has nothing else to do, to reach a mark
 OTHER = "other"
 """Time that belongs to no part: between two steps."""
 _COLLECTIVES = {"loss": "gather", "encode": "reduce", "second_pass": "reduce", "step": "reduce"}
@@ -80,31 +81,57 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.device_share: float | None = None
+        """Between the last two readings: the share of the time in which a GPU had work queued."""
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._host: list[float] = []  # when the host made each mark
 
     def begin(self, part: str) -> None:
         """Record when the part begins."""
-        self._marks.append((part, self._now()))
+        now = time.perf_counter()
+        self._host.append(now)
+        self._marks.append((part, now if self.device.type != "cuda" else _event()))
 
     def read(self) -> dict[str, float]:
         """Return the seconds of every part since the last reading; synchronises a GPU."""
         if not self._marks:
             return dict.fromkeys((*PARTS, OTHER), 0.0)
-        self.begin(self._marks[-1][0])
+        part = self._marks[-1][0]
+        self.begin(part)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = dict.fromkeys((*PARTS, OTHER), 0.0)
         for (part, start), (_, end) in pairwise(self._marks):
             seconds[part] += _between(start, end)
-        del self._marks[:-1]
+        if self.device.type == "cuda":
+            first = self._marks[0][1]
+            passed = [_between(first, mark) for _, mark in self._marks]
+            self.device_share = queued_share(self._host, passed)
+            self._marks.clear()
+            self.begin(part)  # the GPU has nothing to do here, so both clocks start together
+        del self._marks[:-1], self._host[:-1]
         return seconds
 
-    def _now(self) -> float | torch.cuda.Event:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def queued_share(host: Sequence[float], device: Sequence[float]) -> float | None:
+    """Return for which share of the time a GPU had work queued, at the least.
+
+    `host` says when the host made each mark, and `device` how long after the first one the GPU
+    reached it, in seconds. A GPU that reaches a mark at once had caught up before: of the time
+    since the mark before, only what was queued at that one counts. None if no time has passed.
+    """
+    start, queued = host[0], 0.0
+    for (begun, ended), (reached, after) in zip(pairwise(host), pairwise(device), strict=True):
+        behind = after - (ended - start) > _AT_ONCE_S
+        left = max(0.0, reached - (begun - start))
+        queued += ended - begun if behind else min(ended - begun, left)
+    return queued / (host[-1] - start) if host[-1] > start else None
 
 
 def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:

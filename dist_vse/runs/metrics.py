@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,10 +14,12 @@ from tqdm import tqdm
 from dist_vse import distributed
 from dist_vse.common.errors import writing
 from dist_vse.common.log import logger
-from dist_vse.common.step_timer import Clock
+from dist_vse.common.step_timer import OTHER, PARTS, Clock
 from dist_vse.common.units import GIB
 from dist_vse.runs.files import METRICS_NAME, drop_lines_after
 from dist_vse.runs.trackers import Tracker, call_trackers, start_trackers
+
+LOW_SHARE = 0.7  # of the device: below it the host is what limits
 
 
 class Recorder:
@@ -77,6 +79,7 @@ class Meter:
     def __init__(self, step_flops: float | None = None, peak_flops: float | None = None) -> None:
         self.clock = Clock(distributed.device())
         self.step_flops, self.peak_flops = step_flops, peak_flops
+        self.hinted = False
         self.reset()
 
     def reset(self) -> None:
@@ -91,15 +94,34 @@ class Meter:
         self.steps += 1
 
     def rates(self) -> dict[str, float]:
-        """Return pairs_per_s over all ranks, this rank's seconds a step (data_s ...), and mfu."""
+        """Return pairs_per_s over all ranks, this rank's seconds a step (data_s ...), and mfu.
+
+        On a GPU also `device_share`: for which share of the time it had work queued.
+        """
         synchronize()
         seconds = time.perf_counter() - self.started
         values = {"pairs_per_s": self.pairs / seconds}
         values |= {f"{part}_s": taken / self.steps for part, taken in self.clock.read().items()}
+        if self.clock.device_share is not None:
+            values["device_share"] = self.clock.device_share
         if self.step_flops is not None and self.peak_flops is not None:
             done = self.step_flops * self.steps / seconds
             values["mfu"] = done / (self.peak_flops * distributed.world_size())
         return values
+
+
+def device_hint(values: Mapping[str, float]) -> str | None:
+    """Say what to raise where a GPU waits for the host, given what `Meter.rates` returned."""
+    share = values.get("device_share")
+    if share is None or share >= LOW_SHARE:
+        return None
+    step = sum(values[f"{part}_s"] for part in (*PARTS, OTHER))
+    remedy = (
+        "the batches come late: raise data.num_workers"
+        if values["data_s"] > (1 - LOW_SHARE) / 2 * step
+        else "raise chunk_size (or set it to auto), or set model.compile=true"
+    )
+    return f"the GPU had work queued for {share:.0%} of the last steps; {remedy}"
 
 
 def peak_memory_gib() -> float:

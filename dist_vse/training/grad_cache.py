@@ -89,6 +89,7 @@ def train_step(
     here = next(engine.module.parameters()).device
     encoded: list[_Encoded] = []
     for i, chunk in enumerate(prefetch_to_device(chunks, here)):
+        step_timer.begin("encode")  # a mark a chunk shows whether a GPU waits for the host
         encoded.append(_encode(engine, chunk, generators, keep_graph=i >= first_kept))
         loss.prefetch(encoded[i].outputs[1])
 
@@ -102,6 +103,7 @@ def train_step(
     again = prefetch_to_device(reversed(chunks[:first_kept]), here)
     with engine.accumulation(), frozen_statistics(engine.module):
         for i in reversed(range(len(chunks))):
+            step_timer.begin("second_pass")
             outputs = _outputs(engine, encoded[i], again)
             surrogate = sum((o * g).sum() for o, g in zip(outputs, cache[i], strict=True))
             assert isinstance(surrogate, Tensor)

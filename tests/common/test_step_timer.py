@@ -1,6 +1,7 @@
 """Seconds by part: they add up, collectives are cut out, and every collective of a step is seen."""
 
 import threading
+import time
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -132,3 +133,46 @@ def test_every_collective_of_a_step_is_gather_or_reduce(stage: int | None) -> No
         "step",
         "other",
     ]
+
+
+@pytest.mark.parametrize(
+    ("host", "device", "share"),
+    [
+        # The host makes a mark every 0.1 s, and waits at the end until the GPU is done.
+        ([0.0, 0.1, 0.2, 0.3, 1.0], [0.0, 0.3, 0.6, 1.0, 1.0], 1.0),  # the GPU is always behind
+        ([5.0, 5.1, 5.2, 5.3, 5.4], [0.0, 0.1, 0.2, 0.3, 0.4], 0.0),  # it waits for every launch
+        ([0.0, 0.5, 1.0, 2.0], [0.0, 0.5, 1.5, 2.0], 0.5),  # behind once: 0.5 s, then 0.5 s left
+        ([1.0, 1.0], [0.0, 0.0], None),
+    ],
+)
+def test_the_share_of_a_gpu_that_has_work_queued(
+    host: list[float], device: list[float], share: float | None
+) -> None:
+    found = step_timer.queued_share(host, device)
+    assert found == (share if share is None else pytest.approx(share))
+
+
+class _Event:
+    """An event that a GPU reaches a quarter of a second after the host has recorded it."""
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.reached = time.perf_counter() + 0.25
+
+    def elapsed_time(self, later: "_Event") -> float:
+        return 1000 * (later.reached - self.reached)
+
+
+def test_a_clock_of_a_gpu_knows_the_share(ticking: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    watch = step_timer.Clock(torch.device("cuda"))
+    with step_timer.listening(watch):
+        for _ in range(3):
+            step_timer.begin("encode")
+        seconds = watch.read()
+        assert seconds["encode"] == 6.0 and seconds["other"] == 2.0  # two looks a mark
+        assert watch.device_share == 0.0  # at the same pace as the host
+        assert watch.read()["encode"] == 2.0

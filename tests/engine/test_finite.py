@@ -74,13 +74,14 @@ def _raised(cases: list[tuple[int | None, float, float]]) -> list[tuple[str | No
 WRONG = (float("nan"), float("-inf"))
 
 
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     "stages", [(None, 1), pytest.param((0, 2, 3), marks=pytest.mark.slow)], ids=str
 )
 def test_no_rank_updates_by_a_gradient_that_is_not_finite(stages: tuple[int | None, ...]) -> None:
     cases = [(stage, clip, x) for stage in stages for clip in (0.0, 1.0) for x in WRONG]
     right = [(stage, 0.0, 0.0) for stage in stages]
-    ranks = run_distributed(_raised, 2, [*cases, *right])
+    ranks = run_distributed(_raised, 2, [*cases, *right], timeout=180)
     assert ranks[0] == ranks[1], "the ranks do not agree"
     for case, (message, unchanged) in zip(cases, ranks[0], strict=False):
         assert message is not None and "but a gradient is infinite or NaN" in message, case
