@@ -56,12 +56,17 @@ def _weights(engine: Engine) -> Tensor:
 
 @functools.cache
 def _reference(clip_norm: float) -> Tensor:
-    """Return the parameters after two steps of one process in float32."""
+    """Return the parameters after two steps of one process with autocast and the dense loss."""
     model = tiny_model()
     sgd = build_optimizer(model, OptimConfig("sgd", lr=0.05, weight_decay=0.0, momentum=0.9))
     for number in range(2):
         images, tokens = tiny_batch(B, number)
-        dense_loss("convse", *model(**model.prepare(images=images, tokens=tokens))).backward()
+        with torch.autocast("cpu", torch.float16):
+            outputs = model(**model.prepare(images=images, tokens=tokens))
+        (FIT * dense_loss("convse", *outputs)).backward()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= FIT
         if clip_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         sgd.step()
@@ -111,14 +116,14 @@ def _train_all(cases: list[tuple[int | None, float, bool]]) -> list[dict[str, An
     ],
     ids=["some", "one process", "two processes"],
 )  # fmt: skip
-def test_overflows_update_nothing_and_the_rest_equals_one_process_in_float32(
+def test_overflows_update_nothing_and_the_rest_equals_one_process(
     world_size: int, cases: list[tuple[int | None, float, bool]]
 ) -> None:
     for found in run_distributed(_train_all, world_size, cases, timeout=280):
         for case, seen in zip(cases, found, strict=True):
             assert seen["unmoved"], case
             assert seen["after_overflow"] == (2.0**39, 1), case
-            assert seen["error"] < 0.02, (case, seen)  # float16's rounding; a wrong scale: 0.5
+            assert seen["error"] < 5e-3, (case, seen)  # chunks round otherwise
             assert seen["after"] == (2 * FIT, 0, 1), case
 
 
