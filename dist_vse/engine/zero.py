@@ -232,7 +232,7 @@ class ZeroEngine:
     def step_norms(self) -> dict[str, float]:
         """Return `grad_norm`, before clipping, and `update_ratio` of a step that was measured."""
         found = self.norms.read()
-        if self.clips:
+        if self.clips and found["grad_norm"]:  # 0: the step was skipped
             found["grad_norm"] = float(self.engine.get_global_grad_norm())
         return found
 
