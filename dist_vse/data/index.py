@@ -240,9 +240,12 @@ def read_index(location: str | Path, *, allow_pipe: bool = False) -> Index:
         given = str(location)
         tars = given.endswith(".tar") or any(Path(given).glob("*.tar"))
         remedy = f"index the tars once with `dist-vse shard index '{given}' --out DIR`; give DIR"
-        raise UserError(
-            f"{path}: no such index; {remedy if tars else 'make one with `dist-vse shard`'}"
-        )
+        if not tars:
+            remedy = "make one with `dist-vse shard`"
+            packed = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+            if given.endswith(packed) or any(Path(given).glob("*.tar.gz")):
+                remedy = f"unpack the tars, or `dist-vse shard reshard '{given}' OUT`; give OUT"
+        raise UserError(f"{path}: no such index; {remedy}")
     try:
         content = read_json(path)
         if content["format"] != FORMAT:

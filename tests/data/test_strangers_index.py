@@ -55,3 +55,16 @@ def test_offsets_of_another_type_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((2, 5)))
     with pytest.raises(UserError, match="places a sample outside"):
         Index(tmp_path, {}).offsets(shard)
+
+
+def test_tars_without_an_index_are_told_how(tmp_path: Path) -> None:
+    for name, remedy in (
+        ("0.tar", "dist-vse shard index '.*' --out DIR"),
+        ("0.tar.gz", "unpack the tars, or `dist-vse shard reshard '.*' OUT`"),
+    ):
+        folder = tmp_path / name.replace(".", "")
+        folder.mkdir()
+        (folder / name).write_bytes(b"")
+        for given in (folder, folder / name, folder / f"{{0..9}}{name[1:]}"):
+            with pytest.raises(UserError, match=remedy):
+                read_index(given)
