@@ -104,16 +104,16 @@ def test_the_command_reports_every_check(
 
 
 def test_a_check_that_hangs_or_dies_is_a_row(tmp_path: Path) -> None:
-    hang = ["-c", "import threading; print('here', flush=True); threading.Event().wait()"]
+    hang = ["-c", "import threading; threading.Event().wait()"]
     ended = run_ranks(hang, 2, CPU, tmp_path, limit_s=0.4)
     assert [one.code for one in ended] == [None, None]
-    assert "here" in ended[0].log
     assert explain(ended, 0.4) == "no end after 0.4 s (ranks 0, 1); --limit gives it longer"
     one_dies = "os.environ['RANK'] == '1' and 1 / 0; threading.Event().wait()"
     dies = ["-c", f"import os, threading; {one_dies}"]
-    ended = run_ranks(dies, 2, CPU, tmp_path, limit_s=20, grace_s=0.1)
+    ended = run_ranks(dies, 2, CPU, tmp_path, limit_s=60, grace_s=0.1)
     assert [one.code for one in ended] == [None, 1]
-    assert explain(ended, 20) == "rank 1 ended with code 1: ZeroDivisionError: division by zero"
+    assert ended[0].seconds < 60, "the other rank was waited for"
+    assert explain(ended, 60) == "rank 1 ended with code 1: ZeroDivisionError: division by zero"
 
 
 def test_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
