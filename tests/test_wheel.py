@@ -1,8 +1,10 @@
 """The wheel alone, installed into an empty environment and used in an empty folder."""
 
+import email
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +85,17 @@ def test_the_wheel_holds_one_package_with_configs_and_types(wheel: Path) -> None
     assert not [name for name in names if "__pycache__" in name]
     files = {path.relative_to(ROOT) for name in SOURCES for path in (ROOT / name).rglob("*.py")}
     assert len([name for name in names if name.endswith(".py")]) == len(files)
+
+
+def test_its_metadata_says_what_it_is(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        found = email.message_from_bytes(archive.read(name))
+    assert (found["Name"], found["Version"]) == ("dist_vse", "0.1.0")
+    assert found["License-Expression"] == "Apache-2.0" and found["License-File"] == "LICENSE"
+    assert "Typing :: Typed" in found.get_all("Classifier", [])
+    needs = [line for line in found.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert {re.split(r"[><=]", line)[0] for line in needs} == {"torch", "numpy", "tqdm"}
 
 
 def test_the_sdist_builds_the_same_wheel(wheel: Path, folder: Path) -> None:

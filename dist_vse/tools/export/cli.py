@@ -20,6 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the library that is to load the folder (default: dist_vse.load)",
     )
     parser.add_argument(
+        "--push",
+        metavar="OWNER/MODEL",
+        help="upload the folder to huggingface.co, or to HF_ENDPOINT, as a private model",
+    )
+    parser.add_argument(
         "--onnx", action="store_true", help="add image.onnx and text.onnx (extra onnx)"
     )
 
@@ -28,6 +33,10 @@ def run(args: argparse.Namespace) -> int:
     """Export; return 0."""
     from dist_vse.tools.export.write import export_run
 
-    path = export_run(args.run_dir, args.out, onnx=args.onnx, form=args.format)
+    path = export_run(args.run_dir, args.out, onnx=args.onnx, form=args.format, name=args.push)
     say(f"wrote {path}")
+    if args.push is not None:
+        from dist_vse.tools.export.hub import push
+
+        say(f"uploaded {push(path, args.push)}")
     return 0

@@ -21,6 +21,7 @@ from dist_vse.models.save import TRUNK_WEIGHTS
 from dist_vse.models.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
 from dist_vse.runs.files import VOCABULARY_NAME
 from dist_vse.tools.export.folder import HEADS, IMAGE, TEXT, read_description
+from dist_vse.tools.export.hub import PREFIX, fetch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,11 +90,12 @@ def read_pixels(
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Embedder:
-    """Load what `dist-vse export` wrote.
+    """Load what `dist-vse export` wrote: a folder, or a model of a hub as `hf-hub:OWNER/MODEL`.
 
-    Raises UserError if the folder is no export, or is damaged.
+    Raises UserError if the folder is no export, or is damaged, and if a hub does not give it.
     """
-    folder = Path(folder)
+    text = str(folder)
+    folder = fetch(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else Path(folder)
     description = read_description(folder)
     shape = description.model
     tokenizer: Tokenizer
