@@ -258,7 +258,7 @@ def test_ten_steps_equal_the_authors_code(
     assert errors["features"] < 1e-6 and errors["loss"] < 1e-5, errors
     # Adam divides by the gradient's own size: where that is rounding alone, so is the step. The
     # parameters agree to 1e-5 in float64, and in float32 their courses do.
-    assert errors["gradients"] < 1e-4 and errors["course"] < 1e-2, errors
+    assert errors["gradients"] < 1e-4 and errors["course"] < 1e-3, errors
 
 
 @needs_their_code
