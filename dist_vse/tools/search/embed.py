@@ -1,9 +1,11 @@
 """The embeddings of a split, and files of them: `dist-vse embed`."""
 
+import errno
 import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -74,17 +76,19 @@ def check_suffix(path: Path) -> None:
 def write_embeddings(found: Embedded, path: Path, origin: Origin) -> list[Path]:
     """Write features with the names of their rows and their origin; return the files.
 
-    `.safetensors`: `image_features` (n, d), `text_features` (m, d), `image_of_text` (m,), and
-    keys, captions and origin in its metadata. `.npy`: NAME.images.npy and NAME.texts.npy with
-    NAME.json. `.parquet`: one table, a row an image or a caption: kind, key, caption, features;
-    the origin in its schema's metadata. Raises UserError where a file cannot be written.
+    `.safetensors`: `image_features` (n, d), `text_features` (m, d), `image_of_text` (m,), `keys`
+    and `captions` as JSON in bytes (uint8), and the origin in its metadata. `.npy`:
+    NAME.images.npy and NAME.texts.npy with NAME.json. `.parquet`: one table, a row an image
+    or a caption: kind, key, caption, features; the origin in its schema's metadata.
+
+    Raises UserError where a file cannot be written.
     """
     check_suffix(path)
     names = {"keys": found.keys, "captions": found.captions}
     if path.suffix == ".safetensors":
-        encoded = {name: json.dumps(rows) for name, rows in names.items()}
+        encoded = {name: _as_bytes(rows) for name, rows in names.items()}
         with atomic_output(path) as temporary:
-            _write_safetensors(found, temporary, {**encoded, **origin})
+            _write_safetensors(found, temporary, encoded, origin)
         return [path]
     if path.suffix == ".parquet":
         with atomic_output(path) as temporary:
@@ -100,16 +104,25 @@ def write_embeddings(found: Embedded, path: Path, origin: Origin) -> list[Path]:
     return [images, texts, rows]
 
 
-def _write_safetensors(found: Embedded, path: Path, metadata: dict[str, str]) -> None:
+def _as_bytes(rows: list[str]) -> Tensor:
+    """Return names as JSON in bytes: a header of safetensors has room for 100 MB only."""
+    return torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
+
+
+def _write_safetensors(
+    found: Embedded, path: Path, names: dict[str, Tensor], origin: Origin
+) -> None:
     tensors = {
+        **names,
         "image_features": found.image_features,
         "text_features": found.text_features,
         "image_of_text": found.image_of_text,
     }
     try:
-        save_file(tensors, path, metadata)
+        save_file(tensors, path, origin)
     except SafetensorError as error:  # it wraps the system's error
-        raise OSError(first_line(error)) from error
+        code = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+        raise OSError(code, first_line(error)) from error
 
 
 def _write_parquet(found: Embedded, path: Path, origin: Origin) -> None:

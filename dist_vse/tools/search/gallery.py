@@ -4,7 +4,6 @@ Such a file says whose features it holds, so that a stale one is refused: a hash
 weights, the data set's fingerprint and the split. Shapes: n images, d embedding.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.reading import BadFileError, parse_json
 from dist_vse.data.index import Index
 from dist_vse.evaluation.evaluate import Embedded
 
@@ -52,9 +52,10 @@ def read_gallery(path: Path, wanted: Origin) -> Gallery:
         with safe_open(path, "pt") as file:
             noted = file.metadata() or {}
             features, rows = (file.get_tensor(n) for n in ("image_features", "image_of_text"))
-        keys, captions = json.loads(noted["keys"]), json.loads(noted["captions"])
+            names = [bytes(file.get_tensor(n).numpy()) for n in ("keys", "captions")]
+        keys, captions = (parse_json(text, list) for text in names)
         written_for = {name: noted[name] for name in wanted}
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, KeyError, BadFileError, OSError) as error:
         raise UserError(
             f"{path}: no file of `dist-vse embed` ({first_line(error)}); {remedy}"
         ) from error
