@@ -132,7 +132,8 @@ def load_whole_state(
 
 
 def _of_type(value: Tensor, type_name: str) -> Any:
-    return _NUMBERS[type_name](value.item()) if type_name in _NUMBERS else value
+    # A clone: tensors that are read twice from a file share its memory.
+    return _NUMBERS[type_name](value.item()) if type_name in _NUMBERS else value.clone()
 
 
 def _to_tensor(value: object) -> Tensor | None:

@@ -17,7 +17,7 @@ class StepNorms:
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, split: bool) -> None:
         """Watch an optimizer; `split` says that each rank updates a part of the parameters."""
-        self._split, self._active = split, False
+        self._split, self.active = split, False
         self._before: list[tuple[Tensor, Tensor]] = []
         self._sums = torch.zeros(0)
         optimizer.register_step_pre_hook(self._look)
@@ -25,7 +25,7 @@ class StepNorms:
 
     def start(self) -> None:
         """Measure the next step."""
-        self._active = True
+        self.active = True
         self._sums = torch.zeros(3, dtype=torch.float64, device=device())
 
     def read(self) -> dict[str, float]:
@@ -33,7 +33,7 @@ class StepNorms:
 
         The ratio is the update's norm over that of the weights before it.
         """
-        self._active = False
+        self.active = False
         sums = all_reduce_sum(self._sums) if self._split else self._sums
         gradient, update, weight = sums.sqrt().tolist()
         return {"grad_norm": gradient, "update_ratio": update / weight if weight else 0.0}
@@ -41,7 +41,7 @@ class StepNorms:
     @torch.no_grad()
     def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Add the gradients' squares; an engine may step group by group."""
-        if not self._active:
+        if not self.active:
             return
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -121,6 +121,7 @@ class ZeroEngine:
         self.whole_tensors = whole_tensors
         self.stage = stage
         self.clips = clip_norm > 0
+        self._whole_norm = 0.0
         self.norms = StepNorms(optimizer, split=stage > 0)
         self.max_live_graphs = max_live_graphs(stage, coalesce=config.coalesce)
         self.loss_scale = self._own_loss_scale() if config.precision == "fp16" else None
@@ -215,6 +216,9 @@ class ZeroEngine:
         """Clip the averaged gradients, update, and clear them."""
         if self.loss_scale is not None and self.stage == 0:
             torch._foreach_div_(self._averaged_gradients(), self.loss_scale.value)
+        if self.clips and self.stage == 0 and self.norms.active:  # DeepSpeed doesn't tell its norm
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._whole_norm = float(nn.utils.get_total_norm(gradients))
         self.engine.step()
 
     def skip(self) -> None:
@@ -233,7 +237,8 @@ class ZeroEngine:
         """Return `grad_norm`, before clipping, and `update_ratio` of a step that was measured."""
         found = self.norms.read()
         if self.clips and found["grad_norm"]:  # 0: the step was skipped
-            found["grad_norm"] = float(self.engine.get_global_grad_norm())
+            norm = self.engine.get_global_grad_norm() if self.stage > 0 else self._whole_norm
+            found["grad_norm"] = float(norm)
         return found
 
     @contextlib.contextmanager

@@ -54,10 +54,13 @@ def _groups(model: nn.Module, optim: OptimConfig) -> dict[str, tuple[float, floa
 
 
 def _engine(optim: OptimConfig, stage: int) -> ZeroEngine:
-    rows = B // distributed.world_size()
-    model = tiny_model()
+    model, rows = tiny_model(), B // distributed.world_size()
     return ZeroEngine(
-        model, build_optimizer(model, optim), EngineConfig(stage), rank_batch_size=rows
+        model,
+        build_optimizer(model, optim),
+        EngineConfig(stage),
+        rank_batch_size=rows,
+        clip_norm=optim.clip_norm,
     )
 
 
@@ -91,13 +94,25 @@ def _updates(optim: OptimConfig, stage: int) -> dict[str, Tensor]:
     return updates
 
 
+def _norm_when_clipped(optim: OptimConfig, stage: int) -> float:
+    engine = _engine(optim, stage)
+    engine.norms.start()
+    _step(engine, 0, optim.lr)
+    return engine.step_norms()["grad_norm"]
+
+
 def _worst_ratio() -> dict[int, float]:
     """Return by stage how far the updates are from the plain ones times their factors."""
     worst = {}
     expected = _groups(tiny_model(), OPTIM)
     start = {name: p.detach() for name, p in tiny_model().named_parameters()}
-    plain = _updates(OptimConfig("sgd", lr=OPTIM.lr, weight_decay=0.0), 0)
+    sgd = OptimConfig("sgd", lr=OPTIM.lr, weight_decay=0.0)
+    plain = _updates(sgd, 0)
+    norm = torch.cat([u.double().flatten() for u in plain.values()]).norm().item() / sgd.lr
     for stage in range(4):
+        assert _norm_when_clipped(replace(sgd, clip_norm=norm / 3), stage) == pytest.approx(
+            norm, rel=1e-4
+        )
         found = _updates(OPTIM, stage)
         errors = []
         for name, (scale, decay) in expected.items():
