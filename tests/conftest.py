@@ -9,8 +9,6 @@ import pytest
 
 from tests.slurm.cluster import obstacle
 
-FAST = "not slow"  # what `make check` selects
-
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,18 +26,17 @@ multiprocessing.set_forkserver_preload(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2`, run the Slurm tests, which mostly wait, beside all others, both in order.
+    """With `-n 2`, give each file to whichever process is free, and all Slurm tests to one.
 
-    Without the slow tests each file goes to whichever process is free.
+    They share one cluster, and mostly wait.
     """
-    from xdist.scheduler import LoadFileScheduling, LoadScopeScheduling
+    from xdist.scheduler import LoadScopeScheduling
 
-    class TwoStreams(LoadScopeScheduling):
+    class OneCluster(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "slurm" if "/slurm/" in nodeid else "others"
+            return "slurm" if "/slurm/" in nodeid else nodeid.split("::", 1)[0]
 
-    fast = config.option.markexpr == FAST
-    return LoadFileScheduling(config, log) if fast else TwoStreams(config, log)
+    return OneCluster(config, log)
 
 
 @pytest.hookimpl(trylast=True)
