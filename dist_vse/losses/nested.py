@@ -31,7 +31,7 @@ class NestedLoss:
     def prefetch(self, text_features: Tensor) -> None:
         """Start to send a chunk's text features (c, d) to all ranks, at each width."""
         for loss, width in self._losses:
-            loss.prefetch(_first(text_features, width))
+            loss.prefetch(first_features(text_features, width))
 
     def __call__(
         self,
@@ -47,11 +47,11 @@ class NestedLoss:
         """
         outputs = [
             loss(
-                _first(image_features, width),
-                _first(text_features, width),
+                first_features(image_features, width),
+                first_features(text_features, width),
                 log_scale,
                 bias,
-                None if negatives is None else _first(negatives, width),
+                None if negatives is None else first_features(negatives, width),
             )
             for loss, width in self._losses
         ]
@@ -64,5 +64,6 @@ class NestedLoss:
         return LossOutput(mean, outputs[0].stats | of_widths)
 
 
-def _first(features: Tensor, width: int | None) -> Tensor:
+def first_features(features: Tensor, width: int | None) -> Tensor:
+    """Return the first `width` numbers of each feature, of unit length again; None: all of them."""
     return features if width is None else functional.normalize(features[:, :width], dim=1)

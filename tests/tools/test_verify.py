@@ -31,7 +31,7 @@ CASES: list[list[str]] = [
     ],
     ["loss.name=info_nce", "loss.transport=ring", "engine.precision=bf16", "chunk_size=auto"],
     ["loss.temperature=0.005", "loss.bf16_products=true", "cache.keep_graphs=0"],
-    ["loss.name=dcl", "data.negatives=2", "loss.transport=ring"],
+    ["loss.name=dcl", "data.negatives=2", "loss.transport=ring", "loss.widths=[64,16]"],
 ]
 
 

@@ -57,11 +57,16 @@ def shrink(config: TrainConfig, world_size: int) -> TrainConfig:
     return replace(
         config,
         model=model,
-        loss=replace(config.loss, widths=[]),
+        loss=replace(config.loss, widths=small_widths(config, 16)),
         optim=OptimConfig(name="sgd", weight_decay=0.0, clip_norm=config.optim.clip_norm),
         global_batch_size=world_size * chunks * ROWS,
         chunk_size=ROWS,
     )
+
+
+def small_widths(config: TrainConfig, embed_dim: int) -> list[int]:
+    """Return as many nested widths as the config's, at most four, each half of the one before."""
+    return [embed_dim >> k for k in range(1, 1 + min(4, len(config.loss.widths)))]
 
 
 def small_model(config: TrainConfig, *, frozen: tuple[bool, bool]) -> DualEncoder:

@@ -1,11 +1,20 @@
 """The loss over the ranks as the config has it, given features in float64."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.config import TrainConfig
 from dist_vse.losses.tiles import default_tile
-from dist_vse.tools.verify.case import make_batch, make_features, negatives_of, part_of
+from dist_vse.tools.verify.case import (
+    WIDTH,
+    make_batch,
+    make_features,
+    negatives_of,
+    part_of,
+    small_widths,
+)
 from dist_vse.tools.verify.reference import (
     MIN_TOLERANCE,
     ROUNDING,
@@ -49,6 +58,7 @@ def ragged_counts(world_size: int) -> list[int]:
 
 
 def _check(config: TrainConfig, counts: list[int], section: str) -> list[Row]:
+    config = replace(config, loss=replace(config.loss, widths=small_widths(config, WIDTH)))
     per_pair = config.data.negatives
     batch = make_batch(sum(counts), negatives=per_pair)
     images, texts, *negatives = make_features(sum(counts), negatives=per_pair)

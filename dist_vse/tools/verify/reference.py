@@ -9,6 +9,7 @@ from dist_vse import distributed
 from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.losses.dense_loss import dense_loss
+from dist_vse.losses.nested import first_features
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.precision import autocast
 from dist_vse.training.step_loss import has_bf16_products, loss_options
@@ -43,18 +44,23 @@ def build_dense_loss(config: TrainConfig, batch: Batch, *, rounded: bool = False
             images, texts, *negatives = (  # type: ignore[assignment]
                 x + (x.bfloat16() - x).detach() for x in (images, texts, *negatives)
             )
-        return dense_loss(
-            loss.name,
-            images,
-            texts,
-            log_scale,
-            bias,
-            loss_options(config, samples_seen(config)),
-            image_ids=batch.image_ids.to(here),
-            text_ids=batch.text_ids.to(here),
-            negatives=negatives[0] if negatives else None,
-            negative_ids=None if batch.negative_ids is None else batch.negative_ids.to(here),
-        ).view(())
+        of_widths = []
+        for width in (None, *loss.widths):
+            first = [first_features(x, width) for x in (images, texts, *negatives)]
+            value = dense_loss(
+                loss.name,
+                first[0],
+                first[1],
+                log_scale,
+                bias,
+                loss_options(config, samples_seen(config)),
+                image_ids=batch.image_ids.to(here),
+                text_ids=batch.text_ids.to(here),
+                negatives=first[2] if negatives else None,
+                negative_ids=None if batch.negative_ids is None else batch.negative_ids.to(here),
+            )
+            of_widths.append(value.view(()))
+        return torch.stack(of_widths).mean()
 
     return fn
 
