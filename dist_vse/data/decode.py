@@ -37,8 +37,8 @@ class Transform:
     scaled: bool = False
     """Decode JPEG no larger than the crop needs, for speed; else in full and by `resampling`."""
     squash: bool = False
-    crop_share: float = 1.0  # of the middle square's side, where the crop isn't random
     """Without a random crop: the whole image becomes the square."""
+    crop_share: float = 1.0  # of the middle square's side, where the crop isn't random
     resampling: str = "bicubic"
 
     @property

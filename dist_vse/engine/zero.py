@@ -234,8 +234,14 @@ class ZeroEngine:
         set_learning_rate(self.optimizer, rate)
 
     def step_norms(self) -> dict[str, float]:
-        """Return `grad_norm`, before clipping, and `update_ratio` of a step that was measured."""
+        """Return `grad_norm`, before clipping, and `update_ratio` of a step that was measured.
+
+        ZeRO 3 on several ranks has no ratio: DeepSpeed pads its partitions of the weights with
+        memory that nobody has written to.
+        """
         found = self.norms.read()
+        if self.stage == 3 and world_size() > 1:
+            del found["update_ratio"]
         if self.clips and found["grad_norm"]:  # 0: the step was skipped
             norm = self.engine.get_global_grad_norm() if self.stage > 0 else self._whole_norm
             found["grad_norm"] = float(norm)

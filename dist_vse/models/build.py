@@ -137,8 +137,12 @@ def build_head(
     """
     layers: list[nn.Module] = []
     if hidden:
-        layers = [_xavier(nn.Linear(dim, hidden, bias=hidden_bias)), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Dropout(dropout), _xavier(nn.Linear(hidden or dim, embed_dim)))
+        layers = [nn.Linear(dim, hidden, bias=hidden_bias), nn.ReLU()]
+    layers += [nn.Dropout(dropout), nn.Linear(hidden or dim, embed_dim)]
+    for layer in layers:  # once all are built: each of them draws as well
+        if isinstance(layer, nn.Linear):
+            _xavier(layer)
+    return nn.Sequential(*layers)
 
 
 def _xavier(layer: nn.Linear) -> nn.Linear:

@@ -88,7 +88,11 @@ def _updates(optim: OptimConfig, stage: int) -> dict[str, Tensor]:
         torch.cat([x[n].double().flatten() for n in learned]).norm() for x in (updates, before)
     )
     norms = engine.step_norms()
-    assert norms["update_ratio"] == pytest.approx((update / weight).item(), rel=1e-5)
+    ratio = (update / weight).item()
+    if stage == 3 and distributed.world_size() > 1:
+        assert "update_ratio" not in norms
+    else:
+        assert norms["update_ratio"] == pytest.approx(ratio, rel=1e-5), (stage, norms, ratio)
     if optim.weight_decay == 0:
         assert norms["grad_norm"] == pytest.approx(update.item() / optim.lr, rel=1e-5)
     return updates

@@ -15,6 +15,7 @@ from dist_vse.tools.plan.work import FP32, Work
 
 GB = 1e9
 IDS = 16  # bytes of a pair's two ids
+PREFLIGHT = 72.0  # bytes that a rank tells the others before a loss (losses/preflight.py)
 _SHARES = {"all_gather": 1.0, "reduce_scatter": 1.0, "reduce": 1.0, "all_reduce": 2.0}
 _ADDING = ("all_reduce", "reduce")
 
@@ -72,7 +73,7 @@ def loss_collectives(settings: Settings, width: int) -> list[Collective]:
     numbers = FP32 * total  # one a row of the batch
     small = [
         Collective("all_gather", IDS * total),
-        Collective("all_gather", 32.0 * settings.world_size),  # what ranks know of each other
+        Collective("all_gather", PREFLIGHT * settings.world_size),
         Collective("all_reduce", 48.0),  # telemetry
         Collective("all_reduce", FP32),  # the loss
     ]
