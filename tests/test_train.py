@@ -184,6 +184,7 @@ def test_a_finished_run_is_left_alone(shards: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_every_rank_ends_with_the_same_error(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     cases: list[tuple[tuple[str, ...], str]] = [
@@ -202,6 +203,7 @@ def test_every_rank_ends_with_the_same_error(shards: Path, tmp_path: Path) -> No
         assert message in verdicts[0]
 
 
+@pytest.mark.slow
 def test_a_run_of_another_config_is_not_overwritten(shards: Path, tmp_path: Path) -> None:
     assert run_distributed(_run, 1, _overrides(shards, tmp_path / "run")) == [0]
     other = _overrides(shards, tmp_path / "run", "loss.name=convse++")

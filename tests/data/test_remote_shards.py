@@ -101,6 +101,7 @@ def test_ranks_read_a_remote_data_set_once(
     assert set(server.requests.values()) == {2}  # the two ranks share the copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["stall", "truncate", "reset", "503", "slow headers"])
 def test_a_lost_shard_ends_every_rank_alike(
     remote_index: Callable[[Callable[[str], str]], Index],

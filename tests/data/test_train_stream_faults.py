@@ -33,6 +33,7 @@ def flawed(tmp_path: Path) -> Index:
     return write_shards(tmp_path, {"train": [*shards, [*good[12:15], BAD["row 3"], *good[15:]]]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_bad_samples_are_skipped_and_named(flawed: Index, num_workers: int) -> None:
     (stream,) = start(flawed, global_batch_size=4, num_streams=2, num_workers=num_workers)

@@ -184,6 +184,7 @@ def _wire_dtypes(precision: str) -> dict[str, torch.dtype]:
     return {name: internals.wire_dtype(p) for name, p in module.named_parameters()}
 
 
+@pytest.mark.slow
 def test_wire_dtype() -> None:
     kinds = ("bf16", "fp32", "fp16")
     (found,), (plain,), (half,) = (run_distributed(_wire_dtypes, 1, kind) for kind in kinds)
@@ -257,6 +258,7 @@ def _split_after_a_forward() -> tuple[int, int]:
     return counts[0], counts[1]
 
 
+@pytest.mark.slow
 def test_keep_gathered() -> None:
     for without, kept in run_distributed(_split_after_a_forward, 2):
         assert without > 10, "a forward splits nothing: `keep_gathered` is needed no more"
@@ -305,6 +307,7 @@ def _whole_shapes() -> tuple[dict[str, torch.Size], set[int]]:
     return shapes, {p.numel() for p in parameters.values()}
 
 
+@pytest.mark.slow
 def test_whole_shape() -> None:
     expected = {name: p.shape for name, p in tiny_model().named_parameters()}
     for shapes, sizes in run_distributed(_whole_shapes, 2):

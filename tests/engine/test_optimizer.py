@@ -77,6 +77,7 @@ def _train() -> tuple[Tensor, Tensor, set[str]]:
     return before, after, kept
 
 
+@pytest.mark.slow
 def test_a_registered_optimizer_trains_alike_on_any_number_of_ranks() -> None:
     (before, alone, kept), *_ = run_distributed(_train, 1)
     for _, together, _ in run_distributed(_train, 2):

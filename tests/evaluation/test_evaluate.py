@@ -70,6 +70,7 @@ def evaluate_diverged(root: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_images", "world_size"), [(22, 2), (22, 3), (2, 3)])
 def test_ranks_agree_with_one_process(tmp_path: Path, num_images: int, world_size: int) -> None:
     write_dataset(tmp_path, {"val": num_images}, captions=3)  # 2 images: a rank has none

@@ -122,6 +122,7 @@ def press_ctrl_c(follower: int) -> int:
     return 130 if signals.asked() else 1
 
 
+@pytest.mark.slow
 def test_ranks_of_a_local_job_form_one_group(
     launch_job: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

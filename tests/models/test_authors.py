@@ -233,6 +233,7 @@ def _largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["convse++", pytest.param("convse", marks=pytest.mark.slow)])
 def test_ten_steps_equal_the_oracle(name: str) -> None:
     errors = _compare(Oracle(name), name, torch.float64)

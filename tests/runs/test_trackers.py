@@ -94,6 +94,7 @@ def learn_with_a_diary(folder: Path, attempts: list[int]) -> None:
     learn(folder, "diary", attempts)
 
 
+@pytest.mark.slow
 def test_a_new_tracker_is_one_function_and_its_name(tmp_path: Path) -> None:
     write_dataset(tmp_path / "shards", {"train": [60, 50, 40], "val": [8]})
     run_distributed(learn_with_a_diary, 2, tmp_path, [2, 3])

@@ -25,6 +25,7 @@ def test_one_step_is_exact_and_its_costs_are_counted(tmp_path: Path) -> None:
     assert plain["flop"] == 4 * plus["flop"] == 8 * 4096 * 2048 * 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["convse", "convse++"])
 def test_the_check_sees_a_wrong_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = million.TiledLoss.backward

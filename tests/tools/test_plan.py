@@ -58,7 +58,7 @@ def test_two_levels_of_the_network_set_the_time() -> None:
 
 CASES: list[list[str]] = [
     ["engine.zero_stage=0"],
-    ["engine.zero_stage=2", "engine.precision=bf16"],
+    ["engine.zero_stage=2", "engine.precision=bf16", "loss.bf16_products=true"],
     ["engine.zero_stage=1", "loss.name=convse++"],
     ["engine.zero_stage=3", "cache.keep_graphs=2"],
     ["loss.bf16_products=true"],
@@ -192,6 +192,7 @@ def test_a_measured_row_is_checked_against_its_own_settings() -> None:
     assert checked.memory_error == pytest.approx(checked.plan.memory.total / 1000 - 1)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     words = ["configs/debug_cpu.yaml", "--gpus", "8", "4096", "--batch", "8192", "--out", str(out)]

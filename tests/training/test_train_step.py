@@ -119,7 +119,7 @@ def _traffic(stage: int | None) -> tuple[int, list[Counter[str]]]:
     return size, counts
 
 
-@pytest.mark.parametrize("stage", [None, 0, 1, *(pytest.param(n, marks=SLOW) for n in (2, 3))])
+@pytest.mark.parametrize("stage", [None, *(pytest.param(n, marks=SLOW) for n in range(4))])
 def test_gradients_are_reduced_once_a_step_however_many_chunks_there_are(stage: int | None) -> None:
     size, (whole, *cached) = run_distributed(_traffic, 2, stage)[0]
     reductions = ("allreduce", "reduce", "reduce_scatter_base")
@@ -136,6 +136,7 @@ def _kept_graphs_that_zero_3_gets_wrong() -> None:
     train_step(engine, GlobalLoss("convse"), _rank_chunks(model, 0, 4), keep_graphs=2)
 
 
+@pytest.mark.slow
 def test_kept_graphs_that_zero_3_gets_wrong_are_refused() -> None:
     with pytest.raises(AssertionError, match="keep_graphs"):
         run_distributed(_kept_graphs_that_zero_3_gets_wrong, 2)
