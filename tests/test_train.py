@@ -57,6 +57,7 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["convse", pytest.param("convse++", marks=pytest.mark.slow)])
 def test_the_loss_curve_does_not_depend_on_the_world_size(
     shards: Path, tmp_path: Path, loss: str
@@ -175,6 +176,7 @@ def _kept(run_dir: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone(shards: Path, tmp_path: Path) -> None:
     overrides = _overrides(shards, tmp_path / "run", "checkpoint_minutes=1e-9")
     assert run_distributed(_run, 1, overrides) == [0]
@@ -269,6 +271,7 @@ def _be_taken_over(overrides: list[str], during: str) -> tuple[type, str]:
     return type(None), ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("during", "written", "lines"),
     [

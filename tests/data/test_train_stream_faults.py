@@ -95,6 +95,7 @@ def test_a_state_that_does_not_fit(index: Index) -> None:
         start(index, state=beyond)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_missing_shard_is_named(tmp_path: Path, num_workers: int) -> None:
     index = write_dataset(tmp_path, {"train": [9, 9]}, size=16)

@@ -116,6 +116,7 @@ def _slices_and_fragments(stage: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_gradient_slices(stage: int) -> None:
     trainable = [(name, p) for name, p in tiny_model().named_parameters() if p.requires_grad]

@@ -188,6 +188,7 @@ def score_many() -> Evaluation:
     return score(Embedded(*names, images, texts, rows, *ids), CPU, recalls=(1, 3), bootstrap=50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_scores_are_equal_to_the_bit_on_any_number_of_ranks(world_size: int) -> None:
     alone = score_many()

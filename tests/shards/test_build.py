@@ -159,6 +159,7 @@ sys.exit(cli.run(parser.parse_args()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_side", [0, 24])
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, max_side: int) -> None:
     """Kill the process between two images of a shard: the shards before it are whole."""

@@ -96,6 +96,7 @@ def _csv_named(folder: Path, header: str) -> Path:
     return folder / "x.csv"
 
 
+@pytest.mark.slow
 def test_failures_are_listed_with_the_servers_answer(server: Server, tmp_path: Path) -> None:
     rows = _write(server, 8)
     (server.folder / "page.jpg").write_text("<html>gone</html>")

@@ -72,6 +72,7 @@ def _write(folder: Path, *, mlp: bool = True, **changes: Any) -> tuple[Path, Pat
     return folder / "model_best.pth.tar", folder / "v.pkl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mlp", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["convse", "vsepp"]
 )

@@ -154,6 +154,7 @@ def test_shipped_hardware_loads(path: Path) -> None:
     assert bool(hardware.checked) == (path.stem == "epyc_2cores")  # the GPUs were never measured
 
 
+@pytest.mark.slow
 def test_golden_plan_of_a_shipped_config() -> None:
     config = load_config("configs/debug_cpu.yaml")
     hardware = load_hardware("configs/hardware/a100_80g.yaml")

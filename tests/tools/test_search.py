@@ -33,6 +33,9 @@ from tests.support.runs import trained_run
 QUERY = ["--split", "val", "--text", "a red square"]
 
 
+pytestmark = pytest.mark.slow  # a training comes first
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = {"train": [60, 50, 40], "val": [32]}
