@@ -23,6 +23,7 @@ from dist_vse.distributed import watchdog
 from dist_vse.evaluation.batches import build_eval_batches
 from dist_vse.evaluation.evaluate import evaluate
 from dist_vse.evaluation.examples import save_examples
+from dist_vse.losses.global_loss import LossOutput
 from dist_vse.losses.registry import find_loss
 from dist_vse.losses.statistics import collapsed
 from dist_vse.models.dual_encoder import average_statistics
@@ -117,7 +118,6 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
     Return where the run stands, and whether its patience ended it.
     """
     config, engine, meter = run.config, run.engine, run.meter
-    image = config.model.image
     saver = Saver(
         run.run_dir / CHECKPOINTS,
         run.lease,
@@ -154,22 +154,11 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
         step_timer.begin("encode")
         rate = learning_rate(progress.samples_seen, config.optim, total_samples=config.horizon)
         engine.set_learning_rate(rate)
-        if image.size_schedule or image.patch_drop:
-            of_run = progress.samples_seen / config.horizon
-            set_training_input(engine.module, *image.input_at(of_run))
-        loss = build_loss(config, batch, progress.samples_seen)
-        chunks = make_chunks(engine.module, batch, config, run.features)
         last = progress.step + 1 == config.total_steps
         log = last or (progress.step + 1) % config.log_every == 0
         if log:
             engine.norms.start()
-        reported: dict[str, float] = {}
-        if log and config.batch_report:
-            output, reported = reported_step(
-                engine, loss, chunks, keep_graphs=run.keep_graphs, seed=progress.step
-            )
-        else:
-            output = train_step(engine, loss, chunks, keep_graphs=run.keep_graphs)
+        output, reported = _step(run, batch, progress, report=log and config.batch_report)
 
         progress = _advance(progress, batch, config.global_batch_size)
         watchdog.progress()
@@ -211,6 +200,22 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
             *(progress.step, config.patience, config.best_metric),
         )
     return progress, early_stop.ends
+
+
+def _step(
+    run: Run, batch: Batch, progress: Progress, *, report: bool
+) -> tuple[LossOutput, dict[str, float]]:
+    """Take a batch's step; return its loss and, with `report`, what a larger batch is worth."""
+    config, engine, image = run.config, run.engine, run.config.model.image
+    if image.size_schedule or image.patch_drop:
+        of_run = progress.samples_seen / config.horizon
+        set_training_input(engine.module, *image.input_at(of_run))
+    loss = build_loss(config, batch, progress.samples_seen)
+    chunks = make_chunks(engine.module, batch, config, run.features)
+    kept = run.keep_graphs
+    if report:
+        return reported_step(engine, loss, chunks, keep_graphs=kept, seed=progress.step)
+    return train_step(engine, loss, chunks, keep_graphs=kept), {}
 
 
 def _due(step: int, every: int) -> bool:

@@ -222,6 +222,11 @@ class TrainConfig:
         """What the model is before its first step: `untrained`, or `start` of a trained model."""
         return "start" if self.model.is_whole else "untrained"
 
+    def has_bf16_products(self, *, on_gpu: bool) -> bool:
+        """Return whether similarities are computed in bfloat16; `auto`: in a bf16 run on a GPU."""
+        asked = self.loss.bf16_products
+        return asked if isinstance(asked, bool) else on_gpu and self.engine.precision == "bf16"
+
     @property
     def fixed_chunk_size(self) -> int:
         """Pairs a chunk. Raises UserError while `auto` was not tried yet."""

@@ -37,10 +37,7 @@ def build_loss(
 
 def has_bf16_products(config: TrainConfig) -> bool:
     """Return whether this process computes the similarities in bfloat16."""
-    asked = config.loss.bf16_products
-    if isinstance(asked, bool):
-        return asked
-    return config.engine.precision == "bf16" and distributed.device().type == "cuda"
+    return config.has_bf16_products(on_gpu=distributed.device().type == "cuda")
 
 
 def loss_options(config: TrainConfig, samples_seen: int) -> LossOptions:

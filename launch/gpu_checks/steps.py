@@ -200,7 +200,10 @@ def _time_in_words(task: Task, config: TrainConfig, figures: dict[str, Any]) -> 
     hardware = hardware_of_gpu({2: ceilings, 4: task.earlier.get("4", {})}, Hardware())
     work = count_work(config, vocabulary=VOCABULARY)
     settings = settings_of(
-        config, global_batch=config.global_batch_size, world_size=distributed.world_size()
+        config,
+        global_batch=config.global_batch_size,
+        world_size=distributed.world_size(),
+        on_cpu=not task.on_gpu,
     )
     planned = price(work, settings, hardware).seconds.total
     figures |= {"step_s": step_s, "planned_s": planned, "time_error": planned / step_s - 1}

@@ -114,7 +114,7 @@ def test_doctor_and_plan_count_what_a_registered_optimizer_keeps(
         planned, doctors = [], []
         for optim in optims:
             run = replace(config, optim=optim, engine=EngineConfig(stage))
-            chosen = settings_of(run, global_batch=32, world_size=2)
+            chosen = settings_of(run, global_batch=32, world_size=2, on_cpu=True)
             planned.append(state_bytes(work, chosen))
             memory = step_memory(run, 2, parameters=(whole, trained), vocabulary=100, on_cpu=True)
             doctors.append(memory.states)

@@ -11,6 +11,7 @@ import dist_vse
 from dist_vse.common.errors import UserError
 from dist_vse.config import ImageConfig, TextConfig
 from dist_vse.config.encoders import IMAGE_ENCODERS, TEXT_ENCODERS, EncoderSpec
+from dist_vse.models.build import build_head
 from dist_vse.models.image import ImageTrunk
 from dist_vse.models.text import TextTrunk
 from dist_vse.models.tokenizer import Vocabulary
@@ -76,3 +77,15 @@ def test_an_unknown_kind_names_the_nearest() -> None:
         ImageConfig(kind="tim")
     with pytest.raises(UserError, match=r"model\.text\.kind='grru' is unknown; .*'gru'"):
         replace(TextConfig(), kind="grru")
+
+
+def test_a_seed_gives_an_mlp_head_the_weights_that_it_always_gave() -> None:
+    torch.manual_seed(3)
+    head = build_head(6, 4, 5, 0.1)
+    torch.manual_seed(3)
+    hidden, last = nn.Linear(6, 5), nn.Linear(5, 4)  # both draw before either is drawn again
+    for layer in (hidden, last):
+        nn.init.xavier_uniform_(layer.weight)
+    drawn = [p for p in head.parameters() if p.ndim == 2]
+    assert torch.equal(drawn[0], hidden.weight) and torch.equal(drawn[1], last.weight)
+    assert not any(p.any() for p in head.parameters() if p.ndim == 1)

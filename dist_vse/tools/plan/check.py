@@ -56,16 +56,18 @@ def check_rows(
 ) -> list[Checked]:
     """Predict every row of one process group on one node; others are left out."""
     rows = [row for row in report["rows"] if row["runs"] == 1 and row["nodes"] == 1]
+    on_cpu = hardware.cores > 0
     return [
-        Checked(row, price(work, settings_of_row(row, config), hardware))
+        Checked(row, price(work, settings_of_row(row, config, on_cpu=on_cpu), hardware))
         for row in rows
         if row["precision"] == work.precision
     ]
 
 
-def settings_of_row(row: dict[str, Any], config: TrainConfig) -> Settings:
+def settings_of_row(row: dict[str, Any], config: TrainConfig, *, on_cpu: bool) -> Settings:
     """Return the settings of a measured row; what it does not state is the config's."""
-    whole = settings_of(config, global_batch=row["global_batch"], world_size=row["world_size"])
+    batch, ranks = row["global_batch"], row["world_size"]
+    whole = settings_of(config, global_batch=batch, world_size=ranks, on_cpu=on_cpu)
     return replace(
         whole,
         chunk_size=row["chunk_size"],

@@ -150,7 +150,10 @@ def _plan(
     from dist_vse.tools.plan.settings import settings_of
     from dist_vse.tools.plan.table import memory_table, plan_table, seconds_table
 
-    starts = [settings_of(config, global_batch=n, world_size=size) for n, size in cases]
+    on_cpu = hardware.cores > 0
+    starts = [
+        settings_of(config, global_batch=n, world_size=size, on_cpu=on_cpu) for n, size in cases
+    ]
     find = price if args.as_configured else choose
     plans = [find(work, start, hardware) for start in starts]
     console = _console()

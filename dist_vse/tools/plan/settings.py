@@ -77,11 +77,12 @@ class Settings:
         return replace(self, **values)  # type: ignore[arg-type]
 
 
-def settings_of(config: TrainConfig, *, global_batch: int, world_size: int) -> Settings:
+def settings_of(
+    config: TrainConfig, *, global_batch: int, world_size: int, on_cpu: bool
+) -> Settings:
     """Return the config's own settings, for a batch and a number of ranks."""
     rows = global_batch // world_size
     chunk, kept = config.chunk_size, config.cache.keep_graphs
-    asked = config.loss.bf16_products  # auto: as a GPU would
     return Settings(
         global_batch=global_batch,
         world_size=world_size,
@@ -92,6 +93,6 @@ def settings_of(config: TrainConfig, *, global_batch: int, world_size: int) -> S
         transport=config.loss.transport,
         loss=config.loss.name,
         loss_gib=config.loss.memory_gib,
-        bf16_products=asked if isinstance(asked, bool) else config.engine.precision == "bf16",
+        bf16_products=config.has_bf16_products(on_gpu=not on_cpu),
         state_tensors=state_tensors(config.optim),
     )

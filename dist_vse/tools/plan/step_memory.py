@@ -38,7 +38,9 @@ def step_memory(
     states = _states(config, world_size, *parameters)
     if config.model.pretrained is not None:
         return StepMemory(states, states)
-    settings = settings_of(config, global_batch=config.global_batch_size, world_size=world_size)
+    settings = settings_of(
+        config, global_batch=config.global_batch_size, world_size=world_size, on_cpu=on_cpu
+    )
     if isinstance(config.chunk_size, str):  # auto: the smallest that it may choose
         settings = settings.changed(chunk_size=1)
     work = count_work(config, vocabulary=vocabulary)
