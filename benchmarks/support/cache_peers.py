@@ -21,28 +21,9 @@ from benchmarks.support.open_clip_loss import peer_loss
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.tools.verify.conformance.peers import AsOpenClip
 
 Step = Callable[[], Any]
-
-
-class _AsOpenClip(nn.Module):
-    """Our model with the outputs and the attribute that OpenCLIP's loop works with."""
-
-    def __init__(self, model: DualEncoder) -> None:
-        super().__init__()
-        self.model = model
-
-    @property
-    def logit_scale(self) -> nn.Parameter:
-        return self.model.log_scale
-
-    def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        image_features, text_features, log_scale, _ = self.model(images, texts)
-        return {
-            "image_features": image_features,
-            "text_features": text_features,
-            "logit_scale": log_scale.exp(),
-        }
 
 
 class _OneStep:
@@ -69,7 +50,7 @@ def open_clip_step(
         return None
     from open_clip_train.train import train_one_epoch
 
-    wrapped = _distributed(_AsOpenClip(model))
+    wrapped = _distributed(AsOpenClip(model))
     images, tokens = (x.chunk(num_chunks) for x in pairs)
     loader = _OneStep(list(zip(images, tokens, strict=True)))
     data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}

@@ -21,6 +21,7 @@ from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.losses.global_loss import GlobalLoss, LossOutput
 from dist_vse.losses.layout import Layout
 from dist_vse.losses.nested import NestedLoss
+from dist_vse.losses.registry import find_loss
 from dist_vse.training.grad_cache import train_step
 from dist_vse.training.prefetch_to_device import Chunk
 
@@ -212,11 +213,14 @@ def _mean_gradient(
             **{name: column[rows] for name, column in zip(names, ids.T, strict=True)},
         )
         # A sum over pairs (VSE++) is as large as the batch; a mean counts each batch alike.
-        total = total + one.sum() * (1.0 if loss.name in _SUMS else len(rows))
+        total = total + one.sum() * (1.0 if _is_sum(loss.name) else len(rows))
     return distributed.all_reduce_sum(torch.stack(torch.autograd.grad(total, leaves)))
 
 
-_SUMS = ("vse0", "vse++")
+def _is_sum(name: str) -> bool:
+    """Return whether a loss is a sum over the pairs, and no mean."""
+    spec, scale = find_loss(name), torch.ones(1)
+    return float(spec.loss_unit(scale, 1)) == float(spec.loss_unit(scale, 2))
 
 
 def reported_step(

@@ -72,6 +72,13 @@ def test_a_loss_whose_gradient_knows_no_batch_has_no_bias() -> None:
     assert math.sqrt(squares) == pytest.approx((1 / 8 - 1 / 64) / (1 - 1 / 64), rel=0.02)
 
 
+def test_a_sum_over_the_pairs_counts_as_its_mean() -> None:
+    """ConVSE++ is VSE++ over N t, for every N: so a smaller batch is as far off with either."""
+    pairs, ids = _pairs(64)
+    mean, total = (negatives_bias(GlobalLoss(n), pairs, ids, seed=1) for n in ("convse++", "vse++"))
+    assert total == pytest.approx(mean, rel=1e-9) and total["bias_of_8"] > 0
+
+
 def _report(num_chunks: int) -> dict[str, float]:
     """Take a step of 32 pairs in 8 chunks over all ranks, and return both estimates."""
     model = tiny_model()

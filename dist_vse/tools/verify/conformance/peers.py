@@ -16,6 +16,7 @@ from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.version import __version__
 from dist_vse.losses.module import GlobalContrastiveLoss
+from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.tools.verify.conformance.case import CHUNK, LOG_SCALE, Pairs, Replicas, Step, Towers
 from dist_vse.tools.verify.peer import Loss, peer_losses
 from dist_vse.training.cached_step import cached_step
@@ -99,23 +100,28 @@ def _open_clip_loss(loss: Loss, towers: Towers, pairs: Pairs, replicas: Replicas
     loss(images, texts, scale.log()).backward()
 
 
-class _AsOpenClip(nn.Module):
-    """The towers with the outputs and the attribute that OpenCLIP's loop works with."""
+class AsOpenClip(nn.Module):
+    """Two towers with the outputs and the attribute that OpenCLIP's loop works with.
 
-    def __init__(self, towers: Towers) -> None:
+    `towers` returns features of images and captions first, and has log(1/t) as `log_scale`.
+    """
+
+    def __init__(self, towers: Towers | DualEncoder) -> None:
         super().__init__()
         self.towers = towers
 
     @property
     def logit_scale(self) -> nn.Parameter:
+        """OpenCLIP's name of log(1/t), which its loop bounds after the step."""
         return self.towers.log_scale
 
     def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        image_features, text_features, scale = self.towers(images, texts)
+        """Return features (b, d) and 1/t (1,), by OpenCLIP's names."""
+        image_features, text_features, *_ = self.towers(images, texts)
         return {
             "image_features": image_features,
             "text_features": text_features,
-            "logit_scale": scale,
+            "logit_scale": self.logit_scale.exp(),
         }
 
 
@@ -149,7 +155,7 @@ def _open_clip_accumulation(towers: Towers, pairs: Pairs, replicas: Replicas) ->
         total = loss(image_features, text_features, others["logit_scale"].log())
         return {"contrastive_loss": total} if others.get("output_dict") else total
 
-    model = replicas.wrap(_AsOpenClip(towers))
+    model = replicas.wrap(AsOpenClip(towers))
     train_one_epoch(model, data, as_module, 0, optimizer, None, None, None, args)
 
 
