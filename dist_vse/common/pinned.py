@@ -11,7 +11,7 @@ from dist_vse.common.log import logger
 def register(x: Tensor) -> None:
     """Register the memory of a tensor, which lives as long as the tensor, with CUDA.
 
-    Afterwards `pin_memory` returns its parts as they are. To pin a batch of 4,096 images anew
+    Afterwards `pin_memory` returns its parts as they are. To pin a batch of 4,096 images again
     takes a tenth of a step or more.
     """
     memory = x.untyped_storage()

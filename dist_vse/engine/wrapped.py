@@ -93,7 +93,7 @@ class WrappedModel:
 
 
 def _find_sync(module: nn.Module) -> Sync:
-    """Return how the wrapper is told which backward reduces: by what it offers, not by its type."""
+    """Return how the wrapper learns which backward reduces: by its methods, not by its type."""
     if hasattr(module, "set_gradient_accumulation_boundary"):  # DeepSpeed
         boundary: Any = module.set_gradient_accumulation_boundary
         if module.zero_optimization_stage() > 0:  # type: ignore[operator]
