@@ -53,7 +53,7 @@ class ImageConfig:
     """Smaller sides in training: `[[0, 112], [0.7, 160], [0.95, 224]]` trains at 112 pixels until
     0.7 of the run; timm resamples the positions. Evaluation has `size`. For timm models."""
     patch_drop: float = 0.0
-    """Share of a ViT's patches that training leaves out, drawn anew for each image."""
+    """Share of a ViT's patches that training leaves out, drawn for each image."""
     patch_drop_until: float = 1.0
     """Share of the run after which no patch is left out."""
     squash: bool = False
