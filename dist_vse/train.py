@@ -161,6 +161,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
         output, reported = _step(run, batch, progress, report=log and config.batch_report)
 
         progress = _advance(progress, batch, config.global_batch_size)
+        engine.update_average(progress.samples_seen, config.global_batch_size)
         watchdog.progress()
         skipped_log.add(progress.step, batch.skipped)
         meter.add(config.global_batch_size)
@@ -268,11 +269,11 @@ def _log(
 
 
 def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
-    """Measure retrieval and record it; return its `best_metric`."""
+    """Measure retrieval, of the averaged weights if there are; return its `best_metric`."""
     split = run.config.data.eval_split
     batches = build_eval_batches(run.config, run.index, run.tokenizer, split)
     average_statistics(run.engine.module)
-    with run.engine.gathered_parameters():
+    with run.engine.evaluation_weights():
         evaluation = evaluate(
             run.engine.module,
             watchdog.each(batches),

@@ -15,7 +15,6 @@ from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.terminal import say
 from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig, load_config
-from dist_vse.config.optimizers import state_tensors
 from dist_vse.data.index import Index, Shard, is_remote, read_index
 from dist_vse.launch.check_job import run_check_job, short_cluster
 from dist_vse.launch.cluster import ClusterConfig, load_cluster
@@ -183,7 +182,7 @@ def _disk(checkup: Checkup) -> str:
     folder = _writable(config)
     whole, trained = checkup.sizes
     kept = config.keep_checkpoints + config.keep_best + 1  # one more while it is written
-    needed = 4 * (whole + state_tensors(config.optim) * trained) * kept / GIB
+    needed = 4 * (whole + config.state_tensors * trained) * kept / GIB
     free = shutil.disk_usage(folder).free / GIB
     words = f"{kept} checkpoints take {needed:.2f} GiB, {folder} has {free:.2f}"
     if needed > free:

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from dist_vse import distributed, train
 from dist_vse.common.errors import UserError
 from dist_vse.config import load_config
+from dist_vse.evaluation.command import eval_run
 from dist_vse.runs import checkpoint, lease
 from dist_vse.runs.environment import read_environment
+from dist_vse.runs.trained import open_trained
 from tests.support.datasets import Sample, make_sample, write_dataset, write_shards
 from tests.support.distributed import run_distributed
 from tests.support.runs import CONFIG, read_lines, read_logged, read_losses, run, settings
@@ -294,3 +296,17 @@ def test_a_run_that_was_taken_over_writes_nothing_any_more(
     assert sorted(files - {"config.yaml", "vocabulary.json", "lease.json"}) == written
     found = read_lines(tmp_path / "run") if "metrics.jsonl" in written else []
     assert [line["kind"] for line in found] == lines
+
+
+@pytest.mark.slow
+def test_evaluation_and_export_take_the_averaged_weights(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = _overrides(shards, run_dir, "ema.samples=64", "engine.zero_stage=3")
+    assert run_distributed(_run, 2, overrides) == [0, 0]
+    assert eval_run(run_dir, split="val", data=None) == 0
+    last = [line for line in read_lines(run_dir) if line["kind"] == "eval"][-1]
+    found = json.loads((run_dir / "eval-val.json").read_text())["trained"]
+    assert found["rsum"] == pytest.approx(last["rsum"], abs=1e-9)
+    weights, trained = _weights(run_dir), open_trained(run_dir).model.state_dict()
+    unequal = {name for name in weights if not torch.equal(weights[name], trained[name])}
+    assert {name.split(".")[0] for name in unequal} == {"image", "text"}

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from dist_vse.common.errors import UserError
 from dist_vse.common.local_path import require_local
 from dist_vse.config.checks import AUTO, at_least, check, number_or_auto, one_of
-from dist_vse.config.optimizers import OptimConfig, needs_whole_tensors
+from dist_vse.config.optimizers import OptimConfig, needs_whole_tensors, state_tensors
 from dist_vse.config.sections import (
     CacheConfig,
     DataConfig,
+    EmaConfig,
     EngineConfig,
     LossConfig,
     ModelConfig,
@@ -81,6 +82,7 @@ class TrainConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
@@ -165,6 +167,11 @@ class TrainConfig:
         return (self.checkpoint_every > 0 and step % self.checkpoint_every == 0) or (
             every > 0 and seen // every > (seen - self.global_batch_size) // every
         )
+
+    @property
+    def state_tensors(self) -> int:
+        """Numbers kept for each parameter that learns: the optimizer's, and its average."""
+        return state_tensors(self.optim) + (self.ema.samples > 0)
 
     @property
     def horizon(self) -> int:

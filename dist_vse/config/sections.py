@@ -272,6 +272,19 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class EmaConfig:
+    """An exponential moving average of the weights, which evaluation and export take."""
+
+    samples: int = 0
+    """Pairs after which a step's weights count e times less; 0 keeps no average. Checkpoints hold
+    both, and a run goes on from its own weights. Costs a tensor more for each that learns, split
+    over the ranks as the optimizer's state is."""
+
+    def __post_init__(self) -> None:
+        at_least(0, ema__samples=self.samples)
+
+
+@dataclass(frozen=True)
 class ResumeConfig:
     """How a run goes on that was trained before."""
 

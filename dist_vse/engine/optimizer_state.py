@@ -68,7 +68,8 @@ def load_state(
     """
     fused = any(group.get("fused") for group in optimizer.param_groups)
     with ExitStack() as stack:
-        saved = _Saved([stack.enter_context(safe_open(path, "pt")) for path in files])
+        opened = [stack.enter_context(safe_open(path, "pt")) for path in files]
+        saved = SavedFragments(opened, _PREFIX)
         by_flat: dict[int, list[Fragment]] = defaultdict(list)
         for fragment in fragments:
             by_flat[id(fragment.flat)].append(fragment)
@@ -142,15 +143,16 @@ def _to_tensor(value: object) -> Tensor | None:
     return torch.tensor(value) if isinstance(value, bool | int | float) else None
 
 
-class _Saved:
-    """The named tensors of all former ranks' files."""
+class SavedFragments:
+    """The named tensors of all former ranks' files: `PREFIX/KEY/PARAMETER/START`."""
 
-    def __init__(self, files: Sequence[Any]) -> None:
+    def __init__(self, files: Sequence[Any], prefix: str) -> None:
+        """Look through opened files of safetensors."""
         self.numbers: dict[str, Tensor] = {}
         self._runs: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
         for file in files:
             for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-                if not name.startswith(_PREFIX + "/"):
+                if not name.startswith(prefix + "/"):
                     continue
                 _, key, *place = name.split("/")
                 if not place:
@@ -160,6 +162,10 @@ class _Saved:
                 run = (int(place[-1]), length, file, name)
                 self._runs[key, "/".join(place[:-1])].append(run)
         self.keys = sorted({key for key, _ in self._runs})
+
+    def names(self, key: str) -> set[str]:
+        """Return the parameters of which there are fragments."""
+        return {name for own, name in self._runs if own == key}
 
     def read(self, key: str, fragment: Fragment, *, into: Tensor) -> None:
         """Fill `into` (length,) with the fragment's elements."""
@@ -172,5 +178,7 @@ class _Saved:
                 into[first - fragment.start : last - fragment.start].copy_(values)
                 missing -= last - first
         if missing:
-            what = f"the optimizer's {key} of {fragment.name}"
-            raise UserError(f"the checkpoint lacks {missing} elements of {what}")
+            raise UserError(
+                f"the checkpoint lacks {missing} elements of {key} of {fragment.name}; copy the "
+                "files of all ranks (rank-*.safetensors)"
+            )

@@ -33,6 +33,7 @@ from dist_vse.engine.optimizer_state import (
     load_whole_state,
 )
 from dist_vse.engine.step_norms import StepNorms
+from dist_vse.engine.weight_average import WeightAverage
 from dist_vse.models.dual_encoder import DualEncoder
 
 IMPORTS = ("torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.zero.stage3")
@@ -101,8 +102,12 @@ class ZeroEngine:
         rank_batch_size: int,
         clip_norm: float = 0.0,
         whole_tensors: bool = False,
+        average_samples: int = 0,
     ) -> None:
-        """Wrap the model; `whole_tensors` says that only stage 0 fits the optimizer."""
+        """Wrap the model; `whole_tensors` says that only stage 0 fits the optimizer.
+
+        The weights are averaged over about `average_samples` samples; 0 keeps no average.
+        """
         assert not whole_tensors or config.zero_stage == 0, config.zero_stage
         deepspeed = _import_deepspeed()
         stage = config.zero_stage
@@ -130,6 +135,9 @@ class ZeroEngine:
         self.coalesce = config.coalesce or stage < 2
         self.reduction = self._own_reduction() if self.coalesce and stage < 3 else None
         self._check_state()
+        self.average = (
+            WeightAverage(self._fragments(), average_samples) if average_samples else None
+        )
 
     def _own_reduction(self) -> GradientReduction | None:
         """Take the reduction over from DeepSpeed; None, with a line in the log, if that fails."""
@@ -269,10 +277,29 @@ class ZeroEngine:
             yield
             internals.forget_module_order(self.engine)
 
+    def update_average(self, samples_seen: int, batch: int) -> None:
+        """Average the weights after a step of `batch` samples, if the engine keeps an average."""
+        if self.average is not None:
+            self.average.update(samples_seen, batch)
+
+    @contextlib.contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Hold whole on every rank what is to be evaluated: the averages, or else the weights."""
+        with self.gathered_parameters():
+            if self.average is None:
+                yield
+            elif self.stage == 0:
+                with self.average.exchanged():
+                    yield
+            else:
+                with self.average.copied_to(self._trainable()):
+                    yield
+
     def dump_optimizer(self) -> dict[str, Tensor]:
         """Copy this rank's fragments of the optimizer's state to host memory, by name.
 
-        Under ZeRO 0 all ranks hold all of it, and rank 0 alone gives it, as it does a loss scale.
+        With those of the averaged weights. Under ZeRO 0 all ranks hold all of it, and rank 0 alone
+        gives it, as it does a loss scale.
         """
         if self.stage == 0 and rank() > 0:
             return {}
@@ -283,6 +310,8 @@ class ZeroEngine:
         )
         if self.loss_scale is not None and rank() == 0:
             state |= self.loss_scale.dump()
+        if self.average is not None:
+            state |= self.average.dump()
         return state
 
     def load(self, weights: Mapping[str, Tensor], files: Sequence[Path]) -> None:
@@ -290,6 +319,13 @@ class ZeroEngine:
 
         For a fresh engine; the world size and stage may be others. Every rank calls this.
         """
+        self._load_weights_and_optimizer(weights, files)
+        if self.average is not None:
+            self.average.load(files)
+
+    def _load_weights_and_optimizer(
+        self, weights: Mapping[str, Tensor], files: Sequence[Path]
+    ) -> None:
         with self.gathered_parameters(changed=True):
             self.module.load_state_dict(weights)
         if self.loss_scale is not None and files:

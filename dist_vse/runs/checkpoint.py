@@ -2,9 +2,9 @@
 
 `checkpoints/step-000100/` holds `model.safetensors` (whole float32 weights and buffers, frozen
 towers too, readable without this package), `rank-0.safetensors` ... (each rank's share of the
-optimizer's state, and its random state) and `manifest.json` (step, data position, world size,
-ZeRO stage, score, size and checksum of every file). No file holds code: a stranger's checkpoint
-is safe to load. Any number of processes at any ZeRO stage resumes from it.
+optimizer's state and of averaged weights, and its random state) and `manifest.json` (step, data
+position, world size, ZeRO stage, score, size and checksum of every file). No file holds code: a
+stranger's checkpoint is safe to load. Any number of processes at any ZeRO stage resumes from it.
 """
 
 import errno
@@ -30,6 +30,7 @@ from dist_vse.common.log import logger
 from dist_vse.common.random_state import RandomState, random_state, restore
 from dist_vse.common.reading import BadFileError, is_count, is_number, read_json
 from dist_vse.engine.deepspeed_internals import whole_shape
+from dist_vse.engine.weight_average import take_averages
 from dist_vse.engine.zero import ZeroEngine
 
 WEIGHTS = "model.safetensors"
@@ -214,9 +215,9 @@ def find_fault(path: Path) -> str | None:
 def load_weights(path: Path, model: nn.Module, *, fit: Fit | None = None) -> None:
     """Load the whole weights of a checkpoint's folder into a model, after `fit` has changed them.
 
-    Raises UserError if they don't fit.
+    Of a run that averages its weights, the averages. Raises UserError if they don't fit.
     """
-    model.load_state_dict(_read_weights(path, model, fit))
+    model.load_state_dict(_read_weights(path, model, fit, averaged=True))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -273,9 +274,13 @@ def steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def _read_weights(path: Path, model: nn.Module, fit: Fit | None = None) -> Tensors:
+def _read_weights(
+    path: Path, model: nn.Module, fit: Fit | None = None, *, averaged: bool = False
+) -> Tensors:
     try:
         weights = load_file(path / WEIGHTS)
+        if averaged:
+            weights = take_averages(weights, sorted(path.glob("rank-*.safetensors")))
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{path / WEIGHTS}: can't be read ({first_line(error)})") from error
     weights = fit(weights, model) if fit is not None else weights

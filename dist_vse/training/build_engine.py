@@ -20,6 +20,7 @@ def build_engine(config: TrainConfig, model: DualEncoder) -> ZeroEngine:
         rank_batch_size=config.global_batch_size // distributed.world_size(),
         clip_norm=config.optim.clip_norm,
         whole_tensors=needs_whole_tensors(config.optim),
+        average_samples=config.ema.samples,
     )
 
 

@@ -22,7 +22,7 @@ from tests.support.tiny import tiny_batch, tiny_model
 B = 16  # rows of a global batch
 
 
-def build_engine(stage: int, name: str = "adamw") -> ZeroEngine:
+def build_engine(stage: int, name: str = "adamw", average_samples: int = 0) -> ZeroEngine:
     """Build an engine whose image trunk is frozen."""
     model = tiny_model()
     for parameter in model.image.trunk.parameters():
@@ -30,7 +30,13 @@ def build_engine(stage: int, name: str = "adamw") -> ZeroEngine:
     rows = B // distributed.world_size()
     optim = OptimConfig(name=name, lr=0.01, weight_decay=0.1, momentum=0.9)
     optimizer = build_optimizer(model, optim)
-    return ZeroEngine(model, optimizer, EngineConfig(stage), rank_batch_size=rows)
+    return ZeroEngine(
+        model,
+        optimizer,
+        EngineConfig(stage),
+        rank_batch_size=rows,
+        average_samples=average_samples,
+    )
 
 
 def take_step(engine: ZeroEngine, step: int) -> None:

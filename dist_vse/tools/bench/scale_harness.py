@@ -51,6 +51,8 @@ class StepHarness:
         chunks = make_chunks(self.engine.module, batch, self.config)
         kept = self.keep_graphs
         train_step(self.engine, loss, chunks, keep_graphs=kept)
+        batch_size = self.config.global_batch_size
+        self.engine.update_average(batch_size, batch_size)
 
     def known_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's inputs, features (captions of all ranks too, which are

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig
-from dist_vse.config.optimizers import state_tensors
 from dist_vse.losses.registry import LossSpec, find_loss
 
 
@@ -94,5 +93,5 @@ def settings_of(
         loss=config.loss.name,
         loss_gib=config.loss.memory_gib,
         bf16_products=config.has_bf16_products(on_gpu=not on_cpu),
-        state_tensors=state_tensors(config.optim),
+        state_tensors=config.state_tensors,
     )

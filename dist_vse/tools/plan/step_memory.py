@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from dist_vse.config import TrainConfig
-from dist_vse.config.optimizers import state_tensors
 from dist_vse.tools.plan.count import count_work
 from dist_vse.tools.plan.memory import Place, fullest, moments
 from dist_vse.tools.plan.settings import settings_of
@@ -52,5 +51,5 @@ def _states(config: TrainConfig, world_size: int, whole: int, trained: int) -> f
     weights, gradients, optimizer = (
         world_size if config.engine.zero_stage >= stage else 1 for stage in (3, 2, 1)
     )
-    kept = 1 + state_tensors(config.optim)  # with a copy of the weights
+    kept = 1 + config.state_tensors  # with a copy of the weights
     return FP32 * (whole / weights + trained / gradients + trained * kept / optimizer)
