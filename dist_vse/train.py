@@ -79,7 +79,6 @@ def run(config: TrainConfig) -> int:
 
 
 def _run(config: TrainConfig) -> int:
-    config.check_world_size(distributed.world_size())
     signals.listen()
     torch.manual_seed(config.seed + 1000 * distributed.rank())  # dropout differs between ranks
     run = set_up(config)

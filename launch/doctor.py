@@ -99,7 +99,7 @@ def doctor(
 
 def _batch(checkup: Checkup) -> str:
     config, size = checkup.config, checkup.cluster.world_size
-    config.check_world_size(size)
+    config.check_world_size(size, on_gpu=checkup.cluster.gpus_per_node > 0)
     return f"{config.global_batch_size} pairs on {size} processes"
 
 

@@ -108,7 +108,7 @@ def plan_submission(
     if not isinstance(cluster, ClusterConfig):
         cluster = load_cluster(cluster)
     scheduler = find_scheduler(cluster.scheduler)
-    config.check_world_size(cluster.world_size)
+    config.check_world_size(cluster.world_size, on_gpu=cluster.gpus_per_node > 0)
     check_tracker_names(config.trackers)
     scheduler.check_cluster(cluster)
     run_dir = Path(config.output_dir).absolute()

@@ -21,6 +21,7 @@ from dist_vse.config.sections import (
     ResumeConfig,
 )
 
+DEFAULT_CHUNK = 64  # pairs, where nothing is tried
 BEST_METRICS = (
     "rsum",
     *(f"{way}_{part}" for way in ("i2t", "t2i") for part in ("r1", "r5", "r10", "map")),
@@ -36,10 +37,11 @@ class TrainConfig:
     seed: int = 0
     global_batch_size: int = 256
     """Pairs a step over all ranks: every pair sees all others as negatives."""
-    chunk_size: int | str = 64
+    chunk_size: int | str | None = None
     """Pairs a rank encodes at a time (gradient caching); at least the rank's share = no caching.
     `auto` tries at the start which is the largest that fits, and writes it into the run's config:
-    where there is dropout, other chunks draw other numbers."""
+    where there is dropout, other chunks draw other numbers. Left out: `auto` on a GPU, 64 on a
+    CPU."""
     total_steps: int = 1000
     """Length of the run in steps. A larger batch then means more samples; the next two do not."""
     total_samples: int = 0
@@ -90,7 +92,8 @@ class TrainConfig:
         require_local(self.output_dir, "output_dir=")
         require_local(self.data.features or "", "data.features=")
         at_least(1, global_batch_size=self.global_batch_size)
-        number_or_auto(1, chunk_size=self.chunk_size)
+        if self.chunk_size is not None:
+            number_or_auto(1, chunk_size=self.chunk_size)
         at_least(1, total_steps=self.total_steps, log_every=self.log_every)
         at_least(0, total_samples=self.total_samples, epochs=self.epochs)
         at_least(1, keep_checkpoints=self.keep_checkpoints)
@@ -195,8 +198,8 @@ class TrainConfig:
         steps = range(every, total, every) if every else range(0)
         return any(map(self.saves_after, steps))
 
-    def check_world_size(self, world_size: int) -> None:
-        """Check all that depends on the number of processes.
+    def check_world_size(self, world_size: int, *, on_gpu: bool) -> None:
+        """Check all that depends on the number of processes, and what these run on.
 
         Raises UserError with the nearest numbers that would do.
         """
@@ -214,13 +217,14 @@ class TrainConfig:
                 f"data.num_streams ({streams}); nearest: {_nearest(self.global_batch_size, unit)}"
             )
         rank_batch_size = self.global_batch_size // world_size
-        if isinstance(self.chunk_size, str):  # auto takes one that divides
+        chunk = self.asked_chunk_size(on_gpu=on_gpu)
+        if chunk is None:  # what is found by trying divides
             return
-        if rank_batch_size > self.chunk_size and rank_batch_size % self.chunk_size:
-            unit = world_size * self.chunk_size
+        if rank_batch_size > chunk and rank_batch_size % chunk:
+            unit = world_size * chunk
             raise UserError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of the world "
-                f"size ({world_size}) times chunk_size ({self.chunk_size}) = {unit}; nearest: "
+                f"size ({world_size}) times chunk_size ({chunk}) = {unit}; nearest: "
                 f"{_nearest(self.global_batch_size, unit)}"
             )
 
@@ -234,15 +238,21 @@ class TrainConfig:
         asked = self.loss.bf16_products
         return asked if isinstance(asked, bool) else on_gpu and self.engine.precision == "bf16"
 
+    def asked_chunk_size(self, *, on_gpu: bool) -> int | None:
+        """Return the pairs of a chunk; None: the largest number that fits, a GPU's default."""
+        if isinstance(self.chunk_size, int):
+            return self.chunk_size
+        return None if on_gpu or self.chunk_size == AUTO else DEFAULT_CHUNK
+
     @property
     def fixed_chunk_size(self) -> int:
-        """Pairs a chunk. Raises UserError while `auto` was not tried yet."""
-        if isinstance(self.chunk_size, str):
+        """Pairs a chunk; a run's config has them. Raises UserError while `auto` was not tried."""
+        if self.chunk_size == AUTO:
             raise UserError(
                 f"{self.output_dir}: chunk_size is still {AUTO}: train the run first, or give a "
                 "number"
             )
-        return self.chunk_size
+        return DEFAULT_CHUNK if self.chunk_size is None else int(self.chunk_size)
 
 
 def _nearest(number: int, unit: int) -> str:

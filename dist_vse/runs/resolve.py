@@ -8,7 +8,6 @@ from typing import Any
 from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger
 from dist_vse.config import TrainConfig
-from dist_vse.config.checks import AUTO
 from dist_vse.config.encoders import ImageConfig, TextConfig
 from dist_vse.config.sections import MIN_LEARNED_TEMPERATURE, LossConfig, ModelConfig
 from dist_vse.models.pretrained import Start, read_start
@@ -25,11 +24,11 @@ _TEXT_OF_RUN = ("kind", "weights", "width", "depth", "word_dim", "min_count", "w
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what the user left to `model.from_run`, `model.pretrained` and an earlier start.
 
-    A chunk size that no start has tried yet stays `auto`. Raises UserError if one of them cannot
+    A chunk size that no start has found yet stays as it is. Raises UserError if one of them cannot
     be read, or if the config contradicts the run that it starts from.
     """
     config = with_start(_with_run(config))
-    if config.chunk_size == AUTO:
+    if not isinstance(config.chunk_size, int):
         earlier = find_earlier_start(Path(config.output_dir))
         if earlier is not None:
             config = replace(config, chunk_size=earlier.chunk_size)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from dist_vse import distributed
 from dist_vse.config import TrainConfig
+from dist_vse.config.checks import AUTO
 from dist_vse.config.optimizers import OPTIMIZERS, needs_whole_tensors
 from dist_vse.engine.launcher_conflicts import conflicts
 from dist_vse.engine.optimizer import build_optimizer
@@ -34,9 +35,11 @@ def launcher_conflicts(config: TrainConfig, environment: Mapping[str, str]) -> l
         bucket=1,
     )
     # To DeepSpeed our chunks would be micro batches that are accumulated.
-    chunk_size, chunks = config.chunk_size, config.chunk_size
-    if not isinstance(chunk_size, str):
-        chunk_size = min(chunk_size, rank_batch_size)
+    chunk_size: int | str = AUTO
+    chunks: int | str = AUTO
+    asked = config.asked_chunk_size(on_gpu=distributed.device().type == "cuda")
+    if asked is not None:
+        chunk_size = min(asked, rank_batch_size)
         chunks = rank_batch_size // chunk_size
     optim = config.optim
     spec = OPTIMIZERS[optim.name]

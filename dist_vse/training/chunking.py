@@ -47,16 +47,14 @@ class Chunking:
 
 def choose_chunks(config: TrainConfig, model: DualEncoder) -> Chunking:
     """Return this rank's chunk size and number of kept graphs, found by trying where auto."""
-    chunk_size, keep_graphs = (
-        None if isinstance(value, str) else value
-        for value in (config.chunk_size, config.cache.keep_graphs)
-    )
+    chunk_size = config.asked_chunk_size(on_gpu=distributed.device().type == "cuda")
+    keep_graphs = config.cache.keep_graphs
     return choose_chunking(
         model,
         Pairs(config.model.image.size, config.model.text.max_tokens, config.data.negatives),
         rank_batch_size=config.global_batch_size // distributed.world_size(),
         chunk_size=chunk_size,
-        keep_graphs=keep_graphs,
+        keep_graphs=None if isinstance(keep_graphs, str) else keep_graphs,
         max_live_graphs=max_live_graphs(config.engine.zero_stage, coalesce=config.engine.coalesce),
         memory_gib=config.cache.memory_gib,
         precision=config.engine.precision,

@@ -9,7 +9,6 @@ from dist_vse import distributed
 from dist_vse.common.errors import writing
 from dist_vse.common.log import logger
 from dist_vse.config import TrainConfig
-from dist_vse.config.checks import AUTO
 from dist_vse.data.index import Index, read_index
 from dist_vse.data.precomputed import Features
 from dist_vse.data.streams import TrainSet, open_train_sets
@@ -82,6 +81,8 @@ def set_up(config: TrainConfig) -> Run:
         if distributed.is_main_process():
             config = resolve(config)
     config = distributed.broadcast_object(config)
+    on_gpu = distributed.device().type == "cuda"
+    config.check_world_size(distributed.world_size(), on_gpu=on_gpu)
     with distributed.raise_on_all_ranks():
         check_trackers(config.trackers)
         index = read_index(config.data.index, allow_pipe=config.data.allow_pipe)
@@ -112,7 +113,7 @@ def set_up(config: TrainConfig) -> Run:
     settled = settle_kernels(config)
     config = settled.config
     chunking = agree(chunking)
-    if config.chunk_size == AUTO:
+    if not isinstance(config.chunk_size, int):
         config = replace(config, chunk_size=chunking.chunk_size)
         write_config(config)
     rows, graphs = chunking.chunk_size, chunking.keep_graphs

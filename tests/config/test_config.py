@@ -16,7 +16,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 def test_every_config_loads_and_fits_its_world_sizes(path: Path) -> None:
     config = load_config(path)
     for world_size in (1, 2, 4, 8):
-        config.check_world_size(world_size)
+        config.check_world_size(world_size, on_gpu=False)
 
 
 def test_a_dumped_config_loads_as_the_same_config(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_numbers_that_do_not_divide_name_the_nearest_that_do(
     path = tmp_path / "c.yaml"
     path.write_text("seed: 1\n")
     with pytest.raises(UserError, match=message):
-        load_config(path, overrides).check_world_size(world_size)
+        load_config(path, overrides).check_world_size(world_size, on_gpu=False)
 
 
 def test_kept_graphs_that_zero_3_gets_wrong_are_refused(tmp_path: Path) -> None:

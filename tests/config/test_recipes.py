@@ -28,7 +28,7 @@ TEXT = ["model.text.width=64", "model.text.depth=1", "model.text.max_tokens=12"]
 def test_a_recipe_loads(name: str) -> None:
     config = load_config(ROOT / "configs" / f"{name}.yaml")
     for world_size in (1, 2, 4, 8):
-        config.check_world_size(world_size)
+        config.check_world_size(world_size, on_gpu=False)
 
 
 def _step_all(folder: Path) -> dict[str, int | str]:

@@ -220,7 +220,7 @@ def test_statistics_update_once_in_two_passes(image: str, checkpointing: bool) -
 def test_paper_configs_build(name: str) -> None:
     config = load_config(ROOT / f"configs/{name}.yaml")
     for world_size in (1, 2, 4, 8):
-        config.check_world_size(world_size)
+        config.check_world_size(world_size, on_gpu=False)
     # The published model with a small stand-in for ResNet-152, whose weights are not here.
     image = replace(config.model.image, name="resnet18", weights=None, size=32)
     model = build(replace(config.model, image=image))

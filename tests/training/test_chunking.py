@@ -10,9 +10,10 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.memory import measure
 from dist_vse.common.random_state import random_state
 from dist_vse.common.units import GIB
+from dist_vse.config import ImageConfig, ModelConfig, TextConfig, TrainConfig
 from dist_vse.models.pretrained import PooledTrunk
 from dist_vse.training import chunking
-from dist_vse.training.chunking import Chunking, Pairs, agree, choose_chunking
+from dist_vse.training.chunking import Chunking, Pairs, agree, choose_chunking, choose_chunks
 from tests.support.distributed import run_distributed
 from tests.support.tiny import tiny_batch, tiny_model
 
@@ -109,6 +110,28 @@ def test_a_text_encoder_of_a_whole_checkpoint_is_tried_too() -> None:
     model = tiny_model()
     model.text.trunk = PooledTrunk(model.text.trunk)
     assert chunking._try(model, PAIRS, 4, False) is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "chunk"),
+    [(None, "cpu", 64), (None, "cuda", 96), ("auto", "cpu", 96), (48, "cuda", 48)],
+)
+def test_where_it_is_left_out_a_gpu_tries_and_a_cpu_takes_64(
+    given: int | str | None, device: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, image = TextConfig(max_tokens=8), ImageConfig(size=32)
+    config = TrainConfig(
+        chunk_size=given, global_batch_size=96, model=ModelConfig(image=image, text=text)
+    )
+    monkeypatch.setattr(distributed, "device", lambda: torch.device(device))
+    assert choose_chunks(config, tiny_model()) == Chunking(chunk, 1)
+
+
+def test_a_default_that_does_not_divide_is_refused_where_it_is_taken() -> None:
+    config = TrainConfig(global_batch_size=96)
+    config.check_world_size(1, on_gpu=True)
+    with pytest.raises(UserError, match=r"times chunk_size \(64\) = 64; nearest: 64, 128"):
+        config.check_world_size(1, on_gpu=False)
 
 
 def _agreed() -> Chunking:

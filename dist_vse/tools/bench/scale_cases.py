@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.config import TrainConfig, load_config
 
@@ -94,8 +95,9 @@ def share(cases: Sequence[Case], task: str | None) -> list[Case]:
 
 def _check(case: Case) -> None:
     config, size = case.config, case.world_size
-    batch, chunk = config.global_batch_size, config.chunk_size
-    whole = math.lcm(size, size * chunk if isinstance(chunk, int) and chunk * size < batch else 1)
+    batch = config.global_batch_size
+    chunk = config.asked_chunk_size(on_gpu=distributed.device().type == "cuda")
+    whole = math.lcm(size, size * chunk if chunk is not None and chunk * size < batch else 1)
     if batch % whole:
         raise UserError(
             f"global_batch_size ({batch}) must be a multiple of {whole}, for {size} processes and "

@@ -189,7 +189,7 @@ def measure_link(rounds: int) -> dict[str, float]:
 
 def _chunks(config: TrainConfig, model: DualEncoder, rounds: int) -> list[dict[str, Any]]:
     """Time the model's chunks: the config's size and a fourth, or some small ones for auto."""
-    size = config.chunk_size if isinstance(config.chunk_size, int) else 32
+    size = config.asked_chunk_size(on_gpu=False) or 32
     size = min(size, max(1, config.global_batch_size // distributed.world_size()))
     return [_chunk(config, model, rows, rounds) for rows in sorted({max(2, size // 4), size})]
 

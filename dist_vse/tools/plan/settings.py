@@ -81,11 +81,11 @@ def settings_of(
 ) -> Settings:
     """Return the config's own settings, for a batch and a number of ranks."""
     rows = global_batch // world_size
-    chunk, kept = config.chunk_size, config.cache.keep_graphs
+    chunk, kept = config.asked_chunk_size(on_gpu=not on_cpu), config.cache.keep_graphs
     return Settings(
         global_batch=global_batch,
         world_size=world_size,
-        chunk_size=rows if isinstance(chunk, str) else chunk,
+        chunk_size=rows if chunk is None else chunk,
         keep_graphs=1 if isinstance(kept, str) else kept,
         zero_stage=config.engine.zero_stage,
         coalesce=config.engine.coalesce,

@@ -33,14 +33,14 @@ def step_memory(
     model of a checkpoint (`model.pretrained`): its peak is `states`. Raises UserError for a world
     size that the config can't have.
     """
-    config.check_world_size(world_size)
+    config.check_world_size(world_size, on_gpu=not on_cpu)
     states = _states(config, world_size, *parameters)
     if config.model.pretrained is not None:
         return StepMemory(states, states)
     settings = settings_of(
         config, global_batch=config.global_batch_size, world_size=world_size, on_cpu=on_cpu
     )
-    if isinstance(config.chunk_size, str):  # auto: the smallest that it may choose
+    if config.asked_chunk_size(on_gpu=not on_cpu) is None:  # the smallest that may be chosen
         settings = settings.changed(chunk_size=1)
     work = count_work(config, vocabulary=vocabulary)
     peak = fullest(moments(work, settings, Place(on_cpu=on_cpu))).total

@@ -27,10 +27,11 @@ SIZE, TOKENS = 32, 8
 
 
 def num_chunks(config: TrainConfig, world_size: int) -> int:
-    """Return how many chunks a rank has in a step; two for `auto`, which has tried none here."""
-    if isinstance(config.chunk_size, str):
+    """Return how many chunks a rank has in a step; two where they would be found by trying."""
+    chunk = config.asked_chunk_size(on_gpu=distributed.device().type == "cuda")
+    if chunk is None:
         return 2
-    return max(1, config.global_batch_size // world_size // config.chunk_size)
+    return max(1, config.global_batch_size // world_size // chunk)
 
 
 def kept_graphs(config: TrainConfig) -> int:
