@@ -156,6 +156,7 @@ def _add_install(install: argparse.ArgumentParser) -> None:
         default=[
             "train",
             "open_clip",
+            "lora",
             "onnx",
             "faiss",
             "parquet",

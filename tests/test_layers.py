@@ -44,6 +44,7 @@ OWNERS = {
     "deepspeed": {"dist_vse/engine/"},
     "timm": {"dist_vse/models/", CARRIED},
     "transformers": {"dist_vse/models/", CARRIED},
+    "peft": {"dist_vse/models/"},
     "webdataset": {"dist_vse/data/"},
     "submitit": {"launch/"},
     "open_clip": {"dist_vse/tools/verify/", "dist_vse/models/pretrained/"},

@@ -1,6 +1,6 @@
 """The configuration of a run."""
 
-from dist_vse.config.encoders import ImageConfig, TextConfig
+from dist_vse.config.encoders import ImageConfig, LoraConfig, TextConfig
 from dist_vse.config.load import dump_config, flat_config, load_config, load_yaml
 from dist_vse.config.optimizers import OptimConfig
 from dist_vse.config.schema import TrainConfig
@@ -18,6 +18,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "ImageConfig",
+    "LoraConfig",
     "LossConfig",
     "MixConfig",
     "ModelConfig",

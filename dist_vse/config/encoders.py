@@ -181,6 +181,31 @@ class TextConfig:
         return TEXT_ENCODERS[self.kind]
 
 
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) in pretrained trunks that learn; the trunks' own weights stay.
+
+    Heads, temperature, and trunks from scratch learn as without it.
+    """
+
+    rank: int = 0
+    """Rank of each layer's adapter; 0 has none, and trains whole weights. Needs the extra `lora`
+    (peft). Checkpoints and gradient reductions hold the adapters and not the layers."""
+    alpha: float = 16.0
+    """The adapters' output is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Of the adapters' input."""
+    match: list[str] = field(default_factory=lambda: ["*"])
+    """Which linear layers: globs over their names in the trunk, such as `["*attn*"]` or
+    `["*q_proj", "*v_proj"]`. Layers inside PyTorch's MultiheadAttention take none."""
+
+    def __post_init__(self) -> None:
+        at_least(0, model__lora__rank=self.rank)
+        share(model__lora__dropout=self.dropout)
+        check(self.alpha > 0, f"model.lora.alpha ({self.alpha}) must be above 0")
+        check(bool(self.match), "model.lora.match must name layers, such as [*]")
+
+
 def _check_unlocked(section: str, frozen: bool, unlocked: int) -> None:
     at_least(0, **{f"{section}.unlocked": unlocked})
     check(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from dist_vse.config.checks import AUTO, at_least, check, number_or_auto, one_of, share
-from dist_vse.config.encoders import ImageConfig, TextConfig
+from dist_vse.config.encoders import ImageConfig, LoraConfig, TextConfig
 from dist_vse.losses.options import DUPLICATES, KERNELS, TRANSPORTS
 from dist_vse.losses.registry import check_name
 
@@ -121,6 +121,7 @@ class ModelConfig:
     vocabulary, with a new optimizer. All else is this config's: loss, rates, batch, `frozen`."""
     image: ImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     embed_dim: int = 256
     """Size of the shared space."""
     head_hidden: int = 0

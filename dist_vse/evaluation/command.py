@@ -60,7 +60,7 @@ def eval_run(
             use_precision(here, config.engine.precision)
             start = config.model.from_run
             gone = start is not None and not Path(start).is_dir()
-            if gone:
+            if gone and not config.model.lora.rank:  # adapters need what they were trained on
                 logger.warning("%s is gone: compared with random weights instead", start)
                 model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
             else:

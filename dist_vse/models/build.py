@@ -13,6 +13,7 @@ from dist_vse.losses.registry import find_loss
 from dist_vse.models.dual_encoder import DualEncoder, Tower
 from dist_vse.models.image import build_image_trunk
 from dist_vse.models.layers import layer_numbers
+from dist_vse.models.lora import add_adapters
 from dist_vse.models.pretrained import Parts, build_pretrained
 from dist_vse.models.text import build_text_trunk
 from dist_vse.models.tokenizer import Vocabulary
@@ -52,6 +53,8 @@ def build_model(
             "nothing is left to learn: both encoders are frozen, and there are no heads besides "
             "them; set model.image.frozen=false or model.text.frozen=false"
         )
+    if config.lora.rank:
+        add_adapters(model, config, seed=seed)
     return model
 
 

@@ -96,6 +96,9 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.image = image
         self.text = text
+        self.has_adapters = False
+        self.base_digest: str | None = None
+        """Of the weights that adapters leave as they are, and a checkpoint leaves out."""
         # Of shape (1,): DeepSpeed cannot send parameters without a dimension.
         self.log_scale = nn.Parameter(
             torch.tensor([-math.log(temperature)]), requires_grad=learn_temperature

@@ -5,6 +5,7 @@ towers too, readable without this package), `rank-0.safetensors` ... (each rank'
 optimizer's state and of averaged weights, and its random state) and `manifest.json` (step, data
 position, world size, ZeRO stage, score, size and checksum of every file). No file holds code: a
 stranger's checkpoint is safe to load. Any number of processes at any ZeRO stage resumes from it.
+Of a run with adapters (`model.lora`), `model.safetensors` holds all but the weights that stay.
 """
 
 import errno
@@ -32,6 +33,7 @@ from dist_vse.common.reading import BadFileError, is_count, is_number, read_json
 from dist_vse.engine.deepspeed_internals import whole_shape
 from dist_vse.engine.weight_average import take_averages
 from dist_vse.engine.zero import ZeroEngine
+from dist_vse.models.lora import base_names
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
@@ -217,7 +219,8 @@ def load_weights(path: Path, model: nn.Module, *, fit: Fit | None = None) -> Non
 
     Of a run that averages its weights, the averages. Raises UserError if they don't fit.
     """
-    model.load_state_dict(_read_weights(path, model, fit, averaged=True))
+    # All that a checkpoint holds was found there; adapters leave the rest as it is.
+    model.load_state_dict(_read_weights(path, model, fit, averaged=True), strict=False)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -284,26 +287,49 @@ def _read_weights(
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{path / WEIGHTS}: can't be read ({first_line(error)})") from error
     weights = fit(weights, model) if fit is not None else weights
+    _check_base(path, model)
+    check_fit(weights, model, path / WEIGHTS)
+    return weights
+
+
+def check_fit(weights: Tensors, model: nn.Module, place: Path) -> None:
+    """Raise UserError unless these are the names and shapes of what a checkpoint holds."""
     wanted = {name: whole_shape(value) for name, value in _named(model)}
     for name in sorted(wanted.keys() | weights.keys()):
         found = tuple(weights[name].shape) if name in weights else "nothing"
         expected = tuple(wanted[name]) if name in wanted else "nothing"
         if found != expected:
             raise UserError(
-                f"{path / WEIGHTS}: doesn't fit the run's config ({name} is {found}, the model "
-                f"has {expected})"
+                f"{place}: doesn't fit the run's config ({name} is {found}, the model has "
+                f"{expected})"
             )
-    return weights
+
+
+def _check_base(path: Path, model: nn.Module) -> None:
+    """Raise UserError for adapters that were trained on other weights than the model's."""
+    digest = getattr(model, "base_digest", None)
+    if digest is None:
+        return
+    try:
+        trained_on = read_manifest(path).get("base")
+    except BadFileError as error:
+        raise UserError(f"{path / MANIFEST}: is missing or damaged ({error})") from error
+    if trained_on != digest:
+        raise UserError(
+            f"{path}: its adapters (model.lora) were trained on other weights than those that "
+            "model.pretrained, model.from_run or the trunks' weights name now; bring those back"
+        )
 
 
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the parameters and buffers that a checkpoint holds; ZeRO 3's stay split."""
-    return list(model.state_dict(keep_vars=True).items())
+    left_out = base_names(model)
+    return [(k, v) for k, v in model.state_dict(keep_vars=True).items() if k not in left_out]
 
 
 def _whole_weights(module: nn.Module) -> Tensors:
     # Cloned: safetensors refuses tensors that share memory, as tied weights do.
-    return {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+    return {name: v.detach().cpu().contiguous().clone() for name, v in _named(module)}
 
 
 def _rank_file(rank: int) -> str:

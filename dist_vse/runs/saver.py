@@ -63,6 +63,7 @@ class Saver:
         final = self.folder / f"step-{progress.step:06d}"
         temporary = self.folder / f"{final.name}{self._ending}"
         world_size, stage, attempt = distributed.world_size(), engine.stage, self.lease.attempt
+        digest = getattr(engine.module, "base_digest", None)
 
         def publish(digests: FileDigests) -> None:
             more = {
@@ -70,6 +71,7 @@ class Saver:
                 "zero_stage": stage,
                 "score": score,
                 "attempt": attempt,
+                **({"base": digest} if digest is not None else {}),
             }
             checkpoint.write_manifest(temporary, progress, digests, **more)
             self.lease.check()  # as late as possible: a lost node may hang in what comes before

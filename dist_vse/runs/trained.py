@@ -1,15 +1,16 @@
 """The tokenizer and the model that a run's folder holds."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
-from dist_vse.config import TrainConfig
+from dist_vse.config import LoraConfig, TrainConfig
 from dist_vse.data.eval_stream import captions
 from dist_vse.data.streams import open_train_sets
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.lora import add_adapters, base_digest, remove_adapters
 from dist_vse.models.positions import fit_positions
 from dist_vse.models.pretrained import pretrained_tokenizer
 from dist_vse.models.tokenizer import Tokenizer, WordTokenizer, build_tokenizer
@@ -37,8 +38,19 @@ def open_trained(location: Path) -> Trained:
     run_dir, asked = find_run(location)
     config = open_run(run_dir)
     tokenizer = run_tokenizer(config, run_dir, build=False)
-    model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
+    model = build_for_checkpoint(config, tokenizer)
     return Trained(run_dir, config, tokenizer, model, load_trained(run_dir, model, asked))
+
+
+def build_for_checkpoint(config: TrainConfig, tokenizer: Tokenizer) -> DualEncoder:
+    """Build a run's model, whose weights a checkpoint is to replace.
+
+    A checkpoint of adapters needs the start of the run below them. Raises UserError as
+    `build_start` does.
+    """
+    if config.model.lora.rank:
+        return build_start(config, tokenizer)
+    return build_model(config.model, config.loss, tokenizer, seed=config.seed)
 
 
 def build_start(config: TrainConfig, tokenizer: Tokenizer) -> DualEncoder:
@@ -48,20 +60,34 @@ def build_start(config: TrainConfig, tokenizer: Tokenizer) -> DualEncoder:
     same; else they are the config's. Positions are resampled to the config's sizes. Raises
     UserError if the weights can't be read or don't fit.
     """
-    model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
-    if config.model.from_run is None:
-        return model
-    path = Path(config.model.from_run)
-    before, loss = open_run(find_run(path)[0]).loss, config.loss
+    whole = replace(config.model, lora=LoraConfig())
+    model = build_model(whole, config.loss, tokenizer, seed=config.seed)
+    if config.model.from_run is not None:
+        _take_weights(model, Path(config.model.from_run), config)
+    if config.model.lora.rank:
+        add_adapters(model, config.model, seed=config.seed)
+        model.base_digest = base_digest(model)
+    return model
+
+
+def _take_weights(model: DualEncoder, path: Path, config: TrainConfig) -> None:
+    """Load the checkpoint of `model.from_run`, its adapters merged."""
+    before, loss = open_run(find_run(path)[0]), config.loss
     own = {"log_scale": model.log_scale.detach().clone(), "bias": model.bias.detach().clone()}
-    same = before.name == loss.name
+    same = before.loss.name == loss.name
     if same:
         del own["bias"]
-    if same and before.learn_temperature and loss.learn_temperature:
+    if same and before.loss.learn_temperature and loss.learn_temperature:
         del own["log_scale"]
-    checkpoint.load_weights(path, model, fit=fit_positions)
+    if before.model.lora.rank:
+        former = open_trained(path).model
+        remove_adapters(former, merge=True)
+        weights = fit_positions(former.state_dict(), model)
+        checkpoint.check_fit(weights, model, path)
+        model.load_state_dict(weights)
+    else:
+        checkpoint.load_weights(path, model, fit=fit_positions)
     model.load_state_dict(own, strict=False)
-    return model
 
 
 def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokenizer:

@@ -13,7 +13,6 @@ from dist_vse.data.index import Index, read_index
 from dist_vse.data.precomputed import Features
 from dist_vse.data.streams import TrainSet, open_train_sets
 from dist_vse.engine.zero import ZeroEngine
-from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.precision import use_precision
 from dist_vse.models.tokenizer import Tokenizer
@@ -24,7 +23,7 @@ from dist_vse.runs.lease import Lease, acquire
 from dist_vse.runs.metrics import Meter
 from dist_vse.runs.resolve import resolve
 from dist_vse.runs.trackers import check_trackers
-from dist_vse.runs.trained import build_start, run_tokenizer
+from dist_vse.runs.trained import build_for_checkpoint, build_start, run_tokenizer
 from dist_vse.training.build_engine import build_engine
 from dist_vse.training.chunking import agree, choose_chunks
 from dist_vse.training.compile_warmup import warm_up
@@ -97,7 +96,7 @@ def set_up(config: TrainConfig) -> Run:
     with distributed.raise_on_all_ranks():
         tokenizer = run_tokenizer(config, run_dir, build=False)
         if checkpoint.steps(run_dir / CHECKPOINTS):
-            model = build_model(config.model, config.loss, tokenizer, seed=config.seed)
+            model = build_for_checkpoint(config, tokenizer)
         else:
             model = build_start(config, tokenizer)
         model = model.to(distributed.device())

@@ -27,13 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--onnx", action="store_true", help="add image.onnx and text.onnx (extra onnx)"
     )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="add the adapters of model.lora to the weights of their layers; else they stay apart",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Export; return 0."""
     from dist_vse.tools.export.write import export_run
 
-    path = export_run(args.run_dir, args.out, onnx=args.onnx, form=args.format, name=args.push)
+    path = export_run(
+        args.run_dir,
+        args.out,
+        onnx=args.onnx,
+        form=args.format,
+        name=args.push,
+        merge=args.merge,
+    )
     say(f"wrote {path}")
     if args.push is not None:
         from dist_vse.tools.export.hub import push

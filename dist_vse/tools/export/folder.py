@@ -6,6 +6,7 @@ model/                 of a run that began with model.pretrained: the checkpoint
 image/                 timm's layout: timm.create_model("local-dir:OUT/image", pretrained=True)
 text/                  transformers' layout with the tokenizer, or plain tensors of our own trunks
 heads.safetensors      the maps from both trunks into the shared space, log_scale and bias
+adapters.safetensors   of a run with model.lora that was exported without --merge
 vocabulary.json        of our own text trunks
 README.md              how to use it, with this package and without
 """
@@ -18,10 +19,11 @@ from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.version import __version__
-from dist_vse.config import ImageConfig, ModelConfig, TextConfig
+from dist_vse.config import ImageConfig, LoraConfig, ModelConfig, TextConfig
 
 DESCRIPTION = "dist_vse.json"
 HEADS = "heads.safetensors"
+ADAPTERS = "adapters.safetensors"
 IMAGE, TEXT, MODEL = "image", "text", "model"
 FORMAT = 1
 
@@ -63,9 +65,12 @@ def read_description(folder: Path) -> Description:
             part["weights"] = str(folder / part["weights"]) if part["weights"] else None
         if model.get("pretrained"):
             model["pretrained"] = str(folder / model["pretrained"])
-        shape = {key: value for key, value in model.items() if key not in ("image", "text")}
+        shape = {k: v for k, v in model.items() if k not in ("image", "text", "lora")}
         config = ModelConfig(
-            image=ImageConfig(**model["image"]), text=TextConfig(**model["text"]), **shape
+            image=ImageConfig(**model["image"]),
+            text=TextConfig(**model["text"]),
+            lora=LoraConfig(**model.get("lora", {})),
+            **shape,
         )
         return Description(config, content["vocab_size"], content["pad_id"], content["source"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:

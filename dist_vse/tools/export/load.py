@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_vse.common.errors import UserError
-from dist_vse.config import LossConfig, ModelConfig
+from dist_vse.config import LoraConfig, LossConfig, ModelConfig
 from dist_vse.data.decode import BadSampleError, Transform, decode_image
 from dist_vse.data.image_file import narrowed, orientation, turned
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.lora import add_adapters
 from dist_vse.models.pretrained import pretrained_tokenizer
 from dist_vse.models.save import TRUNK_WEIGHTS
 from dist_vse.models.tokenizer import PretrainedTokenizer, Tokenizer, WordTokenizer
 from dist_vse.runs.files import VOCABULARY_NAME
-from dist_vse.tools.export.folder import HEADS, IMAGE, TEXT, read_description
+from dist_vse.tools.export.folder import ADAPTERS, HEADS, IMAGE, TEXT, read_description
 from dist_vse.tools.export.hub import PREFIX, fetch
 
 if TYPE_CHECKING:
@@ -109,10 +111,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Embedder:
 
 
 def build(folder: Path) -> DualEncoder:
-    """Build the model of an exported folder, with its weights."""
+    """Build the model of an exported folder, with its weights and adapters."""
     description = read_description(folder)
     config = description.model
-    model = build_model(config, LossConfig(), description)
+    model = build_model(replace(config, lora=LoraConfig()), LossConfig(), description)
     try:
         if config.pretrained is None:
             for section, tower, part in (
@@ -127,6 +129,11 @@ def build(folder: Path) -> DualEncoder:
             tower.head.load_state_dict(own)
         model.log_scale.data.copy_(heads["log_scale"])
         model.bias.data.copy_(heads["bias"])
+        if config.lora.rank:
+            add_adapters(model, config, seed=0)
+            adapters = load_file(folder / ADAPTERS)
+            if unknown := model.load_state_dict(adapters, strict=False).unexpected_keys:
+                raise KeyError(unknown[0])
     except (RuntimeError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}: is damaged ({reason}); export the model again") from error

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dist_vse.common.errors import UserError, first_line, writing
-from dist_vse.config import ModelConfig
+from dist_vse.config import LoraConfig, ModelConfig
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.lora import add_adapters, remove_adapters
 from dist_vse.models.pretrained import save_pretrained
 from dist_vse.models.save import TRUNK_WEIGHTS, save_image_trunk, save_text_trunk, save_tokenizer
 from dist_vse.models.tokenizer import Tokenizer, WordTokenizer
@@ -22,28 +24,43 @@ from dist_vse.runs.environment import read_environment
 from dist_vse.runs.files import VOCABULARY_NAME
 from dist_vse.runs.trained import open_trained
 from dist_vse.tools.export.card import Card, own_usage, read_metrics, write_card
-from dist_vse.tools.export.folder import HEADS, IMAGE, MODEL, TEXT, Description, write_description
+from dist_vse.tools.export.folder import (
+    ADAPTERS,
+    HEADS,
+    IMAGE,
+    MODEL,
+    TEXT,
+    Description,
+    write_description,
+)
 from dist_vse.tools.export.formats import FORMATS, add_sentence_transformers
 from dist_vse.tools.export.load import build, load
 from dist_vse.tools.export.options import OWN, SENTENCES
 
 
 def export_run(
-    location: Path, out: Path, *, onnx: bool = False, form: str = OWN, name: str | None = None
+    location: Path,
+    out: Path,
+    *,
+    onnx: bool = False,
+    form: str = OWN,
+    name: str | None = None,
+    merge: bool = False,
 ) -> Path:
     """Write the model of a run, or of one of its checkpoints, into the folder `out`.
 
-    `form` is one of `options.FORMS`; `name` is what the model will be called on a hub. The folder
-    appears by one rename; one of our own layout was loaded again before, and found equal to the
-    bit. Raises UserError if `out` exists or cannot be written, if the run has no checkpoint or has
-    diverged, and for a model that a form cannot express.
+    `form` is one of `options.FORMS`; `name` is what the model will be called on a hub; `merge` adds
+    the adapters of `model.lora` to the layers that they belong to. The folder appears by one
+    rename; one of our own layout was loaded again before, and found equal to the bit. Raises
+    UserError if `out` exists or cannot be written, if the run has no checkpoint or has diverged,
+    and for a model that a form cannot express.
     """
     if out.exists():
         raise UserError(f"{out}: already exists; give another folder, or remove it")
     if onnx and form in FORMATS:
         raise UserError(f"--onnx goes with --format {OWN} or {SENTENCES}, not {form}")
     trained = open_trained(location)
-    model = trained.model.eval()
+    model, shape = trained.model.eval(), trained.config.model
     _check_finite(model, f"{trained.run_dir} at {trained.checkpoint.name}")
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -56,7 +73,9 @@ def export_run(
         "data": (read_environment(trained.run_dir) or {}).get("data", {}),  # fingerprint by place
     }
     name = name or str(out.resolve())
-    shape = trained.config.model
+    adapters = _take_adapters(model, shape, form, merge=merge)
+    if merge:
+        shape = dataclasses.replace(shape, lora=LoraConfig())
     with _writing(out):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         if form in FORMATS:
@@ -66,8 +85,10 @@ def export_run(
         if form == SENTENCES:
             card = add_sentence_transformers(temporary, name)
         write_card(temporary, card, source, shape.embed_dim)
+        if adapters:
+            save_file(adapters, temporary / ADAPTERS, metadata={"format": "pt"})
     if form not in FORMATS:
-        _check_again(temporary, model)
+        _check_again(temporary, model, shape, adapters)
     if onnx:
         from dist_vse.tools.export.onnx import write_onnx
 
@@ -78,9 +99,31 @@ def export_run(
     return out
 
 
-def _check_again(folder: Path, model: DualEncoder) -> None:
+def _take_adapters(
+    model: DualEncoder, shape: ModelConfig, form: str, *, merge: bool
+) -> dict[str, Tensor]:
+    """Give the model its plain layers, adapters merged in or not; return those that were not.
+
+    Raises UserError for a form that knows no adapters, and for a merge without any.
+    """
+    if not shape.lora.rank:
+        if merge:
+            raise UserError("--merge is for a run with adapters (model.lora); this one has none")
+        return {}
+    if form in FORMATS and not merge:
+        raise UserError(f"--format {form} has no place for adapters (model.lora): add --merge")
+    adapters = remove_adapters(model, merge=merge)
+    return {} if merge else {name: x.contiguous().clone() for name, x in adapters.items()}
+
+
+def _check_again(
+    folder: Path, model: DualEncoder, shape: ModelConfig, adapters: dict[str, Tensor]
+) -> None:
     """Hold the weights that were written to those of the model, to the bit."""
     again = build(folder)
+    if adapters:
+        add_adapters(model, shape, seed=0)
+        model.load_state_dict(adapters, strict=False)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), f"{name} changed by saving"
 

@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_vse.common.memory import TensorMemoryTracker
-from dist_vse.config import TrainConfig
+from dist_vse.config import LoraConfig, TrainConfig
 from dist_vse.engine.gradient_reduction import BUCKET
 from dist_vse.engine.zero import PERSISTENT
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.lora import add_adapters
 from dist_vse.models.precision import autocast
 from dist_vse.models.tokenizer import AnyWords, PretrainedTokenizer
 from dist_vse.tools.plan.work import FP32, Line, Ops, Work
@@ -43,6 +44,7 @@ def model_key(config: TrainConfig) -> str:
         f"head {model.head_hidden}" if model.head_hidden else "",
         _frozen("image", image.frozen, image.unlocked),
         _frozen("text", text.frozen, text.unlocked),
+        f"adapters {model.lora.rank}" if model.lora.rank else "",
         "checkpointing" if model.grad_checkpointing else "",
         "compiled" if model.compile else "",
         config.engine.precision,
@@ -60,13 +62,13 @@ def build_for_plan(config: TrainConfig, vocabulary: int, device: str) -> DualEnc
     if text.spec.from_library:
         tokenizer = PretrainedTokenizer(str(text.weights), text.max_tokens)
         vocabulary, pad, device = tokenizer.vocab_size, tokenizer.pad_id, "cpu"
+    image = replace(config.model.image, weights=None)
+    shape = replace(config.model, image=image, compile=False, lora=LoraConfig())
     with torch.device(device):
-        return build_model(
-            replace(config.model, image=replace(config.model.image, weights=None), compile=False),
-            config.loss,
-            AnyWords(vocabulary, pad),
-            seed=config.seed,
-        )
+        model = build_model(shape, config.loss, AnyWords(vocabulary, pad), seed=config.seed)
+        if config.model.lora.rank:
+            add_adapters(model, config.model, seed=config.seed)
+    return model
 
 
 def count_work(config: TrainConfig, *, vocabulary: int) -> Work:
