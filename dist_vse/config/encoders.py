@@ -48,7 +48,8 @@ class ImageConfig:
     """Of a frozen trunk, the last layers that learn nevertheless: 1 is the last block and what
     follows it."""
     size: int = 224
-    """Side of the square input, pixels."""
+    """Side of the square input, pixels. A checkpoint of `model.pretrained` has its own; another one
+    here resamples its positions. 224 counts as left out there."""
     size_schedule: list[list[float]] = field(default_factory=list)
     """Smaller sides in training: `[[0, 112], [0.7, 160], [0.95, 224]]` trains at 112 pixels until
     0.7 of the run; timm resamples the positions. Evaluation has `size`. For timm models."""
@@ -110,6 +111,11 @@ class ImageConfig:
         return (sizes[-1] if sizes else self.size), drop
 
     @property
+    def asked_size(self) -> int | None:
+        """The side, None where it is left to a checkpoint."""
+        return None if self.size == type(self).size else self.size
+
+    @property
     def all_frozen(self) -> bool:
         """Whether no layer of the trunk learns."""
         return self.frozen and self.unlocked == 0
@@ -133,7 +139,8 @@ class TextConfig:
     unlocked: int = 0
     """Of a frozen trunk, the last layers that learn nevertheless."""
     max_tokens: int = 32
-    """Longer captions are cut."""
+    """Longer captions are cut. A checkpoint of `model.pretrained` has its own number; a larger one
+    here stretches its positions, and 32 counts as left out there."""
     width: int = 256
     """Size of the hidden states, from scratch."""
     depth: int = 2
@@ -169,6 +176,11 @@ class TextConfig:
             self.kind != "transformer" or self.width % 64 == 0,
             f"model.text.width ({self.width}) must be a multiple of 64, the width of a head",
         )
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The longest caption, None where it is left to a checkpoint."""
+        return None if self.max_tokens == type(self).max_tokens else self.max_tokens
 
     @property
     def all_frozen(self) -> bool:

@@ -32,8 +32,12 @@ def build_model(
         # Not torch.manual_seed: it would seed the GPUs as well, which the fork does not restore.
         torch.default_generator.manual_seed(seed)
         if config.pretrained is not None:
-            checkpointing = config.grad_checkpointing
-            parts = build_pretrained(config.pretrained, grad_checkpointing=checkpointing)
+            parts = build_pretrained(
+                config.pretrained,
+                image_size=config.image.asked_size,
+                max_tokens=config.text.asked_tokens,
+                grad_checkpointing=config.grad_checkpointing,
+            )
         else:
             parts = _build_parts(config, vocabulary)
     if config.compile:

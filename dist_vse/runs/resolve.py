@@ -8,7 +8,6 @@ from typing import Any
 from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger
 from dist_vse.config import TrainConfig
-from dist_vse.config.encoders import ImageConfig, TextConfig
 from dist_vse.config.sections import MIN_LEARNED_TEMPERATURE, LossConfig, ModelConfig
 from dist_vse.models.pretrained import Start, read_start
 from dist_vse.runs import checkpoint
@@ -48,18 +47,22 @@ def with_start(config: TrainConfig) -> TrainConfig:
     if config.loss.learn_temperature:
         temperature = max(MIN_LEARNED_TEMPERATURE, temperature)
     bias = config.loss.bias if start.bias is None else start.bias
+    size = config.model.image.asked_size or start.image_size
+    max_tokens = config.model.text.asked_tokens or start.max_tokens
     logger.info(
         "%s: %s, %d pixels, %d tokens, %d dimensions, temperature %.4g",
         *(config.model.pretrained, start.kind, start.image_size),
         *(start.max_tokens, start.embed_dim, temperature),
     )
+    if (size, max_tokens) != (start.image_size, start.max_tokens):
+        logger.info("its positions are resampled to %d pixels, %d tokens", size, max_tokens)
     image = replace(
         config.model.image,
-        size=start.image_size,
+        size=size,
         squash=start.squash,
         resampling=start.resampling,
     )
-    text = replace(config.model.text, max_tokens=start.max_tokens)
+    text = replace(config.model.text, max_tokens=max_tokens)
     model = replace(config.model, image=image, text=text, embed_dim=start.embed_dim)
     loss = replace(config.loss, temperature=temperature, bias=bias)
     if config.model.from_run is not None:  # which has trained on
@@ -72,13 +75,6 @@ def _check_nothing_is_ignored(config: TrainConfig, start: Start) -> None:
     model, loss = config.model, config.loss
     temperatures = (start.temperature, max(MIN_LEARNED_TEMPERATURE, start.temperature))
     settings: list[tuple[str, float, float, tuple[float, ...]]] = [
-        ("model.image.size", model.image.size, ImageConfig.size, (start.image_size,)),
-        (
-            "model.text.max_tokens",
-            model.text.max_tokens,
-            TextConfig.max_tokens,
-            (start.max_tokens,),
-        ),
         ("model.embed_dim", model.embed_dim, ModelConfig.embed_dim, (start.embed_dim,)),
     ]
     if model.from_run is None:

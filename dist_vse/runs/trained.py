@@ -96,7 +96,7 @@ def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokeniz
     The vocabulary comes from the training splits alone, so that evaluation can't leak into it.
     """
     if config.model.pretrained is not None:
-        return pretrained_tokenizer(config.model.pretrained)
+        return pretrained_tokenizer(config.model.pretrained, config.model.text.asked_tokens)
     path = run_dir / VOCABULARY_NAME
     if build and not path.is_file() and config.model.from_run is not None:
         former = find_run(Path(config.model.from_run))[0] / VOCABULARY_NAME

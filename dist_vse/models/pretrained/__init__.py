@@ -27,8 +27,15 @@ class _Library(Protocol):
     KIND: str
 
     def read(self, folder: Path) -> Start: ...
-    def build(self, folder: Path, *, grad_checkpointing: bool) -> Parts: ...
-    def tokenizer(self, folder: Path) -> Tokenizer: ...
+    def build(
+        self,
+        folder: Path,
+        *,
+        image_size: int | None,
+        max_tokens: int | None,
+        grad_checkpointing: bool,
+    ) -> Parts: ...
+    def tokenizer(self, folder: Path, max_tokens: int | None) -> Tokenizer: ...
     def save(self, model: DualEncoder, source: Path, folder: Path) -> None: ...
 
 
@@ -41,14 +48,31 @@ def read_start(folder: str) -> Start:
     return _library(folder).read(Path(folder))
 
 
-def build_pretrained(folder: str, *, grad_checkpointing: bool) -> Parts:
-    """Build the encoders and heads of the checkpoint in a folder, in float32."""
-    return _library(folder).build(Path(folder), grad_checkpointing=grad_checkpointing)
+def build_pretrained(
+    folder: str,
+    *,
+    image_size: int | None = None,
+    max_tokens: int | None = None,
+    grad_checkpointing: bool,
+) -> Parts:
+    """Build the encoders and heads of the checkpoint in a folder, in float32.
+
+    For another side of images or length of captions than its own, its positions are resampled.
+    """
+    return _library(folder).build(
+        Path(folder),
+        image_size=image_size,
+        max_tokens=max_tokens,
+        grad_checkpointing=grad_checkpointing,
+    )
 
 
-def pretrained_tokenizer(folder: str) -> Tokenizer:
-    """Load the checkpoint's tokenizer; it cuts captions to what its text encoder can take."""
-    return _library(folder).tokenizer(Path(folder))
+def pretrained_tokenizer(folder: str, max_tokens: int | None = None) -> Tokenizer:
+    """Load the checkpoint's tokenizer; it cuts captions to what its text encoder can take.
+
+    Or to `max_tokens`, where the encoder was built for as many.
+    """
+    return _library(folder).tokenizer(Path(folder), max_tokens)
 
 
 def save_pretrained(model: DualEncoder, source: str, folder: Path) -> str:

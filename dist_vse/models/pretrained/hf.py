@@ -3,6 +3,7 @@
 Shape letters: n captions, l tokens of the longest.
 """
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from dist_vse.common.terminal import short
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.encoder import enable_checkpointing
 from dist_vse.models.image import ImageTrunk, make_sendable
+from dist_vse.models.positions import check_grid, fit_positions
 from dist_vse.models.pretrained.parts import Parts, PooledTrunk, Start
 from dist_vse.models.tokenizer import Tokenizer, check_captions
 
@@ -97,8 +99,10 @@ def read(folder: Path) -> Start:
     )
 
 
-def build(folder: Path, *, grad_checkpointing: bool) -> Parts:
-    """Load the model, and take it apart."""
+def build(
+    folder: Path, *, image_size: int | None, max_tokens: int | None, grad_checkpointing: bool
+) -> Parts:
+    """Load the model, fit it to other sizes than its own, and take it apart."""
     from transformers import AutoModel
     from transformers.utils.logging import disable_progress_bar
 
@@ -118,7 +122,7 @@ def build(folder: Path, *, grad_checkpointing: bool) -> Parts:
     missing = sorted(loading["missing_keys"])
     if missing:
         raise UserError(f"{folder}: its weights lack {len(missing)} tensors ({missing[0]}, ...)")
-    model = model.float().train()
+    model = _fitted(model.float(), config, folder, image_size, max_tokens).train()
     if grad_checkpointing:
         enable_checkpointing(model, str(folder))
     vision, text = (
@@ -143,13 +147,31 @@ def build(folder: Path, *, grad_checkpointing: bool) -> Parts:
     )
 
 
-def tokenizer(folder: Path) -> Tokenizer:
+def _fitted(
+    model: Any, config: Any, folder: Path, image_size: int | None, max_tokens: int | None
+) -> Any:
+    """Return the model with positions for these sizes; the very same where they are its own."""
+    from transformers import AutoModel
+
+    sizes = config.vision_config.image_size, config.text_config.max_position_embeddings
+    wanted = image_size or sizes[0], max_tokens or sizes[1]
+    if wanted == sizes:
+        return model
+    check_grid(wanted[0], config.vision_config.patch_size, folder)
+    changed = copy.deepcopy(config)
+    changed.vision_config.image_size, changed.text_config.max_position_embeddings = wanted
+    other = AutoModel.from_config(changed).float()
+    other.load_state_dict(fit_positions(model.state_dict(), other))
+    return other
+
+
+def tokenizer(folder: Path, max_tokens: int | None) -> Tokenizer:
     """Load the tokenizer."""
     config = _config(folder)
     full = config.model_type == "siglip"  # its last position is what it looks at
     return HfTokenizer(
         _load_tokenizer(folder),
-        max_tokens=config.text_config.max_position_embeddings,
+        max_tokens=max_tokens or config.text_config.max_position_embeddings,
         full=full,
         vocab_size=config.text_config.vocab_size,
     )
@@ -159,25 +181,40 @@ def save(model: DualEncoder, source: Path, folder: Path) -> None:
     """Put the trained parts together again, and save them with tokenizer and preprocessing."""
     from transformers import AutoModel
 
-    whole = AutoModel.from_config(_config(source)).float()
-    trunk = model.image.trunk
+    config, trunk = _config(source), model.image.trunk
     assert isinstance(trunk, ImageTrunk)
+    vision: Any = trunk.backbone.model
+    text: Any = model.text.trunk.encoder.model  # type: ignore[union-attr]
+    own = config.vision_config.image_size
+    side = config.vision_config.image_size = vision.config.image_size
+    length = config.text_config.max_position_embeddings = text.config.max_position_embeddings
+    whole = AutoModel.from_config(config).float()
     parts = {
-        "vision_model": trunk.backbone.model,
-        "text_model": model.text.trunk.encoder.model,  # type: ignore[union-attr]
+        "vision_model": vision,
+        "text_model": text,
         "visual_projection": model.image.head,
         "text_projection": model.text.head,
     }
     for name, part in parts.items():
         if hasattr(whole, name):
-            getattr(whole, name).load_state_dict(part.state_dict())  # type: ignore[union-attr]
+            getattr(whole, name).load_state_dict(part.state_dict())
     for name, value in (("logit_scale", model.log_scale), ("logit_bias", model.bias)):
         if hasattr(whole, name):
             scalar = getattr(whole, name)
             scalar.data = value.data.cpu().reshape(scalar.shape).clone()
     whole.save_pretrained(folder)
-    _load_tokenizer(source).save_pretrained(folder)
-    _preprocessing(source).save_pretrained(folder)
+    words, pixels = _load_tokenizer(source), _preprocessing(source)
+    words.model_max_length = length
+    words.save_pretrained(folder)
+    if side != own:
+        pixels.size = dict.fromkeys(_keys(pixels.size), side)
+        if pixels.do_center_crop:
+            pixels.crop_size = dict.fromkeys(_keys(pixels.crop_size), side)
+    pixels.save_pretrained(folder)
+
+
+def _keys(size: Any) -> list[str]:
+    return [key for key, value in dict(size).items() if value is not None]
 
 
 def _model_type(path: Path) -> str:

@@ -4,6 +4,7 @@ Shape letters: n captions, l the context length.
 """
 
 import json
+import logging
 import math
 import pickle
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.image import ImageTrunk, make_sendable
+from dist_vse.models.positions import check_grid, fit_positions
 from dist_vse.models.pretrained.parts import Parts, PooledTrunk, Start
 from dist_vse.models.tokenizer import Tokenizer, check_captions
 
@@ -78,8 +80,10 @@ def read(folder: Path) -> Start:
     )
 
 
-def build(folder: Path, *, grad_checkpointing: bool) -> Parts:
-    """Load the model, and take it apart."""
+def build(
+    folder: Path, *, image_size: int | None, max_tokens: int | None, grad_checkpointing: bool
+) -> Parts:
+    """Load the model, fit it to other sizes than its own, and take it apart."""
     open_clip = _import(folder)
     config, pixels = _config(folder)
     _weights(folder)
@@ -87,7 +91,7 @@ def build(folder: Path, *, grad_checkpointing: bool) -> Parts:
         model = open_clip.create_model(f"local-dir:{folder}", force_custom_text=True)
     except _WRONG as error:
         raise UserError(f"{folder}: does not load ({first_line(error)})") from error
-    model.float()
+    model = _fitted(model.float(), config, folder, image_size, max_tokens)
     if grad_checkpointing:
         model.set_grad_checkpointing()
     for part in (model.visual, model.text):
@@ -99,12 +103,53 @@ def build(folder: Path, *, grad_checkpointing: bool) -> Parts:
     return Parts(image, PooledTrunk(model.text), nn.Identity(), nn.Identity())
 
 
-def tokenizer(folder: Path) -> Tokenizer:
+def _fitted(
+    model: Any,
+    config: dict[str, Any],
+    folder: Path,
+    image_size: int | None,
+    max_tokens: int | None,
+) -> Any:
+    """Return the model with positions for these sizes; the very same where they are its own."""
+    open_clip, vision = _import(folder), config["vision_cfg"]
+    sizes = vision.get("image_size", 224), config["text_cfg"].get("context_length", 77)
+    wanted = image_size or sizes[0], max_tokens or sizes[1]
+    if wanted == sizes:
+        return model
+    if config["text_cfg"].get("hf_model_name") and wanted[1] > sizes[1]:
+        raise UserError(
+            f"{folder}: its text encoder has no positions for model.text.max_tokens={wanted[1]}; "
+            f"leave it out, or give at most {sizes[1]}"
+        )
+    if not vision.get("timm_model_name"):
+        check_grid(wanted[0], vision.get("patch_size", 16), folder)
+    logging.disable(logging.WARNING)  # it warns that it loads no weights, which is on purpose
+    try:
+        other = open_clip.create_model(
+            f"local-dir:{folder}",
+            load_weights=False,
+            pretrained_text=False,
+            force_custom_text=True,
+            force_image_size=wanted[0],
+            force_context_length=wanted[1],
+        )
+        other.load_state_dict(fit_positions(model.state_dict(), other))
+    except _WRONG as error:
+        raise UserError(
+            f"{folder}: can't take images of {wanted[0]} pixels and captions of {wanted[1]} "
+            f"tokens ({first_line(error)}); leave out model.image.size and model.text.max_tokens"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    return other
+
+
+def tokenizer(folder: Path, max_tokens: int | None) -> Tokenizer:
     """Load the tokenizer."""
     open_clip = _import(folder)
     config, _ = _config(folder)
     try:
-        loaded = open_clip.get_tokenizer(f"local-dir:{folder}")
+        loaded = open_clip.get_tokenizer(f"local-dir:{folder}", context_length=max_tokens)
     except _WRONG as error:
         raise UserError(f"{folder}: its tokenizer does not load ({first_line(error)})") from error
     return OpenClipTokenizer(loaded, vocab_size=config["text_cfg"].get("vocab_size", 49408))
@@ -114,11 +159,16 @@ def save(model: DualEncoder, source: Path, folder: Path) -> None:
     """Write the config, the trained weights and the tokenizer's files."""
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     config["model_cfg"]["custom_text"] = True  # the names of the text encoder's tensors
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     trunk = model.image.trunk
     assert isinstance(trunk, ImageTrunk)
+    vision: Any = trunk.backbone
+    text: Any = model.text.trunk.encoder
+    side = vision.image_size
+    config["model_cfg"]["vision_cfg"]["image_size"] = side[0] if isinstance(side, tuple) else side
+    if not config["model_cfg"]["text_cfg"].get("hf_model_name"):
+        config["model_cfg"]["text_cfg"]["context_length"] = text.context_length
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = {f"visual.{name}": x for name, x in trunk.backbone.state_dict().items()}
-    text: nn.Module = model.text.trunk.encoder  # type: ignore[assignment]
     state |= {f"text.{name}": x for name, x in text.state_dict().items()}
     state["logit_scale"] = model.log_scale.data.reshape(())
     if config["model_cfg"].get("init_logit_bias") is not None:

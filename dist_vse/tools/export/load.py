@@ -102,7 +102,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Embedder:
     shape = description.model
     tokenizer: Tokenizer
     if shape.pretrained is not None:
-        tokenizer = pretrained_tokenizer(shape.pretrained)
+        tokenizer = pretrained_tokenizer(shape.pretrained, shape.text.asked_tokens)
     elif shape.text.weights is not None:
         tokenizer = PretrainedTokenizer(shape.text.weights, shape.text.max_tokens)
     else:
