@@ -1,5 +1,6 @@
 """The bytes of a URL or a `pipe:` command, or an OSError after a while without any."""
 
+import base64
 import contextlib
 import http.client
 import io
@@ -16,7 +17,7 @@ from collections.abc import Callable, Generator, Mapping
 from email.message import Message
 from types import MappingProxyType
 from typing import IO
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit, urlunsplit
 
 from dist_vse.common.errors import first_line
 from dist_vse.data.index import check_consent
@@ -175,10 +176,14 @@ def _read_http(
 ) -> Chunks:
     parts = urlsplit(url)
     path, query = quote(parts.path, UNQUOTED), quote(parts.query, UNQUOTED)
+    login, _, host = parts.netloc.rpartition("@")
     request = urllib.request.Request(
-        urlunsplit((parts.scheme, parts.netloc, path, query, "")),
+        urlunsplit((parts.scheme, host, path, query, "")),
         headers={**headers, "Range": f"bytes={start}-"} if start else dict(headers),
     )
+    if login:  # user:password, for this host alone
+        basic = base64.b64encode(unquote_to_bytes(login)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {basic}")
     try:
         with urllib.request.urlopen(request, timeout=stall_s) as response:
             check(response.headers)

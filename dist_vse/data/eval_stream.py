@@ -81,17 +81,20 @@ def eval_share(num_samples: int, batch_size: int, placement: Placement) -> tuple
     return start, stop
 
 
-def captions(index: Index, split: str) -> Iterator[str]:
+def captions(index: Index, split: str, *, negatives: bool = False) -> Iterator[str]:
     """Yield all captions of a split in the order of the index, reading no image.
 
-    Samples with broken metadata or no caption are skipped, as in training.
+    With `negatives`, a sample's own follow its captions. Samples with broken metadata or no caption
+    are skipped, as in training.
     """
     reader = ShardReader(index, split, max_open=1)
     try:
         for shard, entry in enumerate(index.split(split).shards):
             for row in range(entry.num_samples):
                 try:
-                    yield from reader.meta(shard, row).captions
+                    meta = reader.meta(shard, row)
+                    yield from meta.captions
+                    yield from meta.negatives if negatives else ()
                 except BadSampleError:
                     continue  # training counts and names it
     finally:

@@ -111,7 +111,8 @@ def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokeniz
 
     def train_captions() -> Iterator[str]:
         for a_set in open_train_sets(config.data):
-            yield from captions(a_set.index, a_set.split)
+            # A word of negatives alone would else be <unk>, which tells them from captions.
+            yield from captions(a_set.index, a_set.split, negatives=config.data.negatives > 0)
 
     tokenizer = build_tokenizer(config.model.text, train_captions, None)
     if isinstance(tokenizer, WordTokenizer):

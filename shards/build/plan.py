@@ -13,7 +13,8 @@ from dist_vse.shards.build.keys import safe_keys
 from dist_vse.shards.fetching import Fetching
 from dist_vse.shards.json_text import dump_json
 from dist_vse.shards.manifest import shard_files
-from dist_vse.shards.record import Image, Member, Record, local_path
+from dist_vse.shards.public_url import public_url
+from dist_vse.shards.record import Image, Member, Record, Url, local_path
 
 if TYPE_CHECKING:
     from dist_vse.shards.build.recode import Recode
@@ -111,6 +112,8 @@ class Fingerprint:
         image = record.image
         if isinstance(image, Member):
             place = f"{image.url}{image.offset}+{image.num_bytes}"
+        elif isinstance(image, Url):
+            place = public_url(image.url)  # a list that was signed again names the same images
         else:
             place = "" if local_path(image) else str(image)
         content = meta + record.fault.encode("utf-8", "backslashreplace")

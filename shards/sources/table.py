@@ -14,6 +14,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import short
 from dist_vse.data.index import image_id
 from dist_vse.shards.captions import Captions, is_missing, read_captions
+from dist_vse.shards.public_url import public_url
 from dist_vse.shards.record import Image, Record, Url
 from dist_vse.shards.sources.paths import existing_folder, image_fault, image_in, url_fault
 from dist_vse.shards.sources.rows import Row, parquet_rows, text_rows
@@ -52,8 +53,8 @@ def read_table(
     root = path if path.is_dir() else path.parent
     root = root if images is None else existing_folder(images)
     stored = StoredImages(scratch)
-    fault = url_fault if urls else image_fault
-    groups = _groups(rows(path, columns.names), columns, split or "train", stored, fault)
+    naming = _URLS if urls else _PATHS
+    groups = _groups(rows(path, columns.names), columns, split or "train", stored, naming)
     stored.close()
     for group in groups.values():
         image = group.image
@@ -64,7 +65,7 @@ def read_table(
             captions=tuple(group.captions),
             split=group.split,
             key=group.key,
-            extra={"url": str(image)} if isinstance(image, Url) else {},
+            extra={"url": public_url(image.url)} if isinstance(image, Url) else {},
             languages=tuple(group.languages) if any(group.languages) else (),
             fault=group.fault,
         )
@@ -85,6 +86,14 @@ class _Columns:
         return [self.image, *self.captions, *(name for name in more if name is not None)]
 
 
+@dataclass(frozen=True)
+class _Naming:
+    """What an image's name says, by the kind of name."""
+
+    fault: Callable[[str], str]
+    key: Callable[[str], str]
+
+
 @dataclass
 class _Group:
     """What the rows of one image said so far."""
@@ -103,7 +112,7 @@ def _groups(
     columns: _Columns,
     split: str,
     stored: StoredImages,
-    fault_of: Callable[[str], str],
+    naming: _Naming,
 ) -> dict[str | int, _Group]:
     """Put the rows together by image: by its path, or by its bytes."""
     groups: dict[str | int, _Group] = {}
@@ -115,7 +124,7 @@ def _groups(
             identity: str | int = image_id(data)
             if identity not in groups:
                 place = stored.add(data, where)
-                stem = os.path.splitext(name)[0] if isinstance(name, str) else where
+                stem = _stem(name) if isinstance(name, str) else where
                 groups[identity] = _Group(place, own, key or stem)
         elif is_missing(name) or not isinstance(name, str):
             identity = where
@@ -124,8 +133,8 @@ def _groups(
         else:
             identity = name
             if identity not in groups:
-                stem = key or os.path.splitext(name)[0]
-                groups[identity] = _Group(name, own, stem, fault=fault_of(name))
+                fault = naming.fault(name)
+                groups[identity] = _Group(name, own, key or naming.key(name), fault=fault)
         group = groups[identity]
         if group.split != own:
             raise UserError(
@@ -139,6 +148,18 @@ def _groups(
             group.captions += captions.texts
             group.languages += captions.languages or [said] * len(captions.texts)
     return groups
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(path)[0]
+
+
+def _key_of_url(url: str) -> str:
+    public = public_url(url)  # keys are file names in the tar, and show in messages
+    return public if "?" in public else _stem(public)
+
+
+_PATHS, _URLS = _Naming(image_fault, _stem), _Naming(url_fault, _key_of_url)
 
 
 def _image_of(value: Any) -> tuple[Any, bytes]:

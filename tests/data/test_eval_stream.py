@@ -96,3 +96,10 @@ def test_captions_come_from_metadata_alone(tmp_path: Path) -> None:
     ]
     index = write_shards(tmp_path, {"val": [samples[:3], samples[3:]]})
     assert list(captions(index, "val")) == ["one", "two", "four"]
+
+
+def test_negatives_are_read_with_the_captions_where_they_are_trained_on(tmp_path: Path) -> None:
+    meta = json.dumps({"key": "a", "captions": ["one"], "negatives": ["no one", " "]}).encode()
+    index = write_shards(tmp_path, {"val": [[Sample("a", b"", (), meta=meta)]]})
+    assert list(captions(index, "val")) == ["one"]
+    assert list(captions(index, "val", negatives=True)) == ["one", "no one"]

@@ -18,6 +18,7 @@ import pytest
 from dist_vse.common.errors import UserError
 from dist_vse.shards.build import fetch
 from dist_vse.shards.fetching import Fetching, refused_by
+from dist_vse.shards.public_url import public_url
 from tests.support.datasets import draw, encode
 from tests.support.flaky_server import Server, serve
 from tests.support.shards import run_shard
@@ -156,6 +157,39 @@ def test_a_dead_network_ends_the_run_and_it_goes_on(server: Server, tmp_path: Pa
     assert not (tmp_path / "out" / "index.json").exists()
     whole = _shard(source, tmp_path / "out")
     assert whole == _shard(source, tmp_path / "other", "--connections", "1")
+
+
+@pytest.mark.parametrize(
+    ("url", "public"),
+    [
+        ("https://u:pass@host:80/a.jpg?id=3&sig=x", "https://host:80/a.jpg?id=3"),
+        ("https://b.s3/a.jpg?X-Amz-Date=1&X-Amz-Signature=x", "https://b.s3/a.jpg"),
+        ("https://host/a.jpg?alt=media&token=x", "https://host/a.jpg?alt=media"),
+        ("https://host/a.jpg?Expires=1&Key-Pair-Id=k&Signature=x", "https://host/a.jpg"),
+        ("https://host/i.php?keyword=cat&design=2&x", "https://host/i.php?keyword=cat&design=2&x"),
+        ("http://[host/a.jpg?sig=x", "http://[host/a.jpg"),
+    ],
+)
+def test_what_is_kept_of_a_url(url: str, public: str) -> None:
+    assert public_url(url) == public
+
+
+def test_a_list_with_passwords_and_signatures_leaves_none(server: Server, tmp_path: Path) -> None:
+    urls = [url.replace("//", "//me:SECRET@") + "&n=1" for url, _ in _write(server, 3)]
+
+    def signed(mark: str) -> Path:
+        rows = [(f"{url}&X-Amz-Signature={mark}", "x") for url in (*urls, server.url("gone.png?"))]
+        return _csv(tmp_path / "list.csv", rows)
+
+    first = _shard(signed("SECRET_ONE"), tmp_path / "out")
+    assert server.logins == {"Basic bWU6U0VDUkVU", ""}
+    for path in (tmp_path / "out").iterdir():
+        assert b"SECRET" not in path.read_bytes(), path
+    with tarfile.open(tmp_path / "out" / "train-00000.tar") as tar:
+        found = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith("json")]  # type: ignore[arg-type]
+    assert {sample["url"] for sample in found} == {u.replace("me:SECRET@", "") for u in urls}
+    server.requests.clear()  # signed again, the list names the same images
+    assert _shard(signed("SECRET_TWO"), tmp_path / "out") == first and not server.requests
 
 
 def test_images_wait_for_the_writer(server: Server) -> None:

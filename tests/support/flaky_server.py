@@ -26,6 +26,7 @@ class Server(ThreadingHTTPServer):
         self.headers: dict[str, str] = {}  # by file, the X-Robots-Tag
         self.requests: Counter[str] = Counter()
         self.ranges: list[str] = []
+        self.logins: set[str] = set()
         self.released = threading.Event()
 
     def shutdown_request(self, request: Any) -> None:
@@ -42,6 +43,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.server.folder / unquote(self.path.split("?")[0]).lstrip("/")
         self.server.requests[path.name] += 1
+        self.server.logins.add(self.headers.get("Authorization", ""))
         if not path.is_file():
             return self.send_error(404)
         fault = self.server.fault
