@@ -163,7 +163,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
         engine.update_average(progress.samples_seen, config.global_batch_size)
         watchdog.progress()
         skipped_log.add(progress.step, batch.skipped)
-        meter.add(config.global_batch_size)
+        meter.add(config.global_batch_size, batch.num_negatives)
         traced()
         bar.update()
         flags = distributed.any_rank_each((signals.asked(), saver.writing, saver.overdue))

@@ -87,6 +87,11 @@ class Batch:
     negative_ids: Tensor | None = None
     """int64 (m,): equal for equal texts, captions too."""
 
+    @property
+    def num_negatives(self) -> int:
+        """Texts of this rank that belong to no image (m)."""
+        return 0 if self.negatives is None else len(self.negatives)
+
 
 def join_parts(parts: Sequence[Part], images: Tensor | None, pad_id: int) -> Batch:
     """Join the parts of the rank's streams; tokens are padded to the longest of all.

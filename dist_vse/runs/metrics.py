@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,11 +72,13 @@ class Recorder:
 class Meter:
     """Measures the steps between two log steps: pairs a second, seconds by part, and MFU.
 
-    `step_flops` are the operations of a step on all ranks, `peak_flops` a device's in a second;
-    None where they are not known.
+    `step_flops` returns the operations of a step on all ranks, given how many texts without an
+    image these bring; `peak_flops` are a device's in a second. None where they are not known.
     """
 
-    def __init__(self, step_flops: float | None = None, peak_flops: float | None = None) -> None:
+    def __init__(
+        self, step_flops: Callable[[float], float] | None = None, peak_flops: float | None = None
+    ) -> None:
         self.clock = Clock(distributed.device())
         self.step_flops, self.peak_flops = step_flops, peak_flops
         self.hinted = False
@@ -87,10 +89,12 @@ class Meter:
         synchronize()
         self.clock.read()
         self.started, self.pairs, self.steps = time.perf_counter(), 0, 0
+        self.negatives = 0
 
-    def add(self, pairs: int) -> None:
-        """Count a step of so many pairs."""
+    def add(self, pairs: int, negatives: int = 0) -> None:
+        """Count a step of so many pairs on all ranks, and of this rank's texts without an image."""
         self.pairs += pairs
+        self.negatives += negatives
         self.steps += 1
 
     def rates(self) -> dict[str, float]:
@@ -105,7 +109,8 @@ class Meter:
         if self.clock.device_share is not None:
             values["device_share"] = self.clock.device_share
         if self.step_flops is not None and self.peak_flops is not None:
-            done = self.step_flops * self.steps / seconds
+            negatives = self.negatives / self.steps * distributed.world_size()  # as many on each
+            done = self.step_flops(negatives) * self.steps / seconds
             values["mfu"] = done / (self.peak_flops * distributed.world_size())
         return values
 

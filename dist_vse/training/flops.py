@@ -1,8 +1,8 @@
 """Floating-point operations of a step, and what share of a GPU's peak they make (MFU).
 
-Counted are the model's own: its forward and backward for every pair, and the loss's three matrix
-products. What gradient caching does twice is not counted, as in the usual definition (Chowdhery et
-al., PaLM, 2022, https://arxiv.org/abs/2204.02311, appendix B).
+Counted are the model's own: its forward and backward for every pair and every text without an
+image, and the loss's three matrix products. What gradient caching does twice is not counted, as in
+the usual definition (Chowdhery et al., PaLM, 2022, https://arxiv.org/abs/2204.02311, appendix B).
 """
 
 from dataclasses import dataclass
@@ -36,15 +36,18 @@ _PAIRS = (2, 4)  # to count on
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations that a pair costs the encoders."""
+    """Operations that a pair, or a text without an image, costs the encoders."""
 
     forward: float
     backward: float
+    negative: float = 0.0
+    """Of such a text: forward and backward."""
 
-    def of_step(self, global_batch: int, embedding: int) -> float:
-        """Return those of a step of all ranks."""
-        loss = 3 * 2 * float(global_batch) ** 2 * embedding
-        return global_batch * (self.forward + self.backward) + loss
+    def of_step(self, global_batch: int, embedding: int, negatives: float = 0) -> float:
+        """Return those of a step of all ranks, which bring so many texts without an image."""
+        loss = 3 * 2 * float(global_batch) * (global_batch + negatives) * embedding
+        pairs = global_batch * (self.forward + self.backward)
+        return pairs + negatives * self.negative + loss
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -63,19 +66,31 @@ def peak_of(name: str, precision: str) -> float | None:
     return None if peak is None else peak * 1e12
 
 
-def count_flops(model: DualEncoder, image_size: int, num_tokens: int) -> Flops:
+def count_flops(
+    model: DualEncoder, image_size: int, num_tokens: int, *, negatives: bool = False
+) -> Flops:
     """Count by encoding few made-up pairs and differentiating; leaves no trace.
 
-    Call it before an engine stands around the model. A frozen trunk counts forward only.
+    With `negatives`, also what a text without an image costs. Call it before an engine stands
+    around the model. A frozen trunk counts forward only.
     """
-    few, more = (_count(model, image_size, num_tokens, rows) for rows in _PAIRS)
-    forward, backward = ((b - a) / (_PAIRS[1] - _PAIRS[0]) for a, b in zip(few, more, strict=True))
-    return Flops(forward, backward)
+
+    def of_pair(negatives: int) -> tuple[float, float]:
+        few, more = (
+            _count(model, rows, image_size=image_size, num_tokens=num_tokens, negatives=negatives)
+            for rows in _PAIRS
+        )
+        pairs = _PAIRS[1] - _PAIRS[0]
+        return (more[0] - few[0]) / pairs, (more[1] - few[1]) / pairs
+
+    plain = of_pair(0)
+    return Flops(*plain, negative=sum(of_pair(1)) - sum(plain) if negatives else 0.0)
 
 
-def _count(model: DualEncoder, image_size: int, num_tokens: int, rows: int) -> tuple[int, int]:
+def _count(model: DualEncoder, rows: int, **sizes: int) -> tuple[int, int]:
+    """Return the operations of forward and backward; `sizes` are those of `made_up_pairs`."""
     here = next(model.parameters()).device
-    made_up = made_up_pairs(model, rows, image_size=image_size, num_tokens=num_tokens)
+    made_up = made_up_pairs(model, rows, **sizes)
     pairs = {name: value.to(here) for name, value in made_up.items()}
     parameters = [p for p in model.parameters() if p.requires_grad]
     with replay(random_state()), frozen_statistics(model):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from dist_vse import distributed
@@ -144,5 +145,6 @@ def _build_meter(config: TrainConfig, model: DualEncoder) -> Meter:
     peak = peak_flops(distributed.device(), config.engine.precision)
     if peak is None:
         return Meter()
-    flops = count_flops(model, config.model.image.size, config.model.text.max_tokens)
-    return Meter(flops.of_step(config.global_batch_size, config.model.embed_dim), peak)
+    size, words = config.model.image.size, config.model.text.max_tokens
+    flops = count_flops(model, size, words, negatives=config.data.negatives > 0)
+    return Meter(partial(flops.of_step, config.global_batch_size, config.model.embed_dim), peak)

@@ -63,6 +63,8 @@ CASES: list[list[str]] = [
     ["engine.zero_stage=3", "cache.keep_graphs=2"],
     ["loss.bf16_products=true"],
     ["loss.bf16_products=true", "loss.transport=ring"],
+    ["data.negatives=2"],
+    ["data.negatives=2", "loss.name=convse++", "loss.transport=ring"],
 ]
 
 
@@ -78,10 +80,13 @@ def _measured(cases: list[list[str]]) -> list[tuple[dict[str, float], int]]:
 
 @pytest.mark.slow
 def test_bytes_and_memory_are_those_of_the_real_step() -> None:
-    plain, bf16 = (count_work(case(words), vocabulary=8192) for words in ([], CASES[1]))
+    plain, bf16, more = (
+        count_work(case(words), vocabulary=8192) for words in ([], CASES[1], CASES[-1])
+    )
     measured = run_distributed(_measured, 2, CASES, timeout=100)[0]
     for words, (sent, peak) in zip(CASES, measured, strict=True):
         work = bf16 if "engine.precision=bf16" in words else plain
+        work = more if "data.negatives=2" in words else work
         chosen = settings_of(case(words), global_batch=32, world_size=2, on_cpu=True)
         loss = sent_bytes(loss_collectives(chosen, work.embed_dim), 2)
         engine = sent_bytes(engine_collectives(work, chosen), 2)

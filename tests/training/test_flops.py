@@ -1,11 +1,17 @@
 """Operations are counted as they are, without a trace; a GPU is known by its name."""
 
+import time
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dist_vse.config import ImageConfig, LossConfig, ModelConfig, TextConfig
 from dist_vse.models.build import build_model
 from dist_vse.models.tokenizer import AnyWords
+from dist_vse.runs.metrics import Meter
 from dist_vse.training.flops import Flops, count_flops, peak_of
 from tests.support.tiny import tiny_model
 
@@ -44,6 +50,26 @@ def test_a_linear_head_alone_is_counted_to_the_operation() -> None:
 
 def test_a_steps_operations_are_its_pairs_and_its_losss_products() -> None:
     assert Flops(10.0, 20.0).of_step(4, 8) == 4 * 30 + 3 * 2 * 4 * 4 * 8
+    assert Flops(10.0, 20.0, 5.0).of_step(4, 8, 3) == 4 * 30 + 3 * 5 + 3 * 2 * 4 * 7 * 8
+
+
+def test_a_text_without_an_image_costs_what_its_encoder_does() -> None:
+    model = tiny_model()
+    flops = count_flops(model, 32, 8, negatives=True)
+    assert replace(flops, negative=0.0) == count_flops(model, 32, 8)
+    tokens = torch.ones(3, 8, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model.encode_texts(tokens)
+    forward = counter.get_total_flops() / 3
+    assert 2.8 * forward < flops.negative < 3.1 * forward
+
+
+def test_mfu_counts_the_texts_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = Meter(partial(Flops(10.0, 20.0, 5.0).of_step, 4, 8), peak_flops=1e3)
+    monkeypatch.setattr(time, "perf_counter", lambda: meter.started + 2)
+    meter.add(4, 3)
+    meter.add(4, 5)
+    assert meter.rates()["mfu"] == Flops(10.0, 20.0, 5.0).of_step(4, 8, 4) * 2 / 2 / 1e3
 
 
 @pytest.mark.parametrize(

@@ -59,14 +59,15 @@ class StepHarness:
         gathered while chunks are encoded) and gradients."""
         ranks = distributed.world_size()
         rows = self.config.global_batch_size // ranks
+        texts = rows * self.config.data.negatives
         gathered = rows * ranks if ranks > 1 and self.config.loss.transport == "gather" else 0
         loss, width = self.config.loss, self.config.model.embed_dim
         caption = find_loss(loss.name).caption_bytes(bf16_products=has_bf16_products(self.config))
         pixels, tokens = 3 * self.config.model.image.size**2, self.config.model.text.max_tokens
         trainable = [p for p in self.engine.module.parameters() if p.requires_grad]
         return {
-            "inputs": rows * (pixels + 8 * tokens),
-            "outputs": (4 * 2 * rows + caption * gathered) * width,
+            "inputs": rows * pixels + 8 * (rows + texts) * tokens,
+            "outputs": (4 * (2 * rows + texts) + caption * gathered) * width,
             "gradients": sum(whole_shape(p).numel() * p.itemsize for p in trainable),
         }
 
@@ -82,7 +83,8 @@ def build_harness(config: TrainConfig, *, stream: bool) -> StepHarness:
         words = AnyWords(VOCABULARY) if tokenizer is None else tokenizer
         model = build_model(config.model, config.loss, words, seed=config.seed)
         model = model.to(distributed.device())
-        flops = count_flops(model, config.model.image.size, config.model.text.max_tokens)
+        shape = config.model.image.size, config.model.text.max_tokens
+        flops = count_flops(model, *shape, negatives=config.data.negatives > 0)
         chunking = choose_chunks(config, model)
     chunking = agree(chunking)
     config = replace(config, chunk_size=chunking.chunk_size)
@@ -112,6 +114,9 @@ def _made_up(config: TrainConfig) -> Batch:
     images = torch.randint(0, 256, (rows, 3, size, size), generator=generator, dtype=torch.uint8)
     words = (rows, config.model.text.max_tokens)
     ids = distributed.rank() * rows + torch.arange(rows)
+    texts = config.data.negatives * rows
+    of_false = config.global_batch_size + distributed.rank() * texts + torch.arange(texts)
+    of_words = (texts, words[1])
     return Batch(
         images=images,
         tokens=torch.randint(1, VOCABULARY, words, generator=generator),
@@ -120,4 +125,6 @@ def _made_up(config: TrainConfig) -> Batch:
         origin=torch.stack([torch.zeros_like(ids), ids], 1),
         state=np.zeros((0, 2), np.int64),
         skipped=(),
+        negatives=torch.randint(1, VOCABULARY, of_words, generator=generator) if texts else None,
+        negative_ids=of_false if texts else None,
     )

@@ -138,6 +138,7 @@ def _describe(case: Case, harness: StepHarness, stream: bool) -> dict[str, Any]:
         "loss": config.loss.name,
         "transport": config.loss.transport,
         "embedding": config.model.embed_dim,
+        "negatives": config.data.negatives,
         "parameters": harness.num_parameters(),
         "flops_per_pair": vars(harness.flops),
     }
@@ -163,7 +164,9 @@ def _summary(row: dict[str, Any], steps: Sequence[dict[str, float]]) -> dict[str
     wholes: list[float] = means[:, -1].tolist()
     median = statistics.median_low(wholes)
     parts = means[wholes.index(median), :-1].tolist()
-    flops = Flops(**row["flops_per_pair"]).of_step(row["global_batch"], row["embedding"])
+    negatives = row["global_batch"] * row["negatives"]
+    of_pair = Flops(**row["flops_per_pair"])
+    flops = of_pair.of_step(row["global_batch"], row["embedding"], negatives)
     peak = peak_flops(distributed.device(), row["precision"])
     flops_per_s = flops / median / row["world_size"]
     return {

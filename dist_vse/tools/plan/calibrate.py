@@ -24,7 +24,7 @@ from dist_vse.distributed.spawn import run_on_ranks
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.global_loss import global_loss
 from dist_vse.losses.options import LossOptions
-from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics
+from dist_vse.models.dual_encoder import DualEncoder, frozen_statistics, made_up_pairs
 from dist_vse.models.precision import autocast
 from dist_vse.tools.plan.count import build_for_plan, model_key
 from dist_vse.tools.plan.hardware import ChunkSpeed, Hardware, LinkConfig
@@ -257,13 +257,12 @@ def _with_hooks(
 
 
 def _raw(config: TrainConfig, model: DualEncoder, rows: int) -> dict[str, Tensor]:
-    """Return made-up images and captions."""
-    size = config.model.image.size
-    word = 1 if model.text.trunk.pad_id != 1 else 2
-    return {
-        "images": torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8),
-        "tokens": torch.full((rows, config.model.text.max_tokens), word),
-    }
+    """Return made-up images and texts."""
+    size, words = config.model.image.size, config.model.text.max_tokens
+    pairs = made_up_pairs(
+        model, rows, image_size=size, num_tokens=words, negatives=config.data.negatives
+    )
+    return pairs | {"images": torch.randint_like(pairs["images"], 0, 256)}
 
 
 def _rounded(value: Any) -> Any:

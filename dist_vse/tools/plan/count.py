@@ -22,14 +22,13 @@ from dist_vse.config import LoraConfig, TrainConfig
 from dist_vse.engine.gradient_reduction import BUCKET
 from dist_vse.engine.zero import PERSISTENT
 from dist_vse.models.build import build_model
-from dist_vse.models.dual_encoder import DualEncoder
+from dist_vse.models.dual_encoder import DualEncoder, made_up_pairs
 from dist_vse.models.lora import add_adapters
 from dist_vse.models.precision import autocast
 from dist_vse.models.tokenizer import AnyWords, PretrainedTokenizer
 from dist_vse.tools.plan.work import FP32, Line, Ops, Work
 
 FEW, MORE = 4, 12  # pairs; what grows between them grows with every pair
-WORD = 1
 CPU = torch.device("cpu")
 
 
@@ -47,6 +46,7 @@ def model_key(config: TrainConfig) -> str:
         f"adapters {model.lora.rank}" if model.lora.rank else "",
         "checkpointing" if model.grad_checkpointing else "",
         "compiled" if model.compile else "",
+        f"{config.data.negatives} negatives" if config.data.negatives else "",
         config.engine.precision,
     ]
     return ", ".join(part for part in parts if part)
@@ -72,13 +72,13 @@ def build_for_plan(config: TrainConfig, vocabulary: int, device: str) -> DualEnc
 
 
 def count_work(config: TrainConfig, *, vocabulary: int) -> Work:
-    """Return what a pair asks of the config's model.
+    """Return what a pair asks of the config's model, with all negatives that it may bring.
 
     `vocabulary` is the number of words where the text encoder starts from scratch. Raises
     UserError for a model that cannot be built.
     """
     model = build_for_plan(config, vocabulary, "meta")
-    shape = config.model.image.size, config.model.text.max_tokens
+    shape = config.model.image.size, config.model.text.max_tokens, config.data.negatives
     precision = config.engine.precision
     trained = [p for p in model.parameters() if p.requires_grad]
     whole, learns = [p.numel() for p in model.parameters()], [p.numel() for p in trained]
@@ -112,7 +112,7 @@ def count_work(config: TrainConfig, *, vocabulary: int) -> Work:
         backward_peak=replace(
             backward_peak, fixed=max(0.0, backward_peak.fixed - FP32 * trainable)
         ),
-        input_bytes=3 * shape[0] ** 2 + 8 * shape[1],
+        input_bytes=3 * shape[0] ** 2 + 8 * shape[1] * (1 + shape[2]),
         hidden_bytes=(more.hidden - few.hidden) / (MORE - FEW),
     )
 
@@ -123,11 +123,10 @@ class _Counted(NamedTuple):
     hidden: int
 
 
-def _run(model: DualEncoder, rows: int, shape: tuple[int, int], *, precision: str) -> _Counted:
-    size, length = shape
-    images = torch.zeros(rows, 3, size, size, dtype=torch.uint8)
-    word = WORD if model.text.trunk.pad_id != WORD else WORD + 1
-    tokens = torch.full((rows, length), word)
+def _run(model: DualEncoder, rows: int, shape: tuple[int, int, int], *, precision: str) -> _Counted:
+    """Run pairs of this shape: pixels, tokens, negatives."""
+    size, length, negatives = shape
+    raw = made_up_pairs(model, rows, image_size=size, num_tokens=length, negatives=negatives)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def outputs(inputs: dict[str, Tensor]) -> Tensor:
@@ -136,9 +135,8 @@ def _run(model: DualEncoder, rows: int, shape: tuple[int, int], *, precision: st
         return torch.stack([output.sum() for output in made]).sum()
 
     with _counting() as (frozen, prepared), autocast(CPU, precision):
-        inputs = model.prepare(images=images, tokens=tokens)
-    raw = (images, tokens)
-    hidden = sum(x.nbytes for x in inputs.values() if all(x is not y for y in raw))
+        inputs = model.prepare(**raw)
+    hidden = sum(x.nbytes for x in inputs.values() if x.is_floating_point())  # no pixels, tokens
     with torch.no_grad(), _counting() as (_, plain):
         outputs(inputs)
     with _counting() as (forward, graph):

@@ -1,6 +1,7 @@
 """Bytes of a rank, by what they are for and by the moment of the step.
 
 P are the bytes of all gradients, b rows on a rank, N on all, W ranks, d embedding, m kept graphs.
+Texts are captions and, where a pair brings some, negatives.
 What DeepSpeed's stages hold is what their code holds (deepspeed 0.19, `tests/tools/test_plan.py`
 measures the real engine), which is more than the ZeRO paper counts: buckets, flat copies,
 and a gradient that is whole until it is reduced.
@@ -131,21 +132,22 @@ def activation_bytes(work: Work, settings: Settings) -> dict[str, float]:
 
 def loss_bytes(settings: Settings, width: int, place: Place) -> tuple[float, float]:
     """Return the features (with all that is as wide) and the similarities at the loss's peak."""
-    rows, total = settings.rank_batch, settings.global_batch
-    own, everyone = FP32 * rows * width, FP32 * total * width
+    rows, total = settings.rank_batch, settings.columns
+    texts = rows * (1 + settings.negatives)
+    images, own, everyone = (FP32 * n * width for n in (rows, texts, total))
     dense = settings.loss_spec.cost.dense_gradient
     height, across = place.tile(dense=dense)
     tiles = FP32 * min(rows, height) * min(total, across) * (2 if dense else 1)
     kept = settings.kept_similarities
     share = settings.caption_bytes / FP32  # of the captions that came from other ranks
-    scaled = own if settings.loss_spec.similarity_unit is not None else 0.0
+    scaled = images if settings.loss_spec.similarity_unit is not None else 0.0
     vectors = VECTORS * (rows + total)
-    leaves = 2 * own
+    leaves = images + own + (own if settings.negatives else 0.0)  # both kinds of texts, joined
     if settings.ring:
         travelling = (2 * share + 3) * own  # a block and the next, their gradients, the next ones
-        return leaves + scaled + own + travelling + vectors, tiles + kept
+        return leaves + scaled + images + travelling + vectors, tiles + kept
     gathered = share * everyone if settings.world_size > 1 else 0.0
-    standing = leaves + scaled + gathered + own + everyone  # with both sides' gradients
+    standing = leaves + scaled + gathered + images + everyone  # with both sides' gradients
     returned = own if settings.world_size > 1 else 0.0  # gradients that come from other ranks
     if settings.world_size > 1 and place.on_cpu:  # gloo: what all other ranks sent
         returned = everyone - own
@@ -157,7 +159,7 @@ def loss_bytes(settings: Settings, width: int, place: Place) -> tuple[float, flo
 
 def cache_bytes(settings: Settings, width: int) -> float:
     """Return the cached gradients of the features, which are held through the second pass."""
-    return 2.0 * FP32 * settings.rank_batch * width
+    return FP32 * float(settings.rank_batch) * width * (2 + settings.negatives)
 
 
 def prefetched_bytes(settings: Settings, width: int) -> float:
@@ -180,7 +182,8 @@ def moments(work: Work, settings: Settings, place: Place) -> list[Memory]:
     grads = gradient_bytes(work, settings)
     acts = activation_bytes(work, settings)
     # Outputs of chunks without a graph wait for the second pass.
-    waiting = 2.0 * FP32 * width * max(0, rows - settings.kept * settings.chunk)
+    waiting = FP32 * float(width) * max(0, rows - settings.kept * settings.chunk)
+    waiting *= 2 + settings.negatives
     features, similarities = loss_bytes(settings, width, place)
     cache, prefetched = cache_bytes(settings, width), prefetched_bytes(settings, width)
 

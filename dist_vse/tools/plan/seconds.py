@@ -148,7 +148,7 @@ def interpolate(points: list[tuple[int, float]], x: float) -> float:
 
 def loss_seconds(work: Work, settings: Settings, hardware: Hardware) -> float:
     """Return the loss's own work on a rank: its products, and its passes over the tiles."""
-    entries = float(settings.rank_batch) * settings.global_batch
+    entries = float(settings.rank_batch) * settings.columns
     in_float32 = "tf32" if work.precision == "tf32" else "fp32"
     rate, _ = hardware.rates("bf16" if settings.bf16_products else in_float32)
     products = 2 * work.embed_dim * entries / (rate * TERA * hardware.attained_loss)

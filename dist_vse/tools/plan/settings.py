@@ -23,6 +23,8 @@ class Settings:
     bf16_products: bool = False
     state_tensors: int = 2
     """Numbers that the optimizer keeps for each parameter that it trains."""
+    negatives: int = 0
+    """Texts without an image that a pair brings."""
 
     @property
     def rank_batch(self) -> int:
@@ -60,9 +62,14 @@ class Settings:
         return self.loss_spec.caption_bytes(bf16_products=self.bf16_products)
 
     @property
+    def columns(self) -> int:
+        """Texts that an image is compared with: captions, and negatives (N + M)."""
+        return self.global_batch * (1 + self.negatives)
+
+    @property
     def similarity_bytes(self) -> float:
-        """Bytes of all of a rank's similarities (b, N)."""
-        return 4.0 * self.rank_batch * self.global_batch
+        """Bytes of all of a rank's similarities (b, N + M)."""
+        return 4.0 * self.rank_batch * self.columns
 
     @property
     def kept_similarities(self) -> float:
@@ -94,4 +101,5 @@ def settings_of(
         loss_gib=config.loss.memory_gib,
         bf16_products=config.has_bf16_products(on_gpu=not on_cpu),
         state_tensors=config.state_tensors,
+        negatives=config.data.negatives,
     )

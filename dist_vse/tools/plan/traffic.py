@@ -14,7 +14,7 @@ from dist_vse.tools.plan.settings import Settings
 from dist_vse.tools.plan.work import FP32, Work
 
 GB = 1e9
-IDS = 16  # bytes of a pair's two ids
+IDS = 16  # bytes of a pair's two ids; a text without an image has one
 PREFLIGHT = 72.0  # bytes that a rank tells the others before a loss (losses/preflight.py)
 _SHARES = {"all_gather": 1.0, "reduce_scatter": 1.0, "reduce": 1.0, "all_reduce": 2.0}
 _ADDING = ("all_reduce", "reduce")
@@ -78,6 +78,8 @@ def loss_collectives(settings: Settings, width: int) -> list[Collective]:
         Collective("all_reduce", FP32),  # the loss
     ]
     cost = find_loss(settings.loss).cost
+    if settings.negatives:
+        small += [Collective("all_gather", IDS / 2 * total * settings.negatives)]
     small += [Collective("all_gather", numbers)] * cost.gathers
     small += [Collective("all_reduce", each * numbers) for each in cost.reduces]
     return small + feature_collectives(settings, width)
@@ -85,14 +87,20 @@ def loss_collectives(settings: Settings, width: int) -> list[Collective]:
 
 def feature_collectives(settings: Settings, width: int) -> list[Collective]:
     """Return the collectives that move features and their gradients."""
-    numbers = float(settings.global_batch) * width
-    captions, gradients = settings.caption_bytes * numbers, FP32 * numbers
+    captions = float(settings.global_batch) * width
+    moved = _moved(captions, settings)
+    return moved + _moved(captions * settings.negatives, settings) if settings.negatives else moved
+
+
+def _moved(numbers: float, settings: Settings) -> list[Collective]:
+    """Return the collectives that move so many numbers of features, and their gradients."""
+    features, gradients = settings.caption_bytes * numbers, FP32 * numbers
     if not settings.ring:
-        return [Collective("all_gather", captions), Collective("reduce_scatter", gradients)]
+        return [Collective("all_gather", features), Collective("reduce_scatter", gradients)]
     # Once for the features; once more with the gradients, which end at their own rank.
     ranks = settings.world_size
     return [
-        Collective("exchange", captions / ranks, calls=2 * (ranks - 1)),
+        Collective("exchange", features / ranks, calls=2 * (ranks - 1)),
         Collective("exchange", gradients / ranks, calls=ranks),
     ]
 
