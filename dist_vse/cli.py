@@ -13,7 +13,7 @@ from dist_vse.common.consent import add_allow_pipe
 from dist_vse.common.errors import UserError
 from dist_vse.common.extras import needs_train
 from dist_vse.common.local_path import require_local
-from dist_vse.common.terminal import message, say
+from dist_vse.common.terminal import accept_any_text, message, say
 from dist_vse.common.version import __version__
 from dist_vse.launch import cli as launch
 from dist_vse.shards import cli as shards
@@ -38,6 +38,7 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit code; 2 after a UserError, which is one line."""
+    accept_any_text()
     args = _parse(arguments)
     try:
         _require_local(args)

@@ -2,9 +2,12 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from email.message import Message
+from typing import TYPE_CHECKING
 
 from dist_vse.common.version import __version__
+
+if TYPE_CHECKING:
+    from email.message import Message  # not here: most commands fetch nothing
 
 ROBOTS = ("header", "full", "ignore")
 REFUSED = frozenset(("noai", "noimageai", "noindex", "noimageindex"))
@@ -31,7 +34,7 @@ class Fetching:
         return self.user_agent.split("/")[0].strip().lower()
 
 
-def refused_by(headers: Message, token: str, directives: Collection[str] = REFUSED) -> str:
+def refused_by(headers: "Message", token: str, directives: Collection[str] = REFUSED) -> str:
     """Return the directive of X-Robots-Tag that forbids to use the image; "" if none does.
 
     A line is for all (`noai, noindex`), or for one robot (`name: noai`).

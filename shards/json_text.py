@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 MAX_DEPTH = 100
+_STRICT = json.JSONEncoder(allow_nan=False)
 
 
 def load_json(data: str | bytes) -> Any:
@@ -12,7 +13,8 @@ def load_json(data: str | bytes) -> Any:
 
     Raises ValueError for what is no JSON, or nested deeper than `MAX_DEPTH`.
     """
-    text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
+    text = data.decode() if isinstance(data, bytes) else data
+    text = text.removeprefix("\ufeff")
     try:
         content = json.loads(text)
     except RecursionError:
@@ -25,9 +27,9 @@ def load_json(data: str | bytes) -> Any:
 def dump_json(content: dict[str, Any]) -> bytes:
     """Return JSON in ASCII; NaN and infinities, which JSON does not know, become null."""
     try:
-        return json.dumps(content, allow_nan=False).encode()
+        return _STRICT.encode(content).encode()
     except ValueError:
-        return json.dumps(_finite(content), allow_nan=False).encode()
+        return _STRICT.encode(_finite(content)).encode()
 
 
 def _finite(value: Any) -> Any:

@@ -27,6 +27,10 @@ _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "split_column": {"metavar": "NAME", "help": "column of the split"},
     "key_column": {"metavar": "NAME", "help": "column of the sample's key [from the path]"},
     "language_column": {"metavar": "NAME", "help": "column of the captions' language"},
+    "negatives_column": {
+        "metavar": "NAME",
+        "help": "column of texts that are false of the image (data.negatives)",
+    },
     "url_column": {"metavar": "NAME", "help": "column or field of the image's URL [url]"},
     "separator": {"metavar": "CHAR", "help": "what parts the cells [,]"},
     "quoted": {

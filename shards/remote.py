@@ -10,7 +10,6 @@ from typing import IO, cast
 from braceexpand import braceexpand
 
 from dist_vse.common.errors import UserError, first_line
-from dist_vse.data.download import download
 from dist_vse.data.index import is_remote
 
 
@@ -45,6 +44,8 @@ def local_copy(location: str, folder: Path, *, allow_pipe: bool = False) -> Iter
     if not is_remote(location):
         yield Path(location)
         return
+    from dist_vse.data.download import download  # here: few inputs are far away
+
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".copy-", suffix=".tmp") as file:
         try:
             download(location, cast(IO[bytes], file), allow_pipe=allow_pipe)

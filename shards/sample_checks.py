@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from dist_vse.common.files import LFS_POINTER
 from dist_vse.data.index import IMAGE_FORMATS
 from dist_vse.data.sample_fields import check_fields
 
@@ -28,9 +29,15 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 # PNG chunks that no decoder stumbles over, with their length where it is fixed.
 _PNG_CHUNKS = dict.fromkeys((b"PLTE", b"IDAT", b"IEND", b"tEXt", b"eXIf", b"tIME", b"bKGD"))
 _PNG_CHUNKS |= {b"IHDR": 13, b"pHYs": 9, b"gAMA": 4, b"sRGB": 1, b"cHRM": 32}
-_JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a frame's header
+# Colour type to bits a channel (https://www.w3.org/TR/png-3/#11IHDR).
+_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+_PNG_HEADER = struct.Struct(">IIBB3s")  # width, height, bits, colour type, methods
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a frame's header
+_JPEG_USUAL = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive: no lossless ones
+_JPEG_FACTORS = frozenset(16 * x + y for x in range(1, 5) for y in range(1, 5))  # of samples
+_JPEG_TABLES = 0xDB  # for quantization
 _JPEG_SEGMENT = struct.Struct(">BBH")  # 0xFF, marker, length
-_JPEG_FRAME = struct.Struct(">HH")  # height, width
+_JPEG_FRAME = struct.Struct(">BHHB")  # bits, height, width, components
 
 
 class BadSampleError(Exception):
@@ -98,6 +105,10 @@ def checked_image(data: bytes | memoryview) -> "Iterator[Image.Image]":
         with open_image(data) as image:
             yield image
     except UnidentifiedImageError as error:
+        if data[: len(LFS_POINTER)] == LFS_POINTER:
+            raise BadSampleError(
+                "the file is a pointer of Git LFS, no image; run `git lfs pull`"
+            ) from error
         known = ", ".join(IMAGE_FORMATS)
         raise BadSampleError(f"the file is no image of a known format ({known})") from error
     except Exception as error:
@@ -117,17 +128,26 @@ def _extension_if_whole(data: bytes | memoryview) -> str | None:
 
 
 def _jpeg_pixels(data: bytes | memoryview) -> int:
-    """Return width x height from the markers before the first scan; 0 if they make no sense."""
-    at, pixels, end = 2, 0, len(data) - 9
+    """Return width x height from the markers before the first scan; 0 if they make no sense.
+
+    It is 0 too for kinds that few decoders know, such as lossless ones or those of 12 bits.
+    """
+    at, pixels, end, tables = 2, 0, len(data) - 9, False
     while at < end:
         start, marker, length = _JPEG_SEGMENT.unpack_from(data, at)
         if start != 0xFF:
             break
         if marker == 0xDA:  # a scan: pixels from here on
-            return pixels
-        if marker in _JPEG_SIZES:
-            height, width = _JPEG_FRAME.unpack_from(data, at + 5)
+            return pixels if tables else 0
+        if marker in _JPEG_FRAMES:
+            bits, height, width, components = _JPEG_FRAME.unpack_from(data, at + 4)
+            usual = marker in _JPEG_USUAL and bits == 8 and components in (1, 3, 4)
+            if pixels or not usual or length != 8 + 3 * components:
+                return 0
+            if not _JPEG_FACTORS.issuperset(data[at + 11 : at + 2 + length : 3]):
+                return 0
             pixels = height * width
+        tables = tables or marker == _JPEG_TABLES
         at += 2 + length
     return 0
 
@@ -135,9 +155,10 @@ def _jpeg_pixels(data: bytes | memoryview) -> int:
 def _png_pixels(data: bytes | memoryview) -> int:
     """Return width x height if every chunk has its checksum and IEND is the last; else 0.
 
-    It is 0 too for chunks that decoders may refuse, such as compressed text.
+    It is 0 too for chunks that decoders may refuse, such as compressed text, and where the pixels'
+    stream does not begin as one.
     """
-    at, pixels, kind = len(_PNG_START), 0, b""
+    at, pixels, kind, stream = len(_PNG_START), 0, b"", False
     while at + 12 <= len(data) and kind != b"IEND":
         length, kind = int.from_bytes(data[at : at + 4], "big"), bytes(data[at + 4 : at + 8])
         end = at + 8 + length
@@ -146,7 +167,17 @@ def _png_pixels(data: bytes | memoryview) -> int:
         if zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             return 0
         if kind == b"IHDR":
-            width, height = data[at + 8 : at + 12], data[at + 12 : at + 16]
-            pixels = int.from_bytes(width, "big") * int.from_bytes(height, "big")
+            if pixels:
+                return 0
+            width, height, bits, colours, methods = _PNG_HEADER.unpack_from(data, at + 8)
+            if bits not in _PNG_DEPTHS.get(colours, ()) or methods != b"\0\0\0":
+                return 0  # or interlaced
+            pixels = height * width
+        elif kind == b"PLTE" and (length % 3 or not 0 < length <= 768):
+            return 0
+        elif kind == b"IDAT" and not stream:  # zlib's: deflate, and a check of two bytes
+            stream = length > 1 and data[at + 8] & 0xF == 8
+            if not stream or int.from_bytes(data[at + 8 : at + 10], "big") % 31:
+                return 0
         at = end + 4
-    return pixels if kind == b"IEND" and at == len(data) else 0
+    return pixels if stream and kind == b"IEND" and at == len(data) else 0

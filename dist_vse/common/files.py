@@ -13,6 +13,8 @@ from pathlib import Path, PurePath
 from dist_vse.common.errors import writing
 
 READ_BYTES = 1 << 20
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+"""What a file that Git LFS keeps elsewhere begins with until `git lfs pull` brings it."""
 _LEFTOVERS = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN"))
 
 

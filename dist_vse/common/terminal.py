@@ -1,7 +1,9 @@
 """Text from outside on its way to a terminal, or into a message."""
 
+import io
 import re
 import reprlib
+import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -51,6 +53,12 @@ def message(text: object) -> str:
 def say(text: object, *, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
     """Print a text as `printable` returns it; all that is no table of rich's goes through here."""
     print(printable(text), file=file, end=end, flush=flush)
+
+
+def accept_any_text() -> None:
+    """Print what the terminal's encoding has no letter for as `?`, where Python would raise."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def plain(text: object) -> "Text":

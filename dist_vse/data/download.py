@@ -190,6 +190,8 @@ def _read_http(
             yield b"" if response.status == http.client.PARTIAL_CONTENT else None
             while chunk := response.read1(CHUNK_BYTES):
                 yield chunk
+            if response.length:  # of Content-Length
+                raise OSError(f"the connection ended {response.length:,} bytes early")
     except urllib.error.HTTPError as error:
         kind = PermanentError if error.code < 500 and error.code not in RETRY_STATUS else OSError
         raise kind(f"the server responded {error.code} {error.reason}") from error

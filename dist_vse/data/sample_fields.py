@@ -32,7 +32,7 @@ def negatives(fields: Mapping[str, Any]) -> tuple[str, ...]:
 def caption_weights(fields: Mapping[str, Any], num_captions: int) -> tuple[float, ...]:
     """Return the weights of a sample's captions; none where there is no such field.
 
-    Raises ValueError for what is no list of as many numbers, from 0 on.
+    Raises ValueError for what is no list of as many numbers, from 0 on, or for zeros alone.
     """
     value = fields.get(CAPTION_WEIGHTS)
     if value is None:
@@ -40,4 +40,6 @@ def caption_weights(fields: Mapping[str, Any], num_captions: int) -> tuple[float
     fits = isinstance(value, list) and len(value) == num_captions
     if not fits or not all(type(x) in (int, float) and 0 <= x < float("inf") for x in value):
         raise ValueError(f"{CAPTION_WEIGHTS} must be {num_captions} numbers from 0 on")
+    if value and not any(value):
+        raise ValueError(f"{CAPTION_WEIGHTS} are all 0: no caption could be drawn")
     return tuple(map(float, value))

@@ -12,7 +12,6 @@ from dist_vse.common.errors import UserError, first_line
 from dist_vse.shards.build.plan import Task
 from dist_vse.shards.record import Image, Member, Url, local_path
 from dist_vse.shards.sample_checks import BadSampleError
-from dist_vse.shards.sources.paths import other_spelling
 
 
 @contextlib.contextmanager
@@ -44,6 +43,8 @@ def read_image(image: Image) -> bytes:
     try:
         return _read_bytes(image)
     except (FileNotFoundError, NotADirectoryError) as error:
+        from dist_vse.shards.sources.paths import other_spelling  # here: it brings all sources
+
         hint = other_spelling(local_path(image)) or "is --images right?"
         raise BadSampleError(f"no such image file ({hint})") from error
     except (IsADirectoryError, ValueError) as error:

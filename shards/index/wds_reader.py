@@ -17,13 +17,21 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dist_vse.common.errors import UserError, first_line
-from dist_vse.common.files import READ_BYTES, is_leftover
+from dist_vse.common.files import LFS_POINTER, READ_BYTES, is_leftover
 from dist_vse.data.image_names import IMAGES, READ
-from dist_vse.shards.captions import Captions, first_captions, named_languages, read_captions
+from dist_vse.shards.captions import (
+    Captions,
+    first_captions,
+    fit_fields,
+    named_languages,
+    read_captions,
+)
 from dist_vse.shards.json_text import load_json
+from dist_vse.shards.notes import note
 
 _NAMES_SHOWN = 8  # of members or fields, in a message
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+_UNREAD = (".zip", ".rar", ".7z")  # archives that are no tars
 _NOTE = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no samples
 
 
@@ -51,21 +59,29 @@ class _Group:
 
 def is_compressed(name: str) -> bool:
     """Return whether the name is that of a compressed tar."""
-    return name.endswith(_COMPRESSED)
+    return name.lower().endswith(_COMPRESSED)
 
 
 def plain_tars(folder: Path, *, compressed: bool = False) -> list[Path]:
     """Return the tars in a folder, sorted by name; `compressed` ones if that is wanted.
 
-    Else raises UserError, naming it, if there is a compressed one: it has no offsets.
+    Else raises UserError, naming it, if there is a compressed one: it has no offsets. A note names
+    other archives, and sub-folders that hold tars, unless there are only such.
     """
     files = [path for path in sorted(folder.iterdir()) if not is_leftover(path.name)]
+    tars = [
+        path for path in files if path.name.lower().endswith(".tar") or is_compressed(path.name)
+    ]
     for path in files:
         if is_compressed(path.name) and not compressed:
             raise UserError(
                 f"{path}: is compressed; unpack it, or `dist-vse shard reshard` the folder"
             )
-    return [path for path in files if path.name.endswith(".tar") or is_compressed(path.name)]
+        holds_tars = path.is_dir() and any(path.glob("*.tar"))
+        if tars and (holds_tars or path.name.lower().endswith(_UNREAD)):
+            what = "its tars are" if holds_tars else "is"
+            note(f"{path}: {what} not read; give a folder of tars alone, or name each of them")
+    return tars
 
 
 def read_samples(path: Path, name: str = "", *, caption_key: str | None = None) -> Iterator[Sample]:
@@ -83,6 +99,11 @@ def read_samples(path: Path, name: str = "", *, caption_key: str | None = None) 
                 for sample in _parted(group):
                     yield _sample(file.fileno(), sample, caption_key)
     except (tarfile.ReadError, EOFError) as error:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"{name or path}: is a pointer of Git LFS, no tar; run `git lfs pull`"
+                ) from error
         raise UserError(
             f"{name or path}: no plain tar, or cut ({first_line(error)}); unpack a compressed one, "
             "or copy it again"
@@ -198,6 +219,7 @@ def _sample(file: int, group: _Group, caption_key: str | None) -> Sample:
         there = f"members: {_listed(group.names)}"
         there += f"; fields of the JSON: {_listed(fields)}" if fields else ""
         fault = f"no caption ({there}); --caption-key chooses one"
+    fit_fields(fields, captions)
     languages = captions.languages or named_languages(fields.get("languages"), captions.texts)
     if languages:
         fields.pop("languages", None)

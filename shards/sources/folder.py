@@ -1,33 +1,26 @@
 """A folder of images with their captions beside them, or in Hugging Face's metadata files.
 
-A caption file has the image's name with `.json` (img2dataset's, with a `caption`) or `.txt`, one
-caption a line. `metadata.jsonl` and `metadata.csv` name images by `file_name`, from their own
-folder (https://huggingface.co/docs/datasets/image_dataset#imagefolder).
+A caption file has the image's name with `.json` (img2dataset's, with a `caption`), or with `.txt`
+or `.caption`, one caption a line.
 """
 
-import csv
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path, PosixPath
 from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import is_leftover
-from dist_vse.common.terminal import short
 from dist_vse.data.image_names import is_image_name
-from dist_vse.shards.captions import Captions, first_captions, is_missing, read_captions
+from dist_vse.shards.captions import Captions, first_captions
 from dist_vse.shards.json_text import load_json
 from dist_vse.shards.notes import note
 from dist_vse.shards.record import Record
-from dist_vse.shards.sources.paths import existing_folder, open_list, read_text
+from dist_vse.shards.sources.metadata import METADATA, Described, Metadata, optional_fields
+from dist_vse.shards.sources.paths import SPLITS, existing_folder, read_text
 
-# As Hugging Face's imagefolder reads them.
-SPLITS = {"train": "train", "training": "train"}
-SPLITS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val"}
-SPLITS |= {"test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
-METADATA = ("metadata.jsonl", "metadata.csv")
-FILE_NAME, CAPTIONS = "file_name", ("captions", "caption", "text")
+CAPTIONS = ("captions", "caption", "text")
+CAPTION_FILES = (".json", ".txt", ".caption")  # the first that has one counts
 
 
 def read_folder(
@@ -48,7 +41,7 @@ def read_folder(
     children = sorted(child for child in path.iterdir() if not is_leftover(child.name))
     folders = {c: SPLITS[c.name.lower()] for c in children if c.is_dir() and _is_split(c.name)}
     if not folders:
-        yield from _records(path, "", split or "train", columns)
+        yield from _records(path, "", split or "train", columns, Metadata())
         return
     names = ", ".join(child.name for child in folders)
     if split is not None:
@@ -64,137 +57,112 @@ def read_folder(
             raise UserError(
                 f"{path / stray}: lies outside the split folders {names}; move it into one"
             )
+    metadata = [child.name for child in children if child.name in METADATA]
+    above = Metadata.read(path, metadata, columns)
     order = list(dict.fromkeys(SPLITS.values()))
     for child, name in sorted(folders.items(), key=lambda pair: order.index(pair[1])):
         if child.name != name:
             note(f"{child}: taken as split {name}")
         empty = True
-        for record in _records(child, f"{child.name}/", name, columns):
+        of_child = above.under(child.name)
+        for record in _records(child, f"{child.name}/", name, columns, of_child):
             empty = False
             yield record
         if empty:
             raise UserError(f"{child}: no images here; add some or remove the folder")
+    for stray in above.images:
+        raise UserError(
+            f"{path}: its {' and '.join(metadata)} names {stray!r}, which lies outside the split "
+            f"folders {names}; move it into one"
+        )
 
 
 def _is_split(name: str) -> bool:
     return name.lower() in SPLITS
 
 
-def _records(folder: Path, prefix: str, split: str, columns: tuple[str, ...]) -> Iterator[Record]:
-    """Yield the images of a folder, then what its metadata names and is not there."""
+def _records(
+    folder: Path, prefix: str, split: str, columns: tuple[str, ...], above: Metadata
+) -> Iterator[Record]:
+    """Yield the images of a folder, then what its metadata names and is not there.
+
+    `above` is what metadata of the folder above says of its images.
+    """
     files = _files_under(folder)
     there = set(files)
-    listed = _Metadata.read(folder, files, columns)
+    texts = _caption_files(files)
+    listed = Metadata.read(folder, files, columns)
+    images = {**above.images, **listed.images}
     for name in _images_among(files):
         stem = os.path.splitext(name)[0]
-        captions = listed.captions.pop(name, None)
-        if captions is None:
-            beside = [f"{stem}{end}" for end in (".json", ".txt") if f"{stem}{end}" in there]
-            captions = _captions(folder, beside, columns)
+        said = images.pop(name, None)
+        if said is None:
+            said = _beside(folder, texts.get(stem) or texts.get(name) or [], columns)
+        if not said.captions.texts and not said.captions.fault:
+            said = Described(Captions(fault=f"no caption; put it into {Path(stem).name}.txt"))
         yield Record(
             image=_join(folder, name),
-            captions=captions.texts,
+            captions=said.captions.texts,
             split=split,
             key=prefix + stem,
-            languages=captions.languages,
-            fault=captions.fault,
+            extra=said.extra,
+            languages=said.captions.languages,
+            fault=said.captions.fault,
         )
-    for name, captions in listed.captions.items():
+    for name, said in images.items():
+        fault = said.captions.fault or ("its file is no image" if name in there else "")
         key = prefix + os.path.splitext(name)[0]
-        fault = captions.fault or ("its file is no image" if name in there else "")
-        yield Record(_join(folder, name), captions.texts, split, key, fault=fault)
-    for where in listed.unnamed:
-        yield Record(where, (), split, where, fault=f"no {FILE_NAME!r}; name the image's file")
+        yield Record(_join(folder, name), said.captions.texts, split, key, fault=fault)
+    for where, fault in (above.unnamed | listed.unnamed).items():
+        yield Record(where, (), split, os.path.basename(where), fault=fault)
+
+
+def _caption_files(files: list[str]) -> dict[str, list[str]]:
+    """Return the caption files by the name that they share with an image, `.json` first."""
+    found: dict[str, list[str]] = {}
+    for extension in CAPTION_FILES:
+        for name in files:
+            stem, own = os.path.splitext(name)
+            if own.lower() == extension:
+                found.setdefault(stem, []).append(name)
+    return found
 
 
 def _images_among(files: list[str]) -> Iterator[str]:
     """Yield the images, and what has a caption but an extension that is no image's."""
     stems = {os.path.splitext(name)[0] for name in files if is_image_name(name)}
-    texts = {name[:-4] for name in files if name.endswith(".txt")} - stems
-    for name in files:
-        stem, extension = os.path.splitext(name)
-        if is_image_name(name) or (stem in texts and extension not in (".txt", ".json")):
+    parts = [os.path.splitext(name) for name in files]
+    texts = {stem for stem, end in parts if end.lower() in CAPTION_FILES[1:]} - stems
+    for name, (stem, end) in zip(files, parts, strict=True):
+        if is_image_name(name) or (stem in texts and end.lower() not in CAPTION_FILES):
             yield name
 
 
-def _captions(folder: Path, beside: list[str], columns: tuple[str, ...]) -> Captions:
-    """Return the captions of the files beside an image, the first that has any."""
+def _beside(folder: Path, beside: list[str], columns: tuple[str, ...]) -> Described:
+    """Return what the files beside an image say: the captions of the first that has any."""
     values: list[Any] = []
+    fields: Any = {}
     for name in beside:
         path = folder / name
         if not path.is_file():
             continue
         try:
             text = read_text(path)
-            if name.endswith(".txt"):
+            if not name.lower().endswith(".json"):
                 values.append(text.split("\n"))
                 continue
             fields = load_json(text)
             if isinstance(fields, dict):
                 values += [fields.get(column) for column in columns]
         except ValueError as error:  # UserError too
-            return Captions(fault=f"its caption file {name} is broken ({error})")
-    return first_captions(values)
-
-
-@dataclass
-class _Metadata:
-    """What a folder's metadata files say."""
-
-    captions: dict[str, Captions] = field(default_factory=dict)  # by path from the folder
-    unnamed: list[str] = field(default_factory=list)  # where no file is named
-
-    @classmethod
-    def read(cls, folder: Path, files: list[str], columns: tuple[str, ...]) -> "_Metadata":
-        found = cls()
-        values: dict[str, list[Any]] = {}
-        for name in files:
-            head, _, base = name.rpartition("/")
-            if base not in METADATA:
-                continue
-            for where, row in _rows(folder / name):
-                file = row.get(FILE_NAME)
-                if is_missing(file) or not isinstance(file, str):
-                    found.unnamed.append(where)
-                    continue
-                column = next((c for c in columns if not is_missing(row.get(c))), None)
-                if column is None:
-                    there = ", ".join(map(str, row))
-                    fault = f"no caption in {short(where)} (fields: {there}); --caption-column"
-                    found.captions[_inside(head, file)] = Captions(fault=f"{fault} chooses one")
-                    continue
-                values.setdefault(_inside(head, file), []).append(row[column])
-        for name, of_image in values.items():
-            one = of_image[0] if len(of_image) == 1 else of_image
-            found.captions[name] = read_captions(one)
-        return found
-
-
-def _inside(head: str, name: str) -> str:
-    return os.path.normpath(os.path.join(head, name))
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield where each row of a metadata file stands, and its fields."""
-    if path.suffix == ".csv":
-        reader = csv.DictReader(read_text(path).split("\n"), strict=True)
-        try:
-            for cells in reader:
-                yield f"{path}:{reader.line_num}", cells
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: {error}; fix the line") from error
-        return
-    with open_list(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                fields = load_json(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: no JSON ({error}); fix the line") from error
-            if not isinstance(fields, dict):
-                raise UserError(f"{path}:{number}: must be an object; fix the line")
-            yield f"{path}:{number}", fields
+            return Described(Captions(fault=f"its caption file {name} is broken ({error})"))
+    captions = first_captions(values)
+    if beside and not captions.texts and not captions.fault:
+        hint = "; --caption-column chooses a field" if isinstance(fields, dict) and fields else ""
+        return Described(Captions(fault=f"no caption in {', '.join(beside)}{hint}"))
+    return Described(
+        captions, optional_fields(fields, captions) if isinstance(fields, dict) else {}
+    )
 
 
 def _files_under(folder: Path) -> list[str]:

@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import short
-from dist_vse.shards.captions import first_captions, is_missing, named_languages
+from dist_vse.shards.captions import first_captions, fit_fields, is_missing, named_languages
 from dist_vse.shards.json_text import load_json
-from dist_vse.shards.record import Record
+from dist_vse.shards.record import Image, Record
 from dist_vse.shards.sources.paths import existing_folder, image_fault, image_in, open_list
+from dist_vse.shards.sources.stored_images import StoredImages, base64_image
 
 
 def read_jsonl(
@@ -20,77 +22,119 @@ def read_jsonl(
     split: str | None = None,
     image_column: str = "image",
     caption_column: str | None = None,
+    scratch: Path | None = None,
 ) -> Iterator[Record]:
     """Yield a record for each line `{"image": path, "captions": [...], "split"?, "key"?}`.
 
     `"caption": "..."` stands for one caption, `"captions": {"en": [...], "de": "..."}` for those of
     several languages; `caption_column` names another field. Paths start from `images`, or from the
-    file's folder. A line without a split is of `split` (train by default). Other fields go into the
-    sample's JSON. A line whose values can't be used is a bad sample.
+    file's folder; an image in base64 is copied into `scratch`. A line without a split is of `split`
+    (train by default). Other fields go into the sample's JSON. A line whose values can't be used is
+    a bad sample. The file may also be one JSON list of such objects.
 
     Raises UserError, naming the line, for what is no JSON object.
     """
     root = existing_folder(images) if images else path.parent
+    stored = StoredImages(scratch)
+    reading = _Reading(root, split or "train", image_column, caption_column, stored)
+    for where, fields in json_objects(path):
+        yield reading.record(fields, where)
+    stored.close()
+
+
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each object stands, and the object: one a line, or those of one JSON list.
+
+    Raises UserError for what is none.
+    """
     with open_list(path) as lines:
+        name = str(path)
         for number, line in enumerate(lines, 1):
+            if number == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+                entries = _parsed(line + lines.read(), name)
+                for place, entry in enumerate(entries, 1):
+                    yield _object(entry, f"{name}: entry {place}")
+                return
             if line.strip():
-                fields = json_object(line, f"{path}:{number}")
-                yield _record(fields, f"{path}:{number}", root, split, image_column, caption_column)
+                where = f"{name}:{number}"
+                yield _object(_parsed(line, where), where)
 
 
-def json_object(line: bytes, where: str) -> dict[str, Any]:
-    """Return the object on a line. Raises UserError if it is none."""
+def _parsed(text: bytes, where: str) -> Any:
     try:
-        fields = load_json(line)
+        return load_json(text)
     except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"{where}: no JSON ({error}); fix the line") from error
-    if not isinstance(fields, dict):
+        raise UserError(
+            f"{where}: no JSON ({error}); write one object a line, or one JSON list of them"
+        ) from error
+
+
+def _object(content: Any, where: str) -> tuple[str, dict[str, Any]]:
+    if not isinstance(content, dict):
         raise UserError(
             f'{where}: must be an object such as {{"image": "a.jpg", "caption": "..."}}'
         )
-    return fields
+    return where, content
 
 
-def _record(
-    fields: dict[str, Any],
-    where: str,
-    root: Path,
-    split: str | None,
-    image_column: str,
-    caption_column: str | None,
-) -> Record:
-    names = ", ".join(fields)
-    image = fields.pop(image_column, None)
-    columns = [caption_column] if caption_column else ["captions", "caption"]
-    captions = first_captions([fields.pop(column, None) for column in columns])
-    fault = captions.fault
-    if not captions.texts and not fault:
-        fault = f"no caption (fields: {names}); --caption-column chooses one"
-    if is_missing(image):
-        fault = f"no {image_column!r} (fields: {names}); --image-column chooses one"
-    fault = fault if is_missing(image) else image_fault(image) or fault
-    own_split, key = (_text(fields, name) for name in ("split", "key"))
-    for name, value in (("split", own_split), ("key", key)):
-        if not isinstance(value, str | None):
-            fault = fault or f"{name!r} is {short(value)}; make it a string"
-    languages = captions.languages or named_languages(fields.get("languages"), captions.texts)
-    if languages:
-        fields.pop("languages", None)
-    found = isinstance(image, str) and not is_missing(image)
-    return Record(
-        image=image_in(root, image) if found else where,
-        captions=captions.texts,
-        split=own_split if isinstance(own_split, str) else split or "train",
-        key=key if isinstance(key, str) else os.path.splitext(image)[0] if found else where,
-        extra=fields,
-        languages=languages,
-        fault=fault,
-    )
+@dataclass(frozen=True)
+class _Reading:
+    """How lines become records."""
+
+    root: Path
+    split: str
+    image_column: str
+    caption_column: str | None
+    stored: StoredImages
+
+    def record(self, fields: dict[str, Any], where: str) -> Record:
+        names = tuple(fields)
+        name = fields.pop(self.image_column, None)
+        columns = [self.caption_column] if self.caption_column else ["captions", "caption"]
+        captions = first_captions([fields.pop(column, None) for column in columns])
+        image, stem, fault = self._image(name, where, names)
+        if not captions.texts and not fault:
+            fault = captions.fault or (
+                f"no caption (fields: {', '.join(names)}); --caption-column chooses one"
+            )
+        split, key = _text(fields, "split"), _text(fields, "key")
+        for field, value in (("split", split), ("key", key)):
+            if value is not None and not isinstance(value, str):
+                fault = fault or f"{field!r} is {short(value)}; make it a string"
+        fit_fields(fields, captions)
+        languages = captions.languages or named_languages(fields.get("languages"), captions.texts)
+        if languages:
+            fields.pop("languages", None)
+        return Record(
+            image=image,
+            captions=captions.texts,
+            split=split if isinstance(split, str) else self.split,
+            key=key if isinstance(key, str) else stem,
+            extra=fields,
+            languages=languages,
+            fault=fault or captions.fault,
+        )
+
+    def _image(self, name: Any, where: str, names: tuple[str, ...]) -> tuple[Image, str, str]:
+        """Return a line's image, the key that it gives the sample, and what is wrong with it."""
+        if not is_missing(name) and not base64_image(name) and not image_fault(name):
+            return image_in(self.root, name), os.path.splitext(name)[0], ""
+        place = os.path.basename(where)  # the same wherever the list lies
+        if is_missing(name):
+            there = ", ".join(names)
+            fault = f"no {self.image_column!r} (fields: {there}); --image-column chooses one"
+            return where, place, fault
+        data = base64_image(name)
+        if data:
+            return self.stored.add(data, where), place, ""
+        return where, place, image_fault(name)
 
 
 def _text(fields: dict[str, Any], name: str) -> Any:
     """Take a field out of `fields`: a number is its text, nothing is None."""
     value = fields.pop(name, None)
-    if is_missing(value):
+    if value is None or is_missing(value):
         return None
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value).strip()
+    return value

@@ -12,7 +12,7 @@ from typing import IO, cast
 from urllib.parse import urlsplit
 
 from dist_vse.common.errors import UserError, first_line
-from dist_vse.common.files import is_leftover
+from dist_vse.common.files import LFS_POINTER, is_leftover
 
 _GZIP = b"\x1f\x8b"
 _PACKED = {  # by the first bytes
@@ -23,6 +23,11 @@ _PACKED = {  # by the first bytes
 }
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _FOLDERS_SHOWN = 3
+
+SPLITS = {"train": "train", "training": "train"}
+SPLITS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val"}
+SPLITS |= {"test": "test", "testing": "test", "eval": "test", "evaluation": "test"}
+"""What folders and files of a split are called, as Hugging Face's imagefolder reads them."""
 
 
 def existing_file(path: Path) -> Path:
@@ -59,8 +64,10 @@ def open_list(path: Path) -> Iterator[IO[bytes]]:
     Raises UserError if there is none, for other compressions, and for a damaged one.
     """
     with existing_file(path).open("rb") as file:
-        start = file.read(8)
+        start = file.read(len(LFS_POINTER))
         file.seek(0)
+        if start == LFS_POINTER:
+            raise UserError(f"{path}: is a pointer of Git LFS, not the file; run `git lfs pull`")
         for magic, name in _PACKED.items():
             if start.startswith(magic):
                 raise UserError(f"{path}: is compressed ({name}); unpack it")
@@ -103,9 +110,14 @@ def image_fault(name: object) -> str:
     """Return why a value of a list can't be the path of an image; "" if it can."""
     if not isinstance(name, str):
         return f"its image is a {type(name).__name__}, no path"
-    if _URL.match(name):
+    url = _URL.match(name)
+    if url is None:
+        return ""
+    if url[0].lower() in ("http://", "https://"):
         return "its image is a URL; download it with `dist-vse shard urls`"
-    return ""
+    if url[0].lower() == "file://":
+        return "its image is a URL (file://); write the path alone"
+    return f"its image is a URL ({url[0]}); copy the images here, or give their folder as --images"
 
 
 def url_fault(url: str) -> str:

@@ -3,6 +3,7 @@
 import csv
 import difflib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,10 +11,11 @@ from typing import Any, cast
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.files import is_leftover
 from dist_vse.shards.notes import note
-from dist_vse.shards.sources.paths import existing_file, open_list, where_instead
+from dist_vse.shards.sources.paths import SPLITS, open_list, where_instead
 
 Row = tuple[str, dict[str, Any]]  # where it stands, its columns
 
+_WORD = re.compile(r"[^a-z]")  # what ends the first word of a name
 _BATCH_ROWS = 256  # few enough that images in the cells fit into memory
 _COLUMNS_SHOWN = 20
 
@@ -35,7 +37,9 @@ def text_rows(path: Path, columns: Sequence[str], *, separator: str, quoted: boo
             quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
         )
         try:
-            header = next(reader, [])
+            header = next(reader, None)
+            if header is None:
+                raise UserError(f"{path}: is empty; give a table with a header")
             check_columns(path, columns, header, separator)
             for cells in reader:
                 if not cells:
@@ -60,8 +64,12 @@ def text_rows(path: Path, columns: Sequence[str], *, separator: str, quoted: boo
             text.detach()
 
 
-def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """Yield the rows of a Parquet file, or of those in a folder.
+def parquet_rows(
+    path: Path, columns: Sequence[str] | None, *, parts: Sequence[Path] = ()
+) -> Iterator[Row]:
+    """Yield the rows of a Parquet file, or of those in a folder, or of some `parts` of it.
+
+    Only these columns of them, or all.
 
     Raises UserError for a missing column, or what is no Parquet file.
     """
@@ -72,18 +80,12 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         raise UserError(
             f"{path}: Parquet needs a package more; pip install 'dist_vse[parquet]'"
         ) from None
-    files = [path]
-    if path.is_dir():
-        files = [f for f in sorted(path.glob("*.parquet")) if not is_leftover(f.name)]
-        if not files:
-            hint = where_instead(path, ".parquet")
-            raise UserError(f"{path}: no Parquet files here; {hint}")
-    for part in files:
+    for part in parts or (parquet_parts(path) if path.is_dir() else [path]):
         number = 0
-        with existing_file(part).open("rb") as file:
+        with open_list(part) as file:
             try:
                 content = parquet.ParquetFile(file)
-                check_columns(part, columns, content.schema_arrow.names)
+                check_columns(part, columns or (), content.schema_arrow.names)
                 for batch in content.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
                     for row in batch.to_pylist():
                         number += 1
@@ -93,6 +95,35 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                     f"{part}: no Parquet file, or cut ({first_line(error)}); give another, or copy "
                     "it again"
                 ) from error
+
+
+def parquet_parts(folder: Path) -> list[Path]:
+    """Return the Parquet files in a folder, by name. Raises UserError if there is none.
+
+    A note names sub-folders that hold some as well, which are not read.
+    """
+    parts = [f for f in sorted(folder.glob("*.parquet")) if not is_leftover(f.name)]
+    if not parts:
+        hint = where_instead(folder, ".parquet")
+        raise UserError(f"{folder}: no Parquet files here; {hint}")
+    for child in sorted(folder.iterdir()):
+        if not is_leftover(child.name) and child.is_dir() and any(child.glob("*.parquet")):
+            note(f"{child}: its Parquet files are not read; shard that folder too")
+    return parts
+
+
+def parts_by_split(folder: Path) -> dict[str, list[Path]]:
+    """Return a folder's Parquet files by the split that the hub's names begin with.
+
+    `train-00000-of-00002.parquet` and `validation.parquet` name one; others are of train.
+    """
+    splits: dict[str, list[Path]] = {}
+    for part in parquet_parts(folder):
+        splits.setdefault(SPLITS.get(_WORD.split(part.name.lower())[0], "train"), []).append(part)
+    if splits.keys() != {"train"}:
+        counts = ", ".join(f"{len(parts)} of {split}" for split, parts in sorted(splits.items()))
+        note(f"{folder}: by their names, its Parquet files are {counts}; --split makes them one")
+    return splits
 
 
 def _looks_quoted(cell: str) -> bool:

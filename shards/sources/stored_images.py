@@ -1,11 +1,32 @@
 """Images that lie in the cells of a table, copied into one local file to be read from there."""
 
+import base64
+import binascii
 import os
+import re
 import tempfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dist_vse.shards.record import Member
+
+_MIN_CHARS = 64  # no image's file is shorter, and hardly a path that looks like one is longer
+# The first bytes of a JPEG, PNG, WebP, GIF and TIFF.
+_BASE64 = re.compile(
+    r"(?:data:image/[\w.+-]+;base64,)?((?:/9j/|iVBORw0KGgo|UklGR|R0lGOD|SUkqA|TU0AK)[\w+/\s]*=*\s*)",
+    re.ASCII,
+)
+
+
+def base64_image(value: Any) -> bytes:
+    """Return the image that a cell holds in base64, also as a `data:` URL; none of other cells."""
+    if not isinstance(value, str) or len(value) < _MIN_CHARS:
+        return b""
+    found = _BASE64.fullmatch(value)
+    try:
+        return base64.b64decode(found[1]) if found else b""
+    except binascii.Error:  # cut
+        return b""
 
 
 class StoredImages:

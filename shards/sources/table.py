@@ -1,8 +1,6 @@
 """Tables with a row a caption (or an image): CSV, TSV and Parquet, by the names of columns."""
 
-import ast
 import inspect
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +11,13 @@ from typing import Any
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import short
 from dist_vse.data.index import image_id
-from dist_vse.shards.captions import Captions, is_missing, read_captions
+from dist_vse.data.sample_fields import NEGATIVES
+from dist_vse.shards.captions import cell_captions, is_missing
 from dist_vse.shards.public_url import public_url
 from dist_vse.shards.record import Image, Record, Url
 from dist_vse.shards.sources.paths import existing_folder, image_fault, image_in, url_fault
-from dist_vse.shards.sources.rows import Row, parquet_rows, text_rows
-from dist_vse.shards.sources.stored_images import StoredImages
+from dist_vse.shards.sources.rows import Row, parquet_rows, parts_by_split, text_rows
+from dist_vse.shards.sources.stored_images import StoredImages, base64_image
 
 
 # More than eight parameters: each but `path`, `rows` and `scratch` is an option of the command.
@@ -33,6 +32,7 @@ def read_table(
     split_column: str | None = None,
     key_column: str | None = None,
     language_column: str | None = None,
+    negatives_column: str | None = None,
     scratch: Path | None = None,
     urls: bool = False,
 ) -> Iterator[Record]:
@@ -40,16 +40,17 @@ def read_table(
 
     Rows of one image are put together. `caption_column` may name several columns with commas
     between, each with its language: `caption_en=en,caption_de=de`; `language_column` names the
-    language of a row's captions. Paths start from `images`, or from the file's folder; with `urls`
-    they are URLs instead. A row without a split is of `split` (train by default). An empty caption
-    is none. Images that lie in the cells are copied into `scratch`. A row whose values can't be
-    used is a bad sample.
+    language of a row's captions, and `negatives_column` holds texts that are false of its image.
+    Paths start from `images`, or from the file's folder; with `urls` they are URLs instead. A row
+    without a split is of `split` (train by default). An empty caption is none. Images that lie in
+    the cells are copied into `scratch`. A row whose values can't be used is a bad sample.
 
     Raises UserError for a missing column or broken quotes, naming the row.
     """
     pairs = (name.partition("=") for name in caption_column.split(","))
     languages = {column.strip(): language.strip() for column, _, language in pairs}
-    columns = _Columns(image_column, languages, split_column, key_column, language_column)
+    more = (split_column, key_column, language_column, negatives_column)
+    columns = _Columns(image_column, languages, *more)
     root = path if path.is_dir() else path.parent
     root = root if images is None else existing_folder(images)
     stored = StoredImages(scratch)
@@ -60,12 +61,15 @@ def read_table(
         image = group.image
         if isinstance(image, str) and not group.nowhere:
             image = Url(image) if urls else image_in(root, image)
+        extra: dict[str, Any] = {NEGATIVES: group.negatives} if group.negatives else {}
+        if isinstance(image, Url):
+            extra["url"] = public_url(image.url)
         yield Record(
             image=image,
             captions=tuple(group.captions),
             split=group.split,
             key=group.key,
-            extra={"url": public_url(image.url)} if isinstance(image, Url) else {},
+            extra=extra,
             languages=tuple(group.languages) if any(group.languages) else (),
             fault=group.fault,
         )
@@ -78,11 +82,12 @@ class _Columns:
     split: str | None
     key: str | None
     language: str | None
+    negatives: str | None
 
     @property
     def names(self) -> list[str]:
         """All columns that are read."""
-        more = (self.split, self.key, self.language)
+        more = (self.split, self.key, self.language, self.negatives)
         return [self.image, *self.captions, *(name for name in more if name is not None)]
 
 
@@ -104,6 +109,7 @@ class _Group:
     nowhere: bool = False  # the image is none: it says where the row stands
     captions: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
+    negatives: list[str] = field(default_factory=list)
     fault: str = ""
 
 
@@ -119,22 +125,26 @@ def _groups(
     for where, row in rows:
         own = _text(columns.split and row[columns.split]) or split
         name, data = _image_of(row[columns.image])
+        place = os.path.basename(where)  # the same wherever the table lies
         key = _text(columns.key and row[columns.key])
         if data:
             identity: str | int = image_id(data)
             if identity not in groups:
-                place = stored.add(data, where)
-                stem = _stem(name) if isinstance(name, str) else where
-                groups[identity] = _Group(place, own, key or stem)
+                member = stored.add(data, where)
+                stem = _stem(name) if isinstance(name, str) else place
+                groups[identity] = _Group(member, own, key or stem)
         elif is_missing(name) or not isinstance(name, str):
             identity = where
             fault = f"column {columns.image!r} is {short(row[columns.image])}; name an image file"
-            groups[identity] = _Group(where, own, key or where, nowhere=True, fault=fault)
+            groups[identity] = _Group(where, own, key or place, nowhere=True, fault=fault)
         else:
             identity = name
             if identity not in groups:
-                fault = naming.fault(name)
-                groups[identity] = _Group(name, own, key or naming.key(name), fault=fault)
+                fault, stem = naming.fault(name), naming.key(name)
+                group = _Group(name, own, key or stem, fault=fault)
+                if fault and naming is _PATHS:
+                    group = _Group(where, own, key or place, nowhere=True, fault=fault)
+                groups[identity] = group
         group = groups[identity]
         if group.split != own:
             raise UserError(
@@ -143,10 +153,14 @@ def _groups(
             )
         for column, language in columns.captions.items():
             said = _text(columns.language and row[columns.language]) or language
-            captions = _captions(row[column])
+            captions = cell_captions(row[column])
             group.fault = group.fault or captions.fault
             group.captions += captions.texts
             group.languages += captions.languages or [said] * len(captions.texts)
+        if columns.negatives:
+            false = cell_captions(row[columns.negatives])
+            group.fault = group.fault or false.fault
+            group.negatives += (text for text in false.texts if text not in group.negatives)
     return groups
 
 
@@ -168,25 +182,13 @@ def _image_of(value: Any) -> tuple[Any, bytes]:
         return None, value
     if isinstance(value, dict) and "path" in value and "bytes" in value:
         return value["path"], value["bytes"] or b""
-    return value, b""
-
-
-def _captions(value: Any) -> Captions:
-    """Return the captions of a cell; the text of a list of strings is read as that list."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[" and value.rstrip()[-1:] == "]":
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                content = parse(value.strip())
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                continue
-            if isinstance(content, list) and all(isinstance(text, str) for text in content):
-                return read_captions(content)
-    return read_captions(value)
+    data = base64_image(value)
+    return (None, data) if data else (value, b"")
 
 
 def _text(value: Any) -> str:
     """Return a cell's text; "" if it holds nothing. A split may be called 0."""
-    return "" if is_missing(value) else str(value)
+    return "" if is_missing(value) else str(value).strip()
 
 
 Rows = Callable[[Path, Sequence[str]], Iterator[Row]]
@@ -217,5 +219,13 @@ def read_tsv(path: Path, *, quoted: bool = False, **options: Any) -> Iterator[Re
 
 @_with_table_options
 def read_parquet(path: Path, **options: Any) -> Iterator[Record]:
-    """Read a Parquet file, or a folder of them, as `read_table`."""
-    return read_table(path, rows=parquet_rows, **options)
+    """Read a Parquet file, or a folder of them, as `read_table`.
+
+    Where no option names splits, those of a folder are what its files' names begin with.
+    """
+    if not path.is_dir() or options.get("split") or options.get("split_column"):
+        yield from read_table(path, rows=parquet_rows, **options)
+        return
+    for split, parts in parts_by_split(path).items():
+        rows = partial(parquet_rows, parts=parts)
+        yield from read_table(path, rows=rows, **{**options, "split": split})

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.shards.record import Record
-from dist_vse.shards.sources.jsonl import json_object
-from dist_vse.shards.sources.paths import open_list
+from dist_vse.shards.sources.jsonl import json_objects
 from dist_vse.shards.sources.rows import Row, check_columns, parquet_rows, text_rows
-from dist_vse.shards.sources.table import Rows, read_table
+from dist_vse.shards.sources.table import Rows, read_parquet, read_table
 
 
 def read_urls(
@@ -21,22 +21,25 @@ def read_urls(
     split_column: str | None = None,
     key_column: str | None = None,
     language_column: str | None = None,
+    negatives_column: str | None = None,
 ) -> Iterator[Record]:
     """Yield the images of a list as `read_table` does: rows of one URL are put together.
 
     The file's name says what it is. Raises UserError for another name, and as `read_table`.
     """
-    return read_table(
-        path,
-        rows=_rows(path),
-        split=split,
-        image_column=url_column,
-        caption_column=caption_column,
-        split_column=split_column,
-        key_column=key_column,
-        language_column=language_column,
-        urls=True,
-    )
+    options: dict[str, Any] = {
+        "image_column": url_column,
+        "caption_column": caption_column,
+        "split": split,
+        "split_column": split_column,
+        "key_column": key_column,
+        "language_column": language_column,
+        "negatives_column": negatives_column,
+        "urls": True,
+    }
+    if path.is_dir():
+        return read_parquet(path, **options)
+    return read_table(path, rows=_rows(path), **options)
 
 
 def _rows(path: Path) -> Rows:
@@ -47,9 +50,8 @@ def _rows(path: Path) -> Rows:
         ".parquet": parquet_rows,
         ".jsonl": _jsonl_rows,
         ".ndjson": _jsonl_rows,
+        ".json": _jsonl_rows,
     }
-    if path.is_dir():
-        return parquet_rows
     if suffix not in readers:
         raise UserError(f"{path}: must be called {', '.join(readers)}, or be a folder of Parquet")
     return readers[suffix]
@@ -58,12 +60,8 @@ def _rows(path: Path) -> Rows:
 def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """Yield the lines; fields that a line has not are missing values."""
     checked = False
-    with open_list(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            fields = json_object(line, f"{path}:{number}")
-            if not checked:
-                check_columns(path, columns, list(fields))
-                checked = True
-            yield f"{path}:{number}", {name: fields.get(name) for name in columns}
+    for where, fields in json_objects(path):
+        if not checked:
+            check_columns(path, columns, list(fields))
+            checked = True
+        yield where, {name: fields.get(name) for name in columns}

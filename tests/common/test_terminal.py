@@ -15,6 +15,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger, setup_logging
 from dist_vse.common.terminal import (
     MAX_CHARS,
+    accept_any_text,
     message,
     one_line,
     plain,
@@ -141,3 +142,12 @@ def test_nothing_is_printed_past_the_helpers() -> None:
 def test_say_prints_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     say("wrote [red]\x1b[2J", end="!")
     assert capsys.readouterr().out == "wrote [red]\ufffd[2J!"
+
+
+def test_a_terminal_without_unicode_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(buffer, "ascii", write_through=True))
+    accept_any_text()
+    say("café ███")
+    Console().print(plain("漢字"))
+    assert buffer.getvalue() == b"caf? ???\n??\n"

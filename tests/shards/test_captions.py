@@ -8,9 +8,11 @@ import pytest
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
+from dist_vse.data.sample_fields import caption_weights
 from dist_vse.shards.captions import first_captions, named_languages, read_captions
 from dist_vse.shards.index.wds_reader import read_samples
 from dist_vse.shards.json_text import dump_json, load_json
+from dist_vse.shards.sources.jsonl import read_jsonl
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard, write_tar
 
@@ -163,3 +165,26 @@ def _metas(folder: Path) -> list[dict[str, Any]]:
 
 def _stored(folder: Path) -> list[list[str]]:
     return [meta["captions"] for meta in _metas(folder)]
+
+
+def test_what_belongs_to_a_blank_caption_goes_with_it(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "captions": ["one", "", "three"],
+        "languages": ["en", "xx", "de"],
+        "caption_weights": [1, 2, 3],
+        "negatives": "not one",
+    }
+    tar = write_tar(tmp_path / "x.tar", {"k.png": IMAGE, "k.json": fields})
+    (sample,) = read_samples(tar)
+    (tmp_path / "a.png").write_bytes(IMAGE)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"image": "a.png", **fields}))
+    (record,) = read_jsonl(tmp_path / "p.jsonl")
+    for found, more in ((sample, sample.fields), (record, record.extra)):
+        assert (found.captions, found.languages) == (("one", "three"), ("en", "de"))
+        assert more == {"caption_weights": [1, 3], "negatives": ["not one"]}
+
+
+def test_weights_that_draw_no_caption_are_bad() -> None:
+    with pytest.raises(ValueError, match="are all 0: no caption could be drawn"):
+        caption_weights({"caption_weights": [0, 0.0]}, 2)
+    assert caption_weights({"caption_weights": [0, 1]}, 2) == (0.0, 1.0)

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
@@ -61,7 +63,7 @@ def test_linked_folders_are_followed_and_a_dangling_link_is_bad(tmp_path: Path) 
     (tmp_path / "in/a/3.jpg").symlink_to(tmp_path / "gone.jpg")
     assert [record.key for record in read_folder(tmp_path / "in")] == ["a/1", "a/3", "b/2"]
     run_shard("folder", tmp_path / "in", tmp_path / "out", "--max-bad", "1", *ONE)
-    assert list(_skipped(tmp_path / "out").values()) == ["no caption"]
+    assert list(_skipped(tmp_path / "out").values()) == ["no caption; put it into 3.txt"]
     (tmp_path / "in/a/3.txt").write_text("three")
     run_shard("folder", tmp_path / "in", tmp_path / "out", "--max-bad", "1", *ONE)
     assert list(_skipped(tmp_path / "out").values()) == ["no such image file (is --images right?)"]
@@ -144,9 +146,69 @@ def test_what_metadata_names_and_is_not_there_is_bad(tmp_path: Path) -> None:
     run_shard("folder", tmp_path / "in", tmp_path / "out", *options, *ONE)
     assert read_index(tmp_path / "out").split("train").num_captions == 2
     assert sorted(_skipped(tmp_path / "out").values()) == [
-        "no 'file_name'; name the image's file",
+        "no 'file_name' (fields: file_name, alt); name its file",
         "no such image file (is --images right?)",
     ]
+
+
+def test_caption_files_as_other_tools_name_them(tmp_path: Path) -> None:
+    for image, text in (("a.jpg", "a.TXT"), ("b.JPG", "b.caption"), ("c.jpg", "c.jpg.txt")):
+        _put(tmp_path / "in" / image, None)
+        (tmp_path / "in" / text).write_text(f"of {text}")
+    _put(tmp_path / "in/d.jpg", " ")
+    _put(tmp_path / "in/e.jpg", None)
+    (tmp_path / "in/e.json").write_text('{"alt": "x"}')
+    records = _by_key(read_folder(tmp_path / "in"))
+    assert [records[key].captions for key in "abc"] == [
+        ("of a.TXT",),
+        ("of b.caption",),
+        ("of c.jpg.txt",),
+    ]
+    assert records["d"].fault == "no caption in d.txt"
+    assert records["e"].fault == "no caption in e.json; --caption-column chooses a field"
+
+
+def test_metadata_may_lie_above_the_splits(tmp_path: Path) -> None:
+    for name in ("train/a.jpg", "validation/b.jpg"):
+        _put(tmp_path / name, None)
+    rows = [{"file_name": "train/a.jpg", "text": "one"}, {"file_name": "validation/b.jpg"}]
+    path = tmp_path / "metadata.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "nobody's"}]))
+    records = list(read_folder(tmp_path))
+    assert [(r.split, r.key, r.captions) for r in records] == [
+        ("train", "train/a", ("one",)),
+        ("train", "metadata.jsonl:3", ()),
+        ("val", "validation/b", ()),
+    ]
+    path.write_text(json.dumps({"file_name": "other/c.jpg", "text": "lost"}))
+    with pytest.raises(
+        UserError, match=r"metadata\.jsonl names 'other/c\.jpg', which lies outside"
+    ):
+        list(read_folder(tmp_path))
+
+
+def test_metadata_in_parquet_says_more_than_captions(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        _put(tmp_path / "in" / name, None)
+    rows = [
+        {"file_name": "a.jpg", "text": ["one", "", "two"], "caption_weights": [1.0, 2.0, 3.0]},
+        {"file_name": "b.jpg", "text": ["x"], "negatives": ["no x", None]},
+        {"file_name": "b.jpg", "text": ["y"], "negatives": ["no y"]},
+    ]
+    table = pyarrow.Table.from_pylist(rows, schema=_schema(rows))
+    parquet.write_table(table, tmp_path / "in/metadata.parquet")
+    records = _by_key(read_folder(tmp_path / "in"))
+    assert records["a"].captions == ("one", "two")
+    assert records["a"].extra == {"caption_weights": [1.0, 3.0]}
+    assert records["b"].captions == ("x", "y")
+    assert records["b"].extra == {"negatives": ["no x", "no y"]}
+
+
+def _schema(rows: list[dict[str, Any]]) -> pyarrow.Schema:
+    names = {name for row in rows for name in row}
+    kinds = {"file_name": pyarrow.string(), "caption_weights": pyarrow.list_(pyarrow.float64())}
+    texts = pyarrow.list_(pyarrow.string())
+    return pyarrow.schema([(name, kinds.get(name, texts)) for name in sorted(names)])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")

@@ -1,6 +1,9 @@
 """Tables as people have them: read whole, or one line that says what is wrong."""
 
+import base64
 import gzip
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ from pyarrow import parquet
 
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
+from dist_vse.shards.sample_checks import BadSampleError, check_image
+from dist_vse.shards.sources.jsonl import read_jsonl
+from dist_vse.shards.sources.stored_images import base64_image
 from dist_vse.shards.sources.table import read_csv, read_parquet, read_tsv
 from tests.support.datasets import draw, encode
 from tests.support.shards import run_shard
@@ -163,3 +169,89 @@ def test_parts_further_down_are_named(tmp_path: Path) -> None:
     _hub(tmp_path / "in/split=train/0.parquet", [{"image": "a", "caption": "x"}])
     with pytest.raises(UserError, match="no Parquet files here; but there are in split=train"):
         list(read_parquet(tmp_path / "in"))
+
+
+def test_the_hub_s_parts_are_of_the_splits_that_their_names_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test")
+    for number, name in enumerate(names):
+        rows = [{"image": {"bytes": encode(draw(number)), "path": None}, "caption": name}]
+        _hub(tmp_path / f"in/{name}.parquet", rows)
+    records = list(read_parquet(tmp_path / "in"))
+    assert [(r.split, r.key) for r in records] == [
+        ("test", "test.parquet: row 1"),
+        ("train", "train-00000-of-00002.parquet: row 1"),
+        ("train", "train-00001-of-00002.parquet: row 1"),
+        ("val", "validation-00000-of-00001.parquet: row 1"),
+    ]
+    assert "are 1 of test, 2 of train, 1 of val; --split makes them one" in capsys.readouterr().err
+    assert {r.split for r in read_parquet(tmp_path / "in", split="all")} == {"all"}
+    (tmp_path / "in/more").mkdir()
+    (tmp_path / "in/test.parquet").rename(tmp_path / "in/more/test.parquet")
+    assert len(list(read_parquet(tmp_path / "in"))) == 3
+    assert "in/more: its Parquet files are not read" in capsys.readouterr().err
+
+
+def test_images_in_base64_are_read(tmp_path: Path) -> None:
+    image = encode(draw(1), "JPEG")
+    text = base64.b64encode(image).decode()
+    for name, cell in (("plain", text), ("url", f"data:image/jpeg;base64,{text}")):
+        table = _text(tmp_path / f"{name}.tsv", f"image\tcaption\n{cell}\tx\n")
+        lines = _text(tmp_path / f"{name}.jsonl", json.dumps({"image": cell, "caption": "x"}))
+        for source, path in (("tsv", table), ("jsonl", lines)):
+            out = tmp_path / f"{name}-{source}"
+            run_shard(source, path, out, *ONE)
+            (shard,) = read_index(out).split("train").shards
+            ((at, size, *_),) = read_index(out).offsets(shard).tolist()
+            assert (out / shard.path).read_bytes()[at : at + size] == image
+    assert not base64_image(text[:-3]) and not base64_image("/9j/a.jpg")
+
+
+def test_one_json_list_is_read_as_its_lines(tmp_path: Path) -> None:
+    rows = [{"image": "a", "caption": "x"}, {"image": "b", "caption": "y"}]
+    for indent in (None, 2):
+        path = _text(tmp_path / "p.json", "\ufeff" + json.dumps(rows, indent=indent))
+        assert [(r.key, r.captions) for r in read_jsonl(path)] == [("a", ("x",)), ("b", ("y",))]
+    with pytest.raises(UserError, match=r"p\.json: entry 2: must be an object"):
+        list(read_jsonl(_text(tmp_path / "p.json", json.dumps([rows[0], "b"]))))
+    with pytest.raises(UserError, match="write one object a line, or one JSON list of them"):
+        list(read_jsonl(_text(tmp_path / "p.json", json.dumps({"images": rows}, indent=2))))
+
+
+def test_a_column_of_negatives(tmp_path: Path) -> None:
+    text = 'image,caption,wrong\na,x,"[""no x"", ""not x""]"\na,y,no x\nb,z,\n'
+    one, two = read_csv(_text(tmp_path / "p.csv", text), negatives_column="wrong")
+    assert one.captions == ("x", "y") and one.extra == {"negatives": ["no x", "not x"]}
+    assert two.extra == {}
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 9\n"
+    for source, name in (("csv", "p"), ("parquet", "p"), ("jsonl", "p"), ("reshard", "p.tar")):
+        path = _text(tmp_path / name, pointer)
+        with pytest.raises(UserError, match=r"is a pointer of Git LFS, .*; run `git lfs pull`"):
+            run_shard(source, path, tmp_path / "out", *ONE)
+    with pytest.raises(BadSampleError, match="is a pointer of Git LFS"):
+        check_image(pointer.encode())
+
+
+def test_splits_are_read_without_blanks_and_an_empty_table_is_named(tmp_path: Path) -> None:
+    path = _text(tmp_path / "p.csv", "image,caption,split\na,x, test \n")
+    assert [r.split for r in read_csv(path, split_column="split")] == ["test"]
+    with pytest.raises(UserError, match="is empty; give a table with a header"):
+        list(read_csv(_text(path, "")))
+
+
+@pytest.mark.parametrize(
+    ("url", "fault"),
+    [
+        ("https://host/a.jpg", "is a URL; download it with `dist-vse shard urls`"),
+        ("file:///a.jpg", r"is a URL \(file://\); write the path alone"),
+        ("s3://bucket/a.jpg", r"is a URL \(s3://\); copy the images here, or give .* as --images"),
+    ],
+)
+def test_a_url_where_a_path_goes_is_told_what_to_do(tmp_path: Path, url: str, fault: str) -> None:
+    (record,) = read_csv(_text(tmp_path / "p.csv", f"image,caption\n{url},x\n"))
+    assert re.fullmatch(f"its image {fault}", record.fault)
+    assert str(record.image) == f"{tmp_path}/p.csv:2" and record.key == "p.csv:2"

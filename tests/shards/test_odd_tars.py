@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -176,3 +177,17 @@ def test_a_hidden_folder_that_is_named_is_read(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_bytes(IMAGE)
     assert len(list(read_folder(path.parent))) == 1
+
+
+def test_what_else_lies_in_a_folder_of_tars_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("0.tar", "1.TAR", "more/2.tar"):
+        write_tar(tmp_path / name, _pair("a"))
+    (tmp_path / "3.zip").write_bytes(b"PK")
+    assert [path.name for path in plain_tars(tmp_path)] == ["0.tar", "1.TAR"]
+    notes = capsys.readouterr().err.splitlines()
+    assert [re.sub(r".*/", "", note) for note in notes] == [
+        "3.zip: is not read; give a folder of tars alone, or name each of them",
+        "more: its tars are not read; give a folder of tars alone, or name each of them",
+    ]

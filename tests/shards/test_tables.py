@@ -217,7 +217,7 @@ def test_parquet_of_several_files_holds_lists(tmp_path: Path) -> None:
         ("image,caption\n1.jpg,one,two\n", r":2: 3 cells where the header has 2"),
         ('image,caption\n1.jpg,"one" two\n', r":2: .*fix the quotes"),
         ("image,caption,split\n1.jpg,a,val\n1.jpg,b,test\n", r":3: 1\.jpg is of split 'test', but"),
-        ("", "no column 'image'"),
+        ("", "is empty"),
     ],
 )
 def test_csv_names_the_row(tmp_path: Path, text: str, message: str) -> None:

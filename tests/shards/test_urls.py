@@ -192,6 +192,16 @@ def test_a_list_with_passwords_and_signatures_leaves_none(server: Server, tmp_pa
     assert _shard(signed("SECRET_TWO"), tmp_path / "out") == first and not server.requests
 
 
+def test_an_image_that_came_cut_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+    source = _csv(tmp_path / "list.csv", _write(server, 2))
+    server.fault, server.faults = "cut", 1
+    assert len(_shard(source, tmp_path / "out")) == 2 and not _skipped(tmp_path / "out")
+    server.faults = 9
+    server.requests.clear()
+    with pytest.raises(UserError, match=r"the connection ended [\d,]+ bytes early"):
+        _shard(source, tmp_path / "none")
+
+
 def test_images_wait_for_the_writer(server: Server) -> None:
     rows = _write(server, 40)
     fetcher = fetch.Fetcher(Fetching(connections=2))

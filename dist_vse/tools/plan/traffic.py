@@ -81,6 +81,7 @@ def loss_collectives(settings: Settings, width: int) -> list[Collective]:
     if settings.negatives:
         small += [Collective("all_gather", IDS / 2 * total * settings.negatives)]
     small += [Collective("all_gather", numbers)] * cost.gathers
+    # Hinges and dcl reduce the negatives' columns as well: 8 bytes each, next to 4 d of features.
     small += [Collective("all_reduce", each * numbers) for each in cost.reduces]
     return small + feature_collectives(settings, width)
 
