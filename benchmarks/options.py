@@ -169,6 +169,21 @@ def _add_install(install: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_batch(batch: argparse.ArgumentParser) -> None:
+    batch.add_argument("folder", metavar="RUNS", help="the folder of `benchmarks.batch_search`")
+    batch.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[64, 256, 512, 1024, 2048, 4096],
+        help="[%(default)s]",
+    )
+    batch.add_argument(
+        "--target", type=float, default=150.0, help="rsum whose samples are counted [150]"
+    )
+    batch.add_argument("--picture", metavar="FILE", help="write the curve as SVG")
+
+
 BENCHMARKS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "loss": ("the losses over the batch, and OpenCLIP's", _add_loss),
     "cache": ("gradient caching, OpenCLIP's and GradCache's", _add_cache),
@@ -176,6 +191,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "data": ("the stream's speed, and OpenCLIP's", _add_data),
     "order": ("what an epoch misses and repeats", _add_order),
     "peers": ("OpenCLIP's trainer and ours, end to end", _add_peers),
+    "batch": ("rsum against batch for each loss, from trainings", _add_batch),
     "install": ("what dist_vse and its extras take on disk", _add_install),
     "conformance": ("gradients of OpenCLIP, sentence-transformers, GradCache", _add_conformance),
     "shard": ("sharding, tar, ShardWriter and img2dataset", _add_shard),

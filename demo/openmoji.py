@@ -117,10 +117,10 @@ def group(drawings: Sequence[Drawing], pictures: Sequence[bytes]) -> list[str]:
     return [concept_of(drawings[root(i)].captions[0]) for i in range(len(drawings))]
 
 
-def split_of(concept: str) -> str:
+def split_of(concept: str, *, val: float = VAL, test: float = TEST) -> str:
     """Return train, val or test, from a hash of the concept."""
     draw = int.from_bytes(hashlib.sha256(concept.encode()).digest()[:8], "big") / 2**64
-    return "val" if draw < VAL else "test" if draw < VAL + TEST else "train"
+    return "val" if draw < val else "test" if draw < val + test else "train"
 
 
 def select(drawings: Sequence[Drawing], concepts: Sequence[str]) -> list[tuple[Drawing, str, str]]:

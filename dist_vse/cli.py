@@ -115,7 +115,18 @@ def _train(args: argparse.Namespace) -> int:
 def _features(args: argparse.Namespace) -> int:
     from dist_vse.tools.features import features_run
 
-    return features_run(args.config, args.overrides)
+    return features_run(args.config, args.overrides, texts=args.texts)
+
+
+def _add_features(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument(
+        "--texts",
+        metavar="FOLDER",
+        type=Path,
+        help="instead, write the frozen text trunk's outputs for all captions of all splits, for "
+        "model.text.kind=vectors",
+    )
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -216,8 +227,8 @@ COMMANDS = {
         "train, in this process or under a launcher (accelerate, torchrun)", _add_config, _train
     ),
     "features": Command(
-        "compute a frozen image trunk's outputs once, for training without images",
-        _add_config,
+        "compute a frozen trunk's outputs once, for training without images",
+        _add_features,
         _features,
     ),
     "submit": Command(

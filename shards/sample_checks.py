@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dist_vse.common.files import LFS_POINTER
 from dist_vse.data.index import IMAGE_FORMATS
 from dist_vse.data.sample_fields import check_fields
+from dist_vse.data.vectors import EXTENSION, check_vector, is_vector
 
 if TYPE_CHECKING:
     from PIL import Image  # not here: most images are never opened
@@ -72,11 +73,17 @@ def check_image(data: bytes | memoryview, *, decode: bool = True) -> str:
 
     With `decode` every pixel is decoded. Without, a JPEG with its first and last marker and a PNG
     whose chunks have the right checksums are accepted, in a hundredth of the time. An image in
-    doubt is decoded.
+    doubt is decoded. A vector (`data.vectors`) stands in the place of an image.
 
     Raises BadSampleError for no bytes, an unknown format, damage, or a decompression bomb (more
     than Pillow's `MAX_IMAGE_PIXELS`, 89 million pixels).
     """
+    if is_vector(data):
+        try:
+            check_vector(data)
+        except ValueError as error:
+            raise BadSampleError(str(error)) from error
+        return EXTENSION
     extension = None if decode else _extension_if_whole(data)
     if extension is not None:
         return extension

@@ -18,15 +18,31 @@ class EncoderSpec:
     builder: str
     """"module:function", which is imported when a model is built."""
     from_library: bool = False
-    """Whether timm or transformers made it: it is exported in that library's own layout, and a text
-    encoder brings its tokenizer with its weights."""
+    """Whether timm or transformers made it: it is exported in that library's own layout."""
+    tokenizer: str = ""
+    """"module:function" of a text encoder's tokenizer, which takes the encoder's weights and
+    `max_tokens`; empty: words of the training captions."""
+    is_stored: bool = False
+    """Whether there is no encoder: its outputs were stored before."""
 
 
-IMAGE_ENCODERS = {"timm": EncoderSpec("dist_vse.models.image:build_timm", from_library=True)}
+IMAGE_ENCODERS = {
+    "timm": EncoderSpec("dist_vse.models.image:build_timm", from_library=True),
+    "vectors": EncoderSpec("dist_vse.models.vectors:build_stored_vectors", is_stored=True),
+}
 TEXT_ENCODERS = {
     "gru": EncoderSpec("dist_vse.models.text:build_gru"),
     "transformer": EncoderSpec("dist_vse.models.text:build_transformer"),
-    "pretrained": EncoderSpec("dist_vse.models.text:build_pretrained", from_library=True),
+    "pretrained": EncoderSpec(
+        "dist_vse.models.text:build_pretrained",
+        from_library=True,
+        tokenizer="dist_vse.models.tokenizer:PretrainedTokenizer",
+    ),
+    "vectors": EncoderSpec(
+        "dist_vse.models.vectors:build_caption_vectors",
+        tokenizer="dist_vse.models.vectors:CaptionTokenizer",
+        is_stored=True,
+    ),
 }
 
 WORD_RULES = ("plain", "treebank")  # functions of dist_vse.models.words
@@ -37,7 +53,8 @@ class ImageConfig:
     """The image encoder's trunk: any timm model, or another kind."""
 
     kind: str = "timm"
-    """`timm`; others are entries of `IMAGE_ENCODERS`."""
+    """`timm`; or `vectors`: the shards hold vectors in the place of images, such as those that
+    `dist-vse shard precomp` writes, and only the head learns."""
     name: str = "resnet18"
     """A timm architecture, such as resnet152 or vit_base_patch16_224."""
     weights: str | None = None
@@ -49,7 +66,8 @@ class ImageConfig:
     follows it."""
     size: int = 224
     """Side of the square input, pixels. A checkpoint of `model.pretrained` has its own; another one
-    here resamples its positions. 224 counts as left out there."""
+    here resamples its positions. 224 counts as left out there. Of `vectors`: how many numbers each
+    has."""
     size_schedule: list[list[float]] = field(default_factory=list)
     """Smaller sides in training: `[[0, 112], [0.7, 160], [0.95, 224]]` trains at 112 pixels until
     0.7 of the run; timm resamples the positions. Evaluation has `size`. For timm models."""
@@ -76,15 +94,25 @@ class ImageConfig:
     def __post_init__(self) -> None:
         one_of("model.image.kind", self.kind, tuple(IMAGE_ENCODERS))
         _check_unlocked("model.image", self.frozen, self.unlocked)
-        at_least(8, model__image__size=self.size)
+        at_least(1 if self.reads_vectors else 8, model__image__size=self.size)
         at_least(0, model__image__projection=self.projection)
         check(
             0 < self.crop_share <= 1,
             f"model.image.crop_share ({self.crop_share}) must be above 0 and at most 1",
         )
         share(model__image__patch_drop=self.patch_drop)
+        check(
+            not self.reads_vectors or not (self.weights or self.frozen or self.drifting_statistics),
+            "model.image.kind=vectors has no encoder: leave out model.image.weights, "
+            "model.image.frozen and model.image.drifting_statistics",
+        )
         self._check_schedule()
         one_of("model.image.resampling", self.resampling, ("bicubic", "bilinear"))
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether vectors stand in the place of images."""
+        return self.spec.is_stored
 
     def _check_schedule(self) -> None:
         for item in self.size_schedule:
@@ -118,7 +146,7 @@ class ImageConfig:
     @property
     def all_frozen(self) -> bool:
         """Whether no layer of the trunk learns."""
-        return self.frozen and self.unlocked == 0
+        return self.spec.is_stored or (self.frozen and self.unlocked == 0)
 
     @property
     def spec(self) -> EncoderSpec:
@@ -131,9 +159,11 @@ class TextConfig:
     """The text encoder's trunk: a transformers model from a folder, or one from scratch."""
 
     kind: str = "transformer"
-    """`gru` or `transformer` (from scratch, on words), or `pretrained` (transformers)."""
+    """`gru` or `transformer` (from scratch, on words), `pretrained` (transformers), or `vectors`: a
+    folder has a vector for each caption, and only the head learns."""
     weights: str | None = None
-    """Folder of a transformers model with its tokenizer; for `pretrained` only."""
+    """Folder of a transformers model with its tokenizer; for `vectors`, of `captions.txt` (one a
+    line) and `vectors.npy` (a row each)."""
     frozen: bool = False
     """Keep the trunk as it is (in eval mode) and train the head alone."""
     unlocked: int = 0
@@ -161,16 +191,17 @@ class TextConfig:
         _check_unlocked("model.text", self.frozen, self.unlocked)
         one_of("model.text.words", self.words, WORD_RULES)
         check(
-            self.vocabulary is None or not self.spec.from_library,
+            self.vocabulary is None or not self.spec.tokenizer,
             f"model.text.vocabulary ({self.vocabulary}) is for encoders from scratch: the model of "
             "model.text.weights brings its own",
         )
         at_least(1, model__text__max_tokens=self.max_tokens, model__text__depth=self.depth)
         share(model__text__dropout=self.dropout)
         check(
-            self.spec.from_library == (self.weights is not None),
-            f"model.text.weights ({self.weights}) is the folder of a transformers model: give it "
-            f"with model.text.kind=pretrained (it is {self.kind}), and only there",
+            bool(self.spec.tokenizer) == (self.weights is not None),
+            f"model.text.weights ({self.weights}) is the folder of a transformers model or of "
+            "vectors: give it with model.text.kind=pretrained or vectors (it is "
+            f"{self.kind}), and only there",
         )
         check(
             self.kind != "transformer" or self.width % 64 == 0,
@@ -185,7 +216,7 @@ class TextConfig:
     @property
     def all_frozen(self) -> bool:
         """Whether no layer of the trunk learns."""
-        return self.frozen and self.unlocked == 0
+        return self.spec.is_stored or (self.frozen and self.unlocked == 0)
 
     @property
     def spec(self) -> EncoderSpec:

@@ -132,6 +132,11 @@ class TrainConfig:
             f"({embed_dim})",
         )
         data = self.data
+        check(
+            not image.reads_vectors or not (data.flip or data.color_jitter or data.features),
+            "model.image.kind=vectors reads no images: leave out data.flip, data.color_jitter and "
+            "data.features",
+        )
         augmented = data.crop == "random" or data.flip or data.color_jitter > 0
         augmented = augmented or image.drifting_statistics
         check(

@@ -1,15 +1,18 @@
-"""From the bytes of an image file to a square of 8-bit RGB."""
+"""From the bytes of an image file to a square of 8-bit RGB, or of a vector's file to numbers."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from dist_vse.data.image_file import is_wide, narrowed, open_image, orientation
 from dist_vse.data.index import IMAGE_FORMATS
 from dist_vse.data.jpeg import Pixels, decode_at, plain_size, scale_for
+from dist_vse.data.vectors import is_vector, vector_place
 
 CROP_TRIES = 10
 LOG_CROP_ASPECT = math.log(4 / 3)  # width : height of a random crop lies between 3/4 and 4/3
@@ -40,6 +43,16 @@ class Transform:
     """Without a random crop: the whole image becomes the square."""
     crop_share: float = 1.0  # of the middle square's side, where the crop isn't random
     resampling: str = "bicubic"
+    vector: bool = False
+    """The files are vectors of `size` float32 numbers, not images."""
+
+    def empty(self, rows: int, *, without: bool = False) -> NDArray[Any]:
+        """Return memory for so many rows; `without` leaves out what is not read."""
+        if self.vector:
+            return np.empty((rows, 0 if without else self.size), np.float32)
+        side = 0 if without else self.size
+        # Channels last: decoders write and convolutions read them in this order.
+        return np.empty((rows, side, side, 3), np.uint8)
 
     @property
     def is_random(self) -> bool:
@@ -52,29 +65,52 @@ def decode_image(
     transform: Transform,
     rng: np.random.Generator | None = None,
     *,
-    out: Pixels | None = None,
-) -> Pixels:
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
     """Decode, crop and resize an image file: uint8 (3, size, size), RGB.
 
     Reads all of Pillow's modes (transparency lies on white, 16 and 32 bits become 8), turns the
     image upright by its EXIF orientation, and takes the first frame of an animation. `rng` is
     needed where the transform is random. `out` (size, size, 3) takes the pixels, if it is given.
+    Where the transform takes vectors, the file is one, and the result float32 (size,).
 
     Raises BadSampleError if the file is broken or holds more pixels than Pillow deems safe.
     """
     assert rng is not None or not transform.is_random, "needs a generator"
-    out = np.empty((transform.size, transform.size, 3), np.uint8) if out is None else out
+    out = transform.empty(1)[0] if out is None else out
+    if transform.vector:
+        _read_vector(data, out)
+        return out
     try:
         _transform(data, transform, rng, out)
     except MemoryError:
         raise  # ours, not the file's
     except UnidentifiedImageError as error:  # its own message holds an address in memory
         known = f"not an image file ({', '.join(IMAGE_FORMATS)})"
+        if is_vector(data):
+            known = "a vector and no image: set model.image.kind=vectors"
         raise BadSampleError(known if data else "no bytes") from error
     except Exception as error:  # a broken file can raise anything from within a codec
         raise BadSampleError(f"{type(error).__name__}: {error}") from error
     pixels: Pixels = out.transpose(2, 0, 1)
     return pixels
+
+
+def _read_vector(data: bytes, out: NDArray[np.float32]) -> None:
+    """Fill `out` (size,) with a vector's numbers."""
+    if not is_vector(data):
+        raise BadSampleError("an image and no vector: model.image.kind=vectors reads none")
+    try:
+        start, count = vector_place(data)
+    except ValueError as error:
+        raise BadSampleError(str(error)) from error
+    if count != len(out):
+        raise BadSampleError(
+            f"a vector of {count} numbers, and model.image.size is {len(out)}: make them equal"
+        )
+    out[:] = np.frombuffer(data, np.float32, count, start)
+    if not np.isfinite(out).all():
+        raise BadSampleError("the vector has numbers that are not finite")
 
 
 def _transform(

@@ -27,7 +27,7 @@ class EvalBatch:
     """Some images with all of their captions."""
 
     images: Tensor
-    """uint8 (b, 3, h, w), RGB."""
+    """uint8 (b, 3, h, w), RGB; or float32 (b, n), stored vectors."""
     tokens: Tensor
     """int64 (m, l), padded to the longest row."""
     image_of_text: Tensor
@@ -64,6 +64,7 @@ def eval_batches(
         squash=image.squash,
         crop_share=image.crop_share,
         resampling=image.resampling,
+        vector=image.reads_vectors,
     )
     share = _Share(index, split, start, stop, batch_size, transform, tokenizer)
     return run_workers(share, num_workers=num_workers, prefetch=BATCHES_AHEAD)

@@ -52,7 +52,7 @@ class Skipped:
 class Part:
     """One stream's share of a batch."""
 
-    images: Tensor | None  # uint8 (k, 3, h, w); None if they are in the batch's shared buffer
+    images: Tensor | None  # uint8 (k, 3, h, w) or float32 (k, n); None in a shared buffer
     tokens: NDArray[np.int64]  # (k, l)
     image_ids: NDArray[np.int64]  # (k,)
     text_ids: NDArray[np.int64]  # (k,)
@@ -68,7 +68,7 @@ class Batch:
     """This rank's rows of a global batch, in stream order."""
 
     images: Tensor
-    """uint8 (b, 3, h, w), RGB."""
+    """uint8 (b, 3, h, w), RGB; or float32 (b, n), stored vectors."""
     tokens: Tensor
     """int64 (b, l), padded to the longest row."""
     image_ids: Tensor

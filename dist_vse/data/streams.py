@@ -21,7 +21,6 @@ from dist_vse.config import DataConfig
 from dist_vse.data.choose_text import TextChoice
 from dist_vse.data.decode import BadSampleError, Transform, decode_image
 from dist_vse.data.index import Index, image_id, may_run_code, read_index
-from dist_vse.data.jpeg import Pixels
 from dist_vse.data.order import EpochOrder, Order, Place
 from dist_vse.data.prefetch import Prefetcher
 from dist_vse.data.reader import ShardReader
@@ -159,12 +158,11 @@ class RankStreams:
                 reader.close()
 
     def _outputs(self, buffer: int | None, streams: range) -> Iterator[torch.Tensor]:
-        """Yield the memory for each stream's images, uint8 (k, h, w, 3)."""
-        side = self.transform.size if self.read_images else 0
+        """Yield the memory for each stream's images, uint8 (k, h, w, 3), or vectors (k, n)."""
         for stream in streams:
             if buffer is None or self.buffers is None:
-                # Channels last: decoders write and convolutions read them in this order.
-                yield torch.empty((self.part_size, side, side, 3), dtype=torch.uint8)
+                rows = self.transform.empty(self.part_size, without=not self.read_images)
+                yield torch.from_numpy(rows)
             else:
                 yield self.buffers[buffer, stream * self.part_size : (stream + 1) * self.part_size]
 
@@ -214,7 +212,7 @@ class _Stream:
         wanted = self._plan.texts.num_negatives > 0
         skipped, self._skipped = tuple(self._skipped), []
         return Part(
-            images=images.permute(0, 3, 1, 2),
+            images=images if images.ndim == 2 else images.permute(0, 3, 1, 2),
             tokens=tokens[: len(texts)],
             image_ids=ids[:, 0],
             text_ids=ids[:, 1],
@@ -225,7 +223,7 @@ class _Stream:
             negative_ids=np.array([image_id(text) for text in negatives], np.int64),
         )
 
-    def _good_samples(self, out: NDArray[np.uint8]) -> list[_Sample]:
+    def _good_samples(self, out: NDArray[Any]) -> list[_Sample]:
         """Return the next samples that can be used; their pixels go to `out`."""
         good: list[_Sample] = []
         while len(good) < len(out):
@@ -261,7 +259,7 @@ class _Stream:
         false = self._plan.texts.negatives(meta, partial(self._draws.of, *origin, b"negatives"))
         return _Sample(text, image_id(caption), number, origin, image, epoch, place, false)
 
-    def _decode(self, sample: _Sample, out: Pixels) -> _Sample | _Bad:
+    def _decode(self, sample: _Sample, out: NDArray[Any]) -> _Sample | _Bad:
         """Decode the image into `out`."""
         if self._plan.read_images:
             rng = self._draws.of(*sample.origin)

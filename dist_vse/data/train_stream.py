@@ -73,6 +73,8 @@ def train_batches(
 
 
 def _transform(data: DataConfig, image: ImageConfig) -> Transform:
+    if image.reads_vectors:
+        return Transform(image.size, vector=True)
     return Transform(
         image.size,
         random_crop=data.crop == "random",
@@ -93,7 +95,7 @@ def _source(a_set: TrainSet) -> Source:
 
 def _batches(plan: RankStreams, rows: int, num_workers: int, prefetch: int) -> Iterator[Batch]:
     buffers = None
-    if num_workers and plan.read_images:
+    if num_workers and plan.read_images and not plan.transform.vector:
         # Besides those in flight, one batch is in use and one is still held. The buffers are
         # allocated with the first batch, where all ranks see if one has no memory for them.
         buffers = BatchBuffers(prefetch + 2, rows, plan.transform.size)

@@ -68,7 +68,8 @@ def _build_tower(
     """Join trunk and head, and freeze what the config says."""
     if config.unlocked == 0:
         drifting = isinstance(config, ImageConfig) and config.drifting_statistics
-        return Tower(trunk, head, frozen=config.frozen, drifting_statistics=drifting)
+        frozen = config.frozen or config.spec.is_stored
+        return Tower(trunk, head, frozen=frozen, drifting_statistics=drifting)
     layers = layer_numbers(trunk)
     locked = max(layers.values()) + 1 - config.unlocked
     if locked <= 0:

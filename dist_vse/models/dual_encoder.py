@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dist_vse.distributed import all_reduce_mean
 from dist_vse.losses.temperature import bounded
 from dist_vse.models.precision import at_least_float32
+from dist_vse.models.vectors import StoredVectors
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -188,12 +189,19 @@ def made_up_pairs(
     """
     word = 1 if getattr(model.text.trunk, "pad_id", 0) == 0 else 0
     made_up = {
-        "images": torch.zeros(rows, 3, image_size, image_size, dtype=torch.uint8),
+        "images": made_up_images(model.image.trunk, rows, image_size),
         "tokens": torch.full((rows, num_tokens), word),
     }
     if negatives:
         made_up["negatives"] = torch.full((rows * negatives, num_tokens), word)
     return made_up
+
+
+def made_up_images(trunk: nn.Module, rows: int, size: int) -> Tensor:
+    """Return black images uint8 (rows, 3, size, size), or vectors (rows, size) of zeros."""
+    if isinstance(trunk, StoredVectors):
+        return torch.zeros(rows, size)
+    return torch.zeros(rows, 3, size, size, dtype=torch.uint8)
 
 
 def average_statistics(model: nn.Module) -> None:

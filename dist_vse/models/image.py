@@ -10,17 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
-from timm.layers import PatchDropout
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import ImageConfig
 from dist_vse.models.entry import import_builder
+from dist_vse.models.vectors import StoredVectors
 
 # What reading a file of something else raises, by its kind.
 _UNREADABLE = (
@@ -62,6 +60,8 @@ class ImageTrunk(nn.Module):
 
 def set_training_input(model: nn.Module, size: int, patch_drop: float) -> None:
     """Have the image trunk train on images of this side, without this share of its patches."""
+    from timm.layers import PatchDropout  # slow to import, and needed for images only
+
     for module in model.modules():
         if isinstance(module, ImageTrunk):
             module.train_size = size
@@ -73,10 +73,12 @@ def _resize(images: Tensor, size: int | None) -> Tensor:
     return functional.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
-Builder = Callable[[ImageConfig, bool], ImageTrunk]
+Builder = Callable[[ImageConfig, bool], ImageTrunk | StoredVectors]
 
 
-def build_image_trunk(config: ImageConfig, *, grad_checkpointing: bool) -> ImageTrunk:
+def build_image_trunk(
+    config: ImageConfig, *, grad_checkpointing: bool
+) -> ImageTrunk | StoredVectors:
     """Build the trunk of `config.kind`; its features are (b, trunk.dim).
 
     A builder is given the config and whether to recompute activations in backward; it loads the
@@ -126,6 +128,8 @@ def make_sendable(encoder: nn.Module, what: str) -> None:
 
 def _create(config: ImageConfig) -> nn.Module:
     """Create the timm model with random weights."""
+    import timm  # slow to import, and needed for images only
+
     name, size = config.name, config.size
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -178,6 +182,8 @@ def _output_dim(backbone: nn.Module, config: ImageConfig) -> int:
 
 def _load_weights(backbone: nn.Module, path: Path, name: str) -> None:
     """Load a file of the model's weights; a classifier in the file is left out."""
+    from timm.models import load_state_dict
+
     if not path.is_file():
         raise UserError(f"{path}: no such file; model.image.weights is a .safetensors or .pth file")
     try:

@@ -3,7 +3,6 @@
 import re
 from fnmatch import fnmatchcase
 
-from timm.models import group_parameters
 from torch import nn
 
 POSITIONS = (
@@ -27,6 +26,8 @@ def layer_numbers(trunk: nn.Module) -> dict[str, int]:
     """
     for name, module in trunk.named_modules():
         if hasattr(module, "group_matcher"):
+            from timm.models import group_parameters  # slow to import, and needed for timm only
+
             prefix = f"{name}." if name else ""
             groups = group_parameters(module, module.group_matcher(coarse=False), reverse=True)
             own = {f"{prefix}{key}": number for key, number in groups.items()}

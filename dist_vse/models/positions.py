@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,6 +27,8 @@ def fit_positions(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
         if own.ndim != theirs.ndim or own.shape[-1] != theirs.shape[-1]:
             continue
         if own.ndim == 3 or name.startswith(_IMAGES):
+            from timm.layers import resample_abs_pos_embed  # slow to import, and rarely needed
+
             rows, grid = own.shape[-2], theirs.view(1, *theirs.shape[-2:])
             prefix = _prefix(rows, grid.shape[1])
             side = math.isqrt(rows - prefix)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import TextConfig
+from dist_vse.models.entry import import_builder
 from dist_vse.models.words import WORD_RULES
 
 # Data workers are the parallelism; the library's own threads would fight them for the cores.
@@ -215,9 +216,9 @@ def build_tokenizer(
     `vocabulary` are the words of an earlier run (`Tokenizer.vocabulary`); without them they are
     counted in `captions()`, which is called only then. Raises UserError as the tokenizers do.
     """
-    if config.spec.from_library:
-        assert config.weights is not None, "checked by TextConfig"
-        return PretrainedTokenizer(config.weights, config.max_tokens)
+    if config.spec.tokenizer:
+        build: Callable[[str, int], Tokenizer] = import_builder(config.spec.tokenizer)
+        return build(str(config.weights), config.max_tokens)
     if vocabulary is None:
         if config.vocabulary is not None:
             words = WordTokenizer.load(Path(config.vocabulary)).vocabulary

@@ -106,7 +106,7 @@ def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokeniz
             WordTokenizer(words, max_tokens, of_run.rule).save(path)
     if path.is_file():
         return WordTokenizer.load(path)
-    if not config.model.text.spec.from_library and not build:
+    if not config.model.text.spec.tokenizer and not build:
         raise UserError(f"{path}: the run's vocabulary is missing; train the run first")
 
     def train_captions() -> Iterator[str]:

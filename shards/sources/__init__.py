@@ -14,6 +14,7 @@ from dist_vse.shards.sources.flickr import read_flickr
 from dist_vse.shards.sources.folder import read_folder
 from dist_vse.shards.sources.jsonl import read_jsonl
 from dist_vse.shards.sources.karpathy import read_karpathy
+from dist_vse.shards.sources.precomp import read_precomp
 from dist_vse.shards.sources.reshard import read_tars
 from dist_vse.shards.sources.table import read_csv, read_parquet, read_tsv
 from dist_vse.shards.sources.urls import read_urls
@@ -31,5 +32,6 @@ SOURCES: dict[str, tuple[str, Callable[..., Iterator[Record]]]] = {
     "tsv": ("a tab-separated file with a header", read_tsv),
     "parquet": ("a Parquet file, or a folder of them", read_parquet),
     "urls": ("a list of URLs to download: .csv, .tsv, .parquet or .jsonl", read_urls),
+    "precomp": ("train_ims.npy and train_caps.txt, features as VSE++ stores them", read_precomp),
     "reshard": ("existing tars, WebDataset's or img2dataset's", read_tars),
 }

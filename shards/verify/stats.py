@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dist_vse.common.errors import UserError, first_line
 from dist_vse.data.index import Index, Shard
+from dist_vse.data.vectors import is_vector, vector_place
 from dist_vse.shards.captions import named_languages
 from dist_vse.shards.pool import ordered_map
 from dist_vse.shards.sample_checks import BadSampleError, checked_image
@@ -29,7 +30,7 @@ class Stats:
 
     words: Counter[int] = field(default_factory=Counter)  # in a caption
     captions: Counter[int] = field(default_factory=Counter)  # of an image
-    sides: Counter[int] = field(default_factory=Counter)  # longer side, pixels
+    sides: Counter[int] = field(default_factory=Counter)  # longer side, pixels; a vector's numbers
     kilobytes: Counter[int] = field(default_factory=Counter)  # of an image file
     formats: Counter[str] = field(default_factory=Counter)
     languages: Counter[str] = field(default_factory=Counter)  # of captions
@@ -84,6 +85,10 @@ def _count(stats: Stats, stored: Stored) -> None:
     stats.languages.update(named_languages(json.loads(stored.meta).get("languages"), captions))
     stats.kilobytes[len(stored.image) // 1000] += 1
     stats.image_ids[stored.image_id] += 1
+    if is_vector(stored.image):
+        stats.sides[vector_place(stored.image)[1]] += 1
+        stats.formats["vector"] += 1
+        return
     with checked_image(stored.image) as image:
         stats.sides[max(image.size)] += 1
         stats.formats[str(image.format)] += 1

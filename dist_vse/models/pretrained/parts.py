@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dist_vse.models.image import ImageTrunk
 from dist_vse.models.text import TextTrunk
+from dist_vse.models.vectors import StoredVectors
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class PooledTrunk(nn.Module):
 class Parts:
     """The modules of both towers."""
 
-    image_trunk: ImageTrunk
+    image_trunk: ImageTrunk | StoredVectors
     text_trunk: TextTrunk | PooledTrunk
     image_head: nn.Module
     text_head: nn.Module

@@ -101,7 +101,7 @@ def build_harness(config: TrainConfig, *, stream: bool) -> StepHarness:
 
 def _tokenizer(config: TrainConfig, stream: bool) -> Tokenizer | None:
     """Return the run's tokenizer; None where made-up words will do."""
-    if not stream and not config.model.text.spec.from_library:
+    if not stream and not config.model.text.spec.tokenizer:
         return None
     with tempfile.TemporaryDirectory() as folder:
         return run_tokenizer(config, Path(folder), build=True)
@@ -111,7 +111,11 @@ def _made_up(config: TrainConfig) -> Batch:
     """Draw this rank's pairs of a global batch; all of them different."""
     rows, size = config.global_batch_size // distributed.world_size(), config.model.image.size
     generator = torch.Generator().manual_seed(distributed.rank())
-    images = torch.randint(0, 256, (rows, 3, size, size), generator=generator, dtype=torch.uint8)
+    if config.model.image.reads_vectors:
+        images = torch.rand(rows, size, generator=generator)
+    else:
+        shape = (rows, 3, size, size)
+        images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     words = (rows, config.model.text.max_tokens)
     ids = distributed.rank() * rows + torch.arange(rows)
     texts = config.data.negatives * rows

@@ -60,6 +60,11 @@ def export_run(
     if onnx and form in FORMATS:
         raise UserError(f"--onnx goes with --format {OWN} or {SENTENCES}, not {form}")
     trained = open_trained(location)
+    if trained.config.model.image.spec.is_stored or trained.config.model.text.spec.is_stored:
+        raise UserError(
+            f"{trained.run_dir}: trained on stored vectors, so it has no encoder to export; train "
+            "with model.image.kind=timm and model.text.kind=pretrained, and model.from_run"
+        )
     model, shape = trained.model.eval(), trained.config.model
     _check_finite(model, f"{trained.run_dir} at {trained.checkpoint.name}")
     temporary = out.with_name(out.name + ".tmp")

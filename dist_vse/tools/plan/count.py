@@ -22,10 +22,10 @@ from dist_vse.config import LoraConfig, TrainConfig
 from dist_vse.engine.gradient_reduction import BUCKET
 from dist_vse.engine.zero import PERSISTENT
 from dist_vse.models.build import build_model
-from dist_vse.models.dual_encoder import DualEncoder, made_up_pairs
+from dist_vse.models.dual_encoder import DualEncoder, made_up_images, made_up_pairs
 from dist_vse.models.lora import add_adapters
 from dist_vse.models.precision import autocast
-from dist_vse.models.tokenizer import AnyWords, PretrainedTokenizer
+from dist_vse.models.tokenizer import AnyWords, build_tokenizer
 from dist_vse.tools.plan.work import FP32, Line, Ops, Work
 
 FEW, MORE = 4, 12  # pairs; what grows between them grows with every pair
@@ -37,7 +37,7 @@ def model_key(config: TrainConfig) -> str:
     model = config.model
     image, text = model.image, model.text
     parts = [
-        f"{image.name} {image.size} px",
+        f"vectors {image.size}" if image.reads_vectors else f"{image.name} {image.size} px",
         f"{text.weights or f'{text.kind} {text.width} x {text.depth}'} {text.max_tokens} tokens",
         f"{model.embed_dim} dimensions",
         f"head {model.head_hidden}" if model.head_hidden else "",
@@ -59,8 +59,8 @@ def _frozen(tower: str, frozen: bool, unlocked: int) -> str:
 def build_for_plan(config: TrainConfig, vocabulary: int, device: str) -> DualEncoder:
     """Build the config's model with random weights (a pretrained text encoder with its own)."""
     text, pad = config.model.text, 0
-    if text.spec.from_library:
-        tokenizer = PretrainedTokenizer(str(text.weights), text.max_tokens)
+    if text.spec.tokenizer:
+        tokenizer = build_tokenizer(text, list, None)
         vocabulary, pad, device = tokenizer.vocab_size, tokenizer.pad_id, "cpu"
     image = replace(config.model.image, weights=None)
     shape = replace(config.model, image=image, compile=False, lora=LoraConfig())
@@ -112,7 +112,8 @@ def count_work(config: TrainConfig, *, vocabulary: int) -> Work:
         backward_peak=replace(
             backward_peak, fixed=max(0.0, backward_peak.fixed - FP32 * trainable)
         ),
-        input_bytes=3 * shape[0] ** 2 + 8 * shape[1] * (1 + shape[2]),
+        input_bytes=made_up_images(model.image.trunk, 1, shape[0]).nbytes
+        + 8 * shape[1] * (1 + shape[2]),
         hidden_bytes=(more.hidden - few.hidden) / (MORE - FEW),
     )
 

@@ -11,6 +11,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.data.decode import Transform, decode_image
 from dist_vse.data.index import INDEX_NAME, Index, may_run_code, read_index
 from dist_vse.data.reader import ShardReader
+from dist_vse.data.vectors import is_vector
 
 THUMBNAIL = Transform(size=160)  # shown at up to 112 CSS pixels, so sharp on dense screens too
 
@@ -43,7 +44,10 @@ def thumbnails(index: Index, split: str, keys: Iterable[str]) -> dict[str, str]:
 
 def _data_uri(data: bytes) -> str:
     """Shrink an image file; PNG where that is smaller (drawings), else JPEG (photographs)."""
-    image = Image.fromarray(decode_image(data, THUMBNAIL).transpose(1, 2, 0))
+    if is_vector(data):  # nothing to look at
+        image = Image.new("RGB", (THUMBNAIL.size, THUMBNAIL.size), "lightgrey")
+    else:
+        image = Image.fromarray(decode_image(data, THUMBNAIL).transpose(1, 2, 0))
     png, jpeg = io.BytesIO(), io.BytesIO()
     image.quantize(64).save(png, "PNG", optimize=True)
     image.save(jpeg, "JPEG", quality=82, optimize=True)
