@@ -12,6 +12,7 @@ from dist_vse.common.local_path import require_local
 from dist_vse.config.checks import AUTO, at_least, check, number_or_auto, one_of
 from dist_vse.config.optimizers import OptimConfig, needs_whole_tensors, state_tensors
 from dist_vse.config.sections import (
+    GRAPHS,
     CacheConfig,
     DataConfig,
     EmaConfig,
@@ -165,8 +166,13 @@ class TrainConfig:
         )
         check(
             not self.model.compile or engine.zero_stage < 3,
-            "model.compile=true is for engine.zero_stage 0 to 2: ZeRO 3 fetches parameters inside "
-            "of what would be compiled",
+            f"model.compile={str(self.model.compile).lower()} is for engine.zero_stage 0 to 2: "
+            "ZeRO 3 fetches parameters inside of what would be compiled",
+        )
+        check(
+            self.model.compile != GRAPHS or keep in (0, 1),
+            f"cache.keep_graphs ({keep}) must be 0 or 1 with model.compile={GRAPHS}: a replay "
+            "writes over the activations of the one before; or set model.compile=true",
         )
 
     def saves_after(self, step: int) -> bool:

@@ -7,6 +7,7 @@ from dist_vse.config.encoders import ImageConfig, LoraConfig, TextConfig
 from dist_vse.losses.options import DUPLICATES, KERNELS, TRANSPORTS
 from dist_vse.losses.registry import check_name
 
+GRAPHS = "graphs"  # of model.compile
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 MIN_LEARNED_TEMPERATURE = 0.01  # as CLIP bounds it
 
@@ -131,14 +132,19 @@ class ModelConfig:
     head_dropout: float = 0.0
     grad_checkpointing: bool = False
     """Recompute the trunks' activations in backward: less memory, more time."""
-    compile: bool = False
+    compile: bool | str = False
     """Compile the trunks (torch.compile) before the first step; the log says whether it helps, and
-    numbers differ in their last digits. Not under ZeRO 3. A CPU needs a C++ compiler for it."""
+    numbers differ in their last digits. Not under ZeRO 3. A CPU needs a C++ compiler for it.
+    `graphs` also records a trunk's kernels on a GPU and starts them all at once (CUDA graphs)."""
 
     def __post_init__(self) -> None:
         at_least(1, model__embed_dim=self.embed_dim)
         at_least(0, model__head_hidden=self.head_hidden)
         share(model__head_dropout=self.head_dropout)
+        check(
+            isinstance(self.compile, bool) or self.compile == GRAPHS,
+            f"model.compile={self.compile!r} must be true, false or {GRAPHS}",
+        )
         check(
             not self.text.frozen or self.text.weights is not None or self.is_whole,
             "model.text.frozen=true would freeze random weights (model.text.kind="

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import ImageConfig, LossConfig, ModelConfig, TextConfig
+from dist_vse.config.sections import GRAPHS
 from dist_vse.losses.registry import find_loss
 from dist_vse.models.dual_encoder import DualEncoder, Tower
 from dist_vse.models.image import build_image_trunk
@@ -42,8 +43,9 @@ def build_model(
             parts = _build_parts(config, vocabulary)
     if config.compile:
         _check_compiler()
+        mode = "reduce-overhead" if config.compile == GRAPHS else None
         for trunk in (parts.image_trunk, parts.text_trunk):
-            trunk.compile()  # in place, at the first call: names and weights stay
+            trunk.compile(mode=mode)  # in place, at the first call: names and weights stay
     model = DualEncoder(
         _build_tower(parts.image_trunk, parts.image_head, config.image, "model.image"),
         _build_tower(parts.text_trunk, parts.text_head, config.text, "model.text"),
@@ -52,6 +54,8 @@ def build_model(
         bias=loss.bias,
         learn_bias=find_loss(loss.name).learns_bias,
     )
+    if config.compile == GRAPHS:
+        model.use_cuda_graphs()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             "nothing is left to learn: both encoders are frozen, and there are no heads besides "
@@ -112,7 +116,7 @@ def _check_compiler() -> None:
     compiler = os.environ.get("CXX", "g++")
     if not torch.cuda.is_available() and shutil.which(compiler) is None:
         raise UserError(
-            f"model.compile=true: there is no {compiler} here, which compiling for a CPU needs; "
+            f"model.compile: there is no {compiler} here, which compiling for a CPU needs; "
             "install one, name it in the variable CXX, or set model.compile=false"
         )
 

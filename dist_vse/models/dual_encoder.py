@@ -41,6 +41,9 @@ class Tower(nn.Module):
         self.trunk = trunk.requires_grad_(False).eval() if frozen else trunk
         self.head = head
         self.frozen = frozen
+        self.replays = False
+        """Whether the trunk is a recorded CUDA graph, each of whose replays writes where the one
+        before wrote; see `use_cuda_graphs`."""
         self.drifting_statistics = drifting_statistics
         self._keep_frozen()
 
@@ -64,6 +67,8 @@ class Tower(nn.Module):
         # The trunk is called as a module: under ZeRO-3 that call fetches its parameters.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             output: Tensor = self.trunk(raw)
+        if self.replays:
+            output = output.clone()
         return at_least_float32(output)
 
     def forward(self, raw: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
@@ -119,6 +124,7 @@ class DualEncoder(nn.Module):
         Raw input (b, 3, h, w) and (b, l) for a trunk that learns; for a frozen one its output,
         which is computed unless it is given.
         """
+        self._begin()
         texts = _prepare(self.text, "tokens", "text_hidden", _joined(tokens, negatives))
         if negatives is not None:
             (name, both), *_ = texts.items()
@@ -145,6 +151,7 @@ class DualEncoder(nn.Module):
         Negatives (m, l), or their trunk's output, add features (m, d) at the end: they are encoded
         together with the captions, since there may be none.
         """
+        self._begin()
         image_features = self.image(images, image_hidden)  # (b, d)
         if text_hidden is None:
             assert tokens is not None
@@ -160,13 +167,33 @@ class DualEncoder(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Return unit-length float32 features (b, d) of images (b, 3, h, w)."""
+        self._begin()
         features: Tensor = self.image(images)
         return features
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """Return unit-length float32 features (b, d) of tokens (b, l)."""
+        self._begin()
         features: Tensor = self.text(tokens)
         return features
+
+    def use_cuda_graphs(self) -> None:
+        """Make it safe that the trunks are CUDA graphs: compiled with mode="reduce-overhead".
+
+        Nothing outside of a trunk may hold what the next replay writes over. So a trunk's output
+        and its parameters' gradients are copied, and a chunk's activations last until the next
+        forward: its backward must come before.
+        """
+        for tower in (self.image, self.text):
+            tower.replays = True
+            for parameter in tower.trunk.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(torch.clone)
+
+    def _begin(self) -> None:
+        """Let the trunks' replays write over those of the chunk before."""
+        if self.image.replays:
+            torch.compiler.cudagraph_mark_step_begin()
 
 
 def _joined(texts: Tensor, negatives: Tensor | None) -> Tensor:

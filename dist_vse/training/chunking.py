@@ -157,7 +157,9 @@ def _try(model: DualEncoder, pairs: Pairs, rows: int, precision: str) -> Allocat
         return torch.stack([output.sum() for output in outputs]).sum()
 
     try:
-        with replay(random_state()), frozen_statistics(model):
+        # Nothing is compiled for a size that is only tried: eager code needs no less memory.
+        eager = torch.compiler.set_stance("force_eager")
+        with replay(random_state()), frozen_statistics(model), eager:
             total, forward = measure(encode, here)
             _, backward = measure(
                 lambda: torch.autograd.grad(total, parameters, allow_unused=True), here

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.common.random_state import random_state, replay
 from dist_vse.config import OptimConfig, TextConfig, TrainConfig
-from dist_vse.config.sections import PRECISIONS
+from dist_vse.config.sections import GRAPHS, PRECISIONS
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.launch.gpu_checks.finding import Finding, Task
 from dist_vse.launch.gpu_checks.workload import build, made_up_batch, small_config
 from dist_vse.models.precision import autocast
 from dist_vse.training.chunks import make_chunks
+from dist_vse.training.compile_warmup import replay_gap
 from dist_vse.training.grad_cache import train_step
 from dist_vse.training.replay_check import Replay, compare_passes
 from dist_vse.training.step_loss import build_loss
@@ -26,6 +26,7 @@ KINDS = {
     "transformer": TextConfig(width=64, depth=2, max_tokens=8),
 }
 CHUNKS, ROWS = 4, 4  # of the step whose gradients are compared, and pairs a chunk
+COMPILED_CLOSE = 1e-3  # relative: the passes have kernels of their own, which round differently
 GRADIENT_CLOSE = 1e-3  # relative: GPUs add up in several orders
 LARGE_BATCHES = (32_768, 131_072)  # gradients are about one over these
 MORE_ZEROS = 0.01  # share of a gradient's numbers that may vanish, beyond float32's
@@ -45,11 +46,14 @@ def check_replay(task: Task) -> Finding:
             name = f"{kind}, dropout {dropout}, {precision}{', checkpointing' * checkpointing}"
             errors[name] = _passes(config, precision, checkpointing=checkpointing).error
         gradients[f"{kind}, dropout {dropout}"] = _gradient_error(config)
+    compiled: dict[str, float] = {}
     if task.on_gpu:
-        errors["transformer, dropout 0.3, compiled"] = _compiled_error(_config("transformer", 0.3))
+        config = _config("transformer", 0.3)
+        compiled = {f"model.compile={how}": _compiled_error(config, how) for how in (True, GRAPHS)}
     wrong = [name for name, error in errors.items() if error != 0.0]
+    wrong += [name for name, error in compiled.items() if not error < COMPILED_CLOSE]
     wrong += [f"gradient, {n}" for n, error in gradients.items() if not error < GRADIENT_CLOSE]
-    figures = {"outputs": errors, "gradients": gradients}
+    figures = {"outputs": errors, "compiled": compiled, "gradients": gradients}
     if wrong:
         return Finding(False, f"the passes differ: {'; '.join(wrong)}", figures)
     words = (
@@ -95,22 +99,20 @@ def _gradient(config: TrainConfig, *, keep_graphs: int) -> Tensor:
     return torch.cat([(p.detach() - old).flatten() for p, old in moved])
 
 
-def _compiled_error(config: TrainConfig) -> float:
-    """Return how outputs with a graph differ from those without, both compiled."""
-    model = build(replace(config, model=replace(config.model, compile=True)))
+def _compiled_error(config: TrainConfig, how: bool | str) -> float:
+    """Return how a compiled model's features with a graph differ from those without."""
+    model = build(replace(config, model=replace(config.model, compile=how)))
     batch = made_up_batch(config, ROWS)
     here = distributed.device()
-    inputs = model.prepare(images=batch.images.to(here), tokens=batch.tokens.to(here))
-    with torch.no_grad():
-        model(**inputs)
-    model(**inputs)  # both are compiled now
-    state = random_state()
-    with torch.no_grad():
-        first = model(**inputs)
-    with replay(state):
-        second = model(**inputs)
-    gaps = (float((a - b).detach().abs().max()) for a, b in zip(first, second, strict=True))
-    return max(gaps)
+    inputs = {"images": batch.images.to(here), "tokens": batch.tokens.to(here)}
+
+    def encode() -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = model(**model.prepare(**inputs))
+        return outputs
+
+    for _ in range(2):  # compiles, then records CUDA graphs
+        replay_gap(model, encode)
+    return replay_gap(model, encode)
 
 
 def check_dtypes(task: Task) -> Finding:

@@ -51,6 +51,7 @@ def test_overrides_replace_the_files_values(tmp_path: Path) -> None:
         ("chunk_size=most", "chunk_size='most' must be a number or auto"),
         ("cache.keep_graphs=-1", r"cache.keep_graphs \(-1\) must be at least 0"),
         ("chunk_size", "'chunk_size' is no override; write key=value"),
+        ("model.compile=grafs", "model.compile='grafs' must be true, false or graphs"),
         ("model.text.frozen=true", "would freeze random weights"),
         ("model.text.dropout=1.5", "model.text.dropout .* below 1"),
         ("data.mix=[{indx: a}]", "unknown key 'data.mix.indx'; did you mean 'data.mix.index'?"),

@@ -16,7 +16,7 @@ def tiny_model(
     dropout: float = 0.0,
     learn_temperature: bool = True,
     grad_checkpointing: bool = False,
-    compiled: bool = False,
+    compiled: bool | str = False,
     image: str = "test_vit",
 ) -> DualEncoder:
     """Build an image trunk of 32 pixels and a text transformer; equal weights every time."""
