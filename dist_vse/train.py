@@ -9,13 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dist_vse.common.extras import needs_train, run_module
+
+if __name__ == "__main__":  # before the imports below, which need the extra `train`
+    sys.exit(run_module("dist_vse.train"))
+
 import torch
 from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.common import signals, step_timer
 from dist_vse.common.errors import UserError
-from dist_vse.common.extras import needs_train
 from dist_vse.common.log import logger, setup_logging
 from dist_vse.config import TrainConfig, flat_config, load_config
 from dist_vse.data.samples import Batch
@@ -331,7 +335,3 @@ def _run_alike(config_path: str, overrides: Sequence[str]) -> int:
         # A launcher ends all ranks when the first one ends: let rank 0 speak before.
         distributed.barrier()
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from dist_vse.common import signals
+from dist_vse.common.extras import run_module
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,4 +29,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_module("dist_vse.launch.requeued"))

@@ -43,6 +43,18 @@ from dist_vse.training import grad_cache
 rows = torch.eye(4)
 print(float(GlobalLoss("info_nce")(rows, rows, torch.zeros(1), torch.zeros(1)).loss))
 """
+USERS_FILE = """
+import torch
+from torch import Tensor, nn
+import dist_vse
+
+
+def step(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
+    criterion = dist_vse.GlobalContrastiveLoss("convse", temperature=0.1)
+    loss: Tensor = dist_vse.cached_step(model, criterion, batch, chunk_size=4)
+    loss.add_(criterion(loss, loss))
+    return dist_vse.retrieval_metrics(loss, loss, torch.arange(4))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +143,32 @@ def test_every_step_works_in_an_empty_folder(command: Path, empty: Path) -> None
     assert {path.name for path in empty.iterdir()} == {"pictures", "shards", "mine.yaml", "run"}
 
 
+@pytest.mark.timeout(300)  # `make lint` leaves a cache; without it mypy reads all of torch
+def test_mypy_is_strict_about_a_users_file(command: Path, empty: Path, tmp_path: Path) -> None:
+    """Types reach users through the wheel and the lazy names; a wrong argument is found."""
+    files = tmp_path / "good.py", tmp_path / "bad.py"
+    files[0].write_text(USERS_FILE)
+    files[1].write_text(USERS_FILE.replace("chunk_size=4", 'chunk_size="4"'))
+    cache = ROOT / ".mypy_cache"
+    if cache.is_dir():  # a copy: what mypy finds out about the wheel is nothing for `make lint`
+        shutil.copytree(cache, tmp_path / "cache")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", f"--cache-dir={tmp_path / 'cache'}"),
+            f"--python-executable={command.parent / 'python'}",
+            f"--config-file={ROOT / 'pyproject.toml'}",
+            *files,
+        ],
+        cwd=tmp_path,
+        env=_env(),
+        capture_output=True,
+        text=True,
+    )
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert len(errors) == 1 and "bad.py:9" in errors[0], done.stdout + done.stderr
+    assert 'Argument "chunk_size"' in errors[0]
+
+
 def test_without_extras_there_is_the_loss_and_a_line_for_the_rest(wheel: Path, empty: Path) -> None:
     packages = _links(empty.parent / "base-packages", distributions([]))
     command = _install(wheel, empty.parent / "base", packages)
@@ -150,6 +188,11 @@ def test_without_extras_there_is_the_loss_and_a_line_for_the_rest(wheel: Path, e
     for words in (("train", "demo"), ("shard", "folder", "pictures", "out"), ("eval", "run")):
         done = run(command, *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "pip install 'dist_vse[train]'" in done.stderr
+    for module in ("train", "tools.verify", "launch.requeued"):
+        done = run(python, "-m", f"dist_vse.{module}", "demo")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"error: python -m dist_vse.{module}")
         assert "pip install 'dist_vse[train]'" in done.stderr
 
 

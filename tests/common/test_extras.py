@@ -2,6 +2,7 @@
 
 import sys
 from importlib.metadata import packages_distributions
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -10,7 +11,7 @@ from setuptools.config.pyprojecttoml import read_configuration
 
 from dist_vse import cli
 from dist_vse.common.errors import UserError
-from dist_vse.common.extras import TRAIN, needs_train
+from dist_vse.common.extras import TRAIN, needs_train, run_module
 from tests.support.paths import ROOT
 
 
@@ -38,3 +39,20 @@ def test_any_other_missing_module_is_no_extras_matter() -> None:
         import no_such_module  # noqa: F401
     with pytest.raises(UserError, match=r"this needs the package deepspeed"), needs_train("this"):
         raise ModuleNotFoundError("No module", name="deepspeed.comm")
+
+
+def test_a_module_without_its_package_is_one_line_of_rank_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise ModuleNotFoundError("No module", name="deepspeed.comm")
+
+    monkeypatch.setitem(sys.modules, "toy_module", SimpleNamespace(main=main))
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert run_module("toy_module") == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == lines
+        assert not lines or said.startswith("error: python -m toy_module needs the package deepspe")
+    monkeypatch.setitem(sys.modules, "toy_module", SimpleNamespace(main=lambda: 130))
+    assert run_module("toy_module") == 130

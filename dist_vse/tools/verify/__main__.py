@@ -2,7 +2,7 @@
 
 import sys
 
-from dist_vse.tools.verify.cli import main
+from dist_vse.common.extras import run_module
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_module("dist_vse.tools.verify", home="dist_vse.tools.verify.cli"))
