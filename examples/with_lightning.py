@@ -1,4 +1,4 @@
-"""Lightning: the loss in `training_step`; its DDP strategy averages the gradients."""
+"""Lightning, with gradient caching: `cached_step` in `training_step`, by manual optimization."""
 
 import os
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dist_vse import GlobalContrastiveLoss
+from dist_vse import GlobalContrastiveLoss, cached_step
 from examples.pairs import RATE, Towers, rank_batches, save_weights
 
 
@@ -17,15 +17,25 @@ class Module(lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.automatic_optimization = False  # `cached_step` runs the backwards itself
         self.towers = Towers()
         self.criterion = GlobalContrastiveLoss("info_nce")
 
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        """Return the global batch's loss."""
-        loss: Tensor = self.criterion(*self.towers(**batch))
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both features; the strategy's DDP calls this for every chunk."""
+        features: tuple[Tensor, Tensor] = self.towers(images, texts)
+        return features
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> None:
+        """Step by the global batch's loss, 4 pairs at a time."""
+        wrapped = self.trainer.strategy.model or self  # in DDP, if there are several ranks
+        backward = self.manual_backward  # with Lightning's precision and gradient scaler
+        loss = cached_step(wrapped, self.criterion, batch, chunk_size=4, backward=backward)
+        optimizer: Any = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
         if self.global_rank == 0:
             print(f"loss {loss.item():.6f}")
-        return loss
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer; the criterion's temperature is among the parameters."""

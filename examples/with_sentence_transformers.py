@@ -1,4 +1,4 @@
-"""sentence-transformers: our loss as one of theirs, in their trainer, under its DDP."""
+"""sentence-transformers, with gradient caching: our loss as one of theirs, in their trainer."""
 
 import os
 import tempfile
@@ -13,9 +13,14 @@ from sentence_transformers import SentenceTransformerTrainingArguments as Argume
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_vse import GlobalContrastiveLoss
+from dist_vse import GlobalContrastiveLoss, cached_step
 from examples.pairs import BATCH, RATE, STEPS, save_weights
 from tests.support.tiny_models import WORDS, write_tiny_bert
+
+
+def encode(model: nn.Module, sides: Iterable[dict[str, Tensor]]) -> list[Tensor]:
+    """Return the unit features of anchors and positives."""
+    return [functional.normalize(model(x)["sentence_embedding"], dim=1) for x in sides]
 
 
 class GlobalLoss(nn.Module):
@@ -27,12 +32,20 @@ class GlobalLoss(nn.Module):
         self.criterion = GlobalContrastiveLoss(name)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
-        """Return the global batch's loss of (anchor, positive)."""
-        anchors, positives = (self.model(x)["sentence_embedding"] for x in sentence_features)
-        loss: Tensor = self.criterion(
-            functional.normalize(anchors, dim=1), functional.normalize(positives, dim=1)
-        )
+        """Return the global batch's loss of (anchor, positive), without gradient caching."""
+        loss: Tensor = self.criterion(*encode(self.model, sentence_features))
         return loss
+
+
+class GlobalTrainer(SentenceTransformerTrainer):
+    """Puts the gradients of all ranks' pairs into `.grad`, 4 pairs at a time."""
+
+    def training_step(self, model: nn.Module, inputs: Any, *unused: Any) -> Tensor:
+        """Return the loss; the trainer's optimizer steps after it."""
+        model.train()
+        sides, _ = self.collect_features(self._prepare_inputs(inputs))
+        backward, criterion = self.accelerator.backward, self.loss.criterion
+        return cached_step(model, criterion, sides, chunk_size=4, forward=encode, backward=backward)
 
 
 def sentences(seed: int) -> list[str]:
@@ -71,9 +84,7 @@ def main() -> None:
             ddp_find_unused_parameters=False,
         )
         loss = GlobalLoss(model, "info_nce")
-        SentenceTransformerTrainer(
-            model, arguments, train_dataset=Dataset.from_dict(pairs), loss=loss
-        ).train()
+        GlobalTrainer(model, arguments, train_dataset=Dataset.from_dict(pairs), loss=loss).train()
     save_weights(model, loss.criterion)
 
 

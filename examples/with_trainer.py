@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: `compute_loss` of a few lines; its DDP averages the gradients."""
+"""Hugging Face's Trainer, with gradient caching: `training_step` of a few lines."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from dist_vse import GlobalContrastiveLoss
+from dist_vse import GlobalContrastiveLoss, cached_step
 from examples.pairs import BATCH, RATE, Towers, make_pairs, save_weights
 
 
@@ -20,21 +20,33 @@ class TowersWithLoss(nn.Module):
         self.towers = Towers()
         self.criterion = GlobalContrastiveLoss("convse")
 
-    def forward(self, images: Tensor, texts: Tensor) -> Any:
-        """Return the global batch's loss, and the features."""
-        features = self.towers(images, texts)
-        return {"loss": self.criterion(*features), "features": features}
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both features."""
+        features: tuple[Tensor, Tensor] = self.towers(images, texts)
+        return features
 
 
 class GlobalTrainer(Trainer):
-    """Minimises the loss of all ranks' pairs."""
+    """Minimises the loss of all ranks' pairs, 4 pairs at a time."""
+
+    def training_step(self, model: nn.Module, inputs: Any, *unused: Any) -> Tensor:
+        """Put the gradients into `.grad`; the Trainer's optimizer steps after it."""
+        model.train()
+        return cached_step(
+            model,  # as the Trainer wrapped it
+            self.model.criterion,
+            self._prepare_inputs(inputs),
+            chunk_size=4,
+            backward=self.accelerator.backward,
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **unused: Any
     ) -> Any:
-        """Return the loss as it is: on every rank it is the global batch's already."""
-        outputs = model(**inputs)
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        """Return the loss of a batch that fits as it is: of the evaluation."""
+        features = model(**inputs)
+        loss = self.model.criterion(*features)
+        return (loss, features) if return_outputs else loss
 
 
 class Pairs(torch.utils.data.Dataset[dict[str, Tensor]]):
