@@ -9,6 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 import dist_vse
 from dist_vse.common.errors import UserError
@@ -18,7 +19,8 @@ from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.tokenizer import Tokenizer, build_tokenizer
 from dist_vse.runs.trained import run_tokenizer
 from dist_vse.tools.export.card import Card, read_metrics, write_card
-from dist_vse.tools.export.formats import FORMATS, add_sentence_transformers
+from dist_vse.tools.export.formats import FORMATS
+from dist_vse.tools.export.to_sentence_transformers import add_sentence_transformers
 from dist_vse.tools.export.write import write_folder
 from tests.support.runs import CONFIG
 from tests.support.tiny_clip import starting_from, write_hf
@@ -109,14 +111,47 @@ def test_transformers_loads_it_without_this_package(
     assert picture["pixel_values"].shape[1:] == pixels.shape[1:]
 
 
-@pytest.mark.parametrize("words", [HIDDEN, GRU])
-def test_sentence_transformers_loads_any(make: Make, tmp_path: Path, words: list[str]) -> None:
+@pytest.mark.parametrize("words", [HIDDEN, LINEAR, ["model.image.squash=true", *LINEAR]])
+def test_sentence_transformers_loads_parts_without_trust(
+    make: Make, tmp_path: Path, words: list[str]
+) -> None:
+    SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer  # noqa: N806
+    made, out = make(words), tmp_path / "out"
+    write_folder(out, made.model, made.tokenizer, made.shape, {})
+    card = add_sentence_transformers(out, made.model, made.shape, str(out))
+    assert "trust_remote_code" not in card.usage and not [*out.rglob("*.py")]
+    assert "dist_vse" not in (out / "modules.json").read_text()
+    model = SentenceTransformer(str(out), device="cpu")
+    pixels, _, images, texts = made.features()
+    given = {"pixel_values": pixels, "modality": "image"}
+    with torch.inference_mode():
+        found = model[0].sub_modules["image"](given)["sentence_embedding"]
+    torch.testing.assert_close(functional.normalize(found), images, atol=1e-5, rtol=0)
+    long = [*WORDS, "a red square on blue and green " * 9]  # which max_tokens cuts
+    with torch.inference_mode():
+        cut = made.model.encode_texts(made.tokenizer(long))
+    encoded = model.encode(long, convert_to_tensor=True)
+    torch.testing.assert_close(encoded, cut, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoded[: len(WORDS)], texts, atol=1e-5, rtol=0)
+    embedder = dist_vse.load(str(out))  # the folder is still one of ours
+    pictures = [Image.new("RGB", (40, 50), colour) for colour in ("red", "green", "blue")]
+    seen = model.encode(pictures, convert_to_tensor=True)
+    torch.testing.assert_close(seen, embedder.encode_images(pictures), atol=1e-5, rtol=0)
+    torch.testing.assert_close(embedder.encode_texts(WORDS), texts, atol=1e-5, rtol=0)
+    model.save(str(tmp_path / "again"))
+    again = SentenceTransformer(str(tmp_path / "again"), device="cpu")
+    kept = again.encode(long, convert_to_tensor=True)
+    torch.testing.assert_close(kept, encoded, atol=1e-6, rtol=0)
+
+
+def test_sentence_transformers_loads_any(make: Make, tmp_path: Path) -> None:
     SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer  # noqa: N806
     from dist_vse.tools.export.towers import Towers
 
-    made, out = make(words), tmp_path / "out"
+    made, out = make(GRU), tmp_path / "out"
     write_folder(out, made.model, made.tokenizer, made.shape, {})
-    assert add_sentence_transformers(out, str(out)).library == "sentence-transformers"
+    card = add_sentence_transformers(out, made.model, made.shape, str(out))
+    assert card.library == "sentence-transformers" and "trust_remote_code=True" in card.usage
     model = SentenceTransformer(str(out), device="cpu", trust_remote_code=True)
     embedder = dist_vse.load(str(out))
     pictures = [Image.new("RGB", (40, 50), colour) for colour in ("red", "green", "blue")]
@@ -164,6 +199,29 @@ def test_a_whole_checkpoint_keeps_its_own_layout(tmp_path: Path) -> None:
     card = FORMATS["transformers"](out, model, config.model, str(out))
     assert type(AutoModel.from_pretrained(out)).__name__ == "CLIPModel"
     assert "trust_remote_code" not in card.usage
+
+
+@pytest.mark.parametrize(("kind", "native"), [("clip", True), ("siglip", False)])
+def test_sentence_transformers_loads_a_whole_clip_without_trust(
+    tmp_path: Path, kind: str, native: bool
+) -> None:
+    SentenceTransformer = pytest.importorskip("sentence_transformers").SentenceTransformer  # noqa: N806
+    config, out = starting_from(write_hf(tmp_path / kind, kind)), tmp_path / "out"
+    tokenizer = run_tokenizer(config, tmp_path, build=False)
+    made = build_model(config.model, config.loss, tokenizer).eval()
+    write_folder(out, made, tokenizer, config.model, {})
+    card = add_sentence_transformers(out, made, config.model, str(out))
+    assert ("trust_remote_code" not in card.usage) == native
+    trust = {} if native else {"trust_remote_code": True}
+    model = SentenceTransformer(str(out), device="cpu", **trust)
+    with torch.inference_mode():
+        texts = made.encode_texts(tokenizer(WORDS))
+    found = model.encode(WORDS, convert_to_tensor=True)
+    torch.testing.assert_close(found, texts, atol=1e-5, rtol=0)
+    embedder = dist_vse.load(str(out))
+    pictures = [Image.new("RGB", (40, 50), colour) for colour in ("red", "green")]
+    seen = model.encode(pictures, convert_to_tensor=True)
+    torch.testing.assert_close(seen, embedder.encode_images(pictures), atol=1e-5, rtol=0)
 
 
 def test_a_card_has_metadata_and_the_metrics_that_were_measured(tmp_path: Path) -> None:

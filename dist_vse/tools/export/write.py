@@ -33,9 +33,10 @@ from dist_vse.tools.export.folder import (
     Description,
     write_description,
 )
-from dist_vse.tools.export.formats import FORMATS, add_sentence_transformers
+from dist_vse.tools.export.formats import FORMATS
 from dist_vse.tools.export.load import build, load
 from dist_vse.tools.export.options import OWN, SENTENCES
+from dist_vse.tools.export.to_sentence_transformers import add_sentence_transformers
 
 
 def export_run(
@@ -88,7 +89,7 @@ def export_run(
         else:
             card = write_folder(temporary, model, trained.tokenizer, shape, source)
         if form == SENTENCES:
-            card = add_sentence_transformers(temporary, name)
+            card = add_sentence_transformers(temporary, model, shape, name)
         write_card(temporary, card, source, shape.embed_dim)
         if adapters:
             save_file(adapters, temporary / ADAPTERS, metadata={"format": "pt"})
