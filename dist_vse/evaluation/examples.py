@@ -1,6 +1,7 @@
 """Queries with their best answers, to look at: drawn at random, and the best and worst found."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 from dist_vse import distributed
 from dist_vse.common.files import write_text
 from dist_vse.evaluation.evaluate import Evaluation
-from dist_vse.evaluation.retrieval import Task, top_k
+from dist_vse.evaluation.retrieval import Task, neighbours, top_k
 
+NEIGHBOURS = 4  # of each image that is shown
 Query = dict[str, Any]
 
 
@@ -32,7 +34,8 @@ def save_examples(
     images, drawn with the seed; and `num_extremes` of those that are found first (drawn as well)
     and of those found last. The file also holds the metrics and what chance would give. Ranks,
     galleries and what is right are those of the evaluation, so a rank that ties leave open is
-    their mean and may be broken.
+    their mean and may be broken. Each image that is shown has its nearest others of the split, by
+    its features.
     """
     found, generator = evaluation.split, torch.Generator().manual_seed(seed)
     images = torch.randperm(len(found.keys), generator=generator)
@@ -59,7 +62,30 @@ def save_examples(
         best, worst = _extremes(ranks, num_extremes, generator)
         content[f"{name}_best"] = [query(evaluation, row, k) for row in best]
         content[f"{name}_worst"] = [query(evaluation, row, k) for row in worst]
+    content["neighbours"] = _neighbours(evaluation, shown_keys(content))
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def shown_keys(content: Mapping[str, Any]) -> set[str]:
+    """Return the keys of all images that are queries or answers."""
+    found: set[str] = set()
+    for name, queries in content.items():
+        if name.startswith(("text_to_image", "image_to_text")):
+            found |= {query["key"] for query in queries}
+            found |= {
+                answer["key"] for query in queries for answer in query["answers"] if "key" in answer
+            }
+    return found
+
+
+def _neighbours(evaluation: Evaluation, shown: set[str]) -> dict[str, list[dict[str, Any]]]:
+    keys = evaluation.split.keys
+    rows = [row for row, key in enumerate(keys) if key in shown]
+    found = neighbours(evaluation.split.image_features, rows, NEIGHBOURS)
+    return {
+        keys[row]: [{"key": keys[other], "score": round(score, 4)} for other, score in near]
+        for row, near in zip(rows, found, strict=True)
+    }
 
 
 def _extremes(ranks: Tensor, count: int, generator: torch.Generator) -> tuple[list[int], list[int]]:

@@ -51,6 +51,9 @@ def test_examples_hold_the_best_answers_and_the_right_one(
     }
     assert by_key["k3"]["rank"] == 3  # its text lies by image 0
     assert [answer["right"] for answer in by_key["k3"]["answers"]] == [False, False]
+    near = content["neighbours"]  # on a circle: two at 90 degrees, then the one behind
+    assert [other["key"] for other in near["k1"]] == ["k0", "k2", "k3"]
+    assert [other["score"] for other in near["k1"]] == pytest.approx([0, 0, -1], abs=1e-4)
     pictures = {query["key"]: query for query in content["image_to_text"]}
     assert pictures["k2"]["rank"] == 1
     assert {answer["caption"] for answer in pictures["k2"]["answers"]} == {"text 4", "text 5"}

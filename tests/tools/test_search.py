@@ -21,6 +21,7 @@ from dist_vse import cli
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
 from dist_vse.data.reader import ShardReader
+from dist_vse.evaluation.evaluate import Embedded
 from dist_vse.evaluation.retrieval import top_k
 from dist_vse.tools.search.embed import embed_split, open_model
 from dist_vse.tools.search.found import Found, Queries
@@ -62,11 +63,21 @@ def test_search_finds_what_brute_force_finds(trained: Path, tmp_path: Path, suff
     assert by_image.scores[0] == pytest.approx(1, abs=1e-5)
     if suffix == ".html":
         page = sheet.read_text()
-        assert page.count("data:image/") == 8
+        near = {other for key in {*by_text.keys, *by_image.keys} for other in _near(gallery, key)}
+        shown = len(by_text.keys) + len(by_image.keys)
+        assert page.count("data:image/") == shown + len(near - {*by_text.keys, *by_image.keys})
         assert not re.search(r'(?:src|href)="(?!data:)', page)
     else:
         with Image.open(sheet) as image:
             assert image.width > 4 * 160 and image.height > 2 * 160
+
+
+def _near(gallery: Embedded, key: str) -> list[str]:
+    """Return an image's four nearest others."""
+    row = gallery.keys.index(key)
+    scores = (gallery.image_features @ gallery.image_features[row]).tolist()
+    others = sorted((j for j in range(len(scores)) if j != row), key=lambda j: -scores[j])
+    return [gallery.keys[j] for j in others[:4]]
 
 
 def test_embeddings_in_three_formats(trained: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ Shapes: n images, m texts, p right pairs, q queries of one direction, d embeddin
 from dist_vse.evaluation.retrieval.bootstrap import intervals
 from dist_vse.evaluation.retrieval.checks import check_features
 from dist_vse.evaluation.retrieval.metrics import RECALLS, chance, retrieval_metrics, summary
-from dist_vse.evaluation.retrieval.nearest import top_k
+from dist_vse.evaluation.retrieval.nearest import neighbours, top_k
 from dist_vse.evaluation.retrieval.pairs import content_pairs, own_pairs
 from dist_vse.evaluation.retrieval.protocol import PROTOCOLS, Task, check_protocol, tasks_of
 from dist_vse.evaluation.retrieval.ranks import Ranks
@@ -26,6 +26,7 @@ __all__ = [
     "check_protocol",
     "content_pairs",
     "intervals",
+    "neighbours",
     "own_pairs",
     "rank_all",
     "retrieval_metrics",

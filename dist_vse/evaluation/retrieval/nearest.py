@@ -3,6 +3,8 @@
 Scores are float64, so that equal features have equal scores in every tile.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,16 @@ def top_k(queries: Tensor, gallery: Tensor, k: int, *, tile: int = 1024) -> tupl
             best, where = best[:, :k], torch.cat([where, place], 1).gather(1, order[:, :k])
         scores[i : i + tile], rows[i : i + tile] = best, where
     return scores, rows
+
+
+def neighbours(features: Tensor, rows: Sequence[int], k: int) -> list[list[tuple[int, float]]]:
+    """Return for each of some rows its k nearest others of the features (n, d), with the scores.
+
+    Features of unit length are compared by their cosine; a row is no neighbour of itself.
+    """
+    scores, found = top_k(features[list(rows)], features, k + 1)
+    others = [
+        [pair for pair in zip(near, similar, strict=True) if pair[0] != row]
+        for row, near, similar in zip(rows, found.tolist(), scores.tolist(), strict=True)
+    ]
+    return [each[:k] for each in others]

@@ -4,9 +4,13 @@ The page is whole without it: a reader who blocks scripts sees the same curves a
 writes text with `textContent` only, since captions are whatever somebody wrote.
 """
 
-SCRIPT = """
+START = """
 "use strict";
 const make = (tag, props) => Object.assign(document.createElement(tag), props);
+let showWhere = null;  // shows an image's key where it was found
+"""
+
+CURVES = """
 const short = value => Number(value.toPrecision(4)).toString();
 
 // Curves: the nearest step's values, under the pointer or by the arrow keys.
@@ -69,6 +73,9 @@ for (const name of document.querySelectorAll("h1 + .legend > span")) {
   name.append(button);
 }
 
+"""
+
+EXAMPLES = """
 // Examples: filter by a word or an image, sort by rank.
 const queries = [...document.querySelectorAll(".examples > li[data-rank]")];
 if (queries.length) {
@@ -100,12 +107,69 @@ if (queries.length) {
       ? [...drawn[i]].sort((a, b) => b.dataset.rank - a.dataset.rank)
       : drawn[i])));
   });
-  for (const image of document.querySelectorAll(".thumb[data-key]")) {
-    image.tabIndex = 0;
-    image.setAttribute("role", "button");
-    const choose = () => { word.value = image.dataset.key; filter(); bar.scrollIntoView(); };
-    image.addEventListener("click", choose);
-    image.addEventListener("keydown", event => { if (event.key === "Enter") choose(); });
-  }
+  showWhere = key => { word.value = key; filter(); bar.scrollIntoView(); word.focus(); };
 }
 """
+
+NEIGHBOURS = """
+// An image: its nearest others, in a dialog; where these are not known, where it was found.
+{
+  const near = document.querySelector("#neighbours");
+  const nearest = new Map(Object.entries(near ? JSON.parse(near.dataset.neighbours) : {}));
+  const pictured = key => document.querySelector(`.thumb[data-key="${CSS.escape(key)}"]`);
+  const named = image => image.alt || image.dataset.key;
+  const open = image => {
+    if (nearest.has(image.dataset.key) || showWhere) {
+      image.tabIndex = 0;
+      image.setAttribute("role", "button");
+    }
+  };
+  document.querySelectorAll("main .thumb[data-key]").forEach(open);
+
+  const dialog = make("dialog", { className: "card near" });
+  document.querySelector("main").append(dialog);
+  const copied = key => {
+    const copy = pictured(key).cloneNode(true);
+    for (const name of ["tabindex", "role"]) copy.removeAttribute(name);
+    return copy;
+  };
+  const showNearest = key => {
+    const name = named(pictured(key));
+    const title = make("h3", { id: "near-title", textContent: `Nearest to ${name}` });
+    const note = "By the images' features; numbers are cosine similarities.";
+    const list = make("ol", { className: "answers" });
+    for (const [other, score] of nearest.get(key)) {
+      const item = make("li", {}), image = copied(other);
+      if (nearest.has(other)) open(image);
+      item.append(image, named(image), make("br", {}), (Number(score.toFixed(2)) || 0).toFixed(2));
+      list.append(item);
+    }
+    const close = make("button", { type: "button", textContent: "Close" });
+    close.addEventListener("click", () => dialog.close());
+    const tools = make("div", { className: "tools" });
+    if (showWhere) {
+      const where = make("button", { type: "button", textContent: "Show where it was found" });
+      where.addEventListener("click", () => { dialog.close(); showWhere(key); });
+      tools.append(where);
+    }
+    tools.append(close);
+    dialog.setAttribute("aria-labelledby", title.id);
+    dialog.replaceChildren(
+      copied(key), title, make("p", { className: "note", textContent: note }), list, tools);
+    if (!dialog.open) dialog.showModal();
+    close.focus();
+  };
+  const choose = event => {
+    const image = event.target.closest?.(".thumb[data-key]");
+    if (!image || !(event.type === "click" || event.key === "Enter" || event.key === " ")) return;
+    if (nearest.has(image.dataset.key)) showNearest(image.dataset.key);
+    else if (showWhere && !dialog.open) showWhere(image.dataset.key);
+    else return;
+    event.preventDefault();
+  };
+  document.addEventListener("click", choose);
+  document.addEventListener("keydown", choose);
+}
+"""
+
+SCRIPT = START + CURVES + EXAMPLES + NEIGHBOURS

@@ -8,10 +8,12 @@ from pathlib import Path
 from dist_vse.common.files import atomic_output, check_output
 from dist_vse.common.version import __version__
 from dist_vse.data.index import Index
+from dist_vse.evaluation.examples import shown_keys
 from dist_vse.tools.report import sections
 from dist_vse.tools.report.batch import batch_section
 from dist_vse.tools.report.explore import SCRIPT
 from dist_vse.tools.report.images import names_commands, open_data, thumbnails
+from dist_vse.tools.report.neighbours import all_keys
 from dist_vse.tools.report.numbers import figure
 from dist_vse.tools.report.record import Record, read_record
 from dist_vse.tools.report.results import result_tables
@@ -39,20 +41,9 @@ def render(record: Record, index_dir: Path | None) -> str:
     index = open_data(index_dir, record.config.data.index)
     images = None
     if index is not None and record.examples is not None and not names_commands(index):
-        images = thumbnails(index, record.examples["split"], _keys(record))
+        keys = shown_keys(record.examples) | all_keys(record.examples.get("neighbours", {}))
+        images = thumbnails(index, record.examples["split"], keys)
     return document(record.name, "\n".join(_parts(record, index, images)))
-
-
-def _keys(record: Record) -> set[str]:
-    assert record.examples is not None
-    found: set[str] = set()
-    for name, queries in record.examples.items():
-        if name.startswith(("text_to_image", "image_to_text")):
-            found |= {query["key"] for query in queries}
-            found |= {
-                answer["key"] for query in queries for answer in query["answers"] if "key" in answer
-            }
-    return found
 
 
 def _parts(record: Record, index: Index | None, images: dict[str, str] | None) -> list[str]:
@@ -76,7 +67,7 @@ def write_page(page: str, out: Path) -> Path:
     return out
 
 
-def document(title: str, body: str) -> str:
+def document(title: str, body: str, script: str = SCRIPT) -> str:
     """Return a whole page that needs no other file."""
     today = datetime.date.today().isoformat()
     return f"""<!doctype html>
@@ -93,7 +84,7 @@ def document(title: str, body: str) -> str:
 {body}
 <footer>Written by dist_vse {escape(__version__)} on {today}.</footer>
 </main>
-<script>{SCRIPT}</script>
+<script>{script}</script>
 </body>
 </html>
 """

@@ -199,6 +199,9 @@ def _check_types(content: dict[str, Any]) -> None:
         elif name.startswith(("text_to_image", "image_to_text")):
             if not isinstance(value, list) or not all(map(_is_query, value)):
                 raise BadFileError(f"{name} must hold queries with their answers")
+        elif name == "neighbours":
+            if not isinstance(value, dict) or not all(map(_are_neighbours, value.values())):
+                raise BadFileError(f"{name} must hold keys and scores")
         elif name in ("split", "checkpoint", "protocol", "data") and not isinstance(value, str):
             raise BadFileError(f"{name} must be a text")
 
@@ -209,3 +212,13 @@ def _is_query(query: object) -> bool:
         return False
     scored = all(isinstance(a, dict) and _is_figure(a.get("score")) for a in query["answers"])
     return scored and isinstance(query.get("key"), str) and _is_figure(query.get("rank"))
+
+
+def _are_neighbours(near: object) -> bool:
+    """Return whether an image's nearest others have keys and scores."""
+    return isinstance(near, list) and all(
+        isinstance(other, dict)
+        and isinstance(other.get("key"), str)
+        and _is_figure(other.get("score"))
+        for other in near
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_vse.losses.registry import loss_label
 from dist_vse.tools.report.chart import Series, line_figure
+from dist_vse.tools.report.neighbours import hidden_part, thumbnail
 from dist_vse.tools.report.numbers import ordinal
 from dist_vse.tools.report.record import Line, Record
 from dist_vse.tools.report.results import cell
@@ -134,10 +135,7 @@ def examples(record: Record, images: dict[str, str] | None) -> str:
     )
 
     def thumb(key: str) -> str:
-        if images is None:
-            return f'<span class="thumb" data-key="{escape(key)}">{escape(key)}</span>'
-        source, name = images[key], escape(key)
-        return f'<img class="thumb" src="{source}" alt="{name}" data-key="{name}">'
+        return thumbnail(key, images)
 
     def of_texts(name: str) -> str:
         return "".join(_text_query(query, thumb) for query in found.get(name, ()))
@@ -157,6 +155,7 @@ def examples(record: Record, images: dict[str, str] | None) -> str:
             "Found at once", "Drawn among the queries whose rank is 1.", of_texts, of_images, "best"
         )
         + _extremes("Found last", "The queries of the largest ranks.", of_texts, of_images, "worst")
+        + hidden_part(found.get("neighbours", {}), thumb)
     )
 
 

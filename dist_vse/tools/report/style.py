@@ -81,15 +81,25 @@ svg .rule { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; fill: n
 .off { visibility: hidden; }
 .values { min-height: 1.5em; color: var(--soft); font-size: .8125rem;
   font-variant-numeric: tabular-nums; }
-button, input { font: inherit; font-size: .875rem; color: inherit; background: var(--card);
+button, input, select { font: inherit; font-size: .875rem; color: inherit; background: var(--card);
   border: 1px solid var(--line); border-radius: 8px; padding: 5px 12px; }
 button { cursor: pointer; }
 button[aria-pressed=true] { border-color: var(--s1); }
 .legend button[aria-pressed=false] { opacity: .45; }
 .tools { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin-top: 12px; }
 .tools input { flex: 1 1 240px; max-width: 360px; }
+.tools .least { flex: 0 1 140px; padding: 0; accent-color: var(--s1); }
+.answers.found { grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); margin-top: 12px; }
 .thumb[role=button] { cursor: pointer; }
-.examples > li[hidden] { display: none; }
+.examples > li[hidden], .answers > li[hidden] { display: none; }
+.thumb[role=button]:focus-visible { outline: 3px solid var(--s1); outline-offset: 2px; }
+dialog.near { color: inherit; width: min(640px, calc(100vw - 28px)); padding: 18px; }
+dialog.near::backdrop { background: #000a; }
+dialog.near > .thumb { width: 112px; float: left; margin: 0 16px 8px 0; }
+dialog.near h3 { overflow-wrap: anywhere; }
+dialog.near .answers { clear: both; grid-template-columns: repeat(4, minmax(0, 1fr)); }
+dialog.near .answers li { overflow-wrap: anywhere; }
+dialog.near .tools { justify-content: end; }
 
 .examples { display: grid; gap: 12px; padding: 0; margin: 16px 0 0; list-style: none; }
 .examples > li { padding: 16px 18px; }

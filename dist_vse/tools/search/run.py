@@ -12,14 +12,15 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.files import check_output
 from dist_vse.common.log import setup_logging
 from dist_vse.common.terminal import plain
-from dist_vse.data.index import Index
-from dist_vse.evaluation.retrieval import top_k
+from dist_vse.evaluation.examples import NEIGHBOURS
+from dist_vse.evaluation.retrieval import neighbours, top_k
 from dist_vse.evaluation.retrieval.checks import check_finite
 from dist_vse.tools.report.images import thumbnails
+from dist_vse.tools.report.neighbours import Neighbours, all_keys
 from dist_vse.tools.search.embed import embed_split, open_data, open_model
 from dist_vse.tools.search.faiss_index import check_faiss, faiss_top_k
 from dist_vse.tools.search.found import Found, Queries
-from dist_vse.tools.search.gallery import gallery_of, origin, read_gallery
+from dist_vse.tools.search.gallery import Gallery, gallery_of, origin, read_gallery
 from dist_vse.tools.search.sheet import write_sheet
 
 
@@ -83,7 +84,12 @@ def search(
             if distributed.is_main_process():
                 _show(found)
                 if sheet is not None:
-                    _write(sheet, found, index, split, queries.images)
+                    near = _neighbours(found, gallery) if sheet.suffix == ".html" else {}
+                    names = dict(zip(gallery.keys, gallery.captions, strict=True))
+                    pictures = thumbnails(index, split, all_keys(near) | _keys(found))
+                    asked = set(map(str, queries.images))
+                    write_sheet(sheet, found, pictures, asked, near, names)
+                    Console().print(plain(f"wrote {sheet}"), soft_wrap=True)
     return found
 
 
@@ -97,9 +103,16 @@ def _show(found: list[Found]) -> None:
         console.print(table)
 
 
-def _write(
-    sheet: Path, found: list[Found], index: Index, split: str, images: Sequence[Path]
-) -> None:
-    keys = {key for answers in found for key in answers.keys}
-    write_sheet(sheet, found, thumbnails(index, split, keys), set(map(str, images)))
-    Console().print(plain(f"wrote {sheet}"), soft_wrap=True)
+def _keys(found: Sequence[Found]) -> set[str]:
+    return {key for answers in found for key in answers.keys}
+
+
+def _neighbours(found: Sequence[Found], gallery: Gallery) -> Neighbours:
+    """Return the nearest others of each image that was found."""
+    shown = _keys(found)
+    rows = [row for row, key in enumerate(gallery.keys) if key in shown]
+    near = neighbours(gallery.features, rows, NEIGHBOURS)
+    return {
+        gallery.keys[row]: [{"key": gallery.keys[other], "score": score} for other, score in each]
+        for row, each in zip(rows, near, strict=True)
+    }

@@ -1,20 +1,13 @@
 """The report's script in a real browser: values, runs, filter and order of examples."""
 
 import json
-import re
-import shutil
-import subprocess
-from html import unescape
 from pathlib import Path
 
 import pytest
 
 from dist_vse.tools.report import write_comparison, write_report
+from tests.support.browser import BROWSER, in_browser
 from tests.support.reports import write_run
-
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,24 +15,10 @@ pytestmark = [
 ]
 
 
-def _in_browser(page: Path, script: str) -> dict[str, object]:
-    """Open the page, run `script` (it fills `found`), and return what it found."""
-    reads = f"<script>const found = {{}}; {script}; document.title = JSON.stringify(found)</script>"
-    opened = page.with_name("opened.html")
-    opened.write_text(page.read_text("utf-8").replace("</body>", f"{reads}</body>"), "utf-8")
-    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom")
-    made = subprocess.run(
-        [BROWSER, *flags, opened.as_uri()], capture_output=True, text=True, timeout=60, check=True
-    )
-    title = re.search(r"<title>(.*?)</title>", made.stdout, re.DOTALL)
-    assert title is not None, made.stderr
-    return dict(json.loads(unescape(title[1])))
-
-
 def test_curves_show_their_values_and_examples_are_filtered_and_sorted(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path)
     page = write_report(run_dir, None, run_dir / "report.html")
-    found = _in_browser(
+    found = in_browser(
         page,
         """
         const svg = document.querySelector("svg[data-axis]"), values = svg.nextElementSibling;
@@ -57,6 +36,9 @@ def test_curves_show_their_values_and_examples_are_filtered_and_sorted(tmp_path:
         const shown = () => [...document.querySelectorAll(".examples > li")].filter(q => !q.hidden);
         found.all = shown().length;
         document.querySelector(".thumb[data-key]").click();
+        const dialog = document.querySelector("dialog");
+        dialog.querySelector("button").click();  // "Show where it was found"
+        found.open = dialog.open;
         found.key = word.value;
         found.held = shown().every(q => q.innerHTML.includes(`data-key="${word.value}"`));
         found.some = shown().length;
@@ -72,14 +54,67 @@ def test_curves_show_their_values_and_examples_are_filtered_and_sorted(tmp_path:
         found.back = ranks();
         """,
     )
-    text, (step, value) = found["first"]  # type: ignore[misc]
+    text, (step, value) = found["first"]
     assert found["focusable"] == 0
     assert text.startswith(f"{step:g}: ") and f"{value:.4g}" in text
     assert found["moved"] is True and found["left"] == ""
-    assert found["held"] is True and 0 < found["some"] < found["all"] == found["again"]  # type: ignore[operator]
+    assert found["open"] is False
+    assert found["held"] is True and 0 < found["some"] < found["all"] == found["again"]
     drawn = found["drawn"]
     assert isinstance(drawn, list) and found["back"] == drawn
     assert found["worst"] == sorted(drawn, reverse=True) != drawn
+
+
+def test_an_image_shows_its_neighbours_by_mouse_and_keyboard(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path)
+    page = write_report(run_dir, None, run_dir / "report.html")
+    near = json.loads((run_dir / "examples.json").read_text("utf-8"))["neighbours"]
+    found = in_browser(
+        page,
+        """
+        const image = document.querySelector(".thumb[data-key]");
+        const dialog = document.querySelector("dialog");
+        const others = () => [...dialog.querySelectorAll(".answers .thumb")];
+        found.role = [image.tabIndex, image.getAttribute("role")];
+        image.click();
+        found.open = dialog.open;
+        found.key = image.dataset.key;
+        found.near = others().map(other => other.dataset.key);
+        found.text = dialog.querySelector(".answers").textContent;
+        found.pictures = others().every(other => other.src.startsWith("data:image/"));
+        const next = others()[0];
+        const press = key => next.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+        press("a");
+        found.same = others()[0] === next;
+        press("Enter");
+        found.after = others().map(other => other.dataset.key);
+        [...dialog.querySelectorAll("button")].at(-1).click();
+        found.closed = !dialog.open;
+        """,
+    )
+    first = near[found["key"]]
+    assert found["role"] == [0, "button"] and found["open"] is True and found["pictures"] is True
+    assert found["near"] == [other["key"] for other in first] and len(first) == 4
+    assert all(f"{other['score']:.2f}" in found["text"] for other in first)
+    assert found["same"] is True
+    assert found["after"] == [other["key"] for other in near[first[0]["key"]]]
+    assert found["closed"] is True
+
+
+def test_a_report_of_older_examples_shows_where_an_image_was_found(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path)
+    content = json.loads((run_dir / "examples.json").read_text("utf-8"))
+    del content["neighbours"]
+    (run_dir / "examples.json").write_text(json.dumps(content))
+    page = write_report(run_dir, None, run_dir / "report.html")
+    script = """
+        const image = document.querySelector(".thumb[data-key]");
+        image.click();
+        found.key = [document.querySelector(".tools input").value, image.dataset.key];
+        found.open = document.querySelector("dialog").open;
+        """
+    found = in_browser(page, script)
+    assert found["key"][0] == found["key"][1] and found["open"] is False
 
 
 def test_a_run_is_hidden_by_its_name_in_the_legend(tmp_path: Path) -> None:
@@ -88,7 +123,7 @@ def test_a_run_is_hidden_by_its_name_in_the_legend(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         runs.append(write_run(tmp_path / name).rename(tmp_path / f"run-{name}"))
     page = write_comparison(runs, tmp_path / "compare.html")
-    found = _in_browser(
+    found = in_browser(
         page,
         """
         const button = document.querySelector("h1 + .legend button");
