@@ -1,7 +1,7 @@
 """The towers, the pairs and the formula that every peer is measured with."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as functional
@@ -89,8 +89,23 @@ def exact(per_two: tuple[int, int], *, symmetric: bool, shared: bool) -> dict[st
     return {n: p.grad for n, p in towers.named_parameters() if p.grad is not None}
 
 
+class Wrapper(Protocol):
+    """Wraps a step's modules as users do, so that their gradients become the ranks' averages."""
+
+    has_no_sync: bool
+    """Whether a wrapped module can leave out the reduction, by `no_sync`."""
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return the wrapped module."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward of a step's loss as the wrapper wants it."""
+
+
 class Replicas:
     """Wraps modules in DDP and counts the messages of gradients."""
+
+    has_no_sync = True
 
     def __init__(self) -> None:
         self.messages = 0
@@ -103,6 +118,10 @@ class Replicas:
         self._wrapped.append(replica)
         return replica
 
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward; DDP reduces in it."""
+        loss.backward()
+
     def _reduce(self, bucket: Any) -> Any:
         self.messages += 1
         total = distributed.all_reduce_mean(bucket.buffer())
@@ -111,5 +130,6 @@ class Replicas:
         return future
 
 
-Step = Callable[[Towers, Pairs, Replicas], None]
-"""Puts the gradients of a step into the towers' `.grad`, with this rank's pairs."""
+Step = Callable[[Towers, Pairs, Wrapper], None]
+"""Runs forward and backward of a step, with this rank's pairs; under DDP the gradients are in the
+towers' `.grad` then."""

@@ -12,24 +12,27 @@ from torch.multiprocessing.spawn import ProcessException
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import say
 from dist_vse.distributed.spawn import RankGroup, run_rank_groups
+from dist_vse.engine.zero import IMPORTS
 from dist_vse.tools.bench.table import Table
 from dist_vse.tools.verify.conformance.measure import (
     COLUMNS,
     Measured,
+    completed,
     failed,
     measure,
     measure_uneven,
-    with_uneven,
 )
 from dist_vse.tools.verify.conformance.peers import OURS, PACKAGES, settings, version
+from dist_vse.tools.verify.conformance.zero import measure_zero
 
 ALL = "all"
 PEERS = (*(name for name in PACKAGES if name != OURS), ALL)
 HANG_S = "30"
+ABORTS = "aborts"
 NOTE = (
     "Gradient of the towers: its projection on the exact one (factor), relative error, cosine; of "
     "the temperature: factor, error. Reductions: messages of gradients a step. Uneven ranks: 14 "
-    "and 10 pairs."
+    "and 10 pairs. ZeRO: the towers' update under DeepSpeed, by stage, where they differ."
 )
 
 
@@ -65,14 +68,12 @@ def collect(
             absent.append(str(error))
     os.environ.setdefault("DIST_VSE_HANG_S", HANG_S)  # a peer may wait for ever
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    multiprocessing.set_forkserver_preload(["dist_vse.tools.verify.conformance.measure"])
+    multiprocessing.set_forkserver_preload([measure_zero.__module__, *IMPORTS])
     found: list[Measured] = _on_ranks(measure, processes, present)
-    uneven = [
-        _uneven(processes, peer, number)
-        for peer in present
-        for number in range(len(settings(peer)))
-    ]
-    return [with_uneven(*each) for each in zip(found, uneven, strict=True)], absent
+    numbers = [(peer, number) for peer in present for number in range(len(settings(peer)))]
+    uneven = [_apart(measure_uneven, processes, *each) for each in numbers]
+    zero = [_apart(measure_zero, processes, *each) for each in numbers]
+    return [completed(*each) for each in zip(found, uneven, zero, strict=True)], absent
 
 
 def table(found: Sequence[Measured], processes: int) -> Table:
@@ -84,18 +85,19 @@ def table(found: Sequence[Measured], processes: int) -> Table:
     return made
 
 
-def _uneven(processes: int, peer: str, number: int) -> str:
+def _apart(fn: Callable[[str, int], Any], processes: int, peer: str, number: int) -> Any:
+    """Measure in a process group of its own, which a peer may end or keep waiting."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
-        return str(_on_ranks(_quietly, processes, peer, number))
+        return _on_ranks(_quietly, processes, fn, peer, number)
     except ProcessException:  # gloo ends a process that gets more rows than it expects
-        return "aborts"
+        return ABORTS if fn is measure_uneven else [ABORTS]
 
 
-def _quietly(peer: str, number: int) -> str:
+def _quietly(fn: Callable[[str, int], Any], peer: str, number: int) -> Any:
     """Measure on a rank whose last words, if it aborts, would only stand in the way."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    return measure_uneven(peer, number)
+    return fn(peer, number)
 
 
 def _on_ranks(fn: Callable[..., Any], processes: int, *args: object) -> Any:

@@ -20,6 +20,7 @@ from dist_vse.tools.verify.conformance.peers import OURS, Setting, settings, ver
 from dist_vse.tools.verify.reference import MIN_TOLERANCE
 from dist_vse.tools.verify.table import Row, compare
 
+EXACT = "exact"
 COLUMNS = (
     "",
     "factor",
@@ -29,6 +30,7 @@ COLUMNS = (
     "dropout",
     "reductions",
     "uneven ranks",
+    "ZeRO 0 to 3",
 )
 
 
@@ -47,6 +49,8 @@ class Measured:
     """Messages of gradients that a step sends."""
     uneven: str = ""
     """What becomes of ranks with unequally many pairs."""
+    zero: tuple[str, ...] = ()
+    """What becomes of it under DeepSpeed, by ZeRO's stage; nothing where that does not apply."""
 
     @property
     def exact(self) -> bool:
@@ -72,6 +76,7 @@ class Measured:
             replay,
             str(self.reductions),
             self.uneven,
+            by_stage(self.zero),
         ]
 
 
@@ -84,7 +89,7 @@ def _measure(setting: Setting) -> Measured:
     towers, replicas = Towers(shared=setting.shared), Replicas()
     setting.step(towers, own_pairs(EVEN), replicas)
     grads = _gradients(towers)
-    right = _exact(setting, EVEN)
+    right = exact_gradients(setting, EVEN)
     return Measured(
         setting.peer,
         version(setting.peer),
@@ -104,26 +109,44 @@ def measure_uneven(peer: str, number: int) -> str:
         setting.step(towers, own_pairs(UNEVEN), Replicas())
     except Exception as error:  # whatever a peer raises is the finding
         return f"fails: {type(error).__name__}"
-    found = _compare("towers", _gradients(towers), _exact(setting, UNEVEN))
-    return "exact" if found.exact else f"factor {found.factor:.4f}, {found.error:.0e}"
+    found = compare_towers(_gradients(towers), exact_gradients(setting, UNEVEN))
+    return verdict(found)
 
 
-def with_uneven(measured: Measured, uneven: str) -> Measured:
-    """Add what was found with unequally many pairs."""
-    return replace(measured, uneven=uneven)
+def completed(measured: Measured, uneven: str, zero: Sequence[str]) -> Measured:
+    """Add what was found with unequally many pairs, and under DeepSpeed."""
+    return replace(measured, uneven=uneven, zero=tuple(zero))
 
 
-def _short(row: Row) -> str:
-    return f"{row.factor:.4f}, {row.error:.0e}"
+def verdict(row: Row) -> str:
+    """Return a comparison in a few words."""
+    return EXACT if row.exact else f"factor {row.factor:.4f}, {row.error:.0e}"
+
+
+def by_stage(found: Sequence[str]) -> str:
+    """Return the verdicts on ZeRO's stages in one cell, equal ones together."""
+    stages: dict[str, list[str]] = {}
+    for stage, word in enumerate(found):
+        stages.setdefault(word, []).append(str(stage))
+    if len(stages) == 1:
+        return next(iter(stages))
+    return "; ".join(f"{', '.join(numbers)}: {word}" for word, numbers in stages.items()) or "-"
 
 
 def failed(found: Sequence[Measured]) -> bool:
     """Return whether ours is off; a peer's fault is no failure of the command."""
-    return any(not row.exact for row in found if row.peer == OURS)
+    ours = [row for row in found if row.peer == OURS]
+    return any(not row.exact or {row.uneven, *row.zero} - {"", EXACT} for row in ours)
 
 
-def _exact(setting: Setting, per_two: tuple[int, int]) -> dict[str, Tensor]:
+def exact_gradients(setting: Setting, per_two: tuple[int, int]) -> dict[str, Tensor]:
+    """Return one process's gradients for a setting, in float64, by parameter."""
     return exact(per_two, symmetric=setting.symmetric, shared=setting.shared)
+
+
+def compare_towers(found: dict[str, Tensor], right: dict[str, Tensor]) -> Row:
+    """Compare the towers' gradients with the exact ones."""
+    return _compare("towers", found, right)
 
 
 def _gradients(towers: Towers) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.version import __version__
 from dist_vse.losses.module import GlobalContrastiveLoss
 from dist_vse.models.dual_encoder import DualEncoder
-from dist_vse.tools.verify.conformance.case import CHUNK, LOG_SCALE, Pairs, Replicas, Step, Towers
+from dist_vse.tools.verify.conformance.case import CHUNK, LOG_SCALE, Pairs, Step, Towers, Wrapper
 from dist_vse.tools.verify.peer import Loss, peer_losses
 from dist_vse.training.cached_step import cached_step
 
@@ -45,6 +45,8 @@ class Setting:
     cached: bool = False
     shared: bool = False
     """Whether one encoder serves both sides."""
+    own_loop: bool = False
+    """Whether it is a library's whole loop, which knows no DeepSpeed."""
 
 
 def version(peer: str) -> str:
@@ -76,14 +78,14 @@ def _ours() -> list[Setting]:
     ]
 
 
-def _our_loss(towers: Towers, pairs: Pairs, replicas: Replicas) -> None:
-    features = replicas.wrap(towers)(*pairs)
-    GlobalContrastiveLoss("info_nce", learned=False)(*features).backward()
+def _our_loss(towers: Towers, pairs: Pairs, wrapper: Wrapper) -> None:
+    features = wrapper.wrap(towers)(*pairs)
+    wrapper.backward(GlobalContrastiveLoss("info_nce", learned=False)(*features))
 
 
-def _our_cached_step(towers: Towers, pairs: Pairs, replicas: Replicas) -> None:
+def _our_cached_step(towers: Towers, pairs: Pairs, wrapper: Wrapper) -> None:
     loss = GlobalContrastiveLoss("info_nce", learned=False)
-    cached_step(replicas.wrap(towers), loss, tuple(pairs), chunk_size=CHUNK)
+    cached_step(wrapper.wrap(towers), loss, tuple(pairs), chunk_size=CHUNK)
 
 
 def _open_clip() -> list[Setting]:
@@ -92,12 +94,15 @@ def _open_clip() -> list[Setting]:
         for flags, loss in peer_losses().items()
     ]
     label = f"{EXACT_FLAGS}, accum_freq=3"
-    return [*found, Setting("open_clip", label, _open_clip_accumulation, cached=True)]
+    return [
+        *found,
+        Setting("open_clip", label, _open_clip_accumulation, cached=True, own_loop=True),
+    ]
 
 
-def _open_clip_loss(loss: Loss, towers: Towers, pairs: Pairs, replicas: Replicas) -> None:
-    images, texts, scale = replicas.wrap(towers)(*pairs)
-    loss(images, texts, scale.log()).backward()
+def _open_clip_loss(loss: Loss, towers: Towers, pairs: Pairs, wrapper: Wrapper) -> None:
+    images, texts, scale = wrapper.wrap(towers)(*pairs)
+    wrapper.backward(loss(images, texts, scale.log()))
 
 
 class AsOpenClip(nn.Module):
@@ -125,7 +130,7 @@ class AsOpenClip(nn.Module):
         }
 
 
-def _open_clip_accumulation(towers: Towers, pairs: Pairs, replicas: Replicas) -> None:
+def _open_clip_accumulation(towers: Towers, pairs: Pairs, wrapper: Wrapper) -> None:
     """Run one step of OpenCLIP's own `train_one_epoch` that changes no weight."""
     from open_clip_train.train import train_one_epoch
 
@@ -155,7 +160,7 @@ def _open_clip_accumulation(towers: Towers, pairs: Pairs, replicas: Replicas) ->
         total = loss(image_features, text_features, others["logit_scale"].log())
         return {"contrastive_loss": total} if others.get("output_dict") else total
 
-    model = replicas.wrap(AsOpenClip(towers))
+    model = wrapper.wrap(AsOpenClip(towers))
     train_one_epoch(model, data, as_module, 0, optimizer, None, None, None, args)
 
 
@@ -201,9 +206,7 @@ class _Encoder(nn.Module):
         return {"sentence_embedding": self.tower(features["input_ids"])}
 
 
-def _ranking_loss(
-    name: str, gather: bool, towers: Towers, pairs: Pairs, replicas: Replicas
-) -> None:
+def _ranking_loss(name: str, gather: bool, towers: Towers, pairs: Pairs, wrapper: Wrapper) -> None:
     losses = import_module("sentence_transformers.sentence_transformer.losses")
     # It calls collectives that PyTorch has renamed: nothing that a user can mend.
     warnings.filterwarnings("ignore", r"torch\.distributed\.nn\.functional\.\w+ is deprecated")
@@ -211,8 +214,8 @@ def _ranking_loss(
     options: dict[str, Any] = {"mini_batch_size": CHUNK} if name.startswith("Cached") else {}
     scale = float(torch.tensor(LOG_SCALE).exp())
     loss = getattr(losses, name)(model, scale=scale, gather_across_devices=gather, **options)
-    loss.model = replicas.wrap(model)  # as their trainer does
-    loss([{"input_ids": x} for x in pairs], None).backward()
+    loss.model = wrapper.wrap(model)  # as their trainer does
+    wrapper.backward(loss([{"input_ids": x} for x in pairs], None))
 
 
 def _grad_cache() -> list[Setting]:
@@ -231,7 +234,7 @@ def _grad_cache() -> list[Setting]:
     return found
 
 
-def _grad_cache_step(name: str, towers: Towers, pairs: Pairs, replicas: Replicas) -> None:
+def _grad_cache_step(name: str, towers: Towers, pairs: Pairs, wrapper: Wrapper) -> None:
     # Its package (0.0.1) imports its own modules as grad_cache, but installs them as gradcache.
     for module in ("", ".context_managers", ".loss"):
         sys.modules[f"grad_cache{module}"] = import_module(f"gradcache{module}")
@@ -239,8 +242,8 @@ def _grad_cache_step(name: str, towers: Towers, pairs: Pairs, replicas: Replicas
     loss: Callable[..., Tensor] = getattr(losses, name)()
     scale = float(torch.tensor(LOG_SCALE).exp())
     cache = library.GradCache(
-        models=[replicas.wrap(towers.image), replicas.wrap(towers.text)],
+        models=[wrapper.wrap(towers.image), wrapper.wrap(towers.text)],
         chunk_sizes=CHUNK,
         loss_fn=lambda x, y: loss(x * scale, y),
     )
-    cache(*pairs, no_sync_except_last=True)
+    cache(*pairs, no_sync_except_last=wrapper.has_no_sync)
