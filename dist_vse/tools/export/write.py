@@ -116,7 +116,7 @@ def _take_adapters(
         if merge:
             raise UserError("--merge is for a run with adapters (model.lora); this one has none")
         return {}
-    if form in FORMATS and not merge:
+    if form != OWN and not merge:
         raise UserError(f"--format {form} has no place for adapters (model.lora): add --merge")
     adapters = remove_adapters(model, merge=merge)
     return {} if merge else {name: x.contiguous().clone() for name, x in adapters.items()}
