@@ -154,7 +154,7 @@ def draw(drawing: Drawing, folder: Path, size: int) -> bytes:
 def write_pairs(drawings: Sequence[Drawing], out: Path, size: int, workers: int = WORKERS) -> Path:
     """Draw what is missing, and write `pairs.jsonl` beside `LICENSE.txt`; return its path.
 
-    The drawings lie in a folder named by their size, so that another size draws anew.
+    The drawings lie in a folder named by their size, so that another size is drawn again.
     """
     folder = out / f"images-{size}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -181,7 +181,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="the page to write (default: RUN/report.html, or compare.html beside the first run)",
+        help="the page to write (default: RUN/report.html, or compare.html next to the first run)",
     )
     parser.add_argument(
         "--watch", action="store_true", help="serve the page to this machine, and follow the run"

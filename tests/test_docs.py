@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.imports import sources
 from tests.support.paths import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -64,3 +65,21 @@ def test_contributing_names_tests_that_are_there() -> None:
     assert len(proofs) >= 2
     for name, path in proofs:
         assert f"def {name}" in (ROOT / path).read_text(encoding="utf-8"), f"{path}: {name}"
+
+
+def test_pages_and_sources_keep_to_plain_words() -> None:
+    """Words that translators love: see CONTRIBUTING's style."""
+    unwanted = re.compile(r"\b(?:heed\w*|anew|in\s+vain|told)\b", re.IGNORECASE)
+    files = [
+        *(
+            path
+            for folder in ("dist_vse", "launch", "shards", "benchmarks")
+            for path in sources(folder)
+        ),
+        *(ROOT / "docs").rglob("*.md"),
+        *ROOT.glob("*.md"),
+    ]
+    found = [
+        f"{path}: {word}" for path in files for word in unwanted.findall(path.read_text("utf-8"))
+    ]
+    assert not found

@@ -1,4 +1,4 @@
-"""Time the losses on one GPU, in the share of one of eight ranks, beside peers' losses."""
+"""Time the losses on one GPU, in the share of one of eight ranks, against peers' losses."""
 
 from collections.abc import Mapping, Sequence
 from importlib import metadata

@@ -48,7 +48,7 @@ def random_state(own: Sequence[Generator] = ()) -> RandomState:
 def restore(state: RandomState) -> None:
     """Set the random state to a saved one.
 
-    This also tells cuDNN to start its own generator, which draws the dropout between the layers of
+    This also makes cuDNN start its own generator, which draws the dropout between the layers of
     an RNN, again from PyTorch's. Without it that generator goes on from wherever it stands.
     """
     torch.set_rng_state(state.cpu)

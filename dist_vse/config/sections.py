@@ -66,7 +66,7 @@ class DataConfig:
     evaluation."""
     negatives: int = 0
     """Texts a pair brings at most, from the `negatives` of its JSON, which no image belongs to:
-    further captions that every image must tell from its own (hard negatives as NegCLIP's).
+    further captions that every image must distinguish from its own (hard negatives as NegCLIP's).
     Each is encoded, so they cost as much time and memory as captions."""
     features: str | None = None
     """Folder of the frozen image trunk's outputs, which `dist-vse features` writes once: training

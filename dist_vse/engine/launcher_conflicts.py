@@ -125,7 +125,7 @@ def _of_accelerate(environment: Mapping[str, str], precision: str, half: str | N
 
 
 def _same(value: Any, used: Any) -> bool:
-    """Tell whether a value asks for nothing, or for what the run does anyway."""
+    """Return whether a value asks for nothing, or for what the run does anyway."""
     if value in (_AUTO, None, False, "none", "None", "false") and used in (None, False):
         return True
     if _AUTO in (value, used) or str(value).lower() == str(used).lower():

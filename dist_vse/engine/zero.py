@@ -224,7 +224,7 @@ class ZeroEngine:
         """Clip the averaged gradients, update, and clear them."""
         if self.loss_scale is not None and self.stage == 0:
             torch._foreach_div_(self._averaged_gradients(), self.loss_scale.value)
-        if self.clips and self.stage == 0 and self.norms.active:  # DeepSpeed doesn't tell its norm
+        if self.clips and self.stage == 0 and self.norms.active:  # DeepSpeed keeps its norm
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._whole_norm = float(nn.utils.get_total_norm(gradients))
         self.engine.step()

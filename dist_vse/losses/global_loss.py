@@ -48,7 +48,7 @@ class GlobalLoss:
     """The loss of one step over the global batch, of which each rank passes its own rows.
 
     Text features may be sent ahead, a chunk at a time, with `prefetch`; then the loss is called
-    once with all features. 64-bit ids (b,) tell which pairs share an image or a caption; they are
+    once with all features. 64-bit ids (b,) say which pairs share an image or a caption; they are
     looked at on the host, and should lie there. `negative_ids` (m,) are those of the negatives: one
     that is a row's caption is none for that row. With `unit_length`, features of another length are
     refused.

@@ -46,12 +46,12 @@ class Saver:
 
     @property
     def writing(self) -> bool:
-        """Tell whether this rank's files are still being written."""
+        """Return whether this rank's files are still being written."""
         return self._pending is not None and not self._pending.writing.done()
 
     @property
     def overdue(self) -> bool:
-        """Tell whether the last checkpoint is older than it should be by the clock."""
+        """Return whether the last checkpoint is older than it should be by the clock."""
         return self.minutes > 0 and time.monotonic() - self._last >= 60 * self.minutes
 
     def start(self, engine: ZeroEngine, progress: Progress, *, score: float | None) -> None:

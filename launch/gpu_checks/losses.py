@@ -33,7 +33,7 @@ CLOSE = {"fp32": 1e-3, "bf16": 2**-5}  # relative to the largest number; float32
 
 
 def check_loss(task: Task) -> Finding:
-    """Time each loss in kernels and in tiles beside OpenCLIP's and one bare product."""
+    """Time each loss in kernels and in tiles, against OpenCLIP's and one bare product."""
     device = torch.device("cuda" if task.on_gpu else "cpu")
     if task.on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = True  # as in a bfloat16 run

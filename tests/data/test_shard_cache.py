@@ -146,7 +146,7 @@ def test_a_url_may_hold_any_letter(shard: Shard, server: Server, tmp_path: Path)
 
 
 def _runs(pid: int) -> bool:
-    """Tell whether a process lives; one that only waits to be reaped does not."""
+    """Return whether a process lives; one that only waits to be reaped does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
@@ -217,4 +217,4 @@ def test_who_waited_for_a_failure_does_not_wait_again(
     assert len(errors) == 4 and len(set(errors)) == 1
     assert server.requests["train-00000.tar"] == 2
     server.fault = ""
-    assert fetch(far, cache(tmp_path / "cache")).is_file()  # a later one tries anew
+    assert fetch(far, cache(tmp_path / "cache")).is_file()  # a later one tries again

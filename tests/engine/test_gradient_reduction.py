@@ -1,4 +1,4 @@
-"""Gradients are reduced beside the last backward: each once, to its owner, in one order."""
+"""Gradients are reduced during the last backward: each once, to its owner, in one order."""
 
 from collections.abc import Callable
 

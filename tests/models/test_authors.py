@@ -1,4 +1,4 @@
-"""Our model, loss and step beside the authors' and beside an oracle of our own.
+"""Our model, loss and step compared with the authors' and with an oracle of our own.
 
 Theirs runs where their code is: DIST_VSE_AUTHORS_CODE names a folder with their model.py
 (https://github.com/anuragjain96/ConVsepp). The oracle writes the published model and losses down

@@ -117,7 +117,7 @@ def test_any_world_size_and_stage_resume_from_any(
 
 
 def _files(step: int) -> dict[str, dict[str, Tensor]]:
-    """What two ranks would save at a step: every element tells the step."""
+    """What two ranks would save at a step: every element is the step."""
     value = torch.full((500_000,), float(step))
     return {
         checkpoint.WEIGHTS: {"a": value},

@@ -118,7 +118,7 @@ def test_a_tracker_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lose_the_store(folder: Path) -> tuple[list[int], list[str]]:
-    """Log three steps, the tracker's store gone after the first; tell who was left, and the log."""
+    """Log three steps, the store gone after the first; return who was left, and the log."""
     said = logging.handlers.BufferingHandler(100)
     log.logger.addHandler(said)
     recorder = Recorder(folder, 0, trackers=["mlflow"], project="tried", settings={})

@@ -170,7 +170,7 @@ def test_the_longer_side_counts_and_the_aspect_stays() -> None:
 @pytest.mark.parametrize("side", [96, 180, 256, 330, 500])
 @pytest.mark.parametrize("mode", ["RGB", "L", "exif"])
 def test_a_shrunk_photograph_is_near_a_fair_resampling(side: int, mode: str) -> None:
-    """Decoded at 1/4, 1/2 and in full; beside Pillow's Lanczos filter of the full decode."""
+    """Decoded at 1/4, 1/2 and in full; compared with Pillow's Lanczos filter of the full decode."""
     pixels = np.asarray(PHOTO.resize((640, 480), Image.Resampling.BICUBIC)).astype(np.int16)
     noise = np.random.default_rng(0).normal(0, 6, pixels.shape)  # grain: the hard part
     photo = Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))

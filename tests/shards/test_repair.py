@@ -44,7 +44,7 @@ def _flip(path: Path) -> None:
 
 
 def test_repair_leaves_a_split_to_the_command_that_made_it_last(tmp_path: Path) -> None:
-    """Keys depend on all records of a source (`k`, `k-2`), of which two splits are made anew."""
+    """Keys depend on all records of a source (`k`, `k-2`), of which two splits are made again."""
     first = _source(tmp_path / "a", [(0, "k", "train"), (1, "k", "west"), (2, "v", "val")])
     second = _source(tmp_path / "b", [(3, "k", "test"), (4, "k", "train"), (5, "v", "val")])
     out = tmp_path / "out"

@@ -57,7 +57,7 @@ def open_saver(
 
 
 class TellingEngine:
-    """What a saver asks of an engine, quick to start; every number in it tells the step."""
+    """What a saver asks of an engine, quick to start; every number in it is the step."""
 
     stage = 1
 

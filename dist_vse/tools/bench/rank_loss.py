@@ -1,4 +1,4 @@
-"""A rank's share of a loss over a large batch, timed on one device beside others' losses.
+"""A rank's share of a loss over a large batch, timed on one device, compared with others' losses.
 
 The other ranks are pretended: their captions are there, and the network takes no time. b rows on
 the rank, N on all, W ranks, d embedding.

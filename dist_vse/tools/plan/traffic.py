@@ -15,7 +15,7 @@ from dist_vse.tools.plan.work import FP32, Work
 
 GB = 1e9
 IDS = 16  # bytes of a pair's two ids; a text without an image has one
-PREFLIGHT = 72.0  # bytes that a rank tells the others before a loss (losses/preflight.py)
+PREFLIGHT = 72.0  # bytes that a rank sends to the others before a loss (losses/preflight.py)
 _SHARES = {"all_gather": 1.0, "reduce_scatter": 1.0, "reduce": 1.0, "all_reduce": 2.0}
 _ADDING = ("all_reduce", "reduce")
 

@@ -40,7 +40,7 @@ def gain(lines: Sequence[Line], size: int) -> tuple[float, float] | None:
     """Return the gain of a batch of `size` and its standard error, by leaving lines out in turn.
 
     The noise and the signal are averaged before they are divided: each is unbiased, their ratio is
-    not. None where the lines do not tell the signal from zero.
+    not. None where the lines cannot distinguish the signal from zero.
     """
     noise, signal = ([float(line[name]) for line in lines] for name in ("noise", "signal"))
 
