@@ -6,7 +6,17 @@ import pytest
 
 from dist_vse import cli
 from dist_vse.tools.verify.conformance.command import table
-from dist_vse.tools.verify.conformance.measure import Measured, failed, measure, measure_uneven
+from dist_vse.tools.verify.conformance.measure import (
+    EXACT,
+    Measured,
+    by_stage,
+    completed,
+    failed,
+    measure,
+    measure_uneven,
+)
+from dist_vse.tools.verify.conformance.peers import settings
+from dist_vse.tools.verify.conformance.zero import measure_zero
 from tests.support.distributed import run_distributed
 
 
@@ -33,6 +43,8 @@ def test_ours_is_exact_in_all_columns() -> None:
     assert found["cached_step"].replayed is True
     assert not failed(list(found.values()))
     assert len(table(list(found.values()), 2).rows) == 2
+    off = completed(found["cached_step"], "exact", [EXACT, "factor 0.5000, 5e-01", EXACT, EXACT])
+    assert failed([off]) and not failed([completed(off, "exact", [EXACT] * 4)])
 
 
 @pytest.mark.slow
@@ -66,6 +78,36 @@ def test_grad_caches_distributed_loss_gives_a_share() -> None:
     found = run_distributed(_found, 2, "grad_cache", timeout=100)[0]
     assert found["DistributedContrastiveLoss"].towers.factor == pytest.approx(0.5, rel=1e-5)
     assert all(measured.replayed for measured in found.values())
+
+
+def _zero(peers: list[str]) -> dict[str, list[str]]:
+    return {
+        f"{peer} {setting.label}": measure_zero(peer, number)
+        for peer in peers
+        for number, setting in enumerate(settings(peer))
+        if "=False" not in setting.label and not setting.own_loop
+    }
+
+
+@pytest.mark.slow
+def test_under_zero_ours_is_exact_and_caches_of_others_are_not() -> None:
+    _needs("sentence_transformers")
+    _needs("gradcache")
+    peers = ["dist_vse", "sentence_transformers", "grad_cache"]
+    found = run_distributed(_zero, 2, peers, timeout=110)[0]
+    ranking = "sentence_transformers {}MultipleNegativesRankingLoss, gather_across_devices=True"
+    assert found["dist_vse GlobalContrastiveLoss"] == [EXACT] * 4
+    assert found["dist_vse cached_step"] == [EXACT] * 4
+    assert found[ranking.format("")] == [EXACT] * 4
+    assert found[ranking.format("Cached")] == ["fails: AssertionError"] * 4
+    refused, one, two, three = found["grad_cache DistributedContrastiveLoss"]
+    assert refused == "fails: RuntimeError"  # DeepSpeed wants its own backward there
+    assert one == two != three and EXACT not in (one, three)
+
+
+def test_stages_with_one_verdict_stand_together() -> None:
+    assert by_stage([EXACT] * 4) == EXACT and by_stage([]) == "-"
+    assert by_stage(["fails: A", "off", "off", EXACT]) == "0: fails: A; 1, 2: off; 3: exact"
 
 
 @pytest.mark.parametrize(
