@@ -30,9 +30,10 @@ PEERS = (*(name for name in PACKAGES if name != OURS), ALL)
 HANG_S = "30"
 ABORTS = "aborts"
 NOTE = (
-    "Gradient of the towers: its projection on the exact one (factor), relative error, cosine; of "
-    "the temperature: factor, error. Reductions: messages of gradients a step. Uneven ranks: 14 "
-    "and 10 pairs. ZeRO: the towers' update under DeepSpeed, by stage, where they differ."
+    "Under DDP, but for the last column. Gradient of the towers: its projection on the exact one "
+    "(factor), relative error, cosine; of the temperature: factor, error. Reductions: messages of "
+    "gradients a step. Uneven ranks: 14 and 10 pairs. ZeRO: the towers' update under DeepSpeed, by "
+    "stage where stages differ."
 )
 
 
@@ -78,7 +79,7 @@ def collect(
 
 def table(found: Sequence[Measured], processes: int) -> Table:
     """Return the table."""
-    title = f"Losses under DDP on {processes} processes, against one process in float64"
+    title = f"Losses on {processes} processes, against one process in float64"
     made = Table(title, COLUMNS, note=NOTE)
     for measured in found:
         made.add_row(*measured.cells())
