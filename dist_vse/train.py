@@ -28,8 +28,6 @@ from dist_vse.evaluation.batches import build_eval_batches
 from dist_vse.evaluation.evaluate import evaluate
 from dist_vse.evaluation.examples import save_examples
 from dist_vse.losses.global_loss import LossOutput
-from dist_vse.losses.registry import find_loss
-from dist_vse.losses.statistics import collapsed
 from dist_vse.models.dual_encoder import average_statistics
 from dist_vse.models.image import set_training_input
 from dist_vse.runs import checkpoint
@@ -49,6 +47,7 @@ from dist_vse.training.batch_report import reported_step
 from dist_vse.training.batches import build_train_batches
 from dist_vse.training.build_engine import launcher_conflicts
 from dist_vse.training.chunks import make_chunks
+from dist_vse.training.collapse import CollapseWatch
 from dist_vse.training.early_stop import read_early_stop
 from dist_vse.training.grad_cache import train_step
 from dist_vse.training.kernel_check import compile_meanwhile
@@ -57,8 +56,6 @@ from dist_vse.training.schedule import learning_rate
 from dist_vse.training.setup import Run, set_up
 from dist_vse.training.step_loss import build_loss
 
-EARLY = 0.1
-"""Share of a run before which features that are nearly equal are no news."""
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop, saved a checkpoint, and can be continued."""
 
@@ -145,6 +142,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
     if run.kernels == "fused":
         batches = compile_meanwhile(batches, config)
     early_stop = read_early_stop(run.run_dir, config.best_metric, config.patience)
+    collapse = CollapseWatch(config.loss, config.horizon)
     if progress.step == 0:
         early_stop.add(_evaluate(run, progress, recorder))
     meter.reset()
@@ -185,6 +183,8 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
                 "lr": rate,
             }
             _log(run, progress, numbers, recorder)
+            if warning := collapse.look(numbers, progress.samples_seen):
+                logger.warning(warning)
         score = None
         # Who was asked to stop saves first: the time that is left may be short.
         if last or (_due(progress.step, config.eval_every) and not stopped):
@@ -263,11 +263,6 @@ def _log(
     with run.exclusive_write():
         recorder.write("train", progress.step, values)
     log_line(progress.step, run.config.total_steps, values)
-    # Encoders with random weights give nearly equal features at first, whatever the loss.
-    if progress.samples_seen >= run.config.horizon * EARLY:
-        has_warmup = find_loss(run.config.loss.name).has_warmup
-        if warning := collapsed(statistics, has_warmup=has_warmup):
-            logger.warning(warning)
     run.meter.reset()
 
 

@@ -158,14 +158,14 @@ def score(
     """Score retrieval over a split, each rank its share of the tiles; every rank must call.
 
     `bootstrap` is the number of resamples, 0 for no intervals. Raises UserError, on every rank,
-    for features that are not finite and for a split that is not the protocol's; for collapsed
-    features too unless they are allowed, as in a training that may recover: then it is a warning.
+    for features that are not finite and for a split that is not the protocol's; for features
+    that are all alike too, unless a collapse is allowed, as in a training that may recover.
     """
     with distributed.raise_on_all_ranks():
         if distributed.is_main_process():
             for warning in check_features(split.image_features, split.text_features):
                 if not allow_collapse:
-                    raise UserError(warning)
+                    raise UserError(f"{warning}; train it further, or take another checkpoint")
                 logger.warning(warning)
     tasks = tasks_of(protocol, split.image_of_text, split.image_ids, split.text_ids)
     share = (distributed.rank(), distributed.world_size())

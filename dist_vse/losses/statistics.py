@@ -1,7 +1,5 @@
 """What a batch says about training, besides the loss: numbers that cost next to nothing."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -49,24 +47,6 @@ def summarize(
         "masked_pairs": masked,
         "masked_share": masked / max(1, layout.total * (layout.total - 1)),
     }
-
-
-def collapsed(stats: Mapping[str, Tensor | float], *, has_warmup: bool) -> str | None:
-    """Return a warning if all features have become (nearly) the same vector, else None.
-
-    Max-hinge losses collapse from random weights; then every similarity is close to 1. Those have
-    a warm-up, which is the first remedy.
-    """
-    positive, hardest = float(stats["positive_similarity"]), float(stats["hardest_similarity"])
-    uniformity = float(stats["uniformity"])
-    if uniformity < -0.1 or abs(positive - hardest) > 0.05:
-        return None
-    remedy = "raise loss.warmup_samples or lower optim.lr" if has_warmup else "lower optim.lr"
-    return (
-        "the features have collapsed: all are nearly the same vector "
-        f"(uniformity {uniformity:.3f}, positives {positive:.3f}, hardest negatives {hardest:.3f})"
-        f"; {remedy}"
-    )
 
 
 def closeness(features: Tensor) -> Tensor:

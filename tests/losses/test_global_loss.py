@@ -13,7 +13,6 @@ from torch.nn import functional
 from dist_vse.common import cpu
 from dist_vse.common.errors import UserError
 from dist_vse.common.memory import measure
-from dist_vse.losses.statistics import collapsed
 from tests.support.loss_cases import NAMES, Case, dense_loss, error, global_loss, gradients
 
 torch.set_num_threads(1)
@@ -246,18 +245,6 @@ def test_statistics_equal_their_definitions(name: str) -> None:
 
 def _closeness(x: Tensor) -> Tensor:
     return torch.pdist(x).square().mul(-2).exp().mean()
-
-
-def test_collapse_is_told_and_health_is_not() -> None:
-    base = functional.normalize(torch.randn(1, 16), dim=1)
-    near = functional.normalize(base + 1e-3 * torch.randn(32, 16), dim=1)
-    zero = torch.zeros(1)
-    stats = global_loss("vse++", near, near.clone(), zero, zero).stats
-    assert "warmup" not in str(collapsed(stats, has_warmup=False))
-    warning = collapsed(stats, has_warmup=True)
-    assert warning is not None
-    assert "loss.warmup_samples" in warning
-    assert collapsed(Case("vse++", 32).output().stats, has_warmup=True) is None
 
 
 def test_what_does_not_fit_together_is_told() -> None:

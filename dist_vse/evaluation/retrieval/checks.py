@@ -10,15 +10,17 @@ COLLAPSED = 1e-5
 
 
 def check_features(image_features: Tensor, text_features: Tensor) -> list[str]:
-    """Return a line for each side whose unit features have collapsed to one direction."""
+    """Return a line for each side whose unit features are all of one direction.
+
+    So are those of a model that has collapsed, and of some that have not begun to learn.
+    """
     warnings = []
     for name, features in (("image", image_features), ("text", text_features)):
         variance = 1 - float(features.mean(0, dtype=torch.float64).square().sum())
         if len(features) > 1 and variance < COLLAPSED:
             warnings.append(
-                f"the {name} features have collapsed (variance {max(variance, 0):.1e} of 1): every "
-                f"{name} looks the same to the model; start from a smaller learning rate, a "
-                "warm-up, or a loss that is not the hardest negative's"
+                f"the {name} features are all alike (variance {max(variance, 0):.1e} of 1): every "
+                f"{name} looks the same to the model"
             )
     return warnings
 

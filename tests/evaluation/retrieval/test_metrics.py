@@ -114,5 +114,5 @@ def test_warns_of_collapse_on_the_side_that_collapsed() -> None:
     spread, point = unit(20, 8, 0), unit(1, 8, 1).repeat(20, 1)
     assert check_features(spread, spread) == []
     (warning,) = check_features(spread, point)
-    assert warning.startswith("the text features have collapsed")
+    assert warning.startswith("the text features are all alike")
     assert check_features(point[:1], spread) == []  # one image says nothing
