@@ -26,7 +26,7 @@ _NATIVE = """
     model = SentenceTransformer("{name}")
     scores = model.similarity(model.encode([picture]), model.encode(["a red apple"]))
 
-The modules are sentence-transformers' own (6 or newer). `dist_vse.load` reads the folder too.
+The modules are sentence-transformers' own (6.2 or newer). `dist_vse.load` reads the folder too.
 """
 _TOWERS = """
     from sentence_transformers import SentenceTransformer   # and pip install 'dist_vse[train]'
@@ -88,7 +88,7 @@ def _library() -> Any:
     except ImportError:
         raise UserError(
             "--format sentence-transformers writes this model with the package's own modules; "
-            "pip install 'sentence-transformers>=6'"
+            "pip install 'sentence-transformers>=6.2'"
         ) from None
     return modules
 
