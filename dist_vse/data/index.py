@@ -42,6 +42,15 @@ PLAIN_SCHEMES = frozenset(
     )
 )
 """Schemes of URLs that are only read. All others (`pipe:`, `reference:` …) may run code."""
+_LOOKED_AT = 1000  # entries of a folder, to say what it is
+_PACKED = frozenset((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
+_SOURCES = {  # by what INPUT is called
+    "parquet": frozenset((".parquet",)),
+    "jsonl": frozenset((".jsonl",)),
+    "csv": frozenset((".csv",)),
+    "tsv": frozenset((".tsv",)),
+    "folder": frozenset((".jpg", ".jpeg", ".png", ".webp")),
+}
 OFFSET_COLUMNS = ("image_offset", "image_bytes", "meta_offset", "meta_bytes", "image_id")
 
 
@@ -238,14 +247,8 @@ def read_index(location: str | Path, *, allow_pipe: bool = False) -> Index:
     path = path / INDEX_NAME if path.name != INDEX_NAME else path
     if not path.is_file():
         given = str(location)
-        tars = given.endswith(".tar") or any(Path(given).glob("*.tar"))
-        remedy = f"index the tars once with `dist-vse shard index '{given}' --out DIR`; give DIR"
-        if not tars:
-            remedy = "make one with `dist-vse shard`"
-            packed = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-            if given.endswith(packed) or any(Path(given).glob("*.tar.gz")):
-                remedy = f"unpack the tars, or `dist-vse shard reshard '{given}' OUT`; give OUT"
-        raise UserError(f"{path}: no such index; {remedy}")
+        place = given if is_remote(given) or Path(given).is_file() else str(path)
+        raise UserError(f"{place}: no such index; {_remedy(given)}")
     try:
         content = read_json(path)
         if content["format"] != FORMAT:
@@ -255,6 +258,25 @@ def read_index(location: str | Path, *, allow_pipe: bool = False) -> Index:
         hint = "make it with `dist-vse shard`"
         raise UserError(f"{path}: not a dist_vse index ({error}); {hint}") from error
     return Index(path.parent, splits, allow_pipe)
+
+
+def _remedy(given: str) -> str:
+    """Return how to get an index of what was given instead of one."""
+    folder, name = Path(given), given.lower()
+    inside = sorted(folder.iterdir())[:_LOOKED_AT] if folder.is_dir() else []
+    ends = {name[name.find(".tar") :] if ".tar" in name else Path(name).suffix}
+    ends |= {"".join(Path(child.name.lower()).suffixes[-2:]) for child in inside}
+    ends |= {Path(child.name.lower()).suffix for child in inside}
+    if ".tar" in ends or name.startswith("pipe:"):
+        return f"index the tars once with `dist-vse shard index '{given}' --out DIR`; give DIR"
+    if ends & _PACKED:
+        return f"unpack the tars, or `dist-vse shard reshard '{given}' OUT`; give OUT"
+    for source, of_source in _SOURCES.items():
+        if ends & of_source:
+            return f"make one with `dist-vse shard {source} '{given}' OUT`; give OUT"
+    if is_remote(given):
+        return "it must lie on this machine, though its shards may be URLs; copy its folder here"
+    return "make one with `dist-vse shard`, and give its OUT"
 
 
 def _split(fields: dict[str, Any]) -> Split:

@@ -200,7 +200,9 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _sample(file: int, group: _Group, caption_key: str | None) -> Sample:
-    key, parts = group.key, group.parts
+    # Names in another encoding than UTF-8 come with surrogates, which no other file may hold.
+    key = group.key.encode("utf-8", "backslashreplace").decode()
+    parts = group.parts
     image = _image(parts)
     if group.fault:
         return Sample(key, image, fault=group.fault)

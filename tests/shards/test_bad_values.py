@@ -184,3 +184,42 @@ def test_tars_given_for_an_index_are_told_how(tmp_path: Path, given: str) -> Non
     write_tar(tmp_path / "0.tar", {"a.png": IMAGE, "a.txt": "x"})
     with pytest.raises(UserError, match="index the tars once with `dist-vse shard index '"):
         read_index(f"{tmp_path}{given}")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("images", r"make one with `dist-vse shard folder '.*/images' OUT`; give OUT"),
+        ("p.csv", r"p\.csv: no such index; make one with `dist-vse shard csv '.*/p\.csv' OUT`"),
+        ("parts", r"make one with `dist-vse shard parquet '.*/parts' OUT`"),
+        ("packed", r"unpack the tars, or `dist-vse shard reshard '.*/packed' OUT`; give OUT"),
+        ("capitals", r"index the tars once with `dist-vse shard index '.*/capitals' --out DIR`"),
+        (
+            "none",
+            r"none/index\.json: no such index; make one with `dist-vse shard`, and give its OUT",
+        ),
+    ],
+)
+def test_what_is_given_instead_of_an_index_is_told_how(
+    tmp_path: Path, given: str, said: str
+) -> None:
+    names = ("images/a.jpg", "p.csv", "parts/0.parquet", "packed/0.tar.gz", "capitals/0.TAR")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=said):
+        read_index(tmp_path / given)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://host/{00..99}.tar", "index the tars once with `dist-vse shard index 'https://"),
+        ("pipe:aws s3 cp s3://b/0.tar -", "index the tars once"),
+        ("s3://bucket/data", "s3://bucket/data: no such index; it must lie on this machine"),
+    ],
+)
+def test_a_url_instead_of_an_index_is_told_how(url: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_index(url)
+    assert said in str(caught.value)

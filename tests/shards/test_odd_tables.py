@@ -215,6 +215,8 @@ def test_one_json_list_is_read_as_its_lines(tmp_path: Path) -> None:
         assert [(r.key, r.captions) for r in read_jsonl(path)] == [("a", ("x",)), ("b", ("y",))]
     with pytest.raises(UserError, match=r"p\.json: entry 2: must be an object"):
         list(read_jsonl(_text(tmp_path / "p.json", json.dumps([rows[0], "b"]))))
+    with pytest.raises(UserError, match=r"p\.json: no JSON \(nested deeper than 100\)"):
+        list(read_jsonl(_text(tmp_path / "p.json", "[" * 100_000)))
     with pytest.raises(UserError, match="write one object a line, or one JSON list of them"):
         list(read_jsonl(_text(tmp_path / "p.json", json.dumps({"images": rows}, indent=2))))
 

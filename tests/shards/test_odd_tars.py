@@ -191,3 +191,43 @@ def test_what_else_lies_in_a_folder_of_tars_is_said(
         "3.zip: is not read; give a folder of tars alone, or name each of them",
         "more: its tars are not read; give a folder of tars alone, or name each of them",
     ]
+
+
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_long_and_foreign_names_are_read_in_every_format(tmp_path: Path, kind: int) -> None:
+    long = "d/" * 10 + "k" * 60 if kind == tarfile.USTAR_FORMAT else "d/" * 60 + "k" * 120
+    names = (
+        f"{long}.JPG",
+        f"{long}.txt",
+        "./café 漢.JPEG",
+        "./café 漢.txt",
+        "v.1/0.png",
+        "v.1/0.txt",
+    )
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+        for name in names:
+            data = b"a caption" if name.endswith("txt") else IMAGE
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    samples = list(read_samples(tmp_path / "x.tar"))
+    assert [sample.key for sample in samples] == [long, "./café 漢", "v.1/0"]
+    assert not any(sample.fault for sample in samples)
+
+
+def test_a_name_that_is_no_unicode_gives_a_key_that_is(tmp_path: Path) -> None:
+    with tarfile.open(
+        tmp_path / "x.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT
+    ) as tar:
+        for name, data in (("café.png", IMAGE), ("café.txt", b"x")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    (sample,) = read_samples(tmp_path / "x.tar")
+    assert sample.key == "caf\\udce9" and sample.captions == ("x",)
+
+
+def test_a_file_that_is_no_sample_is_named(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x.tar", {"README.md": "hello", **_pair("a")})
+    readme, good = read_samples(tar)
+    assert readme.fault == "no image (README.md)" and not good.fault

@@ -27,6 +27,7 @@ from dist_vse.tools.search.embed import embed_split, open_model
 from dist_vse.tools.search.found import Found, Queries
 from dist_vse.tools.search.picture import draw_sheet, wrap
 from dist_vse.tools.search.run import search
+from dist_vse.tools.search.sheet import write_sheet
 from dist_vse.tools.search.zeroshot import _read_folder, class_features, zeroshot
 from tests.support.datasets import describe, draw, write_dataset
 from tests.support.runs import trained_run
@@ -310,3 +311,11 @@ def test_what_a_system_leaves_is_no_class(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     assert _read_folder(tmp_path) == {"cat": [tmp_path / "cat/a.jpg"]}
+
+
+def test_a_sheet_shows_texts_as_they_are(tmp_path: Path) -> None:
+    found = [Found("a <b>query</b>, caf\udce9", ["k"], [0.5], ["<script>alert(1)</script>"])]
+    names = {"k": found[0].captions[0]}
+    write_sheet(tmp_path / "x.html", found, {"k": "data:,"}, set(), {}, names)
+    page = (tmp_path / "x.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;" in page and "a &lt;b&gt;query" in page

@@ -34,7 +34,8 @@ def write_sheet(
             return thumbnail(key, pictures, names[key])
 
         body = _body(found, from_images, thumb) + hidden_part(neighbours, thumb)
-        temporary.write_text(document("Found images", body, SCRIPT), encoding="utf-8")
+        page = document("Found images", body, SCRIPT)
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # odd paths
 
 
 def _body(found: Sequence[Found], from_images: set[str], thumb: Callable[[str], str]) -> str:
