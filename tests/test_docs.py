@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import dist_vse
 from tests.support.imports import sources
 from tests.support.paths import ROOT
 
@@ -83,3 +84,9 @@ def test_pages_and_sources_keep_to_plain_words() -> None:
         f"{path}: {word}" for path in files for word in unwanted.findall(path.read_text("utf-8"))
     ]
     assert not found
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    page = (ROOT / "docs/reference/api.md").read_text("utf-8")
+    shown = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith(":::")}
+    assert {*dist_vse.__all__} - {"__version__"} <= shown
