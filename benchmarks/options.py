@@ -184,6 +184,20 @@ def _add_batch(batch: argparse.ArgumentParser) -> None:
     batch.add_argument("--picture", metavar="FILE", help="write the curve as SVG")
 
 
+def _add_large(large: argparse.ArgumentParser) -> None:
+    large.description = (
+        "Time the commands that read many or large files, with their peak memory. The inputs are "
+        "made in DIR first, and kept there for the next time. A size of 0 leaves a case out."
+    )
+    large.add_argument("folder", metavar="DIR", type=Path, help="for the inputs, some GB")
+    large.add_argument("--runs", type=int, default=10_000, help="runs of a sweep [10000]")
+    large.add_argument("--metrics-mib", type=int, default=1024, help="of metrics.jsonl [1024]")
+    large.add_argument("--captions", type=int, default=2_000_000, help="embedded ones [2000000]")
+    large.add_argument("--dim", type=int, default=256, help="embedding size [256]")
+    large.add_argument("--shards", type=int, default=3_000, help="of a data set [3000]")
+    large.add_argument("--samples", type=int, default=20, help="of a shard [20]")
+
+
 BENCHMARKS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "loss": ("the losses over the batch, and OpenCLIP's", _add_loss),
     "cache": ("gradient caching, OpenCLIP's and GradCache's", _add_cache),
@@ -194,6 +208,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "batch": ("rsum against batch for each loss, from trainings", _add_batch),
     "install": ("what dist_vse and its extras take on disk", _add_install),
     "conformance": ("gradients of OpenCLIP, sentence-transformers, GradCache", _add_conformance),
+    "large": ("commands that read many or large files", _add_large),
     "shard": ("sharding, tar, ShardWriter and img2dataset", _add_shard),
 }
 """Benchmark NAME is `run` in `benchmarks.NAME`."""

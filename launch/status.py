@@ -1,11 +1,11 @@
 """Where a submitted run stands: its job, its last step, and why it ended."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError, first_line
-from dist_vse.common.reading import BadFileError, is_count, is_number, json_lines
+from dist_vse.common.reading import BadFileError, is_count, is_number, lines_from_end, parse_json
 from dist_vse.common.terminal import printable
 from dist_vse.launch.outcome import find_outcome
 from dist_vse.launch.schedulers import find_scheduler
@@ -21,7 +21,6 @@ from dist_vse.runs.files import CHECKPOINTS, CONFIG_NAME, METRICS_NAME
 RECALLS = ("i2t_r1", "t2i_r1", "rsum")
 _NUMBERS = {"train": ("loss",), "eval": RECALLS}
 """What a line of metrics must hold, by its kind."""
-_TAIL_BYTES = 1 << 20
 
 
 def job_state(job: SubmittedJob) -> JobState:
@@ -32,21 +31,20 @@ def job_state(job: SubmittedJob) -> JobState:
     return scheduler.state(job)
 
 
-def state_name(run_dir: Path) -> str:
-    """Return in one word the state of a run's last job; empty if it was never submitted."""
-    try:
-        return job_state(load_job(run_dir)).name
-    except UserError:
-        return ""
+def job_states(jobs: Sequence[SubmittedJob]) -> list[JobState]:
+    """Return what `job_state` does of each job, with few questions to the schedulers."""
+    found: dict[SubmittedJob, JobState] = {}
+    for name in dict.fromkeys(job.scheduler for job in jobs):
+        scheduler = find_scheduler(name)
+        own = [job for job in jobs if job.scheduler == name]
+        reachable = [job for job in own if not scheduler.unreachable(job)]
+        found |= dict.fromkeys(own, JobState("UNKNOWN", ended=False))
+        found |= zip(reachable, scheduler.states(reachable), strict=True)
+    return [found[job] for job in jobs]
 
 
-def causes(run_dir: Path) -> list[str]:
-    """Return one line for each cause of a run's early end; none if it completed, or still runs."""
-    try:
-        job = load_job(run_dir)
-        state = job_state(job)
-    except UserError:
-        return []
+def causes(job: SubmittedJob, state: JobState) -> list[str]:
+    """Return one line for each cause of a job's early end; none if it completed, or still runs."""
     if not state.ended:
         return []
     code, lines = find_outcome(job, state.name)
@@ -71,8 +69,8 @@ def ensure_not_running(run_dir: Path) -> None:
 def status(run_dir: Path) -> str:
     """Return a few lines that say where a submitted run stands."""
     job = load_job(run_dir)
-    state, last, total = job_state(job), last_metrics(run_dir, "train"), total_steps(run_dir)
-    reasons = causes(run_dir)
+    state, total = job_state(job), total_steps(run_dir)
+    last, reasons = last_metrics(run_dir).get("train"), causes(job, state)
     words = state.name
     if state.name in NO_EXIT_CODE:
         completed = last is not None and last["step"] == total
@@ -93,32 +91,37 @@ def status(run_dir: Path) -> str:
     return printable("\n".join(lines))
 
 
-def last_metrics(run_dir: Path, kind: str) -> dict[str, Any] | None:
-    """Return the last line of metrics of a kind (train, eval); None if there is none.
+def last_metrics(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return the last line of metrics of each kind (train, eval) that there is.
 
     A line that is damaged, or being written, is left out. Raises UserError if the file can't be
     read.
     """
     path = run_dir / METRICS_NAME
+    found: dict[str, dict[str, Any]] = {}
+    wanted = {kind: f'"{kind}"'.encode() for kind in _NUMBERS}
     try:
-        size = path.stat().st_size if path.is_file() else 0
-        for start in (max(0, size - _TAIL_BYTES), 0):  # a long run's file may have a GiB
-            found = [line for line in _metrics(path, start) if line["kind"] == kind]
-            if found or start == 0:
+        for text in lines_from_end(path):  # a long run's file may have a GiB
+            for kind in [kind for kind, word in wanted.items() if word in text]:
+                line = _metrics(text, kind)
+                if line is not None:
+                    found[kind] = line
+                    del wanted[kind]
+            if not wanted:
                 break
-    except (BadFileError, OSError) as error:
+    except BadFileError as error:
         raise UserError(f"{path}: can't be read ({first_line(error)})") from error
-    return found[-1] if found else None
+    return found
 
 
-def _metrics(path: Path, start: int) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines behind byte `start` whose values have the types that we write."""
-    for _, line in json_lines(path, start=start):
-        if not is_count(line.get("step")):
-            continue
-        numbers = _NUMBERS.get(str(line.get("kind")))
-        if numbers and all(is_number(line.get(name)) for name in numbers):
-            yield line
+def _metrics(text: bytes, kind: str) -> dict[str, Any] | None:
+    """Return a line of a kind whose values have the types that we write; None for any other."""
+    try:
+        line = parse_json(text, dict)
+    except BadFileError:
+        return None
+    numbers = all(is_number(line.get(name)) for name in _NUMBERS[kind])
+    return line if line.get("kind") == kind and is_count(line.get("step")) and numbers else None
 
 
 def total_steps(run_dir: Path) -> int:

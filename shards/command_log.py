@@ -5,7 +5,6 @@ line takes its splits out of the earlier lines, and a line without splits is rem
 """
 
 import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_json_lines
+from dist_vse.common.reading import parse_json, read_text
 from dist_vse.common.terminal import without_secrets
 from dist_vse.data.index import check_consent, is_remote
 
@@ -92,9 +92,12 @@ def _read(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not all(isinstance(line["splits"] + [*line["options"]], list) for line in lines):
-            raise TypeError("no list")
+        lines = [parse_json(line, dict) for line in read_text(path).splitlines()]
+        for line in lines:
+            if not all(isinstance(split, str) for split in line["splits"]):
+                raise TypeError("splits must be names")
+            if not isinstance(line["options"]["shard_command"], str):
+                raise TypeError("shard_command must be a name")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is broken ({error}); remove it and shard again") from error
     return lines

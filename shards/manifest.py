@@ -13,7 +13,7 @@ from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import write_json, write_json_lines
-from dist_vse.common.reading import BadFileError, is_file_name, parse_json, read_json
+from dist_vse.common.reading import BadFileError, is_count, is_file_name, json_lines, read_json
 from dist_vse.common.terminal import without_secrets
 from dist_vse.data.index import INDEX_NAME, Shard, read_index
 
@@ -69,17 +69,23 @@ def read_manifest(folder: Path, names: Iterable[str] = ()) -> dict[str, ShardEnt
         whole = [s.path for split in read_index(folder).splits.values() for s in split.shards]
     whole_names = {without_secrets(name): name for name in whole}
     entries = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for _, fields in json_lines(path):
         try:
-            fields = parse_json(line, dict)
             skipped = [Skipped(**entry) for entry in fields.pop("skipped")]
             fields["name"] = whole_names.get(fields["name"], fields["name"])
             entry = ShardEntry(**fields, skipped=skipped)
-            if all(map(is_file_name, entry.files)):  # they are written and removed
+            # Their files are written and removed.
+            if _has_types(entry) and all(map(is_file_name, entry.files)):
                 entries[entry.name] = entry
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError):
             continue  # cut, or from another version: that shard is made again
     return entries
+
+
+def _has_types(entry: ShardEntry) -> bool:
+    counts = (entry.num_samples, entry.num_captions, entry.num_bytes)
+    texts = (entry.split, entry.fingerprint, entry.sha256, entry.offsets_sha256, entry.meta_sha256)
+    return all(map(is_count, counts)) and all(isinstance(text, str) for text in texts)
 
 
 def append_entry(folder: Path, entry: ShardEntry) -> None:

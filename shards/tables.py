@@ -139,7 +139,8 @@ def print_stats(stats: "dict[str, Stats]") -> None:
         ("longer side, pixels", whole.sides),
         ("image file, kB", whole.kilobytes),
     ):
-        _print_histogram(console, title, counts)
+        if counts:  # a data set may be empty
+            _print_histogram(console, title, counts)
     for one, other, count in shared_images(stats):
         repeated = f"{count:,} images are in both {one} and {other}: the same bytes"
         console.print(plain(repeated), style="red")

@@ -24,10 +24,15 @@ def atomic_write(path: Path, *, shared: bool = False, fsync: bool = False) -> It
 
     With `shared`, other processes may write the same file at the same time: the temporary name is
     unique. With `fsync`, the content is on the disk before the rename. Without, a power cut may
-    leave an empty file. If the block fails, the temporary file is removed. Raises OSError.
+    leave an empty file. If the block fails, the temporary file is removed. A link that somebody
+    planted under the temporary name, in a folder that several write to, is not followed. Raises
+    OSError.
     """
     suffix = f".{secrets.token_hex(8)}.tmp" if shared else ".tmp"
     temporary = path.with_name(path.name + suffix)
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()  # also what a killed process left
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
         if fsync:

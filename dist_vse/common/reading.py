@@ -8,14 +8,18 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dist_vse.common.errors import first_line
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 MAX_BYTES = 1 << 30
 """Of a JSON file. The index of a million shards has a fifth of it."""
 MAX_LINE_BYTES = 1 << 26
 """Of one line of JSON, or of one sample's JSON."""
+_BLOCK_BYTES = 1 << 16
 _UNUSUAL = (ValueError, RecursionError, MemoryError)  # ValueError: no JSON, no UTF-8, long integers
 
 T = TypeVar("T")
@@ -39,10 +43,10 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
         raise BadFileError(first_line(error)) from error
 
 
-def parse_json(data: str | bytes, kind: type[T]) -> T:
+def parse_json(data: str | bytes, kind: type[T], *, max_bytes: int = MAX_BYTES) -> T:
     """Parse JSON whose outermost value is of a kind (dict, list). Raises BadFileError."""
-    if len(data) > MAX_BYTES:
-        raise BadFileError(f"has more than {MAX_BYTES:,} bytes")
+    if len(data) > max_bytes:
+        raise BadFileError(f"has more than {max_bytes:,} bytes")
     try:
         content = json.loads(data)
     except _UNUSUAL as error:
@@ -88,6 +92,54 @@ def _lines(file: io.BufferedIOBase) -> Iterator[bytes]:
         while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
             pass
         yield b""
+
+
+def lines_from_end(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, the last one first; one that is too long is empty.
+
+    The file is read in blocks, so that the first lines of a long one cost nothing if they are not
+    asked for. Nothing comes of a file that is missing. Raises BadFileError if the system refuses
+    it.
+    """
+    try:
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            end = file.seek(0, io.SEEK_END)
+            parts: list[bytes] = []  # of the line that begins before `end`, the last one first
+            size = 0
+            while end > 0:
+                start = max(0, end - _BLOCK_BYTES)
+                file.seek(start)
+                *lines, last = file.read(end - start).split(b"\n")
+                end, size = start, size + len(last)
+                parts = [*parts, last] if size <= MAX_LINE_BYTES else []
+                if lines:
+                    yield b"".join(reversed(parts))
+                    yield from reversed(lines[1:])
+                    parts, size = [lines[0]], len(lines[0])
+            yield b"".join(reversed(parts))
+    except OSError as error:
+        raise BadFileError(first_line(error)) from error
+
+
+def read_array(path: Path, *, memory_map: bool = False) -> "NDArray[Any]":
+    """Return the array of a `.npy` file, of numbers only. Raises BadFileError."""
+    import tokenize  # NumPy's reader of the header lets its errors pass
+
+    import numpy as np  # not here: `dist-vse --help` does without it
+
+    unusual = (*_UNUSUAL, OSError, EOFError, TypeError, SyntaxError, OverflowError)
+    try:
+        if not path.is_file():  # a named pipe would block
+            raise BadFileError("no such file")
+        mode: Literal["r"] | None = "r" if memory_map else None
+        array: NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
+    except (*unusual, tokenize.TokenError) as error:
+        raise BadFileError(first_line(error)) from error
+    if not isinstance(array, np.ndarray):  # an archive of several
+        raise BadFileError("holds no single array")
+    return array
 
 
 def is_number(value: object, *, least: float | None = None) -> bool:

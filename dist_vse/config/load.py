@@ -15,7 +15,7 @@ from dist_vse.config.named import find_config
 from dist_vse.config.schema import TrainConfig
 
 T = TypeVar("T")
-_MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 20  # of a config
 _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 
 
@@ -42,7 +42,7 @@ def load_yaml(path: str | Path | None, schema: type[T], overrides: Sequence[str]
             raise UserError(f"{override!r} is no override; {hint}")
     source = path or "the settings given"
     try:
-        text = read_text(path, max_bytes=_MAX_BYTES) if path is not None else "{}"
+        text = read_text(path, max_bytes=MAX_BYTES) if path is not None else "{}"
         given = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
         _refuse_resolvers(given)
         _check_keys(given, schema, schema)
@@ -79,13 +79,15 @@ def flat_config(config: TrainConfig) -> dict[str, object]:
     """Return all settings by their full keys, such as `loss.name`."""
     from omegaconf import OmegaConf
 
-    def flat(node: object, prefix: str = "") -> dict[str, object]:
-        if not isinstance(node, dict):
-            return {prefix: node}
-        items = [flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in node.items()]
-        return {key: value for item in items for key, value in item.items()}
-
     return flat(OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def flat(node: object, prefix: str = "") -> dict[str, object]:
+    """Return the values of nested dicts by their keys, joined by points."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    items = [flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in node.items()]
+    return {key: value for item in items for key, value in item.items()}
 
 
 def _is_text(schema: type, key: str) -> bool:

@@ -22,9 +22,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.errors import UserError
 from dist_vse.common.files import atomic_write, write_json
-from dist_vse.common.reading import MAX_LINE_BYTES, BadFileError, is_count, read_json
+from dist_vse.common.reading import MAX_LINE_BYTES, BadFileError, is_count, read_array, read_json
 
 if TYPE_CHECKING:
     import numpy as np  # not here: sharding does without it
@@ -130,10 +130,10 @@ class Index:
         if not path.is_file():
             raise UserError(f"{path}: is missing (offsets of {shard.path}); run `dist-vse shard`")
         try:
-            table: NDArray[np.int64] = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError, MemoryError) as error:
+            table: NDArray[np.int64] = read_array(path)
+        except BadFileError as error:
             raise UserError(
-                f"{path}: is cut or no NumPy file ({first_line(error)}); run `dist-vse shard` again"
+                f"{path}: is cut or no NumPy file ({error}); run `dist-vse shard` again"
             ) from error
         if table.shape != (shard.num_samples, len(OFFSET_COLUMNS)):
             raise UserError(

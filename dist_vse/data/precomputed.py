@@ -5,7 +5,6 @@ the split. Its key says what the numbers depend on; another key is refused. Shap
 of a batch, n samples of the split, d the trunk's features.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import atomic_write, write_json
 from dist_vse.common.log import logger
+from dist_vse.common.reading import BadFileError, is_count, is_file_name, read_array, read_json
 
 MANIFEST = "features.json"
 FORMAT = 1
@@ -37,7 +37,7 @@ class Features:
     """The outputs of a split, by the sample's number; opened by `open_features`."""
 
     def __init__(self, folder: Path, parts: list[Part]) -> None:
-        self._arrays = [np.load(folder / part.path, mmap_mode="r") for part in parts]
+        self._arrays = [read_array(folder / part.path, memory_map=True) for part in parts]
         self._first = np.cumsum([0, *(part.rows for part in parts)])
 
     def rows(self, numbers: Tensor) -> Tensor:
@@ -60,10 +60,14 @@ def open_features(folder: Path, key: Key, num_samples: int) -> Features:
     if not path.is_file():
         raise UserError(f"{folder}: no features here ({MANIFEST} is missing); {remedy}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         made_with: Key = content["key"] if content["format"] == FORMAT else {"format": "another"}
         parts = [Part(**part) for part in content["parts"]]
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(
+            is_file_name(p.path) and is_count(p.rows) and is_count(p.num_bytes) for p in parts
+        ):
+            raise TypeError("parts must have a file name, rows and bytes")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is broken ({error}); {remedy}") from error
     stale = [
         f"{name}: {made_with.get(name, 'unknown')}, now {value}"
@@ -77,7 +81,10 @@ def open_features(folder: Path, key: Key, num_samples: int) -> Features:
         if not file.is_file() or file.stat().st_size != part.num_bytes:
             raise UserError(f"{file}: is missing or cut; {remedy}")
     assert sum(part.rows for part in parts) == num_samples
-    return Features(folder, parts)
+    try:
+        return Features(folder, parts)
+    except BadFileError as error:
+        raise UserError(f"{folder}: holds a file that is damaged ({error}); {remedy}") from error
 
 
 def holds_features(folder: Path, key: Key, num_samples: int) -> bool:

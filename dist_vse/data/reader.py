@@ -1,6 +1,5 @@
 """Read single samples from tar shards by the index's offsets."""
 
-import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.reading import parse_json
 from dist_vse.common.terminal import without_secrets
 from dist_vse.data.decode import BadSampleError
 from dist_vse.data.index import Index, Shard, is_remote
@@ -138,8 +138,8 @@ class ShardReader:
     def key(self, shard: int, row: int) -> str:
         """Read the sample's key; return the row instead if its JSON is broken."""
         try:
-            return str(json.loads(self._meta_bytes(shard, row))["key"])
-        except (ValueError, KeyError, TypeError):
+            return str(parse_json(self._meta_bytes(shard, row), dict)["key"])
+        except (ValueError, KeyError):
             return f"row {row}"
 
     def close(self) -> None:
@@ -166,11 +166,12 @@ def parse_meta(data: bytes) -> Meta:
     Raises BadSampleError if it is no such JSON, or has no caption.
     """
     try:
-        content = json.loads(data)
+        content = parse_json(data, dict)
         key, captions = content["key"], content["captions"]
         if not isinstance(captions, list):  # a text would be taken letter by letter
             raise TypeError(f"captions are a {type(captions).__name__}, not a list")
         kept = tuple(caption for caption in captions if caption.strip())
+        "".join((str(key), *kept)).encode()  # half of a pair of surrogates is no text
         if kept and not _MORE.intersection(content):
             return Meta(str(key), kept)
         chosen = [bool(caption.strip()) for caption in captions]
@@ -179,6 +180,7 @@ def parse_meta(data: bytes) -> Meta:
         given = caption_weights(content, len(captions))
         weights, names = tuple(compress(given, chosen)), tuple(labels)
         false = negatives(content)
+        "".join(false).encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadSampleError(f"broken metadata ({type(error).__name__}: {error})") from error
     if not kept:

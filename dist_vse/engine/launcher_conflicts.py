@@ -4,12 +4,12 @@
 path. The run's config alone counts; what differs is reported, never merged in silence.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.reading import read_json
 
 _AUTO = "auto"
 _FIELDS = {  # accelerate's name of a field, its variable, DeepSpeed's name
@@ -137,7 +137,7 @@ def _asked(environment: Mapping[str, str]) -> dict[str, Any]:
     path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path.lower() != "none":
         try:
-            return _flat(json.loads(Path(path).read_text(encoding="utf-8")))
+            return _flat(read_json(Path(path)))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: the launcher's DeepSpeed config: {error}") from error
     given = environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")

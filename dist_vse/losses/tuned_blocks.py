@@ -4,7 +4,6 @@
 version of Triton.
 """
 
-import json
 import os
 import re
 from functools import cache
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from dist_vse.common.files import write_json
+from dist_vse.common.reading import read_json
 
 
 class Blocks(NamedTuple):
@@ -48,7 +48,7 @@ def cache_path(gpu: str) -> Path:
 def read_blocks(path: Path) -> Table:
     """Return what was timed; nothing if there is no such file, or it can't be used."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
         return {
             name: Blocks(*map(int, shape))
             for name, shape in entries.items()

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.reading import read_json
 from dist_vse.config import TextConfig
 from dist_vse.models.entry import import_builder
 from dist_vse.models.words import WORD_RULES
@@ -131,17 +132,15 @@ class WordTokenizer:
 
         Raises UserError if the file is missing or holds something else.
         """
+        if not path.exists():
+            raise UserError(f"{path}: no such vocabulary; give a file of WordTokenizer.save")
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             words, max_tokens = content["vocabulary"], content["max_tokens"]
             rule = content.get("rule", "plain")
             if rule not in WORD_RULES:
                 raise KeyError(rule)
             return cls(words, max_tokens, rule)
-        except FileNotFoundError:
-            raise UserError(
-                f"{path}: no such vocabulary; give a file of WordTokenizer.save"
-            ) from None
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise

@@ -76,6 +76,8 @@ def snapshot(engine: ZeroEngine) -> dict[str, Tensors]:
 
 def write_files(folder: Path, files: Mapping[str, Tensors]) -> FileDigests:
     """Write files that hold after a power cut; return their digests. Raises OSError."""
+    if folder.is_symlink():  # planted by somebody else who may write here
+        folder.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     digests = {}
     for name, tensors in files.items():

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
-from dist_vse.common.files import write_text
+from dist_vse.common.files import atomic_write
 from dist_vse.common.reading import BadFileError, is_count, json_lines
 
 CONFIG_NAME = "config.yaml"  # the whole resolved config
@@ -20,21 +20,19 @@ ENVIRONMENT_NAME = "environment.jsonl"  # versions, machine and data of each att
 LEASE_NAME = "lease.json"  # which attempt may write
 
 
-def drop_lines_after(path: Path, step: int) -> list[str]:
+def drop_lines_after(path: Path, step: int) -> None:
     """Remove what an earlier attempt wrote after the step from which this one goes on.
 
-    A damaged line goes too, as the last one of a killed run, which may be cut short. Returns the
-    lines that are left; none where there is no file. Raises UserError if it can't be read.
+    A damaged line goes too, as the last one of a killed run, which may be cut short. The file is
+    read as a stream. Raises UserError if it can't be read.
     """
     if not path.exists():
-        return []
+        return
     try:
-        kept = [
-            json.dumps(record)
-            for _, record in json_lines(path)
-            if is_count(record.get("step")) and record["step"] <= step
-        ]
+        # By one rename: a kill must not lose the history.
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for _, record in json_lines(path):
+                if is_count(record.get("step")) and record["step"] <= step:
+                    file.write(json.dumps(record) + "\n")
     except BadFileError as error:
         raise UserError(f"{path}: can't be read ({error})") from error
-    write_text(path, "".join(line + "\n" for line in kept))  # a kill must not lose the history
-    return kept

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError, writing
-from dist_vse.common.reading import is_count
+from dist_vse.common.reading import is_count, json_lines
 from dist_vse.data.samples import Skipped
 from dist_vse.runs.files import drop_lines_after
 
@@ -20,11 +20,13 @@ class SkippedLog:
         """Continue after `start_step`; a `share` of an epoch's `per_epoch` samples may be bad."""
         self._path, self._share, self._per_epoch = path, share, per_epoch
         self._pending: list[tuple[int, Skipped]] = []
-        lines: list[str] = []
+        epochs: list[int] = []
         with distributed.raise_on_all_ranks(), writing(path):
             if distributed.is_main_process():
-                lines = drop_lines_after(path, start_step)
-        epochs = [epoch for line in lines if is_count(epoch := json.loads(line).get("epoch"))]
+                drop_lines_after(path, start_step)
+                epochs = [
+                    line["epoch"] for _, line in json_lines(path) if is_count(line.get("epoch"))
+                ]
         self._bad: Counter[int] = Counter(distributed.broadcast_object(epochs))  # by epoch
 
     def add(self, step: int, skipped: tuple[Skipped, ...]) -> None:

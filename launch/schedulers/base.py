@@ -181,6 +181,9 @@ class Scheduler(Protocol):
     def state(self, job: SubmittedJob) -> JobState:
         """Return the job's state; only called where the job is reachable."""
 
+    def states(self, jobs: Sequence[SubmittedJob]) -> list[JobState]:
+        """Return the states of many reachable jobs, with few questions."""
+
     def cancel(self, job: SubmittedJob) -> None:
         """Ask the job to save and exit."""
 

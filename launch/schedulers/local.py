@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,10 @@ class Local:
         """Return whether the controller runs; nobody keeps its exit code."""
         running = _is_controller(int(job.job_id))
         return JobState("RUNNING" if running else "ENDED", not running)
+
+    def states(self, jobs: Sequence[SubmittedJob]) -> list[JobState]:
+        """Return the state of each: the kernel answers at once."""
+        return [self.state(job) for job in jobs]
 
     def cancel(self, job: SubmittedJob) -> None:
         """Have the controller pass the request on to the ranks."""

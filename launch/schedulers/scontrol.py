@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 
 from dist_vse.common.log import logger
 from dist_vse.launch.schedulers.base import JobState
@@ -25,6 +26,7 @@ _ENDED_STATES = (
 )
 _LOST_STATES = ("NODE_FAIL", "PREEMPTED")
 """The end of a job only if it may not be queued again."""
+_NO_ANSWER = {"JobState": "UNKNOWN", "Requeue": "1"}
 
 
 def is_here() -> bool:
@@ -37,7 +39,32 @@ def job_state(job_id: str) -> JobState:
 
     Asks the controller, not the accounting: that may be absent, and lags.
     """
-    job = _read_job(job_id)
+    return _state(_read_job(job_id))
+
+
+def job_states(job_ids: Sequence[str]) -> list[JobState]:
+    """Return the states of several jobs, in one question to the controller."""
+    if len(job_ids) <= 1:
+        return [job_state(job_id) for job_id in job_ids]
+    asked = _show_job()
+    if asked.returncode != 0:
+        return [_state(_NO_ANSWER) for _ in job_ids]
+    known = {job_id: line for line in asked.stdout.splitlines() for job_id in _ids(line)}
+    return [_state(_fields(known[job_id]) if job_id in known else {}) for job_id in job_ids]
+
+
+def _ids(line: str) -> list[str]:
+    """Return the ids that a line of `show job` is about: waiting tasks of an array share one."""
+    named = dict(re.findall(r"\b(JobId|ArrayJobId|ArrayTaskId)=(\S+)", line))
+    tasks: list[int] = []
+    for part in named.get("ArrayTaskId", "").split("%")[0].split(","):  # such as 0,3-9:2%4
+        if place := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
+            first, last, step = (int(number or 0) for number in place.groups())
+            tasks += range(first, max(first, last) + 1, step or 1)
+    return [named.get("JobId", ""), *(f"{named.get('ArrayJobId')}_{task}" for task in tasks)]
+
+
+def _state(job: dict[str, str]) -> JobState:
     if not job:
         return JobState("FORGOTTEN", ended=True)
     name = job["JobState"]
@@ -47,13 +74,19 @@ def job_state(job_id: str) -> JobState:
 
 def _read_job(job_id: str) -> dict[str, str]:
     """Return what the controller says of a job; nothing if it has forgotten it."""
-    asked = subprocess.run(
-        ["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True
-    )
+    asked = _show_job(job_id)
     if asked.returncode != 0 and "Invalid job id" in asked.stderr:
         return {}
-    found = dict(re.findall(r"\b(JobState|Requeue)=(\w+)", asked.stdout))
-    return {"JobState": "UNKNOWN", "Requeue": "1"} | found  # the controller may not answer
+    return _fields(asked.stdout)
+
+
+def _show_job(*job_id: str) -> subprocess.CompletedProcess[str]:
+    command = ["scontrol", "--oneliner", "show", "job", *job_id]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def _fields(line: str) -> dict[str, str]:
+    return _NO_ANSWER | dict(re.findall(r"\b(JobState|Requeue)=(\w+)", line))
 
 
 def requeue(job_id: str) -> None:

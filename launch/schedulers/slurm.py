@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,10 @@ class Slurm:
     def state(self, job: SubmittedJob) -> JobState:
         """Return what the controller says."""
         return scontrol.job_state(job.job_id)
+
+    def states(self, jobs: Sequence[SubmittedJob]) -> list[JobState]:
+        """Return what the controller says of all its jobs, in one answer."""
+        return scontrol.job_states([job.job_id for job in jobs])
 
     def cancel(self, job: SubmittedJob) -> None:
         """Have Slurm send SIGTERM, and SIGKILL after the partition's grace."""

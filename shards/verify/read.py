@@ -1,6 +1,5 @@
 """Read finished shards back: every sample's bytes, in the tar's order."""
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.reading import parse_json
 from dist_vse.data.index import Index, Shard, is_remote
 from dist_vse.shards.remote import local_copy
 
@@ -23,14 +23,14 @@ class Stored:
 
     def caption_list(self) -> list[str]:
         """Return the captions; raises ValueError, TypeError or KeyError for broken JSON."""
-        captions = json.loads(self.meta)["captions"]
+        captions = parse_json(self.meta, dict)["captions"]
         if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
             raise TypeError("captions are no list of strings")
         return captions
 
     def key(self) -> str:
         """Return the key; raises ValueError, TypeError or KeyError for broken JSON."""
-        return str(json.loads(self.meta)["key"])
+        return str(parse_json(self.meta, dict)["key"])
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What is in a data set: lengths, sizes, what occurs twice, and what some samples look like."""
 
 import io
-import json
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.reading import parse_json
 from dist_vse.data.index import Index, Shard
 from dist_vse.data.vectors import is_vector, vector_place
 from dist_vse.shards.captions import named_languages
@@ -82,7 +82,9 @@ def _count(stats: Stats, stored: Stored) -> None:
     captions = stored.caption_list()
     stats.captions[len(captions)] += 1
     stats.words.update(len(caption.split()) for caption in captions)
-    stats.languages.update(named_languages(json.loads(stored.meta).get("languages"), captions))
+    stats.languages.update(
+        named_languages(parse_json(stored.meta, dict).get("languages"), captions)
+    )
     stats.kilobytes[len(stored.image) // 1000] += 1
     stats.image_ids[stored.image_id] += 1
     if is_vector(stored.image):

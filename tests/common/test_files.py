@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_vse.common import files
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import atomic_output, atomic_write, sha256_of_file, write_json
+from dist_vse.runs import checkpoint
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -66,3 +68,20 @@ def test_the_checksum_is_that_of_sha256sum(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"abc")
     assert sha256_of_file(path).startswith("ba7816bf8f01cfea414140de5dae2223b00361a396177a9c")
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "report.html"
+    victim.write_text("mine")
+    (tmp_path / "report.html.tmp").symlink_to(victim)
+    with atomic_output(path) as temporary:
+        temporary.write_text("page")
+    assert victim.read_text() == "mine" and path.read_text() == "page" and not path.is_symlink()
+
+
+def test_a_planted_folder_of_a_checkpoint_is_not_written_into(tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "step-000001.tmp"
+    victim.mkdir()
+    folder.symlink_to(victim)
+    assert checkpoint.write_files(folder, {"rank-0.safetensors": {"x": torch.zeros(1)}})
+    assert not [*victim.iterdir()] and [p.name for p in folder.iterdir()] == ["rank-0.safetensors"]

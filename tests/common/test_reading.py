@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from dist_vse.common import reading
-from dist_vse.common.reading import BadFileError, is_count, is_file_name, is_number, json_lines
+from dist_vse.common.reading import (
+    BadFileError,
+    is_count,
+    is_file_name,
+    is_number,
+    json_lines,
+    lines_from_end,
+)
 
 BAD = {
     "empty": b"",
@@ -68,3 +75,44 @@ def test_numbers_are_checked() -> None:
         assert not is_number(value) and not is_count(value)
     assert not is_number(-1, least=0) and not is_count(-1) and not is_count(1.0)
     assert not is_count(1 << 63)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 16])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"a", b"a\n", b"a\nbc\n\ndefghi", b"\nlonger than a block\n\n"]
+)
+def test_lines_from_the_end(
+    content: bytes, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_BLOCK_BYTES", block)
+    (tmp_path / "x").write_bytes(content)
+    assert list(lines_from_end(tmp_path / "x")) == content.split(b"\n")[::-1]
+    assert list(lines_from_end(tmp_path / "missing")) == []
+
+
+def test_a_line_that_is_too_long_is_empty_from_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_BLOCK_BYTES", 4)
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 10)
+    (tmp_path / "x").write_bytes(b"a\n" + b"b" * 30 + b"\nc\n" + b"d" * 30)
+    assert list(lines_from_end(tmp_path / "x")) == [b"", b"c", b"", b"a"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x93NUMPY\x01\x00",
+        b"\x93NUMPY\x01\x00\x10\x00{'descr': '<i8',",
+        b"\x93NUMPY\x01\x00\x04\x00('x\n",
+        b"\x93NUMPY\x01\x00\x05\x00\xff{}[(",
+        b"\x80\x04N.",
+        b"PK\x05\x06" + bytes(18),
+    ],
+)
+def test_whatever_an_array_holds_is_one_kind_of_error(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(BadFileError) as caught:
+        reading.read_array(tmp_path / "x.npy")
+    assert "\n" not in str(caught.value)

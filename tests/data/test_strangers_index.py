@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_vse import cli
 from dist_vse.common.errors import UserError
-from dist_vse.data.index import Index, Shard, Split, read_index
+from dist_vse.data.index import FORMAT, Index, Shard, Split, read_index
 
 SHARD = {"path": "a.tar", "num_samples": 2, "num_bytes": 1000, "sha256": "x"}
 
@@ -68,3 +69,10 @@ def test_tars_without_an_index_are_told_how(tmp_path: Path) -> None:
         for given in (folder, folder / name, folder / f"{{0..9}}{name[1:]}"):
             with pytest.raises(UserError, match=remedy):
                 read_index(given)
+
+
+@pytest.mark.parametrize("splits", ["{}", '{"train": {"num_captions": 0, "shards": []}}'])
+def test_a_data_set_without_samples_is_no_traceback(splits: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(f'{{"format": {FORMAT}, "splits": {splits}}}')
+    for command in ("stats", "verify"):
+        assert cli.main(["shard", command, str(tmp_path), "--workers", "1"]) == 0

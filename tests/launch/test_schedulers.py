@@ -65,13 +65,13 @@ def test_a_new_scheduler_needs_only_its_row_in_the_table(
     folder, code = submit("whole", "total_steps=2", "--wait")
     out = capsys.readouterr().out
     assert code == 0 and "a toy rank\n" in out and "a toy rank returns 0\n" in out
-    last = last_metrics(folder, "train")
+    last = last_metrics(folder).get("train")
     assert last is not None and last["step"] == 2
 
     folder, code = submit("cancelled", "total_steps=100000")
     job = load_job(folder)
     assert code == 0 and job.scheduler == "toy"
-    wait_until(lambda: last_metrics(folder, "train"), "the first step")
+    wait_until(lambda: last_metrics(folder).get("train"), "the first step")
     assert submit("cancelled", "total_steps=100000")[1] == 2
     assert f"job {job.job_id} of this run is RUNNING" in capsys.readouterr().err
     _run_command("status", folder)

@@ -107,7 +107,7 @@ def test_cancel_saves_and_the_code_is_pinned(
     plan = plan_submission(CONFIG, [*run, "log_every=1"], one_process)
     assert str(plan.code) in dry_run(plan)
     job = submit(plan)
-    while last_metrics(run_dir, "train") is None:
+    while "train" not in last_metrics(run_dir):
         assert not job_state(job).ended, job.log(0).read_text()
     assert load_job(run_dir) == job and job_state(job).name == "RUNNING"
     with pytest.raises(UserError, match=f"job {job.job_id} of this run is RUNNING"):

@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,9 @@ class Toy:
     def state(self, job: SubmittedJob) -> JobState:
         ended = all([rank.poll() is not None for rank in _ranks[job.job_id]])
         return JobState("ENDED" if ended else "RUNNING", ended)
+
+    def states(self, jobs: Sequence[SubmittedJob]) -> list[JobState]:
+        return [self.state(job) for job in jobs]
 
     def cancel(self, job: SubmittedJob) -> None:
         for rank in _ranks[job.job_id]:

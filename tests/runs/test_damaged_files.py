@@ -87,7 +87,7 @@ def test_bad_lines_of_a_log_are_dropped(tmp_path: Path) -> None:
     good = [{"step": 1, "x": "\ud800"}, {"step": 2}]
     bad = [b"5", b"{}", b"[]", b"\xff\xfe", b'{"step": "x"}', b'{"step": 9}', b'{"step": 1']
     path.write_bytes(b"\n".join([*bad[:-1], *(json.dumps(g).encode() for g in good), bad[-1]]))
-    assert [json.loads(line) for line in drop_lines_after(path, 3)] == good
+    drop_lines_after(path, 3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == good
 
 

@@ -40,7 +40,7 @@ class Cluster:
 
     def __call__(self, *command: str) -> str:
         """Run a command of Slurm or of cluster.sh; return what it printed."""
-        own = ("crash", "boot", "cut", "heal", "pids")
+        own = ("crash", "boot", "cut", "heal", "pids", "restart")
         return _run(SCRIPT, *command) if command[0] in own else _run(*command)
 
     def job(self, job_id: str, key: str) -> str:

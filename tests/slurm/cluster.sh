@@ -8,6 +8,7 @@
 #   cluster.sh slow RATE    let each node send at most so much, as in 200mbit;  fast takes it back
 #   cluster.sh cut NODE     take the network cable out;  heal NODE puts it back
 #   cluster.sh pids NODE    the node's processes, as this machine numbers them
+#   cluster.sh restart      end the controller at once, and start it again
 #   cluster.sh bin          the folder with sbatch, scontrol .. for this cluster, for PATH
 #
 # A node is a network namespace with its own host name, processes and /dev/shm; files are shared, as on NFS. All nodes
@@ -118,6 +119,17 @@ CLIENT
     for name in sbatch squeue scancel scontrol sinfo; do ln -s srun "$D/bin/$name"; done
 }
 
+# The controller's machine stays up: its first process waits for whatever it has started.
+restart() {
+    local p
+    for p in $(pids ctl); do
+        [[ $(tr '\0' ' ' <"/proc/$p/cmdline") != /usr/sbin/slurmctld* ]] || { kill -9 "$p"; break; }
+    done
+    setsid nsenter --target "$(pids ctl | head -n 1)" --net --uts --ipc --pid --mount \
+        /usr/sbin/slurmctld -D </dev/null >>"$D/log/ctl.boot" 2>&1 &
+    until_ok "$D/bin/scontrol" ping
+}
+
 # Bandwidth has its price, by tbf; a delay would need netem, which not every kernel has.
 slow() {  # RATE
     local name
@@ -161,6 +173,7 @@ case ${1:-} in
     cut) net ctl link set "$2" down ;;
     heal) net ctl link set "$2" up ;;
     pids) pids "$2" ;;
+    restart) restart ;;
     bin) echo "$D/bin" ;;
     *) sed -n '2,/^set/{/^set/d;s/^# \?//;p}' "$0"; exit 2 ;;
 esac

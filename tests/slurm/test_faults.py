@@ -15,9 +15,11 @@ from dist_vse import train
 from dist_vse.config import load_config
 from dist_vse.launch.cancel import cancel
 from dist_vse.launch.job import Job, Train
+from dist_vse.launch.runs import find_runs, table
 from dist_vse.launch.schedulers.base import SubmittedJob
 from dist_vse.launch.status import status
 from dist_vse.launch.submit import Plan, plan_submission, start, submit
+from dist_vse.launch.sweep import plan_sweep, submit_sweep
 from dist_vse.launch.tail_log import report
 from tests.slurm.cluster import Cluster
 from tests.slurm.recorded import (
@@ -305,3 +307,51 @@ def test_a_cancelled_job_saves_and_can_be_continued(
     again = start(plan, pickled_work(job))
     assert cluster.wait_for_end(again.job_id) == "COMPLETED", _log(again, 0)
     _assert_exact(tmp_path, undisturbed[1])
+
+
+@pytest.mark.timeout(300)
+def test_signals_of_scancel_and_a_controller_started_again_cost_nothing(
+    cluster: Cluster, data: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    plan = _plan(data, tmp_path, nodes=1)
+    job = _send(plan, tmp_path, (4, 7, 10))
+    _wait_at(tmp_path, 4, 1)
+    cluster("scancel", "--signal=INT", job.job_id)  # a first one asks for a save
+    release(tmp_path, 4)
+    _wait_at(tmp_path, 7, 1)
+    assert cluster.job(job.job_id, "Restarts") == "1"
+    cluster("restart")
+    release(tmp_path, 7)
+    _wait_at(tmp_path, 10, 1)
+    cluster("scancel", "--signal=KILL", job.job_id)
+    assert cluster.wait_for_end(job.job_id) in ("FAILED", "CANCELLED")
+    assert "ended: " in status(tmp_path / "run")
+    release(tmp_path, 10)
+    again = start(plan, pickled_work(job))
+    assert cluster.wait_for_end(again.job_id) == "COMPLETED", _log(again, 0)
+    _assert_exact(tmp_path, undisturbed[1])
+
+
+@pytest.mark.timeout(200)
+def test_a_job_cancelled_in_the_queue_starts_nothing_and_a_sweep_outlives_a_bad_run(
+    cluster: Cluster, data: Path, tmp_path: Path
+) -> None:
+    holder = cluster("sbatch", "--parsable", "-N3", "--exclusive", "--wrap=sleep 600").strip()
+    wait_until(lambda: cluster.job(holder, "JobState") == "RUNNING", "the holder")
+    job = submit(_plan(data, tmp_path, 1, settings=["total_steps=1"]))
+    assert cluster.job(job.job_id, "JobState") == "PENDING"
+    assert "PENDING" in table(find_runs([tmp_path])).upper()
+    cancel(tmp_path / "run")
+    assert cluster.wait_for_end(job.job_id) == "CANCELLED"
+    assert "not started yet" in status(tmp_path / "run")
+    cluster("scancel", holder)
+
+    base = [f"output_dir={tmp_path}/sweep", *SETTINGS, "total_steps=1"]
+    axes = [f"data.index={data},{tmp_path}/nowhere"]
+    plans = plan_sweep(CONFIG, base, axes, tmp_path / "cluster.yaml")
+    good, bad = submit_sweep(plans, parallel=2)
+    assert cluster.wait_for_end(good.job_id) == "COMPLETED", _log(good, 0)
+    assert cluster.wait_for_end(bad.job_id) == "FAILED"
+    *rows, cause = table(find_runs([tmp_path / "sweep"])).splitlines()
+    assert sorted(row.split()[2] for row in rows[1:]) == ["completed", "failed"]
+    assert "no such index" in cause

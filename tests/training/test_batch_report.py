@@ -12,6 +12,7 @@ from dist_vse.engine.plain import PlainEngine
 from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.losses.options import LossOptions
 from dist_vse.tools.report.batch import batch_section, gain
+from dist_vse.tools.report.lines import Lines, Metrics
 from dist_vse.tools.report.record import Record
 from dist_vse.training import batch_report
 from dist_vse.training.batch_report import (
@@ -122,8 +123,9 @@ def test_the_report_says_the_gain_with_its_uncertainty() -> None:
     assert found[1] == pytest.approx(10 / math.sqrt(7) / 400, rel=0.02)
     assert gain([{"noise": 1.0, "signal": -1.0}] * 3, 100) is None
     config = TrainConfig(global_batch_size=100)
-    record = Record("run", config, lines, [], [], None, None)
+    record = Record("run", config, Metrics(Lines(), Lines(), lines, ""), [], None, None)
     page = batch_section(record)
     assert "<td>100</td><td>50% ± 2%</td>" in page and "<td>1,600</td><td>94%" in page
     assert "<td>8</td><td>20.0% ± 0.0%</td>" in page
-    assert batch_section(Record("run", config, lines[:2], [], [], None, None)) == ""
+    few = Metrics(Lines(), Lines(), lines[:2], "")
+    assert batch_section(Record("run", config, few, [], None, None)) == ""

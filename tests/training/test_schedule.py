@@ -27,6 +27,9 @@ def test_the_rate_rises_to_its_peak_and_ends_at_zero() -> None:
 
     assert [rate(seen) for seen in (0, 4, 9, 59, 109)] == pytest.approx([0.2, 1.0, 2.0, 1.0, 0.0])
     assert [rate(seen, "step") for seen in (58, 60)] == pytest.approx([2.0, 0.2])
+    floor = OptimConfig(lr=2.0, schedule="linear", warmup_samples=9, min_lr=0.5)
+    rates = [learning_rate(seen, floor, total_samples=109) for seen in (0, 8, 9, 59, 109)]
+    assert rates == pytest.approx([0.2, 1.8, 2.0, 1.25, 0.5])  # the end value lifts no warm-up
     assert [warmup_fraction(seen, 8) for seen in (0, 2, 8, 20)] == [0.0, 0.25, 1.0, 1.0]
 
 

@@ -4,7 +4,6 @@ Shape letters: n captions, l tokens of the longest.
 """
 
 import copy
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -219,7 +218,7 @@ def _keys(size: Any) -> list[str]:
 
 def _model_type(path: Path) -> str:
     try:
-        return str(json.loads(path.read_text(encoding="utf-8")).get("model_type"))
+        return str(read_json(path).get("model_type"))
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: is no JSON of a model ({first_line(error)})") from error
 

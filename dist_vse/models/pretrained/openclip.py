@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.reading import read_json
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.image import ImageTrunk, make_sendable
 from dist_vse.models.positions import check_grid, fit_positions
@@ -157,7 +158,7 @@ def tokenizer(folder: Path, max_tokens: int | None) -> Tokenizer:
 
 def save(model: DualEncoder, source: Path, folder: Path) -> None:
     """Write the config, the trained weights and the tokenizer's files."""
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(source / CONFIG)
     config["model_cfg"]["custom_text"] = True  # the names of the text encoder's tensors
     trunk = model.image.trunk
     assert isinstance(trunk, ImageTrunk)
@@ -198,7 +199,7 @@ def _config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     path = folder / CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         model = content["model_cfg"]
         pixels = merge_preprocess_dict(PreprocessCfg(), content.get("preprocess_cfg", {}))
         lacking = {"embed_dim", "vision_cfg", "text_cfg"} - {*model}

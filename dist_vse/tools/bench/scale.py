@@ -18,6 +18,7 @@ from rich.console import Console
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.common.log import setup_logging
+from dist_vse.common.reading import read_json
 from dist_vse.common.terminal import say
 from dist_vse.distributed.spawn import RankGroup, run_rank_groups
 from dist_vse.engine.zero import IMPORTS
@@ -144,7 +145,7 @@ def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
 def _read(path: str) -> dict[str, Any]:
     """Read what `--out` wrote. Raises UserError if it is something else."""
     try:
-        report: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        report = read_json(Path(path))
         if report.get("benchmark") == "scale":
             return report
     except (OSError, ValueError, AttributeError) as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.reading import BadFileError, read_json
 from dist_vse.common.version import __version__
 from dist_vse.config import ImageConfig, LoraConfig, ModelConfig, TextConfig
 
@@ -57,7 +58,7 @@ def read_description(folder: Path) -> Description:
             f"{folder}: no exported model ({DESCRIPTION} is missing); run dist-vse export"
         )
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["format"] != FORMAT:
             raise UserError(f"{path}: format {content['format']}, but this version reads {FORMAT}")
         model: dict[str, Any] = content["model"]
@@ -73,5 +74,5 @@ def read_description(folder: Path) -> Description:
             **shape,
         )
         return Description(config, content["vocab_size"], content["pad_id"], content["source"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (BadFileError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is damaged ({error!r}); export the model again") from error

@@ -1,11 +1,11 @@
 """Predictions compared with what `dist-vse bench scale` measured on the calibrated machine."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.reading import read_json
 from dist_vse.config import TrainConfig
 from dist_vse.tools.plan.choose import Plan, price
 from dist_vse.tools.plan.hardware import Hardware
@@ -43,7 +43,7 @@ class Checked:
 def read_report(path: Path) -> dict[str, Any]:
     """Read what `bench scale --out` wrote. Raises UserError if it is something else."""
     try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         if report.get("benchmark") == "scale":
             return report
     except (OSError, ValueError, AttributeError) as error:

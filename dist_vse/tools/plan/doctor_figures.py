@@ -1,12 +1,12 @@
 """A GPU's hardware file from what `dist-vse doctor --gpu --json FILE` measured."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.reading import read_json
 from dist_vse.tools.plan.hardware import Hardware, LinkConfig
 
 ATTAINED_ENCODERS = 0.6  # of the measured products, by the encoders' smaller ones; assumed
@@ -23,7 +23,7 @@ def read_figures(path: Path) -> tuple[Figures, int]:
     Raises UserError if it is something else, or has no ceilings.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         figures = {row["number"]: row["figures"] for row in report["checks"]}
         gpus = int(report["gpus"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Sequence
 
-from dist_vse.tools.report.record import Line, Record
+from dist_vse.tools.report.lines import Line
+from dist_vse.tools.report.record import Record
 
-LINES = 20  # the newest ones: the noise grows along a run
 MIN_LINES = 3  # fewer give no uncertainty
 
 
 def batch_section(record: Record) -> str:
     """Say which share of a step's gain batches have; empty where a run has no batch report."""
-    lines = [line for line in record.train if "noise" in line][-LINES:]
+    lines = record.metrics.newest
     if len(lines) < MIN_LINES:
         return ""
     total = record.config.global_batch_size

@@ -24,6 +24,7 @@ class Series:
     label: str
     style: str
     points: Sequence[Point]
+    extremes: Sequence[Point] = ()  # least and largest value behind each point, if points are means
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,12 @@ class Axis:
 
 def line_chart(title: str, series: Sequence[Series], *, from_zero: bool, x_label: str) -> str:
     """Draw the series as one SVG; points that are not finite are left out."""
-    finite = [
-        Series(s.label, s.style, [p for p in s.points if math.isfinite(p[1])]) for s in series
-    ]
+    finite = [_finite(s) for s in series]
     points = [point for s in finite for point in s.points]
     if not points:
         return '<p class="note">No finite value.</p>'
-    xs, ys = [x for x, _ in points], [y for _, y in points]
+    xs = [x for x, _ in points]
+    ys = [y for _, y in points] + [y for s in finite for ends in s.extremes for y in ends]
     whole = all(x == int(x) for x in xs)  # such as steps: no marks between
     x_axis = _axis(min(xs), max(xs), 5, LEFT, WIDTH - RIGHT, tight=True, min_step=float(whole))
     y_axis = _axis(0 if from_zero else min(ys), max(ys), 4, HEIGHT - BOTTOM, TOP, tight=False)
@@ -64,6 +64,17 @@ def line_chart(title: str, series: Sequence[Series], *, from_zero: bool, x_label
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-axis="{axis}" '
         f'aria-label="{escape(title)}: {escape(spoken)}">{body}</svg>'
+    )
+
+
+def _finite(series: Series) -> Series:
+    kept = [number for number, point in enumerate(series.points) if math.isfinite(point[1])]
+    found = [series.points[number] for number in kept]
+    return Series(
+        series.label,
+        series.style,
+        found,
+        [series.extremes[number] for number in kept] if series.extremes else (),
     )
 
 
@@ -179,7 +190,7 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
 def _draw(series: Series, x_axis: Axis, y_axis: Axis) -> str:
     if not series.points:
         return ""
-    line, low, high = _bins(series.points)
+    line, low, high = _bins(series)
 
     def path(points: Sequence[Point]) -> str:
         return "L".join(f"{x_axis.place(x):.1f} {y_axis.place(y):.1f}" for x, y in points)
@@ -202,15 +213,19 @@ def _draw(series: Series, x_axis: Axis, y_axis: Axis) -> str:
     )
 
 
-def _bins(points: Sequence[Point]) -> tuple[Sequence[Point], list[Point], list[Point]]:
-    """Return the line and, where it is made of bins, their least and largest values."""
-    if len(points) <= MAX_POINTS:
+def _bins(series: Series) -> tuple[Sequence[Point], list[Point], list[Point]]:
+    """Return the line and, where it is made of bins or means, their least and largest values."""
+    points = series.points
+    if len(points) <= MAX_POINTS and not series.extremes:
         return points, [], []
     line, low, high = [], [], []
-    for i in range(MAX_POINTS):
-        part = points[i * len(points) // MAX_POINTS : (i + 1) * len(points) // MAX_POINTS]
-        x, ys = sum(x for x, _ in part) / len(part), [y for _, y in part]
+    bins = min(MAX_POINTS, len(points))
+    for i in range(bins):
+        part = slice(i * len(points) // bins, (i + 1) * len(points) // bins)
+        xs, ys = zip(*points[part], strict=True)
+        least, largest = zip(*series.extremes[part], strict=True) if series.extremes else (ys, ys)
+        x = sum(xs) / len(xs)
         line.append((x, sum(ys) / len(ys)))
-        low.append((x, min(ys)))
-        high.append((x, max(ys)))
+        low.append((x, min(least)))
+        high.append((x, max(largest)))
     return line, low, high

@@ -7,6 +7,7 @@ from pathlib import Path
 from dist_vse.common.errors import UserError
 from dist_vse.config import flat_config
 from dist_vse.tools.report.chart import Series, legend, line_figure
+from dist_vse.tools.report.lines import extremes, points
 from dist_vse.tools.report.page import document, write_page
 from dist_vse.tools.report.record import Record, Result, read_record
 from dist_vse.tools.report.results import RESULT_ROWS, cell, table_title
@@ -122,24 +123,23 @@ def _table(
 
 def _charts(records: Sequence[Record], names: Sequence[str]) -> str:
     drawn = []
+    lines = {
+        "train": [record.metrics.train.by_step() for record in records],
+        "eval": [record.metrics.evals.by_step() for record in records],
+    }
     for title, unit, kind, field, from_zero in (
-        ("rsum", "sum of six recalls", "evals", "rsum", True),
+        ("rsum", "sum of six recalls", "eval", "rsum", True),
         ("Loss", "of the training batch", "train", "loss", False),
         ("Throughput", "pairs a second", "train", "pairs_per_s", True),
         ("Memory", "peak of a rank, GiB", "train", "memory_gib", True),
     ):
         series = [
-            Series(name, f"c{number}", points)
-            for number, (name, record) in enumerate(zip(names, records, strict=True), 1)
-            if (points := _points(record, kind, field))
+            Series(name, f"c{number}", found, extremes(own, field))
+            for number, (name, own) in enumerate(zip(names, lines[kind], strict=True), 1)
+            if (found := points(own, "samples_seen", field))
         ]
         if series:
             drawn.append(
                 line_figure(title, series, unit=unit, from_zero=from_zero, x_label="pairs")
             )
     return f'<h2>Training</h2><div class="charts">{"".join(drawn)}</div>'
-
-
-def _points(record: Record, kind: str, field: str) -> list[tuple[float, float]]:
-    lines = record.train if kind == "train" else record.evals
-    return [(line["samples_seen"], line[field]) for line in lines if field in line]

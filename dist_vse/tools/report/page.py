@@ -107,8 +107,8 @@ def _details(record: Record, index: Index | None) -> str:
 
 
 def _run_facts(record: Record) -> dict[str, str]:
-    config, last = record.config, record.train[-1]
-    rate = statistics.median(line["pairs_per_s"] for line in record.train)
+    config, last = record.config, record.metrics.train.last
+    rate = statistics.median(line["pairs_per_s"] for line in record.metrics.train.by_step())
     text = config.model.text
     pretrained = config.model.pretrained
     start = f"of {Path(pretrained).name}" if pretrained is not None else None

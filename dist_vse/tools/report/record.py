@@ -1,6 +1,5 @@
 """What a run's folder holds: its config, its metrics, its results and its examples."""
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +10,9 @@ from dist_vse.common.reading import BadFileError, read_json
 from dist_vse.config import TrainConfig, dump_config, load_config
 from dist_vse.runs.environment import read_environment, trained_on
 from dist_vse.runs.files import CONFIG_NAME, EXAMPLES_NAME, METRICS_NAME
+from dist_vse.tools.report.lines import Lines, Metrics, is_figure, read_metrics
 
-Line = dict[str, Any]  # of metrics.jsonl
-RETRIEVAL = tuple(f"{way}_{name}" for way in ("i2t", "t2i") for name in ("r1", "r5", "r10", "medr"))
 _EXAMPLES = ("split", "chance", "text_to_image", "image_to_text")
-_FIELDS = {
-    "train": ("samples_seen", "loss", "lr", "pairs_per_s", "memory_gib"),
-    "eval": ("samples_seen", "split", "num_images", "num_texts", "rsum", *RETRIEVAL),
-}
 
 
 @dataclass(frozen=True)
@@ -45,8 +39,7 @@ class Record:
 
     name: str
     config: TrainConfig
-    train: list[Line]  # by step
-    evals: list[Line]  # by step, of the run's own split
+    metrics: Metrics
     results: list[Result]  # at least one; first the plain one of the newest weights
     examples: dict[str, Any] | None
     environment: dict[str, Any] | None  # of the run's last start
@@ -78,20 +71,15 @@ def read_record(run_dir: Path) -> Record:
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run; give the output_dir of a training")
     config = load_config(run_dir / CONFIG_NAME)
-    lines = _read_metrics(run_dir / METRICS_NAME)
-    train = _by_step(lines, "train", run_dir)
-    split = config.data.eval_split
-    evals = [line for line in _by_step(lines, "eval", run_dir) if line["split"] == split]
-    if not evals:
-        raise UserError(f"{run_dir / METRICS_NAME}: has no evaluation on split {split!r}")
+    metrics = read_metrics(run_dir / METRICS_NAME, config.data.eval_split)
     path = run_dir / EXAMPLES_NAME
     examples = _read_json(path, *_EXAMPLES) if path.is_file() else None
     made = read_environment(run_dir)
     files = sorted(run_dir.glob("eval-*.json"), key=lambda file: (len(file.name), file.name))
     found = [_tested(_read_json(file, "split", "checkpoint", "trained")) for file in files]
-    found.append(_watched(evals, examples, trained_on(made, config.data.index)))
+    found.append(_watched(metrics.evals, examples, trained_on(made, config.data.index)))
     name = run_dir.resolve().name
-    record = Record(name, config, train, evals, [], examples, made)
+    record = Record(name, config, metrics, [], examples, made)
     return replace(record, results=_in_order(found, record))
 
 
@@ -123,58 +111,15 @@ def _tested(content: dict[str, Any]) -> Result:
     )
 
 
-def _watched(evals: list[Line], examples: dict[str, Any] | None, data: str) -> Result:
+def _watched(evals: Lines, examples: dict[str, Any] | None, data: str) -> Result:
     """Return the result that training itself measured, from the first to the last evaluation."""
-    first, last = evals[0], evals[-1]
+    first, last = evals.first, evals.last
     columns = {"untrained": first} if first["step"] == 0 else {}
     if last["step"] > 0:
         columns["trained"] = last
     if examples is not None and examples["split"] == last["split"]:
         columns["chance"] = examples["chance"]
     return Result(last["split"], "plain", data, f"step {last['step']}", columns, {})
-
-
-def _read_metrics(path: Path) -> list[tuple[int, Line]]:
-    """Return (line number, content); the last line of a killed run may be cut and is left out."""
-    if not path.is_file():
-        raise UserError(f"{path}: no metrics; has the run started?")
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    lines = []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            if number == len(texts):
-                break
-            raise UserError(f"{path}: line {number} is no JSON ({error}); remove it") from error
-        if not isinstance(line, dict):
-            raise UserError(f"{path}: line {number} is no JSON object; remove it")
-        lines.append((number, line))
-    return lines
-
-
-def _by_step(lines: list[tuple[int, Line]], kind: str, run_dir: Path) -> list[Line]:
-    """Return the lines of a kind by step; of a step that was run twice, the later one."""
-    path = run_dir / METRICS_NAME
-    found: dict[int, Line] = {}
-    for number, line in lines:
-        if line.get("kind") != kind:
-            continue
-        missing = [name for name in ("step", *_FIELDS[kind]) if name not in line]
-        if missing:
-            raise UserError(f"{path}: line {number} ({kind}) lacks {', '.join(missing)}; remove it")
-        wrong = [k for k in ("step", *_FIELDS[kind]) if k != "split" and not _is_figure(line[k])]
-        if wrong:
-            raise UserError(f"{path}: line {number} ({kind}): {wrong[0]} is no number; remove it")
-        found[line["step"]] = line
-    if not found:
-        raise UserError(f"{path}: has no {kind} line yet; wait for the run's next one")
-    return [found[step] for step in sorted(found)]
-
-
-def _is_figure(value: object) -> bool:
-    """Return whether a value is a number; a run that diverged has NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _read_json(path: Path, *needed: str) -> dict[str, Any]:
@@ -194,10 +139,11 @@ def _check_types(content: dict[str, Any]) -> None:
     """Raise BadFileError unless results and examples hold what the page computes with."""
     for name, value in content.items():
         if name in ("trained", "untrained", "chance", "metrics"):
-            if not isinstance(value, dict) or not all(map(_is_figure, value.values())):
+            if not isinstance(value, dict) or not all(map(is_figure, value.values())):
                 raise BadFileError(f"{name} must hold numbers")
         elif name.startswith(("text_to_image", "image_to_text")):
-            if not isinstance(value, list) or not all(map(_is_query, value)):
+            fields = ("caption", "key") if name.startswith("text") else ("key", "caption")
+            if not isinstance(value, list) or not all(_is_query(q, *fields) for q in value):
                 raise BadFileError(f"{name} must hold queries with their answers")
         elif name == "neighbours":
             if not isinstance(value, dict) or not all(map(_are_neighbours, value.values())):
@@ -206,12 +152,19 @@ def _check_types(content: dict[str, Any]) -> None:
             raise BadFileError(f"{name} must be a text")
 
 
-def _is_query(query: object) -> bool:
-    """Return whether an example has a key, a rank and answers with scores."""
+def _is_query(query: object, asked: str, found: str) -> bool:
+    """Return whether an example has what is drawn: texts `asked` and `found`, ranks, scores."""
     if not isinstance(query, dict) or not isinstance(query.get("answers"), list):
         return False
-    scored = all(isinstance(a, dict) and _is_figure(a.get("score")) for a in query["answers"])
-    return scored and isinstance(query.get("key"), str) and _is_figure(query.get("rank"))
+    answers = all(
+        isinstance(answer, dict)
+        and isinstance(answer.get(found), str)
+        and isinstance(answer.get("right"), bool)
+        and is_figure(answer.get("score"))
+        for answer in query["answers"]
+    )
+    texts = all(isinstance(query.get(name), str) for name in ("key", asked))
+    return answers and texts and is_figure(query.get("rank"))
 
 
 def _are_neighbours(near: object) -> bool:
@@ -219,6 +172,6 @@ def _are_neighbours(near: object) -> bool:
     return isinstance(near, list) and all(
         isinstance(other, dict)
         and isinstance(other.get("key"), str)
-        and _is_figure(other.get("score"))
+        and is_figure(other.get("score"))
         for other in near
     )

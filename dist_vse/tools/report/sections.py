@@ -1,15 +1,16 @@
 """The report's sections, each a function from the record to HTML."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from dist_vse.losses.registry import loss_label
 from dist_vse.tools.report.chart import Series, line_figure
+from dist_vse.tools.report.lines import extremes, points
 from dist_vse.tools.report.neighbours import hidden_part, thumbnail
 from dist_vse.tools.report.numbers import ordinal
-from dist_vse.tools.report.record import Line, Record
+from dist_vse.tools.report.record import Record
 from dist_vse.tools.report.results import cell
 
 
@@ -64,7 +65,7 @@ _CHARTS = (
 
 def header(record: Record) -> str:
     """Name the run, say in a sentence what it was, and show four figures."""
-    config, result, last = record.config, record.results[0], record.train[-1]
+    config, result, last = record.config, record.results[0], record.metrics.train.last
     metrics = result.columns.get("trained") or result.columns["untrained"]
 
     def before(field: str) -> str:
@@ -98,12 +99,13 @@ def header(record: Record) -> str:
 def charts(record: Record) -> str:
     """Draw each chart whose numbers the metrics hold."""
     drawn = []
+    lines = {"train": record.metrics.train.by_step(), "eval": record.metrics.evals.by_step()}
     for chart in _CHARTS:
-        lines = record.train if chart.kind == "train" else record.evals
+        own = lines[chart.kind]
         series = [
-            Series(label, f"s{number}", points)
+            Series(label, f"s{number}", found, extremes(own, field))
             for number, (label, field) in enumerate(chart.lines.items(), 1)
-            if (points := _points(lines, field))
+            if (found := points(own, "step", field))
         ]
         if series:
             drawn.append(
@@ -115,11 +117,9 @@ def charts(record: Record) -> str:
                     x_label="steps",
                 )
             )
-    return f'<h2>Training</h2><div class="charts">{"".join(drawn)}</div>'
-
-
-def _points(lines: Iterable[Line], field: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[field]) for line in lines if field in line]
+    bad = record.metrics.left_out
+    note = f'<p class="note">Damaged lines of the metrics are left out: {escape(bad)}.</p>'
+    return f'<h2>Training</h2>{note if bad else ""}<div class="charts">{"".join(drawn)}</div>'
 
 
 def examples(record: Record, images: dict[str, str] | None) -> str:

@@ -57,7 +57,8 @@ def _page(run_dir: Path, index_dir: Path | None) -> tuple[str, bool]:
     """Return the page, and whether the run may still change."""
     try:
         record = read_record(run_dir)
-        return render(record, index_dir), record.train[-1]["step"] < record.config.total_steps
+        last = record.metrics.train.last["step"]
+        return render(record, index_dir), last < record.config.total_steps
     except UserError as error:  # such as a run that has not evaluated yet
         waits = f"Nothing to show yet: {error}. This page looks again every {SECONDS} seconds."
         return document(run_dir.name, f'<p class="lead">{escape(waits)}</p>'), True

@@ -24,6 +24,7 @@ from dist_vse.tools.export.load import Embedder, load
 from dist_vse.tools.search.gallery import Origin
 
 BATCH = 64
+_ROWS = 1 << 14
 SUFFIXES = (".npy", ".safetensors", ".parquet")
 
 
@@ -105,8 +106,16 @@ def write_embeddings(found: Embedded, path: Path, origin: Origin) -> list[Path]:
 
 
 def _as_bytes(rows: list[str]) -> Tensor:
-    """Return names as JSON in bytes: a header of safetensors has room for 100 MB only."""
-    return torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
+    """Return names as JSON in bytes: a header of safetensors has room for 100 MB only.
+
+    They are encoded in parts: the captions of a large split have gigabytes.
+    """
+    data = bytearray(b"[")
+    for start in range(0, len(rows), _ROWS):
+        part = json.dumps(rows[start : start + _ROWS])[1:-1]
+        data += f"{', ' if start else ''}{part}".encode()
+    data += b"]"
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def _write_safetensors(

@@ -7,6 +7,7 @@ weights, the data set's fingerprint and the split. Shapes: n images, d embedding
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,8 @@ from dist_vse.data.index import Index
 from dist_vse.evaluation.evaluate import Embedded
 
 Origin = dict[str, str]
+_MAX_BYTES = 1 << 37
+"""Of all keys, or of all captions: a billion captions of a hundred letters."""
 _WHAT = {"weights": "another model", "data": "another data set", "split": "another split"}
 
 
@@ -53,7 +56,7 @@ def read_gallery(path: Path, wanted: Origin) -> Gallery:
             noted = file.metadata() or {}
             features, rows = (file.get_tensor(n) for n in ("image_features", "image_of_text"))
             names = [bytes(file.get_tensor(n).numpy()) for n in ("keys", "captions")]
-        keys, captions = (parse_json(text, list) for text in names)
+        keys, captions = (parse_json(text, list, max_bytes=_MAX_BYTES) for text in names)
         written_for = {name: noted[name] for name in wanted}
     except (SafetensorError, KeyError, BadFileError, OSError) as error:
         raise UserError(
@@ -67,8 +70,10 @@ def read_gallery(path: Path, wanted: Origin) -> Gallery:
 
 
 def _gallery(keys: list[str], captions: list[str], features: Tensor, of_text: Tensor) -> Gallery:
-    first = {row: text for text, row in reversed([*enumerate(of_text.tolist())])}
-    said = [captions[first[row]] if row in first else "" for row in range(len(keys))]
+    rows, first = np.unique(of_text.numpy(), return_index=True)
+    said = [""] * len(keys)
+    for row, text in zip(rows.tolist(), first.tolist(), strict=True):
+        said[row] = captions[text]
     return Gallery(keys, said, features)
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from dist_vse.common.errors import UserError
 from dist_vse.common.files import is_leftover
 from dist_vse.common.log import setup_logging
+from dist_vse.common.reading import BadFileError, read_text
 from dist_vse.common.terminal import plain
 from dist_vse.data.image_names import is_image_name
 from dist_vse.evaluation.retrieval.checks import check_finite
@@ -148,7 +149,8 @@ def _read_templates(path: Path | None) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = read_text(path)
+    except BadFileError as error:
+        raise UserError(f"{path}: can't be read ({error})") from error
     return [line for line in text.splitlines() if line.strip()]

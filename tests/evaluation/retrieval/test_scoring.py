@@ -18,6 +18,7 @@ from dist_vse.evaluation.retrieval import (
     own_pairs,
     rank_all,
     retrieval_metrics,
+    scoring,
 )
 from tests.support.vectors import unit
 
@@ -167,7 +168,7 @@ def test_the_chance_of_a_hit_in_long_ties() -> None:
             assert got == pytest.approx(want, abs=1e-11), (b, w, r, k)
 
 
-@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4, 1e-8])
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-3, 1e-4, 1e-8])
 def test_decisions_are_those_of_float64(spread: float) -> None:
     """Scores much closer than float32 can distinguish, and hardly any tie."""
     images = torch.nn.functional.normalize(unit(1, 64, 0) + spread * unit(90, 64, 1)).double()
@@ -182,7 +183,7 @@ def test_decisions_are_those_of_float64(spread: float) -> None:
     wrong = scores.clone()
     wrong[rows, torch.arange(180)] = -9
     assert i2t.better.equal((wrong > best[:, None] + 1e-12).sum(1))
-    if spread == 1e-2:  # many right answers, most in doubt and hardly any a tie
+    if spread in (1e-2, 1e-3):  # many right answers, most in doubt and hardly any a tie
         many = torch.rand(90, 180, generator=torch.Generator().manual_seed(5)) < 0.3
         pairs = (many | (torch.arange(180) % 90 == torch.arange(90)[:, None])).nonzero().T
         for ranks, want in zip(
@@ -238,3 +239,34 @@ def test_an_image_drawn_twice_is_one_tie_in_any_tile() -> None:
     metrics = retrieval_metrics(images, images, torch.arange(33))
     assert metrics["tied"] == pytest.approx(100 * 2 / 33)
     assert metrics["rsum_max"] - metrics["rsum_min"] == pytest.approx(2 * 100 * 2 / 33)
+
+
+@pytest.mark.parametrize("width", [1, 8, 256, 257, 2048, 8192])
+def test_the_bound_holds_for_the_worst_sums(width: int) -> None:
+    """Equal signs and sizes round the most; the bound grows with the parts that are added."""
+    assert scoring._rounding(width) >= 1.05 * (min(width, 256) + width // 256) * 2.0**-24
+    generator = torch.Generator().manual_seed(0)
+    for images in (torch.ones(4, width), torch.rand(64, width, generator=generator)):
+        images = torch.nn.functional.normalize(images)
+        exact = images.double() @ images.double().T
+        assert (scoring._about(images, images).double() - exact).abs().max() <= scoring._rounding(
+            width
+        )
+
+
+def test_scores_are_multiplied_in_whole_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    about = scoring._about
+
+    def spy(images: Tensor, texts: Tensor) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return about(images, texts)
+
+    monkeypatch.setattr(scoring, "_about", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        rank_all(unit(5, 8, 0), unit(5, 8, 1), own_pairs(torch.arange(5)))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
