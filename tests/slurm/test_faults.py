@@ -309,7 +309,7 @@ def test_a_cancelled_job_saves_and_can_be_continued(
     _assert_exact(tmp_path, undisturbed[1])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_signals_of_scancel_and_a_controller_started_again_cost_nothing(
     cluster: Cluster, data: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
