@@ -1,5 +1,6 @@
 """An export in another library's layout gives our features there."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,16 @@ def test_sentence_transformers_loads_parts_without_trust(
     again = SentenceTransformer(str(tmp_path / "again"), device="cpu")
     kept = again.encode(long, convert_to_tensor=True)
     torch.testing.assert_close(kept, encoded, atol=1e-6, rtol=0)
+
+
+def test_without_sentence_transformers_its_modules_are_one_line(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, out = make(LINEAR), tmp_path / "out"
+    write_folder(out, made.model, made.tokenizer, made.shape, {})
+    monkeypatch.setitem(sys.modules, "sentence_transformers.base", None)
+    with pytest.raises(UserError, match=r"; pip install 'sentence-transformers>=6.2'$"):
+        add_sentence_transformers(out, made.model, made.shape, "name")
 
 
 def test_sentence_transformers_loads_any(make: Make, tmp_path: Path) -> None:
