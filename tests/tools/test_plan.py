@@ -64,7 +64,6 @@ CASES: list[list[str]] = [
     ["loss.bf16_products=true"],
     ["loss.bf16_products=true", "loss.transport=ring"],
     ["data.negatives=2"],
-    ["data.negatives=2", "loss.transport=ring"],
 ]
 
 
