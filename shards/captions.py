@@ -76,6 +76,27 @@ def first_captions(values: Sequence[Any]) -> Captions:
     return faulty
 
 
+def named_columns(text: str) -> dict[str, str]:
+    """Return the columns of captions in `alt=en,recaption`, each with its language or ""."""
+    pairs = (name.partition("=") for name in text.split(","))
+    return {column.strip(): language.strip() for column, _, language in pairs}
+
+
+def joined_captions(values: Sequence[Any], languages: Sequence[str]) -> Captions:
+    """Return the captions of several values, one after another, each in its language."""
+    found = [read_captions(value) for value in values]
+    if len(found) == 1 and not any(languages):
+        return found[0]
+    names = [
+        name
+        for captions, language in zip(found, languages, strict=True)
+        for name in captions.languages or [language] * len(captions.texts)
+    ]
+    texts = tuple(text for captions in found for text in captions.texts)
+    fault = next((captions.fault for captions in found if captions.fault), "")
+    return Captions(texts, tuple(names) if any(names) else (), fault)
+
+
 def fit_fields(fields: dict[str, Any], captions: Captions) -> None:
     """Bring the fields that say more about a sample's captions into the form that training reads.
 

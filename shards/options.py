@@ -21,7 +21,7 @@ _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "image_column": {"metavar": "NAME", "help": "column or field of the image's path [image]"},
     "caption_column": {
         "metavar": "NAMES",
-        "help": "column or field of captions; in tables also several, such as "
+        "help": "column or field of captions; in tables and jsonl also several, such as "
         "en_text=en,de_text=de [caption]",
     },
     "split_column": {"metavar": "NAME", "help": "column of the split"},

@@ -8,7 +8,14 @@ from typing import Any
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import short
-from dist_vse.shards.captions import first_captions, fit_fields, is_missing, named_languages
+from dist_vse.shards.captions import (
+    first_captions,
+    fit_fields,
+    is_missing,
+    joined_captions,
+    named_columns,
+    named_languages,
+)
 from dist_vse.shards.json_text import load_json
 from dist_vse.shards.record import Image, Record
 from dist_vse.shards.sources.paths import existing_folder, image_fault, image_in, open_list
@@ -27,16 +34,18 @@ def read_jsonl(
     """Yield a record for each line `{"image": path, "captions": [...], "split"?, "key"?}`.
 
     `"caption": "..."` stands for one caption, `"captions": {"en": [...], "de": "..."}` for those of
-    several languages; `caption_column` names another field. Paths start from `images`, or from the
-    file's folder; an image in base64 is copied into `scratch`. A line without a split is of `split`
-    (train by default). Other fields go into the sample's JSON. A line whose values can't be used is
-    a bad sample. The file may also be one JSON list of such objects.
+    several languages; `caption_column` names another field, or several as in `read_table`. Paths
+    start from `images`, or from the file's folder; an image in base64 is copied into `scratch`. A
+    line without a split is of `split` (train by default). Other fields go into the sample's JSON. A
+    line whose values can't be used is a bad sample. The file may also be one JSON list of such
+    objects.
 
     Raises UserError, naming the line, for what is no JSON object.
     """
     root = existing_folder(images) if images else path.parent
     stored = StoredImages(scratch)
-    reading = _Reading(root, split or "train", image_column, caption_column, stored)
+    columns = named_columns(caption_column) if caption_column else {}
+    reading = _Reading(root, split or "train", image_column, columns, stored)
     for where, fields in json_objects(path):
         yield reading.record(fields, where)
     stored.close()
@@ -84,14 +93,17 @@ class _Reading:
     root: Path
     split: str
     image_column: str
-    caption_column: str | None
+    captions: dict[str, str]  # fields that hold some, each with its language; empty: the usual ones
     stored: StoredImages
 
     def record(self, fields: dict[str, Any], where: str) -> Record:
         names = tuple(fields)
         name = fields.pop(self.image_column, None)
-        columns = [self.caption_column] if self.caption_column else ["captions", "caption"]
-        captions = first_captions([fields.pop(column, None) for column in columns])
+        if self.captions:
+            values = [fields.pop(column, None) for column in self.captions]
+            captions = joined_captions(values, list(self.captions.values()))
+        else:
+            captions = first_captions([fields.pop(name, None) for name in ("captions", "caption")])
         image, stem, fault = self._image(name, where, names)
         if not captions.texts and not fault:
             fault = captions.fault or (

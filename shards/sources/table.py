@@ -12,7 +12,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import short
 from dist_vse.data.index import image_id
 from dist_vse.data.sample_fields import NEGATIVES
-from dist_vse.shards.captions import cell_captions, is_missing
+from dist_vse.shards.captions import cell_captions, is_missing, named_columns
 from dist_vse.shards.public_url import public_url
 from dist_vse.shards.record import Image, Record, Url
 from dist_vse.shards.sources.paths import existing_folder, image_fault, image_in, url_fault
@@ -47,8 +47,7 @@ def read_table(
 
     Raises UserError for a missing column or broken quotes, naming the row.
     """
-    pairs = (name.partition("=") for name in caption_column.split(","))
-    languages = {column.strip(): language.strip() for column, _, language in pairs}
+    languages = named_columns(caption_column)
     more = (split_column, key_column, language_column, negatives_column)
     columns = _Columns(image_column, languages, *more)
     root = path if path.is_dir() else path.parent

@@ -188,3 +188,16 @@ def test_weights_that_draw_no_caption_are_bad() -> None:
     with pytest.raises(ValueError, match="are all 0: no caption could be drawn"):
         caption_weights({"caption_weights": [0, 0.0]}, 2)
     assert caption_weights({"caption_weights": [0, 1]}, 2) == (0.0, 1.0)
+
+
+def test_several_fields_of_a_line_are_joined_each_with_its_label(tmp_path: Path) -> None:
+    rows = [{"image": "a", "alt": "one", "re": ["two", ""]}, {"image": "b", "re": "three"}]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two = read_jsonl(path, caption_column="alt=alt,re=synthetic")
+    assert (one.captions, one.languages) == (("one", "two"), ("alt", "synthetic"))
+    assert (two.captions, two.languages) == (("three",), ("synthetic",))
+    one, two = read_jsonl(path, caption_column="alt,re")
+    assert (one.captions, one.languages) == (("one", "two"), ())
+    one, two = read_jsonl(path, caption_column="alt")
+    assert one.captions == ("one",) and two.fault.startswith("no caption (fields: image, re)")
