@@ -65,7 +65,8 @@ class Tiles:
         self.rows = _operand(rows)  # (b, d)
         self.total = positives.layout.total
         self.offset = positives.layout.own.start
-        self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        self.all_rows = slice(0, len(rows))
+        self.tf32 = torch.backends.cuda.matmul.allow_tf32
         self.duplicates = self.kernels.NONE.value
         self._codes = torch.empty(0, dtype=torch.int32, device=rows.device)  # (kinds, N)
         self._families: list[tuple[Tensor, ...]] = []
@@ -99,7 +100,7 @@ class Tiles:
             b, c, self.total, d, self.offset + rows.start, strip.columns.start,
             *(() if tolerance is None else (tolerance,)),
             **constants, duplicates=self.duplicates, kinds=len(self._codes),
-            precision=self.precision if images.dtype == torch.float32 else "tf32",
+            precision="tf32" if self.tf32 or images.dtype != torch.float32 else "tf32x3",
             height=blocks.height, width=blocks.width, depth=blocks.depth,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
@@ -115,14 +116,9 @@ class Tiles:
             new((tall, c), dtype=x) for x in of_columns
         ]
 
-    @property
-    def all_rows(self) -> slice:
-        """This rank's rows."""
-        return slice(0, len(self.rows))
-
     def blocks(self, kernel: str) -> Blocks:
         """Return a kernel's."""
-        return blocks_on(kernel, self.rows.dtype, self.rows.device)
+        return blocks_on(kernel, self.rows.dtype, self.rows.device, tf32=self.tf32)
 
     def _marks(self, rows: slice, strip: Block, blocks: Blocks) -> Tensor:
         """Return which tiles hold duplicates: the others pay for none."""
@@ -302,8 +298,7 @@ def _weights(
     tiles: Tiles, loss: Any, rows: slice, strip: Block, levels: tuple[Tensor, Tensor],
     slopes: tuple[Tensor, Tensor] | None = None, row_total: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient in the similarities (rows, c); pointers that a loss has no use for are
-    those that it has."""
+    """Return the gradient in the similarities (rows, c); unused pointers are copies of others."""
     out = tiles.rows.new_empty(rows.stop - rows.start, len(strip.features))
     total = levels[0] if row_total is None else row_total
     tiles.run("weights", rows, strip, *levels, *(slopes or levels), out, total, loss=loss.value)
@@ -339,8 +334,7 @@ def _strips(block: Block, operand: Tensor, step: int) -> Iterator[Block]:
 
 
 def _operand(features: Tensor) -> Tensor:
-    """Return features as kernels read them: the interpreter's products are wrong in bfloat16,
-    without a word, and float32 holds the same values."""
+    """Return features as kernels read them: in bfloat16 the interpreter's products are wrong."""
     return features if features.is_cuda else features.float()
 
 

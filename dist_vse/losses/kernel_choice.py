@@ -23,15 +23,16 @@ TRIED: Table = {}
 """What is tried now, in place of everything else; only autotuning fills it."""
 
 
-def blocks_on(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
+def blocks_on(kernel: str, dtype: torch.dtype, device: torch.device, *, tf32: bool) -> Blocks:
     """Return the blocks of a kernel on a device: timed ones where there are any."""
-    if tried := TRIED.get(key(kernel, dtype)):
+    name = key(kernel, dtype, tf32=tf32)
+    if tried := TRIED.get(name):
         return tried
     if device.type != "cuda":
         return INTERPRETED
     timed = read_blocks(cache_path(torch.cuda.get_device_name(device)))
     default = blocks_of(kernel, dtype, torch.cuda.get_device_capability(device))
-    return timed.get(key(kernel, dtype), default)
+    return timed.get(name, default)
 
 
 def blocks_of(kernel: str, dtype: torch.dtype, capability: tuple[int, int]) -> Blocks:

@@ -30,9 +30,10 @@ Table = dict[str, Blocks]
 """By `key`."""
 
 
-def key(kernel: str, dtype: torch.dtype) -> str:
-    """Return the name of a kernel's entry."""
-    return f"{kernel} {str(dtype).removeprefix('torch.')}"
+def key(kernel: str, dtype: torch.dtype, *, tf32: bool) -> str:
+    """Return the name of a kernel's entry; `tf32` says how float32 factors are multiplied."""
+    rounded = tf32 and dtype == torch.float32
+    return f"{kernel} {'tf32' if rounded else str(dtype).removeprefix('torch.')}"
 
 
 def cache_path(gpu: str) -> Path:

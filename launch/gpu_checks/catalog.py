@@ -16,9 +16,9 @@ class Check:
     """Who runs it: ALL ranks, a group of ONE, or a process without a group (NO_GROUP)."""
     gpus: int = 0
     """Fewest GPUs that it needs; 0 runs on a CPU too."""
-    patience: int = 1
-    """It may take so many times the limit: where Triton compiles at the first time, or a step of
-    many chunks is timed."""
+    warm_up: str = ""
+    """"module:name" of what compiles before it on a GPU, in a process of its own: a check is short
+    then, for both compilers keep what they made on disk."""
 
 
 CHECKS = {
@@ -26,16 +26,16 @@ CHECKS = {
     2: Check("ceilings", "machine:check_ceilings", gpus=1),
     3: Check("collectives", "links:check_collectives", ALL),
     4: Check("bandwidth", "links:check_bandwidth", ALL, gpus=2),
-    5: Check("replay", "encoders:check_replay", patience=2),
+    5: Check("replay", "encoders:check_replay", warm_up="encoders:compile_trunks"),
     6: Check("dtypes", "encoders:check_dtypes"),
     7: Check("exactness", "exactness:check_exactness", ALL),
-    8: Check("loss", "losses:check_loss", NO_GROUP, patience=2),
-    9: Check("step", "steps:check_step", patience=2),
+    8: Check("loss", "losses:check_loss", NO_GROUP, warm_up="losses:compile_timed"),
+    9: Check("step", "steps:check_step"),
     10: Check("input", "inputs:check_input", gpus=1),
     11: Check("determinism", "determinism:check_determinism"),
     12: Check("memory", "steps:check_memory"),
     13: Check("faults", "faults:check_faults", NO_GROUP),
-    14: Check("kernels", "losses:check_kernels", patience=3),
+    14: Check("kernels", "losses:check_kernels", warm_up="losses:compile_checked"),
 }
 
 AUTOTUNE = 0

@@ -26,7 +26,7 @@ def main(path: str) -> None:
     grouped = check.group != NO_GROUP
     with distributed.process_group() if grouped else contextlib.nullcontext():
         try:
-            finding = find(task.number)(task)
+            finding = load(check.warm_up if task.warm_up else check.function)(task)
         except UserError as error:
             finding = Finding(False, str(error))
         if distributed.is_main_process():
@@ -36,9 +36,9 @@ def main(path: str) -> None:
             distributed.barrier()
 
 
-def find(number: int) -> Callable[[Task], Finding]:
-    """Return a check's function; what it needs is imported here."""
-    module, _, name = find_check(number).function.partition(":")
+def load(function: str) -> Callable[[Task], Finding]:
+    """Return a check's function by "module:name"; what it needs is imported here."""
+    module, _, name = function.partition(":")
     found: Callable[[Task], Finding] = getattr(
         importlib.import_module(f"dist_vse.launch.gpu_checks.{module}"), name
     )

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dist_vse.launch.gpu_checks.processes import Ended, Place, run_ranks
 
 FORMAT = 1  # of the JSON
 LIMIT_S = 60.0
+WARM_UP = 4  # times the limit of a check, for compilers at their first time
 GRACE_S = 10.0  # for the other ranks, after one has failed
 OK, FAIL, SKIPPED = "ok", "FAIL", "skipped"
 
@@ -95,35 +96,48 @@ def find_place(device: str, ranks: int | None) -> Place:
 def run_check(number: int, place: Place, options: Options, earlier: Sequence[Row] = ()) -> Row:
     """Run one check in processes of its own; what goes wrong with it is its row."""
     check = find_check(number)
-    began, limit_s = time.monotonic(), check.patience * options.limit_s
+    began = time.monotonic()
+    figures: dict[str, Any] = {}
 
-    def row(status: str, words: str, figures: dict[str, Any] | None = None) -> Row:
+    def row(status: str, words: str, more: dict[str, Any] | None = None) -> Row:
         seconds = round(time.monotonic() - began, 1)
-        return Row(number, check.name, status, words, seconds, figures or {})
+        return Row(number, check.name, status, words, seconds, {**figures, **(more or {})})
 
     if check.gpus > place.gpus:
         return row(SKIPPED, "needs a GPU" if check.gpus == 1 else f"needs {check.gpus} GPUs")
+    task = Task(
+        number,
+        on_gpu=place.gpus > 0,
+        folder="",
+        limit_s=options.limit_s,
+        config=options.config,
+        overrides=list(options.overrides),
+        earlier={str(row.number): row.figures for row in earlier},
+    )
+    if check.warm_up and place.gpus:
+        found = _run(replace(task, warm_up=True, limit_s=WARM_UP * options.limit_s), place)
+        if not found.ok:
+            return row(FAIL, f"while compiling, before the check: {found.words}", found.figures)
+        figures["warm_up_s"] = round(time.monotonic() - began, 1)
+        began = time.monotonic()
+    found = _run(task, place)
+    return row(OK if found.ok else FAIL, found.words, found.figures)
+
+
+def _run(task: Task, place: Place) -> Finding:
+    """Run a check, or what compiles before it, in processes of its own."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        task = Task(
-            number,
-            on_gpu=place.gpus > 0,
-            folder=name,
-            limit_s=limit_s,
-            config=options.config,
-            overrides=list(options.overrides),
-            earlier={str(row.number): row.figures for row in earlier},
-        )
         path = folder / "task.json"
-        path.write_text(json.dumps(asdict(task)), encoding="utf-8")
-        ranks = {NO_GROUP: None, ALL: place.ranks}.get(check.group, 1)
+        path.write_text(json.dumps(asdict(replace(task, folder=name))), encoding="utf-8")
+        ranks = {NO_GROUP: None, ALL: place.ranks}.get(find_check(task.number).group, 1)
         arguments = ["-m", "dist_vse.launch.gpu_checks.child", str(path)]
+        limit_s = task.limit_s
         ended = run_ranks(arguments, ranks, place, folder, limit_s=limit_s, grace_s=GRACE_S)
         result = folder / RESULT
         if result.is_file() and not any(one.code for one in ended):
-            finding = Finding(**json.loads(result.read_text(encoding="utf-8")))
-            return row(OK if finding.ok else FAIL, finding.words, finding.figures)
-    return row(FAIL, explain(ended, limit_s), {"logs": [one.log[-4000:] for one in ended]})
+            return Finding(**json.loads(result.read_text(encoding="utf-8")))
+    return Finding(False, explain(ended, limit_s), {"logs": [one.log[-4000:] for one in ended]})
 
 
 def explain(ended: Sequence[Ended], limit_s: float) -> str:

@@ -14,6 +14,8 @@ class Task:
     """For files; it is removed after the check."""
     limit_s: float
     """Seconds after which the check is ended."""
+    warm_up: bool = False
+    """Only compile what the check will run."""
     config: str | None = None
     """A run's config; without one the checks of a step take a reference model."""
     overrides: list[str] = field(default_factory=list)

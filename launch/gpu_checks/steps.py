@@ -35,12 +35,14 @@ from dist_vse.training.flops import count_flops, peak_flops
 
 SHARE = 0.7  # of a step that the device should work at least
 WAITS = 2  # of the host for the device in a step, outside of DeepSpeed's own code
+SHARE_OF_LIMIT = 0.7  # by which a step must be foreseen to end
 SMALLER = (1, 4, 16)  # chunks are so many times smaller than the config's
 CLOSE = 0.15  # of a forecast
 
 
 def check_step(task: Task) -> Finding:
     """Time steps with three sizes of chunks; list where the host waits for the device."""
+    began = time.monotonic()
     config = reference_config(task)
     here = distributed.device()
     operations = _operations(config)
@@ -50,6 +52,10 @@ def check_step(task: Task) -> Finding:
     for chunk in sorted({max(1, largest // smaller) for smaller in SMALLER}, reverse=True):
         smaller = rig.changed(chunk)
         if chunk < largest:  # without a profile: their steps have very many kernels
+            # At most as many times longer as it has more kernels.
+            slower = largest // chunk * by_chunk[largest]["step_s"]
+            if time.monotonic() - began + slower > SHARE_OF_LIMIT * task.limit_s:
+                break
             step_s = _wall_seconds(smaller)
             by_chunk[chunk] = {"step_s": step_s}
         else:

@@ -12,7 +12,7 @@ import torch
 from dist_vse.common.errors import UserError
 from dist_vse.launch.gpu_checks import command, encoders
 from dist_vse.launch.gpu_checks.catalog import ALL, CHECKS
-from dist_vse.launch.gpu_checks.child import find
+from dist_vse.launch.gpu_checks.child import load
 from dist_vse.launch.gpu_checks.command import (
     FAIL,
     OK,
@@ -41,7 +41,7 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(650)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("number", CHECKS)
 def test_a_check_on_gpus(number: int) -> None:
@@ -56,7 +56,7 @@ def _run(numbers: list[int], folder: str) -> dict[int, Finding]:
         own = Path(folder, str(number))
         own.mkdir(exist_ok=True)
         task = Task(number, on_gpu=False, folder=str(own), limit_s=60)
-        found[number] = find(number)(task)
+        found[number] = load(CHECKS[number].function)(task)
     return found
 
 
@@ -156,6 +156,34 @@ def test_a_finding_of_a_fault_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(command, "run_ranks", run)
     row = run_check(6, CPU, Options())
     assert (row.status, row.words) == (FAIL, "rank 0 ended with code 1: ValueError: no")
+
+
+def test_what_compiles_first_is_not_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[bool, float]] = []
+
+    def run(task: Task, place: Place) -> Finding:
+        ran.append((task.warm_up, task.limit_s))
+        return Finding(not task.warm_up or not fails, "the compiler died", {"a": 1})
+
+    monkeypatch.setattr(command, "_run", run)
+    fails = False
+    row = run_check(14, Place(1, 2), Options())
+    assert ran == [(True, 240), (False, 60)] and row.status == OK and "warm_up_s" in row.figures
+    fails = True
+    row = run_check(14, Place(1, 2), Options())
+    assert (row.status, row.words) == (
+        FAIL,
+        "while compiling, before the check: the compiler died",
+    )
+    assert len(ran) == 3
+    run_check(14, CPU, Options())
+    assert len(ran) == 4, "a CPU compiles nothing"
+
+
+def test_every_warm_up_is_there() -> None:
+    for check in CHECKS.values():
+        if check.warm_up:
+            assert callable(load(check.warm_up))
 
 
 # Faults that the checks must find.

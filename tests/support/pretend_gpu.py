@@ -173,6 +173,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs = {key: False if key == "pin_memory" else value for key, value in kwargs.items()}
     real_args, real_kwargs = tree_map(_inner, (args, kwargs))
+    if name == "view" and not real_args[0].numel():
+        # A parameter that ZeRO 3 has released keeps its shape to C++, which asks for a view of it.
+        real_args = (real_args[0], real_args[0].shape)
     if name == "mm" and func._schema.overload_name.startswith("dtype"):
         made = real_args[0].float() @ real_args[1].float()  # bfloat16 factors, float32 sums
     else:
