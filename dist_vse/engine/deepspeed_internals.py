@@ -9,6 +9,7 @@ DeepSpeed that is not documented. An attribute that must be there is read by `_p
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -262,6 +263,14 @@ def quiet_log() -> None:
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
     log.addFilter(_is_news)
+
+
+def quiet_warnings() -> None:
+    """Ignore warnings at DeepSpeed's doing that a user can do nothing about."""
+    # It still calls collectives that PyTorch has renamed.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated")
+    # A GRU's weights lie in its flat buffers, and not as cuDNN would have them; every rank said so.
+    warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
 
 
 def _is_news(record: logging.LogRecord) -> bool:

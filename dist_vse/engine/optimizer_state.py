@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.host_copy import host_copy
 
 _PREFIX = "optim"
 _WHOLE, _GROUPS = "whole", "group"  # of optimizers that step whole parameters
@@ -52,10 +53,10 @@ def dump_state(
             if not torch.is_tensor(value):
                 continue  # SGD notes that it has no momentum yet
             if value.shape != fragment.flat.shape:
-                named[f"{_PREFIX}/{key}"] = value.detach().cpu().clone()
+                named[f"{_PREFIX}/{key}"] = host_copy(value)
             elif fragment.length:
                 name = f"{_PREFIX}/{key}/{fragment.name}/{fragment.start}"
-                named[name] = fragment.within(value).detach().cpu().clone()
+                named[name] = host_copy(fragment.within(value))
     return named
 
 
@@ -139,7 +140,7 @@ def _of_type(value: Tensor, type_name: str) -> Any:
 
 def _to_tensor(value: object) -> Tensor | None:
     if torch.is_tensor(value):
-        return value.detach().cpu().clone().contiguous()
+        return host_copy(value)
     return torch.tensor(value) if isinstance(value, bool | int | float) else None
 
 

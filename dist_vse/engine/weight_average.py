@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dist_vse.common.host_copy import host_copy
 from dist_vse.distributed import all_reduce_sum
 from dist_vse.engine.optimizer_state import Fragment, SavedFragments
 
@@ -42,7 +43,7 @@ class WeightAverage:
     def dump(self) -> dict[str, Tensor]:
         """Copy the averages of this rank's fragments to host memory, by name."""
         return {
-            f"{_PREFIX}/{_KEY}/{fragment.name}/{fragment.start}": values.cpu().clone()
+            f"{_PREFIX}/{_KEY}/{fragment.name}/{fragment.start}": host_copy(values)
             for fragment, values in self._pieces(self._averages)
         }
 

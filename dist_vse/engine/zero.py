@@ -7,7 +7,6 @@ that silently change the numbers are always set: `gradient_clipping` (its defaul
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -398,8 +397,7 @@ def _import_deepspeed() -> Any:
     internals.skip_shared_memory_operator()
     internals.time_collectives(deepspeed.comm)
     internals.quiet_log()
-    # It still calls collectives that PyTorch has renamed: nothing that a user can mend.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated")
+    internals.quiet_warnings()
     deepspeed.init_distributed(
         dist_backend="nccl" if torch.cuda.is_available() else "gloo",
         auto_mpi_discovery=False,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dist_vse import distributed
 from dist_vse.common.errors import UserError, first_line, writing
 from dist_vse.common.files import fsync_path, sha256_of_file
+from dist_vse.common.host_copy import host_copy
 from dist_vse.common.log import logger
 from dist_vse.common.random_state import RandomState, random_state, restore
 from dist_vse.common.reading import BadFileError, is_count, is_number, read_json
@@ -331,7 +332,7 @@ def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _whole_weights(module: nn.Module) -> Tensors:
     # Cloned: safetensors refuses tensors that share memory, as tied weights do.
-    return {name: v.detach().cpu().contiguous().clone() for name, v in _named(module)}
+    return {name: host_copy(v) for name, v in _named(module)}
 
 
 def _rank_file(rank: int) -> str:

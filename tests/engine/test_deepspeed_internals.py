@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +387,19 @@ def _messages_of_deepspeed(quiet: bool) -> list[str]:
     logging.getLogger("DeepSpeed").addHandler(messages)
     _engine(1)
     return messages.texts
+
+
+def test_quiet_warnings() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        internals.quiet_warnings()
+        warnings.warn(
+            "RNN module weights are not part of single contiguous chunk of memory. This means they "
+            "need to be compacted at every call",
+            stacklevel=1,
+        )
+        warnings.warn("another", stacklevel=1)
+    assert [str(one.message) for one in seen] == ["another"]
 
 
 def test_quiet_log() -> None:

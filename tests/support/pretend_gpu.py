@@ -3,7 +3,7 @@
 Every operator really runs, on the CPU tensor inside, so code whose path depends on its data works.
 What a run on a CPU hides is seen here: tensors of host and device in one operator, and each time
 the host waits for the device. Not seen: cuDNN, autocast, streams, time. C++ sees CPU tensors.
-DeepSpeed, if it is imported, finds the GPU too. ZeRO 3 can't run: it changes the shapes of tensors.
+DeepSpeed, if it is imported, finds the GPU too.
 """
 
 import contextlib
