@@ -23,6 +23,7 @@ from benchmarks.support.batch_runs import (
     half_interval,
     next_rate,
     read_curve,
+    read_noise_scale,
     read_test,
     tried,
 )
@@ -38,8 +39,10 @@ def run(args: argparse.Namespace) -> Result:
     if not cells:
         raise UserError(f"{folder}: no finished runs; make them with `benchmarks.batch_search`")
     for cell in cells:
-        cell["samples_to"] = samples_to(cell, args.target)
-    figures = {"samples": SAMPLES, "target": args.target, "cells": cells}
+        cell["samples_to"] = {f"{t:g}": samples_to(cell, t) for t in args.target}
+    for cell in cells:  # all losses cost about as much, and the machine was shared
+        cell["pairs_per_s"] = max(c["pairs_per_s"] for c in cells if c["batch"] == cell["batch"])
+    figures = {"samples": SAMPLES, "cells": cells}
     if args.picture is not None:
         Path(args.picture).write_text(draw(cells), encoding="utf-8")
     tables = [
@@ -51,17 +54,9 @@ def run(args: argparse.Namespace) -> Result:
             "best rate on val", cells, batches, lambda cell: cell["best"] + "?" * cell["at_edge"],
             "? the best rate lies at an edge of those tried.",
         ),
-        _by_batch(
-            f"pairs seen until rsum {args.target:g} on test, in thousands", cells, batches, _pairs,
-            "Between two evaluations, a straight line; mean of the curves of the further seeds. "
-            "none: not reached.",
-        ),
-        _by_batch(
-            f"seconds of training until rsum {args.target:g}, one process of one thread", cells,
-            batches, _seconds,
-            "By the pairs a second of the fastest run of the cell: the machine was shared.",
-        ),
+        *(_until(cells, batches, f"{target:g}") for target in args.target),
         _rates(cells),
+        *(t for target in args.target for t in _predictions(folder, cells, f"{target:g}")),
     ]  # fmt: skip
     return Result(figures, tables)
 
@@ -74,6 +69,8 @@ def read_cell(folder: Path, loss: str, batch: int) -> dict[str, Any] | None:
     rate = best_rate(found)
     repeated = [Cell(loss, batch, rate, seed) for seed in SEEDS]
     curves = [c for cell in repeated if (c := read_curve(folder, cell, "test"))]
+    searched = read_curve(folder, Cell(loss, batch, rate))
+    assert searched is not None, "the best rate came to its end"
     first = read_test(folder, Cell(loss, batch, rate))
     speeds = [
         SAMPLES / curve.seconds
@@ -89,9 +86,9 @@ def read_cell(folder: Path, loss: str, batch: int) -> dict[str, Any] | None:
         "at_edge": next_rate(found) is not None,
         "val": found[rate],
         "test": ([first] if first is not None else []) + [curve.end for curve in curves],
-        "curve_samples": curves[0].samples if curves else [],
-        "curve_rsum": [statistics.fmean(at) for at in zip(*(c.rsum for c in curves), strict=True)],
-        "pairs_per_s": max(speeds, default=None),
+        "curve_samples": searched.samples,
+        "curve_rsum": searched.rsum,
+        "pairs_per_s": max(speeds, default=0.0),
     }
 
 
@@ -112,16 +109,6 @@ def _rsum(cell: dict[str, Any]) -> str:
     return f"{statistics.fmean(values):.1f}" + ("*" if half is None else f" ± {half:.1f}")
 
 
-def _pairs(cell: dict[str, Any]) -> str:
-    needed = cell["samples_to"]
-    return "none" if needed is None else f"{needed / 1000:.1f}"
-
-
-def _seconds(cell: dict[str, Any]) -> str:
-    needed, speed = cell["samples_to"], cell["pairs_per_s"]
-    return "none" if needed is None or speed is None else f"{needed / speed:.1f}"
-
-
 def _by_batch(
     title: str, cells: list[dict[str, Any]], batches: list[int], text: Any, note: str
 ) -> Table:
@@ -132,6 +119,23 @@ def _by_batch(
         if any(row):
             table.add_row(loss, *("" if cell is None else text(cell) for cell in row))
     return table
+
+
+def _until(cells: list[dict[str, Any]], batches: list[int], target: str) -> Table:
+    def text(cell: dict[str, Any]) -> str:
+        needed, speed = cell["samples_to"][target], cell["pairs_per_s"]
+        if needed is None:
+            return "none"
+        return f"{needed / 1000:.1f} ({needed / speed:.1f} s)"
+
+    return _by_batch(
+        f"thousand pairs seen until rsum {target} on val, seed 0",
+        cells,
+        batches,
+        text,
+        "Straight lines between the evaluations. In brackets: seconds of one process with one "
+        "thread, at the speed of the fastest run at that batch, since the machine was shared.",
+    )
 
 
 def _rates(cells: list[dict[str, Any]]) -> Table:
@@ -147,3 +151,38 @@ def _rates(cells: list[dict[str, Any]]) -> Table:
         values = (texts.get(rate, "") for rate in used)
         table.add_row(cell["loss"], f"{cell['batch']:,}", *values)
     return table
+
+
+def _predictions(folder: Path, cells: list[dict[str, Any]], target: str) -> list[Table]:
+    """Compare the samples that the batch report predicts for other batches with the trainings.
+
+    The prediction is that of McCandlish et al. (2018): n + B pairs at a batch of n, for a noise
+    scale of B, up to a factor that is the same for all n.
+    """
+    known = {(cell["loss"], cell["batch"]): cell for cell in cells}
+    table = Table(
+        f"pairs until rsum {target}, as a multiple of those of the run with the batch report",
+        ("loss, batch of the report", "noise scale", "to batch", "predicted", "trained", "error"),
+        note="Error: predicted over trained, less 1. The bounds are two standard errors.",
+    )
+    for (loss, batch), cell in known.items():
+        scale = read_noise_scale(folder, loss, batch, cell["best"])
+        here = cell["samples_to"][target]
+        if scale is None or here is None:
+            continue
+        cell["noise_scale"] = scale._asdict()
+        for (other_loss, other), there in known.items():
+            needed = there["samples_to"][target]
+            if other_loss != loss or other == batch or needed is None:
+                continue
+            ratio = (other + scale.pairs) / (batch + scale.pairs)
+            trained = needed / here
+            table.add_row(
+                f"{loss}, {batch:,}",
+                f"{scale.pairs:,.0f} ({scale.low:,.0f} to {scale.high:,.0f})",
+                f"{other:,}",
+                f"{ratio:.2f}",
+                f"{trained:.2f}",
+                f"{ratio / trained - 1:+.0%}",
+            )
+    return [table] if table.rows else []

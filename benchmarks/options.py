@@ -179,7 +179,11 @@ def _add_batch(batch: argparse.ArgumentParser) -> None:
         help="[%(default)s]",
     )
     batch.add_argument(
-        "--target", type=float, default=150.0, help="rsum whose samples are counted [150]"
+        "--target",
+        type=float,
+        nargs="+",
+        default=[100.0, 150.0],
+        help="values of rsum until which samples are counted [100 150]",
     )
     batch.add_argument("--picture", metavar="FILE", help="write the curve as SVG")
 

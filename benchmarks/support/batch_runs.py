@@ -8,11 +8,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import ROOT
 from dist_vse.common.errors import UserError
 from dist_vse.common.reading import json_lines, read_json
 from dist_vse.runs.files import METRICS_NAME, RESULT_NAME
+from dist_vse.tools.report.batch import LINES, MIN_LINES, gain
 
 CONFIG = ROOT / "configs" / "sweep_batch.yaml"
 CLUSTER = ROOT / "configs" / "clusters" / "one_process.yaml"
@@ -22,6 +24,7 @@ WARMUP = "loss.warmup_samples=21845"  # a third of the run, from the mean of vio
 SAMPLES = 65_536  # pairs of every run, as the config says
 EVALUATIONS = 8  # of a run
 GUESS = {64: 5, 256: 6, 512: 6, 1024: 6, 2048: 6, 4096: 5}  # rate at the middle of the first three
+REPORT, REPORT_LINES, REPORT_CHUNKS = "report", 32, 8  # runs with the batch report
 T_95 = {2: 12.706, 3: 4.303}  # Student's t, two-sided, by the number of seeds
 SEEDS = (1, 2)  # of the best rate, beside the seed 0 of the search
 
@@ -42,6 +45,14 @@ class Cell:
             f"loss.name={self.loss},global_batch_size={self.batch},optim.lr={self.rate},"
             f"seed={self.seed}"
         )
+
+
+class NoiseScale(NamedTuple):
+    """The gradient's noise scale in pairs, and its bounds by two standard errors."""
+
+    pairs: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -192,6 +203,36 @@ def half_interval(values: list[float]) -> float | None:
     if len(values) < 2:
         return None
     return T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def report_best(
+    folder: Path,
+    losses: Sequence[str],
+    batches: Sequence[int],
+    settings: Sequence[str],
+    *,
+    parallel: int,
+) -> None:
+    """Train the best rate once more with `batch_report`, into `folder`/report."""
+    for batch in batches:
+        cells = [Cell(loss, batch, best_rate(tried(folder, loss, batch))) for loss in losses]
+        every = f"log_every={max(1, SAMPLES // batch // REPORT_LINES)}"
+        report = [*settings, "batch_report=true", f"chunk_size={batch // REPORT_CHUNKS}", every]
+        run_missing(folder / REPORT, cells, report, parallel)
+
+
+def read_noise_scale(folder: Path, loss: str, batch: int, rate: str) -> NoiseScale | None:
+    """Return what the batch report of a run says; None without one."""
+    path = folder / REPORT / Cell(loss, batch, rate).name / METRICS_NAME
+    if not path.is_file():
+        return None
+    lines = [line for _, line in json_lines(path) if "noise" in line][-LINES:]
+    found = gain(lines, batch) if len(lines) >= MIN_LINES else None
+    if found is None:
+        return None
+    share, error = found
+    low, high = (min(1.0, max(1e-9, share + sign * 2 * error)) for sign in (1, -1))
+    return NoiseScale(*(batch * (1 / x - 1) for x in (share, low, high)))
 
 
 def _dist_vse(*arguments: str) -> None:
