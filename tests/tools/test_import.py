@@ -16,8 +16,11 @@ from torchvision import models
 
 from dist_vse import cli
 from dist_vse.common.errors import UserError
-from dist_vse.models.tokenizer import WordTokenizer
+from dist_vse.config import LossConfig
+from dist_vse.models.build import build_model
+from dist_vse.models.tokenizer import AnyWords, WordTokenizer
 from dist_vse.runs.trained import open_trained
+from dist_vse.tools.convse.names import model_shape, renamed
 from dist_vse.tools.convse.vocabulary import read_vocabulary
 from tests.support.datasets import write_dataset
 
@@ -136,6 +139,21 @@ def test_what_does_not_fit_is_refused(
     assert cli.main(["import", "convse", str(checkpoint), str(out), *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_a_model_of_precomputed_features_has_theirs(tmp_path: Path) -> None:
+    image, text = _states(mlp=False)
+    image = {"fc.weight": torch.randn(24, 7), "fc.bias": torch.randn(24)}
+    shape = model_shape(image, text, "")
+    assert shape.image.kind == "vectors" and shape.image.size == 7
+    model = build_model(shape, LossConfig(), AnyWords(len(WORDS) + 4)).eval()
+    given = model.load_state_dict(renamed(image, text), strict=False)
+    assert {*given.missing_keys} == {"log_scale", "bias"} and not given.unexpected_keys
+    vectors = torch.randn(5, 7)
+    hidden = functional.linear(vectors, image["fc.weight"], image["fc.bias"])
+    with torch.no_grad():
+        ours = model.encode_images(vectors)
+    assert torch.allclose(ours, functional.normalize(hidden, dim=1), atol=1e-6)
 
 
 class _Evil:

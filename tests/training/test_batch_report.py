@@ -126,6 +126,7 @@ def test_the_report_says_the_gain_with_its_uncertainty() -> None:
     record = Record("run", config, Metrics(Lines(), Lines(), lines, ""), [], None, None)
     page = batch_section(record)
     assert "<td>100</td><td>50% ± 2%</td>" in page and "<td>1,600</td><td>94%" in page
+    assert "<td>53%</td><td>850%</td>" in page  # steps and pairs for the same
     assert "<td>8</td><td>20.0% ± 0.0%</td>" in page
     few = Metrics(Lines(), Lines(), lines[:2], "")
     assert batch_section(Record("run", config, few, [], None, None)) == ""

@@ -21,7 +21,7 @@ from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import WEIGHTS, Progress
 from dist_vse.runs.files import CHECKPOINTS, VOCABULARY_NAME
 from dist_vse.runs.folder import write_config
-from dist_vse.tools.convse.names import model_shape, renamed
+from dist_vse.tools.convse.names import is_precomputed, model_shape, renamed
 from dist_vse.tools.convse.vocabulary import read_vocabulary, tokenizer_of
 
 _NAMES = {
@@ -49,7 +49,7 @@ def import_checkpoint(path: Path, out: Path, *, vocabulary: Path, data: str) -> 
         raise UserError(f"{path}: --measure {options['measure']} has no counterpart here")
     image, text = content["model"]
     try:
-        shape = model_shape(image, text, _trunk(options))
+        shape = model_shape(image, text, "" if is_precomputed(image) else _trunk(options))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     words = tokenizer_of(read_vocabulary(vocabulary), shape.text.max_tokens)

@@ -1,7 +1,8 @@
 """The authors' parameters by our names.
 
 Their image encoder is `cnn` (a ResNet within DataParallel), `fc` and, where ConVSE's MLP is used,
-`g_I`; their text encoder is `embed`, `rnn` and `g_T`. VSE++ has the same without the MLPs.
+`g_I`; their text encoder is `embed`, `rnn` and `g_T`. VSE++ has the same without the MLPs. An image
+encoder of precomputed features is `fc` alone.
 https://github.com/anuragjain96/ConVsepp, https://github.com/fartashf/vsepp
 """
 
@@ -16,6 +17,11 @@ from dist_vse.config import ImageConfig, ModelConfig, TextConfig
 State = Mapping[str, Tensor]
 
 
+def is_precomputed(image: State) -> bool:
+    """Return whether an image encoder takes precomputed features."""
+    return not any(name.startswith("cnn.") for name in image)
+
+
 def model_shape(image: State, text: State, cnn: str) -> ModelConfig:
     """Return the model that these weights are of; `cnn` is the trunk's name, such as resnet152.
 
@@ -28,21 +34,22 @@ def model_shape(image: State, text: State, cnn: str) -> ModelConfig:
     has_mlp = "g_I.0.weight" in image
     if has_mlp != ("g_T.0.weight" in text):
         raise UserError("one encoder has an MLP and the other has none: not a checkpoint of ConVSE")
-    if not any(name.startswith("cnn.module.") for name in image):
-        raise UserError(
-            "it holds no ResNet (cnn.module.*): checkpoints of VGG or of precomputed features "
-            "can't be imported"
-        )
-    size = image["fc.weight"].shape[0]
-    width = text["rnn.weight_hh_l0"].shape[1]
-    return ModelConfig(
-        image=ImageConfig(
+    size, numbers = image["fc.weight"].shape
+    if is_precomputed(image):
+        ours = ImageConfig(kind="vectors", size=numbers)
+    elif any(name.startswith("cnn.module.") for name in image):
+        ours = ImageConfig(
             name=cnn,
             crop_share=0.875,
             resampling="bilinear",
             normalize=True,
             projection=size if has_mlp else 0,
-        ),
+        )
+    else:
+        raise UserError("it holds no ResNet (cnn.module.*): checkpoints of VGG can't be imported")
+    width = text["rnn.weight_hh_l0"].shape[1]
+    return ModelConfig(
+        image=ours,
         text=TextConfig(
             kind="gru",
             word_dim=text["embed.weight"].shape[1],
@@ -70,6 +77,8 @@ def renamed(image: State, text: State) -> dict[str, Tensor]:
     has_mlp = "g_I.0.weight" in image
     # Behind the normalisation: the map, hidden layer, ReLU, dropout, last layer; or dropout, map.
     places = {"fc": 1, "g_I.0": 2, "g_I.2": 5} if has_mlp else {"fc": 2}
+    if is_precomputed(image):  # their features are not normalised: dropout, map
+        places = {"fc": 1}
     layers = {f"image.head.{place}": (image, name) for name, place in places.items()}
     if has_mlp:
         layers |= {"text.head.0": (text, "g_T.0"), "text.head.3": (text, "g_T.2")}

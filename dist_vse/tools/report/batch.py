@@ -15,7 +15,7 @@ def batch_section(record: Record) -> str:
     if len(lines) < MIN_LINES:
         return ""
     total = record.config.global_batch_size
-    rows = "".join(_row(lines, total * factor) for factor in (1, 4, 16))
+    rows = "".join(_row(lines, total, factor) for factor in (1, 4, 16))
     biases = "".join(
         f"<tr><td>{size:,}</td><td>{mean:.1%} ± {error:.1%}</td></tr>"
         for size, mean, error in _biases(lines)
@@ -30,7 +30,8 @@ def batch_section(record: Record) -> str:
     return (
         "<h2>The batch</h2><p>A step's gain, of what it would be with endlessly many pairs, by "
         f"the gradient's noise in the newest {len(lines)} log steps; ± is two standard errors.</p>"
-        f"<table><tr><th>pairs</th><th>gain of a step</th></tr>{rows}</table>{few}"
+        f"<table><tr><th>pairs</th><th>gain of a step</th><th>steps for the same</th>"
+        f"<th>pairs seen for the same</th></tr>{rows}</table>{few}"
         '<p class="note">The noise is that of the last layers of both heads, and the gain is for '
         "small steps at the best rate. docs/explain/batch.md defines both estimates.</p>"
     )
@@ -58,10 +59,18 @@ def gain(lines: Sequence[Line], size: int) -> tuple[float, float] | None:
     return whole, math.sqrt(spread)
 
 
-def _row(lines: Sequence[Line], size: int) -> str:
-    found = gain(lines, size)
-    text = f"{found[0]:.0%} ± {2 * found[1]:.0%}" if found else "not known: too much noise"
-    return f"<tr><td>{size:,}</td><td>{text}</td></tr>"
+def _row(lines: Sequence[Line], total: int, factor: int) -> str:
+    here, there = gain(lines, total), gain(lines, total * factor)
+    if here is None or there is None:
+        return f"<tr><td>{total * factor:,}</td><td>not known: too much noise</td><td/><td/></tr>"
+    steps = here[0] / there[0]
+    cells = (
+        f"{total * factor:,}",
+        f"{there[0]:.0%} ± {2 * there[1]:.0%}",
+        f"{steps:.0%}",
+        f"{steps * factor:.0%}",
+    )
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _biases(lines: Sequence[Line]) -> list[tuple[int, float, float]]:
