@@ -14,7 +14,7 @@ from benchmarks import ROOT
 from dist_vse.common.errors import UserError
 from dist_vse.common.reading import json_lines, read_json
 from dist_vse.runs.files import METRICS_NAME, RESULT_NAME
-from dist_vse.tools.report.batch import LINES, MIN_LINES, gain
+from dist_vse.tools.report.batch import MIN_LINES, gain
 
 CONFIG = ROOT / "configs" / "sweep_batch.yaml"
 CLUSTER = ROOT / "configs" / "clusters" / "one_process.yaml"
@@ -25,6 +25,7 @@ SAMPLES = 65_536  # pairs of every run, as the config says
 EVALUATIONS = 8  # of a run
 GUESS = {64: 5, 256: 6, 512: 6, 1024: 6, 2048: 6, 4096: 5}  # rate at the middle of the first three
 REPORT, REPORT_LINES, REPORT_CHUNKS = "report", 32, 8  # runs with the batch report
+LINES = 20  # log steps of a batch report, the newest: as many as the report page takes
 T_95 = {2: 12.706, 3: 4.303}  # Student's t, two-sided, by the number of seeds
 SEEDS = (1, 2)  # of the best rate, beside the seed 0 of the search
 
