@@ -149,6 +149,14 @@ def _add_order(order: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_recipes(recipes: argparse.ArgumentParser) -> None:
+    recipes.add_argument("--processes", type=int, default=2, help="ranks on this machine [2]")
+    recipes.add_argument("--batch", type=int, default=128, help="global batch [128]")
+    recipes.add_argument("--chunk", type=int, default=32, help="pairs a chunk [32]")
+    recipes.add_argument("--rounds", type=int, default=3, help="measurements of every case [3]")
+    recipes.add_argument("--steps", type=int, default=1, help="timed steps of each [1]")
+
+
 def _add_install(install: argparse.ArgumentParser) -> None:
     install.add_argument(
         "--extras",
@@ -210,6 +218,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "order": ("what an epoch misses and repeats", _add_order),
     "peers": ("OpenCLIP's trainer and ours, end to end", _add_peers),
     "batch": ("rsum against batch for each loss, from trainings", _add_batch),
+    "recipes": ("a step's time and memory with each option of training", _add_recipes),
     "install": ("what dist_vse and its extras take on disk", _add_install),
     "conformance": ("gradients of OpenCLIP, sentence-transformers, GradCache", _add_conformance),
     "large": ("commands that read many or large files", _add_large),

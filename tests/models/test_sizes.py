@@ -10,14 +10,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_vse.common.errors import UserError
-from dist_vse.config import ImageConfig, LossConfig, ModelConfig, TextConfig, TrainConfig
+from dist_vse.config import (
+    DataConfig,
+    ImageConfig,
+    LossConfig,
+    ModelConfig,
+    TextConfig,
+    TrainConfig,
+)
+from dist_vse.data.streams import open_train_sets
 from dist_vse.engine.plain import PlainEngine
 from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.image import set_training_input
 from dist_vse.models.positions import fit_positions
-from dist_vse.models.tokenizer import AnyWords
+from dist_vse.models.tokenizer import AnyWords, WordTokenizer
+from dist_vse.runs.checkpoint import Progress
+from dist_vse.training.batches import build_train_batches
 from dist_vse.training.grad_cache import train_step
 from tests.support.datasets import write_dataset
 from tests.support.distributed import run_distributed
@@ -109,6 +119,21 @@ def test_positions_are_fitted_to_another_size_and_kept_at_their_own() -> None:
     torch.testing.assert_close(rows[[0, -1]], old[[0, -1]])
     shorter = fit_positions(before, _model(image, max_tokens=5))
     assert torch.equal(shorter["text.trunk.positions.weight"], old[:5])
+
+
+def test_the_batches_are_those_of_a_run_without_a_schedule(tmp_path: Path) -> None:
+    write_dataset(tmp_path, {"train": 32}, captions=1)
+    image = ImageConfig(name="test_vit", size=32)
+    found = []
+    for trunk in (image, replace(image, size_schedule=SCHEDULE, patch_drop=0.5)):
+        data = DataConfig(index=str(tmp_path), num_workers=0)
+        config = TrainConfig(global_batch_size=16, data=data, model=ModelConfig(image=trunk))
+        words, sets = WordTokenizer(["a"], 8), open_train_sets(data)
+        batches = build_train_batches(config, sets, words, Progress(0, 0, []))
+        found.append([next(batches) for _ in range(2)])
+    for plain, scheduled in zip(*found, strict=True):
+        assert torch.equal(plain.image_ids, scheduled.image_ids)
+        assert torch.equal(plain.images, scheduled.images)
 
 
 @pytest.mark.slow

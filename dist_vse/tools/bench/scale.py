@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         _finish(args, {**reports[0], "rows": join([report["rows"] for report in reports])})
         return 0
     if "RANK" not in os.environ:
-        _finish(args, _report(args, _on_this_machine(_plan(args, args.processes), _budget(args))))
+        _finish(args, _report(args, measure_here(_plan(args, args.processes), _budget(args))))
         return 0
     setup_logging()
     with distributed.process_group():
@@ -76,7 +76,7 @@ def _budget(args: argparse.Namespace) -> Budget:
     return Budget(args.rounds, args.steps, args.stream)
 
 
-def _on_this_machine(cases: Sequence[Case], budget: Budget) -> list[Row]:
+def measure_here(cases: Sequence[Case], budget: Budget) -> list[Row]:
     """Start the processes of all cases; cases of one size, and independent runs, take turns."""
     # All are forked from one server, which has paid for the imports.
     os.environ["DS_ACCELERATOR"] = "cpu"
