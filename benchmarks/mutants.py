@@ -44,6 +44,14 @@ class Mutant:
 LOSSES, TESTS = "dist_vse/losses", "tests/losses"
 MUTANTS = (
     Mutant(
+        "ema-in-samples",
+        "dist_vse/engine/weight_average.py",
+        "-math.expm1(-batch / self._samples)",
+        "batch / self._samples",
+        "tests/engine/test_weight_average.py",
+        "exponential",
+    ),
+    Mutant(
         "softmax-safe",
         f"{LOSSES}/softmax.py",
         "SAFE = 86.0",

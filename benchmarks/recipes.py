@@ -25,18 +25,11 @@ OPTIONS = {
     "`ema.samples: 100000`": ["ema.samples=100000"],
     "`optim.layer_decay: 0.75`": ["optim.layer_decay=0.75"],
     "`model.lora.rank: 8` (images)": ["model.lora.rank=8"],
-    "`model.image.frozen: true`": ["model.image.frozen=true"],
-    "the same, `unlocked: 2`": ["model.image.frozen=true", "model.image.unlocked=2"],
     "`model.image.patch_drop: 0.5`": ["model.image.patch_drop=0.5"],
-    "images of 32 pixels, not 48": ["model.image.size=32"],
+    "`model.image.size: 32`, not 48": ["model.image.size=32"],
     "`loss.widths: [64, 128]`": ["loss.widths=[64,128]"],
-    "`loss.ignore_above: 0.1`": ["loss.ignore_above=0.1"],
-    "`optim.name: lion`": ["optim.name=lion"],
-    "`engine.zero_stage: 0`": ["engine.zero_stage=0"],
-    "the same, `optim.name: lamb`": ["engine.zero_stage=0", "optim.name=lamb"],
     "`engine.zero_stage: 3`": ["engine.zero_stage=3"],
     "the same, `ema.samples: 100000`": ["engine.zero_stage=3", "ema.samples=100000"],
-    "`engine.name: fsdp2`": ["engine.name=fsdp2"],
 }
 
 

@@ -182,7 +182,8 @@ def _disk(checkup: Checkup) -> str:
     folder = _writable(config)
     whole, trained = checkup.sizes
     kept = config.keep_checkpoints + config.keep_best + 1  # one more while it is written
-    needed = 4 * (whole + config.state_tensors * trained) * kept / GIB
+    weights = trained if config.model.lora.rank else whole  # adapters come without their base
+    needed = 4 * (weights + config.state_tensors * trained) * kept / GIB
     free = shutil.disk_usage(folder).free / GIB
     words = f"{kept} checkpoints take {needed:.2f} GiB, {folder} has {free:.2f}"
     if needed > free:
