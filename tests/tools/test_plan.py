@@ -23,9 +23,16 @@ from dist_vse.tools.plan.choose import MARGIN, check_batch, choose, explain, pri
 from dist_vse.tools.plan.count import count_work
 from dist_vse.tools.plan.hardware import LinkConfig, load_hardware
 from dist_vse.tools.plan.memory import Place, fullest, moments
+from dist_vse.tools.plan.seconds import loss_seconds
 from dist_vse.tools.plan.settings import Settings, settings_of
 from dist_vse.tools.plan.step_memory import StepMemory, step_memory
-from dist_vse.tools.plan.traffic import Collective, engine_collectives, loss_collectives, sent_bytes
+from dist_vse.tools.plan.traffic import (
+    Collective,
+    engine_collectives,
+    feature_collectives,
+    loss_collectives,
+    sent_bytes,
+)
 from tests.support.distributed import run_distributed
 from tests.support.plans import GPU, WORK, case
 
@@ -95,6 +102,20 @@ def test_bytes_and_memory_are_those_of_the_real_step() -> None:
         assert rest == pytest.approx(engine, rel=0.05 if chosen.zero_stage == 3 else 0.001), words
         predicted = fullest(moments(work, chosen, Place(on_cpu=True))).total
         assert predicted == pytest.approx(peak, rel=0.1), words
+
+
+def test_texts_without_an_image_are_further_columns() -> None:
+    plain, more = (
+        settings_of(case(words), global_batch=32, world_size=2, on_cpu=True)
+        for words in ([], ["data.negatives=2"])
+    )
+    assert more.columns == 3 * plain.columns == 96
+    assert sent_bytes(feature_collectives(more, 16), 2) == 3 * sent_bytes(
+        feature_collectives(plain, 16), 2
+    )
+    assert loss_seconds(WORK, more, GPU) == pytest.approx(3 * loss_seconds(WORK, plain, GPU))
+    fuller, full = (fullest(moments(WORK, s, Place(on_cpu=True))) for s in (more, plain))
+    assert fuller.total > full.total
 
 
 _SETTINGS = st.builds(
