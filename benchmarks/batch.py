@@ -21,6 +21,7 @@ from benchmarks.support.batch_runs import (
     Cell,
     best_rate,
     half_interval,
+    has_report,
     next_rate,
     read_curve,
     read_noise_scale,
@@ -163,14 +164,19 @@ def _predictions(folder: Path, cells: list[dict[str, Any]], target: str) -> list
     table = Table(
         f"pairs until rsum {target}, as a multiple of those of the run with the batch report",
         ("loss, batch of the report", "noise scale", "to batch", "predicted", "trained", "error"),
-        note="Error: predicted over trained, less 1. The bounds are two standard errors.",
+        note="Error: predicted over trained, less 1. The bounds are two standard errors. The noise "
+        "scale is that of the steps until the same rsum; not known: the report can't distinguish "
+        "the gradient from zero.",
     )
     for (loss, batch), cell in known.items():
-        scale = read_noise_scale(folder, loss, batch, cell["best"])
         here = cell["samples_to"][target]
-        if scale is None or here is None:
+        if here is None or not has_report(folder, loss, batch, cell["best"]):
             continue
-        cell["noise_scale"] = scale._asdict()
+        scale = read_noise_scale(folder, loss, batch, cell["best"], here)
+        if scale is None:
+            table.add_row(f"{loss}, {batch:,}", "not known", *[""] * 4)
+            continue
+        cell.setdefault("noise_scale", {})[target] = scale._asdict()
         for (other_loss, other), there in known.items():
             needed = there["samples_to"][target]
             if other_loss != loss or other == batch or needed is None:

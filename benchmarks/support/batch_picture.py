@@ -23,7 +23,9 @@ def draw(cells: Sequence[dict[str, Any]]) -> str:
     """Return the picture of the cells that have a value on test."""
     points: dict[str, list[tuple[int, float, float]]] = {}
     for cell in cells:
-        values = cell["test"] or [cell["val"]]
+        values = cell["test"]
+        if not values:  # a rate was searched, but no seed was evaluated on test
+            continue
         half = half_interval(values) or 0.0
         points.setdefault(cell["loss"], []).append((cell["batch"], statistics.fmean(values), half))
     everything = [point for of_loss in points.values() for point in of_loss]

@@ -25,7 +25,6 @@ SAMPLES = 65_536  # pairs of every run, as the config says
 EVALUATIONS = 8  # of a run
 GUESS = {64: 5, 256: 6, 512: 6, 1024: 6, 2048: 6, 4096: 5}  # rate at the middle of the first three
 REPORT, REPORT_LINES, REPORT_CHUNKS = "report", 32, 8  # runs with the batch report
-LINES = 20  # log steps of a batch report, the newest: as many as the report page takes
 T_95 = {2: 12.706, 3: 4.303}  # Student's t, two-sided, by the number of seeds
 SEEDS = (1, 2)  # of the best rate, beside the seed 0 of the search
 
@@ -122,7 +121,7 @@ def run_missing(
 def read_test(folder: Path, cell: Cell) -> float | None:
     """Return what `dist-vse eval --split test` measured of a run; None if it was not asked."""
     path = folder / cell.name / RESULT_NAME.format(split="test")
-    return float(read_json(path)["metrics"]["rsum"]) if path.is_file() else None
+    return float(read_json(path)["trained"]["rsum"]) if path.is_file() else None
 
 
 def tried(folder: Path, loss: str, batch: int) -> dict[str, float]:
@@ -222,12 +221,21 @@ def report_best(
         run_missing(folder / REPORT, cells, report, parallel)
 
 
-def read_noise_scale(folder: Path, loss: str, batch: int, rate: str) -> NoiseScale | None:
-    """Return what the batch report of a run says; None without one."""
+def has_report(folder: Path, loss: str, batch: int, rate: str) -> bool:
+    """Return whether a run with the batch report came to its end."""
+    return read_curve(folder / REPORT, Cell(loss, batch, rate)) is not None
+
+
+def read_noise_scale(
+    folder: Path, loss: str, batch: int, rate: str, until: float
+) -> NoiseScale | None:
+    """Return what the batch report of a run says of its first `until` pairs.
+
+    None where the report can't distinguish the gradient from zero.
+    """
     path = folder / REPORT / Cell(loss, batch, rate).name / METRICS_NAME
-    if not path.is_file():
-        return None
-    lines = [line for _, line in json_lines(path) if "noise" in line][-LINES:]
+    lines = [line for _, line in json_lines(path) if "noise" in line]
+    lines = [line for line in lines if line["samples_seen"] <= until]
     found = gain(lines, batch) if len(lines) >= MIN_LINES else None
     if found is None:
         return None
