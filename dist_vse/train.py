@@ -23,6 +23,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger, setup_logging
 from dist_vse.config import TrainConfig, flat_config, load_config
 from dist_vse.data.samples import Batch
+from dist_vse.data.teacher import with_teacher
 from dist_vse.distributed import watchdog
 from dist_vse.evaluation.batches import build_eval_batches
 from dist_vse.evaluation.evaluate import evaluate
@@ -139,6 +140,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
         per_epoch=sum(a_set.per_epoch for a_set in run.train_sets),
     )
     batches = build_train_batches(config, run.train_sets, run.tokenizer, progress)
+    batches = with_teacher(batches, run.teacher)
     if run.kernels == "fused":
         batches = compile_meanwhile(batches, config)
     early_stop = read_early_stop(run.run_dir, config.best_metric, config.patience)

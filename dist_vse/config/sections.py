@@ -219,6 +219,18 @@ class LossConfig:
     duplicates: str = "mask"
     """Pairs of equal image or caption: `mask` (no negatives), `positive` (more positives), or
     `keep`: negatives like all others, as in the authors' code."""
+    ignore_above: float | None = None
+    """Pairs within this of the cosine of their image's or caption's own pair, or above it, are no
+    negatives: false ones, such as another caption that fits as well. Try 0.05; below 0 leaves out
+    only what is further above. None keeps all."""
+    teacher: str | None = None
+    """Features of another model, for the pairs that are trained on: a `.safetensors` file that
+    `dist-vse embed` wrote of the training split. They judge `ignore_above`, and are distilled."""
+    distill_weight: float = 0.0
+    """Weight of the divergence between the teacher's and the model's similarities over the global
+    batch, which is added to the loss."""
+    distill_temperature: float = 0.01
+    """t of the teacher's softmax; CLIP's is 0.01. The model's is `temperature`."""
     transport: str = "gather"
     """`gather` the captions' features once, or pass them round a `ring` (memory O(b d))."""
     memory_gib: float = 0.25
@@ -238,6 +250,25 @@ class LossConfig:
         check(
             isinstance(self.bf16_products, bool) or self.bf16_products == AUTO,
             f"loss.bf16_products={self.bf16_products!r} must be true, false or {AUTO}",
+        )
+        check(
+            self.ignore_above is None or -2 <= self.ignore_above <= 2,
+            f"loss.ignore_above ({self.ignore_above}) must be between -2 and 2, as cosines differ",
+        )
+        at_least(0, loss__distill_weight=self.distill_weight)
+        check(
+            self.distill_temperature > 0,
+            f"loss.distill_temperature ({self.distill_temperature}) must be above 0",
+        )
+        check(
+            self.teacher is not None or self.distill_weight == 0,
+            f"loss.distill_weight ({self.distill_weight}) needs the teacher's features: give "
+            "loss.teacher=FILE, which `dist-vse embed` writes",
+        )
+        check(
+            self.teacher is None or self.distill_weight > 0 or self.ignore_above is not None,
+            f"loss.teacher ({self.teacher}) would not be used: set loss.distill_weight or "
+            "loss.ignore_above, or leave it out",
         )
         check(self.temperature > 0, f"loss.temperature ({self.temperature}) must be above 0")
         check(

@@ -86,6 +86,8 @@ class Batch:
     """int64 (m, l): texts that belong to no image, where `data.negatives` asks for some."""
     negative_ids: Tensor | None = None
     """int64 (m,): equal for equal texts, captions too."""
+    teacher: tuple[Tensor, Tensor] | None = None
+    """float32 (b, d') each: what `loss.teacher` made of the images and of the captions."""
 
     @property
     def num_negatives(self) -> int:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from dist_vse.losses.near_pairs import ROUNDINGS
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.reference import DensePairs
 from dist_vse.losses.registry import find_loss
@@ -23,10 +24,12 @@ def dense_loss(
     text_ids: Tensor | None = None,
     negatives: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    teacher: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return the loss called `name` of N pairs: features (N, d), log_scale and bias (1,), ids (N,).
 
-    Negatives are features (M, d) of texts without an image, with ids (M,).
+    Negatives are features (M, d) of texts without an image, with ids (M,). A teacher's features of
+    images and captions (N, d') judge which pairs `ignore_above` leaves out.
 
     Arguments as for `global_loss`, which equals it on any number of ranks.
     """
@@ -42,11 +45,26 @@ def dense_loss(
         if text_ids is not None and negative_ids is not None:
             false = text_ids.view(-1, 1) != negative_ids.view(1, -1)
         negative = torch.cat([negative, false], 1)
+    if options.ignore_above is not None:
+        judged = s.detach() if teacher is None else teacher[0] @ teacher[1].T
+        near = near_pairs(judged, options.ignore_above)
+        near = torch.nn.functional.pad(near, (0, s.shape[1] - near.shape[1]))
+        negative = negative & ~(near & ~positive)
     pairs = DensePairs(
         s, log_scale.exp(), bias, positive, negative, options.margin, options.hard_negative_weight
     )
     loss: Tensor = find_loss(name).dense_loss(pairs)
     return loss
+
+
+def near_pairs(s: Tensor, margin: float) -> Tensor:
+    """Return which pairs are closer than a margin to the image's or the caption's own pair.
+
+    Or above it. s are the cosines (N, N), or (N, N + M) with texts that have no own pair.
+    """
+    limits = s.diagonal() - margin - ROUNDINGS * torch.finfo(s.dtype).eps  # (N,)
+    of_columns = torch.nn.functional.pad(limits, (0, s.shape[1] - len(s)), value=torch.inf)
+    return s > torch.minimum(limits.unsqueeze(1), of_columns)
 
 
 def pair_masks(

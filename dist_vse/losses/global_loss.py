@@ -24,6 +24,7 @@ from dist_vse.losses.fused import Epilogues, FusedPass
 from dist_vse.losses.kernel_choice import choose_kernels, log_choice
 from dist_vse.losses.layout import DuplicatePairs, Layout
 from dist_vse.losses.matmul import Matmul
+from dist_vse.losses.near_pairs import NearPairs
 from dist_vse.losses.negatives import Negatives, WithNegatives
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.positives import OwnPairs, Positives
@@ -32,7 +33,7 @@ from dist_vse.losses.registry import LossSpec, find_loss
 from dist_vse.losses.statistics import summarize
 from dist_vse.losses.tiled import Kernels, TermInputs, TiledLoss
 from dist_vse.losses.tiles import default_tile
-from dist_vse.losses.transport import Gather, Ring, Transport
+from dist_vse.losses.transport import Gather, Ring, Transport, WithTeacher
 
 _MAY_DIFFER = ("memory_gib", "tile")  # between ranks: they change no number
 
@@ -51,7 +52,8 @@ class GlobalLoss:
     once with all features. 64-bit ids (b,) say which pairs share an image or a caption; they are
     looked at on the host, and should lie there. `negative_ids` (m,) are those of the negatives: one
     that is a row's caption is none for that row. With `unit_length`, features of another length are
-    refused.
+    refused. `teacher` features of this rank's images and captions, (b, d') each and of unit length,
+    judge which pairs `ignore_above` leaves out, in place of the model's own.
     What the losses are: `dist_vse.losses.reference`, docs/explain/losses.md.
     """
 
@@ -64,8 +66,10 @@ class GlobalLoss:
         text_ids: Tensor | None = None,
         unit_length: bool = False,
         negative_ids: Tensor | None = None,
+        teacher: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.name = name
+        self._teacher = teacher
         self._unit_length = unit_length
         self.options = options or LossOptions()
         given = {"image": image_ids, "text": text_ids}
@@ -120,9 +124,12 @@ class GlobalLoss:
         )
         device = image_features.device
         has_kernels = spec.fused is not None
-        kernels, reason = choose_kernels(options.kernels, has_kernels, dtype, device)
-        if negatives is not None and kernels == "fused":
-            kernels, reason = "tiled", "there are negatives"
+        only_tiled = options.only_tiled or (
+            "there are negatives" if negatives is not None else None
+        )
+        kernels, reason = choose_kernels(
+            options.kernels, has_kernels, dtype, device, only_tiled=only_tiled
+        )
         log_choice(options.kernels, kernels, reason)
         with torch.autocast(image_features.device.type, enabled=False):
             scale = log_scale.to(dtype).exp()
@@ -144,7 +151,7 @@ class GlobalLoss:
                 metadata = exchange_metadata(
                     own, num_negatives, log_scale, bias, agreed, off_unit=off
                 )
-                tiled = self._build(spec, metadata, inputs, own, fused=kernels == "fused")
+                tiled = self._build(spec, metadata, inputs, own, unit, fused=kernels == "fused")
                 local_total = tiled.forward(keep=keep)
                 total, stats = summarize(
                     local_total, tiled, images, captions, unit=unit, margin=options.margin
@@ -164,6 +171,7 @@ class GlobalLoss:
             "precision": str(rows.dtype),
             "ids": " and ".join(self._kinds_of_ids) or "none",
             "gradient": gradient,  # whether one is wanted
+            "teacher": "none" if self._teacher is None else self._teacher[0].shape[1],
             "prefetched": self._prefetched.rows > 0,
         }
 
@@ -173,6 +181,7 @@ class GlobalLoss:
         metadata: Metadata,
         inputs: tuple[Tensor, Tensor, Tensor],
         own: OwnPairs,
+        unit: Tensor,
         *,
         fused: bool,
     ) -> TiledLoss:
@@ -180,6 +189,7 @@ class GlobalLoss:
         captions, of_negatives = texts[: len(rows)], texts[len(rows) :]
         options, layout = self.options, metadata.layout
         negatives = self._negatives(metadata, rows.device)
+        matmul = Matmul(rows, bf16=options.bf16_products)
         average = options.duplicates == "positive"
         positives = Positives(
             rows,
@@ -189,13 +199,16 @@ class GlobalLoss:
             self._duplicates(layout, rows),
             average_duplicates=average,
             negatives=negatives,
+            near=self._near_pairs(matmul, captions, metadata, unit),
         )
         transport = self._transport(captions, layout, self._prefetched.take())
         positives.include_duplicates(transport)
+        if positives.near is not None and positives.near.by_teacher:
+            of_teacher = self._transport(positives.near.captions, layout, exact=True)
+            transport = WithTeacher(transport, of_teacher)
         if negatives is not None:
             more = self._transport(of_negatives, metadata.negatives)
             transport = WithNegatives(transport, more, layout.total)
-        matmul = Matmul(rows, bf16=options.bf16_products)
         candidates = spec.positives_compete and average
         of_terms = TermInputs(
             positives,
@@ -228,6 +241,25 @@ class GlobalLoss:
             return None
         return DuplicatePairs(layout.gather(torch.stack(self._ids, 1)), layout, rows.device)
 
+    def _near_pairs(
+        self, matmul: Matmul, captions: Tensor, metadata: Metadata, unit: Tensor
+    ) -> NearPairs | None:
+        """Return which pairs are no negatives; similarities are cosines times `unit` (1,)."""
+        if self.options.ignore_above is None:
+            return None
+        if self._teacher is not None:
+            images, captions = (x.detach().to(captions) for x in self._teacher)
+            matmul, unit = Matmul(images, bf16=False), torch.ones_like(unit)
+        return NearPairs(
+            matmul,
+            captions,
+            metadata.layout,
+            metadata.negatives.total,
+            margin=self.options.ignore_above,
+            unit=unit,
+            by_teacher=self._teacher is not None,
+        )
+
     def _negatives(self, metadata: Metadata, device: torch.device) -> Negatives | None:
         layout, negatives = metadata.layout, metadata.negatives
         if not negatives.total:
@@ -237,9 +269,10 @@ class GlobalLoss:
         return Negatives(negatives.total, layout.total, device, self._text_ids, gathered)
 
     def _transport(
-        self, texts: Tensor, layout: Layout, gathered: Tensor | None = None
+        self, texts: Tensor, layout: Layout, gathered: Tensor | None = None, *, exact: bool = False
     ) -> Transport:
-        travelling = texts.bfloat16() if self._captions_in_bf16 else texts
+        """Return what shows texts to all ranks; `exact` ones are never rounded."""
+        travelling = texts.bfloat16() if self._captions_in_bf16 and not exact else texts
         if self.options.transport == "ring" and len(layout.counts) > 1:
             return Ring(travelling, layout)
         return Gather(travelling, layout, gathered)
@@ -272,6 +305,8 @@ class GlobalLoss:
             ids = self._negative_ids
             if ids is not None and (ids.shape != negatives.shape[:1] or ids.dtype != torch.int64):
                 return f"negative_ids {ids.dtype} {tuple(ids.shape)} must be int64, one a negative"
+        if self._teacher is not None and (fault := _teacher_fault(self._teacher, rows)):
+            return fault
         if self._prefetched.rows not in (0, rows):
             return f"{self._prefetched.rows} rows were prefetched, but the loss is given {rows}"
         return None
@@ -291,10 +326,16 @@ def global_loss(
     text_ids: Tensor | None = None,
     negatives: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    teacher: tuple[Tensor, Tensor] | None = None,
 ) -> LossOutput:
     """Return the loss called `name` of the global batch in one call; see `GlobalLoss`."""
     loss = GlobalLoss(
-        name, options, image_ids=image_ids, text_ids=text_ids, negative_ids=negative_ids
+        name,
+        options,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        negative_ids=negative_ids,
+        teacher=teacher,
     )
     return loss(image_features, text_features, log_scale, bias, negatives)
 
@@ -306,6 +347,15 @@ def _unknown(name: str) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _teacher_fault(teacher: tuple[Tensor, Tensor], rows: int) -> str | None:
+    """Say why features are no teacher's of so many pairs, if they are none."""
+    images, captions = teacher
+    if images.ndim == 2 and images.shape == captions.shape and len(images) == rows:
+        return None
+    shapes = f"{tuple(images.shape)} and {tuple(captions.shape)}"
+    return f"the teacher's features {shapes} must have one shape ({rows}, its embedding)"
 
 
 class _Total(torch.autograd.Function):

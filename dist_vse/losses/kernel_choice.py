@@ -43,12 +43,18 @@ def blocks_of(kernel: str, dtype: torch.dtype, capability: tuple[int, int]) -> B
 
 
 def choose_kernels(
-    wanted: str, has_kernels: bool, dtype: torch.dtype, device: torch.device
+    wanted: str,
+    has_kernels: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    only_tiled: str | None = None,
 ) -> tuple[str, str]:
     """Return what computes a loss, `fused` or `tiled`, and why.
 
     `wanted` is `loss.kernels`, `has_kernels` whether the loss has fused ones, `dtype` that of the
-    statistics. The interpreter runs only if it is asked for, by `fused`.
+    statistics, `only_tiled` what fused kernels can't do of all that is asked. The interpreter runs
+    only if it is asked for, by `fused`.
     """
     if wanted == "tiled":
         return "tiled", "loss.kernels=tiled"
@@ -64,6 +70,7 @@ def choose_kernels(
                 obstacle = "the GPU's compute capability is below 8.0"
         elif wanted == "auto" or not _interpreted():
             obstacle = f"the device is {device.type}"
+    obstacle = obstacle or only_tiled
     return ("tiled", obstacle) if obstacle else ("fused", f"loss.kernels={wanted}")
 
 

@@ -1,5 +1,6 @@
 """How a loss over the global batch is computed; nothing here imports torch."""
 
+import math
 from dataclasses import dataclass
 
 DUPLICATES = ("mask", "positive", "keep")
@@ -15,6 +16,9 @@ class LossOptions:
     """m of the hinge losses."""
     hard_negative_weight: float = 1.0
     """From 0 (the mean of all violations) to 1 (the hardest negative alone): convse++, vse++."""
+    ignore_above: float | None = None
+    """Pairs closer than this to the similarity of their image's or caption's own pair, or above it,
+    are no negatives; None keeps all. A number below 0 leaves out only those further above."""
     duplicates: str = "mask"
     """Pairs of equal image or caption id: `mask` (no negatives), `positive`, or `keep`."""
     transport: str = "gather"
@@ -30,6 +34,11 @@ class LossOptions:
     kernels: str = "auto"
     """`fused` (Triton), `tiled`, or `auto`: fused on CUDA. What can't be fused runs in tiles."""
 
+    @property
+    def only_tiled(self) -> str | None:
+        """Return which option no fused kernel knows, if one is used."""
+        return None if self.ignore_above is None else "ignore_above is set"
+
     def fault(self) -> str | None:
         """Say what is wrong, if anything is."""
         for what, value, choices in (
@@ -44,6 +53,8 @@ class LossOptions:
                 f"hard_negative_weight ({self.hard_negative_weight}) must be between 0 (all "
                 "violations) and 1 (the hardest)"
             )
+        if self.ignore_above is not None and not math.isfinite(self.ignore_above):
+            return f"ignore_above ({self.ignore_above}) must be a finite number, or None"
         if self.tile is not None and not (type(self.tile) is int and self.tile >= 1):
             return f"tile ({self.tile}) must be a number from 1 on, or None"
         if not self.memory_gib >= 0:

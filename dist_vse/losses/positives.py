@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from dist_vse import distributed
 from dist_vse.losses.layout import DuplicatePairs, Layout
+from dist_vse.losses.near_pairs import NearPairs
 from dist_vse.losses.negatives import Negatives
 from dist_vse.losses.tiles import ranges
 from dist_vse.losses.transport import Block, Transport
@@ -51,8 +52,10 @@ class Positives:
         *,
         average_duplicates: bool,
         negatives: Negatives | None = None,
+        near: NearPairs | None = None,
     ) -> None:
         self.negatives = negatives
+        self.near = near
         self._rows, self._columns = rows, columns  # (b, d) each
         self.layout = layout
         self.duplicates = duplicates

@@ -123,6 +123,19 @@ def convse_plus_plus(pairs: DensePairs) -> Tensor:
     return (vse_plus_plus(pairs) * pairs.scale / pairs.count).view(())
 
 
+def divergence(z: Tensor, y: Tensor) -> Tensor:
+    """Return the divergence of a model's distributions from a teacher's, the mean of both ways.
+
+    z and y (N, N) are their logits; rows are softmaxes over captions, columns over images.
+    https://arxiv.org/abs/2307.12732
+    """
+    total = z.sum() * 0
+    for dim in (1, 0):
+        wanted = y.log_softmax(dim)
+        total = total + (wanted.exp() * (wanted - z.log_softmax(dim))).sum()
+    return total / (2 * max(1, len(z)))
+
+
 def violations(pairs: DensePairs, dim: int) -> Tensor:
     """Return by how much each negative comes within the margin of its row's (column's) positive."""
     own = masked_mean(pairs.s, pairs.positive, dim).unsqueeze(dim)

@@ -35,10 +35,15 @@ def summarize(
         distances,
         (closeness(image_features) + closeness(text_features)) * (len(own) / 2),
     ]
+    near_pairs = tiled.positives.near
+    if near_pairs is not None:
+        sums.append(near_pairs.count)
     joined = distributed.all_reduce_sum(torch.stack([x.double() for x in sums]))
-    positive, hard, active, alignment, near = joined[1:] / max(1, layout.total)
+    positive, hard, active, alignment, near = joined[1:6] / max(1, layout.total)
     masked = (duplicates.group_sizes - 1).sum() if duplicates is not None else joined.new_zeros(())
-    return joined[0], {
+    all_pairs = layout.total * (tiled.positives.num_columns - 1)
+    ignored = {} if near_pairs is None else {"ignored_share": joined[6] / max(1, all_pairs)}
+    return joined[0], ignored | {
         "positive_similarity": positive,
         "hardest_similarity": hard,
         "active_share": active,

@@ -217,6 +217,8 @@ class TiledLoss:
         if tile.duplicates is not None and not self.candidates:
             tile.values[tile.duplicates] = float("-inf")
             tile.duplicates = None
+        if self.positives.near is not None:
+            self.positives.near.hide(tile, block)
         if self.dense is not None:
             self.dense.prepare(tile)
         return tile

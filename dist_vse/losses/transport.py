@@ -18,6 +18,7 @@ class Block(NamedTuple):
 
     columns: slice
     features: Tensor  # (columns, d)
+    teacher: Tensor | None = None  # (columns, d'): what another model makes of the captions
 
     def within(self, columns: slice) -> slice:
         """Return where columns of the global batch lie in this block."""
@@ -54,6 +55,27 @@ class Gather:
 
     def collect(self, contribute: Contribute) -> Tensor:
         return self.layout.scatter_sum(contribute(self.block))
+
+
+class WithTeacher:
+    """The captions of all ranks, each block with what a teacher made of them.
+
+    Both transports are of one kind, and show the same columns in the same order.
+    """
+
+    def __init__(self, captions: Transport, teacher: Transport) -> None:
+        self.captions, self.teacher = captions, teacher
+
+    def blocks(self) -> Iterator[Block]:
+        for block, of_teacher in zip(self.captions.blocks(), self.teacher.blocks(), strict=True):
+            yield block._replace(teacher=of_teacher.features)
+
+    def collect(self, contribute: Contribute) -> Tensor:
+        """Return the gradients of this rank's captions (b, d); a teacher has none."""
+        of_teacher = self.teacher.blocks()
+        return self.captions.collect(
+            lambda block: contribute(block._replace(teacher=next(of_teacher).features))
+        )
 
 
 class Ring:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dist_vse import distributed
 from dist_vse.engine import Engine
 from dist_vse.losses.dense_loss import dense_loss
+from dist_vse.losses.distillation import DistilledLoss
 from dist_vse.losses.global_loss import GlobalLoss, LossOutput
 from dist_vse.losses.layout import Layout
 from dist_vse.losses.nested import NestedLoss
@@ -118,9 +119,9 @@ class _Inputs(NamedTuple):
 class WatchedLoss:
     """A step's loss that keeps what it was called with."""
 
-    def __init__(self, loss: GlobalLoss | NestedLoss) -> None:
+    def __init__(self, loss: GlobalLoss | NestedLoss | DistilledLoss) -> None:
         self.loss = loss
-        self.whole = loss.whole if isinstance(loss, NestedLoss) else loss
+        self.whole = loss if isinstance(loss, GlobalLoss) else loss.whole
         self.inputs: _Inputs | None = None
 
     def prefetch(self, text_features: Tensor) -> None:
@@ -225,7 +226,7 @@ def _is_sum(name: str) -> bool:
 
 def reported_step(
     engine: Engine,
-    loss: GlobalLoss | NestedLoss,
+    loss: GlobalLoss | NestedLoss | DistilledLoss,
     chunks: Sequence[Chunk],
     *,
     keep_graphs: int,

@@ -50,7 +50,10 @@ def settle_kernels(config: TrainConfig, *, rows: int = ROWS) -> Settled:
     """
     loss, device = config.loss, distributed.device()
     has_kernels = find_loss(loss.name).fused is not None
-    kernels, reason = choose_kernels(loss.kernels, has_kernels, torch.float32, device)
+    only_tiled = loss_options(config, 0).only_tiled
+    kernels, reason = choose_kernels(
+        loss.kernels, has_kernels, torch.float32, device, only_tiled=only_tiled
+    )
     if kernels == "tiled":
         return Settled(config, kernels, reason)
     fault = _find_fault(loss.name, loss_options(config, 0), device, rows)

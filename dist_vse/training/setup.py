@@ -13,6 +13,7 @@ from dist_vse.config import TrainConfig
 from dist_vse.data.index import Index, read_index
 from dist_vse.data.precomputed import Features
 from dist_vse.data.streams import TrainSet, open_train_sets
+from dist_vse.data.teacher import Teacher
 from dist_vse.engine.zero import ZeroEngine
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.precision import use_precision
@@ -46,6 +47,7 @@ class Run:
     engine: ZeroEngine
     keep_graphs: int
     features: Features | None
+    teacher: Teacher | None
     lease: Lease
     meter: Meter
     kernels: str
@@ -90,6 +92,7 @@ def set_up(config: TrainConfig) -> Run:
         train_sets = open_train_sets(config.data)
         config = config.with_budget(sum(a_set.per_epoch for a_set in train_sets))
         features = open_run_features(config, index)
+        teacher = None if config.loss.teacher is None else Teacher(Path(config.loss.teacher))
         with writing(Path(config.output_dir)):
             if distributed.is_main_process():
                 run_tokenizer(config, prepare_run_dir(config), build=True)
@@ -133,6 +136,7 @@ def set_up(config: TrainConfig) -> Run:
         engine,
         graphs,
         features,
+        teacher,
         lease,
         meter,
         settled.kernels,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from dist_vse import distributed
 from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
+from dist_vse.losses.distillation import DistilledLoss, Teacher
 from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.losses.nested import NestedLoss
 from dist_vse.losses.options import LossOptions
@@ -14,7 +15,7 @@ from dist_vse.training.schedule import temperature, warmup_fraction
 
 def build_loss(
     config: TrainConfig, batch: Batch, samples_seen: int, *, max_tile: int | None = None
-) -> GlobalLoss | NestedLoss:
+) -> GlobalLoss | NestedLoss | DistilledLoss:
     """Return the loss of this rank's batch, in the step that starts after `samples_seen` pairs.
 
     `max_tile` bounds the size of its tiles.
@@ -29,10 +30,18 @@ def build_loss(
             image_ids=batch.image_ids,
             text_ids=batch.text_ids,
             negative_ids=batch.negative_ids,
+            teacher=batch.teacher,
         )
         for _ in range(1 + len(widths))
     ]
-    return NestedLoss(losses, widths) if widths else losses[0]
+    loss = NestedLoss(losses, widths) if widths else losses[0]
+    if config.loss.distill_weight == 0:
+        return loss
+    assert batch.teacher is not None
+    teacher = Teacher(
+        *batch.teacher, config.loss.distill_temperature, weight=config.loss.distill_weight
+    )
+    return DistilledLoss(loss, teacher, options)
 
 
 def has_bf16_products(config: TrainConfig) -> bool:
@@ -53,6 +62,7 @@ def loss_options(config: TrainConfig, samples_seen: int) -> LossOptions:
     return LossOptions(
         margin=loss.margin,
         hard_negative_weight=warmup_fraction(samples_seen, loss.warmup_samples),
+        ignore_above=loss.ignore_above,
         duplicates=loss.duplicates,
         transport=loss.transport,
         bf16_products=has_bf16_products(config),

@@ -33,8 +33,9 @@ def step_loss(name: str, **options: Any) -> GlobalLoss:
 
 
 def _split(options: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments in which all but the ids and negatives is a LossOptions."""
-    ids = {k: v for k, v in options.items() if k.endswith("_ids") or k == "negatives"}
+    """Return arguments in which all but the ids, negatives and teacher is a LossOptions."""
+    given = ("negatives", "teacher")
+    ids = {k: v for k, v in options.items() if k.endswith("_ids") or k in given}
     others = {name: value for name, value in options.items() if name not in ids}
     return {**ids, "options": LossOptions(**others)}
 

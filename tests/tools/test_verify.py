@@ -22,14 +22,26 @@ from tests.support.distributed import run_distributed
 
 CASES: list[list[str]] = [
     ["loss.learn_temperature=true", "engine.zero_stage=3", "optim.clip_norm=2"],
-    ["loss.name=convse++", "loss.warmup_samples=100", "model.head_hidden=2048"],
+    [
+        "loss.name=convse++",
+        "loss.warmup_samples=100",
+        "model.head_hidden=2048",
+        "loss.ignore_above=0.05",
+    ],
     [
         "loss.name=siglip",
         "loss.duplicates=positive",
         "engine.zero_stage=2",
         "engine.coalesce=false",
     ],
-    ["loss.name=info_nce", "loss.transport=ring", "engine.precision=bf16", "chunk_size=auto"],
+    [
+        "loss.name=info_nce",
+        "loss.transport=ring",
+        "engine.precision=bf16",
+        "chunk_size=auto",
+        "loss.teacher=t",
+        "loss.distill_weight=0.5",
+    ],
     ["loss.temperature=0.005", "loss.bf16_products=true", "cache.keep_graphs=0"],
     ["loss.name=dcl", "data.negatives=2", "loss.transport=ring", "loss.widths=[64,16]"],
 ]

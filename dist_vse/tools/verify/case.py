@@ -80,10 +80,13 @@ def small_model(config: TrainConfig, *, frozen: tuple[bool, bool]) -> DualEncode
     return model.to(distributed.device())
 
 
-def make_batch(total: int, *, duplicates: bool = True, negatives: int = 0) -> Batch:
+def make_batch(
+    total: int, *, duplicates: bool = True, negatives: int = 0, teacher: bool = False
+) -> Batch:
     """Draw a global batch of `total` pairs; `duplicates` repeats its first rows at its end.
 
-    Each brings so many negatives, of which the first is another pair's caption.
+    Each brings so many negatives, of which the first is another pair's caption. With a `teacher`
+    there are features of another model.
     """
     generator = torch.Generator().manual_seed(0)
     # A coarse pattern of its own for each image, so that features differ.
@@ -104,6 +107,10 @@ def make_batch(total: int, *, duplicates: bool = True, negatives: int = 0) -> Ba
         state=np.zeros((0, 2), dtype=np.int64),
         skipped=(),
     )
+    if teacher:
+        made = torch.randn(2, total, WIDTH // 2, generator=generator)
+        of_images, of_texts = functional.normalize(made, dim=2).unbind()
+        batch = replace(batch, teacher=(of_images, of_texts))
     if not negatives:
         return batch
     false = torch.randint(1, VOCABULARY, (total * negatives, TOKENS), generator=generator)
@@ -143,6 +150,7 @@ def part_of(batch: Batch, rows: slice) -> Batch:
         image_ids=batch.image_ids[rows],
         text_ids=batch.text_ids[rows],
         origin=batch.origin[rows],
+        teacher=None if batch.teacher is None else (batch.teacher[0][rows], batch.teacher[1][rows]),
     )
 
 

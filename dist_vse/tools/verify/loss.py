@@ -60,7 +60,7 @@ def ragged_counts(world_size: int) -> list[int]:
 def _check(config: TrainConfig, counts: list[int], section: str) -> list[Row]:
     config = replace(config, loss=replace(config.loss, widths=small_widths(config, WIDTH)))
     per_pair = config.data.negatives
-    batch = make_batch(sum(counts), negatives=per_pair)
+    batch = make_batch(sum(counts), negatives=per_pair, teacher=config.loss.teacher is not None)
     images, texts, *negatives = make_features(sum(counts), negatives=per_pair)
     scale = images.new_tensor([1 / config.loss.temperature]).log()
     whole = [images, texts, scale, images.new_tensor([config.loss.bias]), *negatives]

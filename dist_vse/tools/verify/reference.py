@@ -10,6 +10,7 @@ from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.losses.nested import first_features
+from dist_vse.losses.reference import divergence
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.precision import autocast
 from dist_vse.training.step_loss import has_bf16_products, loss_options
@@ -58,11 +59,37 @@ def build_dense_loss(config: TrainConfig, batch: Batch, *, rounded: bool = False
                 text_ids=batch.text_ids.to(here),
                 negatives=first[2] if negatives else None,
                 negative_ids=None if batch.negative_ids is None else batch.negative_ids.to(here),
+                teacher=_teacher(batch, images),
             )
             of_widths.append(value.view(()))
-        return torch.stack(of_widths).mean()
+        return torch.stack(of_widths).mean() + _distillation(
+            config, batch, images, texts, log_scale
+        )
 
     return fn
+
+
+def _teacher(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the teacher's features of the batch, as features are here."""
+    if batch.teacher is None:
+        return None
+    images, texts = (x.to(like) for x in batch.teacher)
+    return images, texts
+
+
+def _distillation(
+    config: TrainConfig, batch: Batch, images: Tensor, texts: Tensor, log_scale: Tensor
+) -> Tensor:
+    """Return the weighted divergence from the teacher; 0 without one."""
+    loss, teacher = config.loss, _teacher(batch, images)
+    if teacher is None or loss.distill_weight == 0:
+        return images.new_zeros(())
+    fixed = loss_options(config, samples_seen(config)).temperature
+    scale = log_scale.exp() if fixed is None else 1 / fixed
+    logits = images @ texts.T * scale
+    return loss.distill_weight * divergence(
+        logits, teacher[0] @ teacher[1].T / loss.distill_temperature
+    )
 
 
 def gradients(loss_fn: DenseLoss, leaves: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:

@@ -45,7 +45,11 @@ def check_step(config: TrainConfig) -> list[Row]:
     frozen = config.model.image.all_frozen, config.model.text.all_frozen
     small = shrink(config, distributed.world_size())
     use_precision(distributed.device(), small.engine.precision)
-    batch = make_batch(small.global_batch_size, negatives=small.data.negatives)
+    batch = make_batch(
+        small.global_batch_size,
+        negatives=small.data.negatives,
+        teacher=small.loss.teacher is not None,
+    )
 
     model = small_model(small, frozen=frozen).double()
     before = _copy(model)
