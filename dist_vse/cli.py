@@ -152,6 +152,12 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bootstrap", type=int, default=0, metavar="N", help="resamples for 95 %% intervals"
     )
+    parser.add_argument(
+        "--width",
+        type=int,
+        metavar="N",
+        help="use the first N numbers of each embedding (models with loss.widths; default: all)",
+    )
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -168,6 +174,7 @@ def _eval(args: argparse.Namespace) -> int:
         recalls=args.recall,
         bootstrap=args.bootstrap,
         allow_pipe=args.allow_pipe,
+        width=args.width,
     )
 
 
@@ -271,6 +278,11 @@ COMMANDS = {
         "find the images of a split that fit a text or an image",
         search.add_search,
         search.run_search,
+    ),
+    "mine": Command(
+        "write the hardest negatives of a split into a copy of its data set",
+        search.add_mine,
+        search.run_mine,
     ),
     "zeroshot": Command(
         "classify images by the names of their classes", search.add_zeroshot, search.run_zeroshot

@@ -21,6 +21,7 @@ from dist_vse.evaluation.batches import build_eval_batches
 from dist_vse.evaluation.evaluate import Evaluation, evaluate
 from dist_vse.evaluation.examples import save_examples
 from dist_vse.evaluation.retrieval import RECALLS, check_protocol
+from dist_vse.evaluation.width import AtWidth, check_width
 from dist_vse.models.build import build_model
 from dist_vse.models.precision import use_precision
 from dist_vse.runs.environment import read_environment, trained_on
@@ -40,12 +41,14 @@ def eval_run(
     recalls: Sequence[int] = RECALLS,
     bootstrap: int = 0,
     allow_pipe: bool = False,
+    width: int | None = None,
 ) -> int:
     """Evaluate a run's newest checkpoint, or the one given; every rank of a launcher may call.
 
-    Writes `eval-SPLIT.json` into the run's folder and prints a table. The protocol, the data's
-    fingerprint and the checkpoint stand in the file's name where they are not the run's usual
-    ones; where they are, the report's examples are written too. Raises UserError, on every rank,
+    Writes `eval-SPLIT.json` into the run's folder and prints a table. `width` takes the first
+    numbers of each feature. Protocol, width, the data's fingerprint and the checkpoint stand in the
+    file's name where they are not the run's usual ones. Where they are, the report's examples are
+    written too. Raises UserError, on every rank,
     if the trained model has collapsed.
     """
     setup_logging()
@@ -53,7 +56,7 @@ def eval_run(
     with distributed.process_group():
         here = distributed.device()
         with distributed.raise_on_all_ranks():
-            task = _open(location, split, data, protocol, allow_pipe=allow_pipe)
+            task = _open(location, split, data, protocol, width, allow_pipe=allow_pipe)
             tokenizer = run_tokenizer(task.config, task.run_dir, build=False)
             config = task.config
             how["precision"] = config.engine.precision
@@ -66,23 +69,25 @@ def eval_run(
             else:
                 model = build_start(config, tokenizer)
             model = model.to(here)
+        encoders = AtWidth(model, width)
         batches = build_eval_batches(task.config, task.index, tokenizer, split)
-        untrained = evaluate(model, batches, here, **{**how, "bootstrap": 0})
+        untrained = evaluate(encoders, batches, here, **{**how, "bootstrap": 0})
         with distributed.raise_on_all_ranks():
             checkpoint = load_trained(task.run_dir, model, task.asked)
         batches = build_eval_batches(task.config, task.index, tokenizer, split)
-        trained = evaluate(model, batches, here, **how, allow_collapse=False)
+        trained = evaluate(encoders, batches, here, **how, allow_collapse=False)
         results = {
             "trained": trained.metrics,
             "untrained": untrained.metrics,
             "chance": trained.chance,
         }
-        where = {"checkpoint": checkpoint.name, "split": split, "protocol": protocol}
+        how_measured = protocol if width is None else f"{protocol}, width {width}"
+        where = {"checkpoint": checkpoint.name, "split": split, "protocol": how_measured}
         with distributed.raise_on_all_ranks():
             if distributed.is_main_process():
                 _save(task, {**where, "data": task.index.fingerprint(), **results}, trained)
         if distributed.is_main_process():
-            title = f"{task.run_dir} at {checkpoint.name}, {split}, {protocol}"
+            title = f"{task.run_dir} at {checkpoint.name}, {split}, {how_measured}"
             title += f", data {task.index.fingerprint()[:8]}" if task.elsewhere else ""
             before = "untrained" if gone else task.config.before_name
             columns = ["trained", before, "chance"]
@@ -104,11 +109,18 @@ class _Task:
 
 
 def _open(
-    location: Path, split: str, data: str | None, protocol: str, *, allow_pipe: bool
+    location: Path,
+    split: str,
+    data: str | None,
+    protocol: str,
+    width: int | None,
+    *,
+    allow_pipe: bool,
 ) -> _Task:
     """Open the run and the data. Raises UserError for what is missing or can't be written."""
     run_dir, asked = find_run(location)
     config = open_run(run_dir)
+    check_width(width, config.model.embed_dim)
     own = trained_on(read_environment(run_dir), config.data.index)
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, index=data))
@@ -117,6 +129,7 @@ def _open(
     found = index.fingerprint()
     elsewhere = found != own
     names = [protocol] if protocol != "plain" else []
+    names += [f"width{width}"] if width is not None else []
     names += [found[:8]] if elsewhere else []
     names += [asked.name] if asked is not None else []
     path = run_dir / RESULT_NAME.format(split="-".join([split, *names]))

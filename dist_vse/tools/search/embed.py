@@ -17,10 +17,12 @@ from dist_vse.data.eval_stream import eval_batches
 from dist_vse.data.index import Index, read_index
 from dist_vse.data.samples import Placement
 from dist_vse.evaluation.evaluate import Embedded, embed
+from dist_vse.evaluation.width import AtWidth
 from dist_vse.runs.folder import find_run, open_run
 from dist_vse.runs.trained import open_trained
 from dist_vse.tools.export.folder import DESCRIPTION
 from dist_vse.tools.export.load import Embedder, load
+from dist_vse.tools.search.codes import coded
 from dist_vse.tools.search.gallery import Origin
 
 BATCH = 64
@@ -49,8 +51,8 @@ def open_data(location: Path, data: str | None, *, allow_pipe: bool = False) -> 
     return read_index(open_run(find_run(location)[0]).data.index, allow_pipe=allow_pipe)
 
 
-def embed_split(model: Embedder, index: Index, split: str) -> Embedded:
-    """Embed all images and captions of a split, each rank its share."""
+def embed_split(model: Embedder, index: Index, split: str, width: int | None = None) -> Embedded:
+    """Embed all images and captions of a split, each rank its share; at a width if given."""
     batches = eval_batches(
         index,
         split,
@@ -59,11 +61,13 @@ def embed_split(model: Embedder, index: Index, split: str) -> Embedded:
         batch_size=BATCH,
         placement=Placement(distributed.rank(), distributed.world_size()),
     )
-    return embed(model.model, batches, model.device)
+    return embed(AtWidth(model.model, width), batches, model.device)
 
 
-def check_suffix(path: Path) -> None:
+def check_suffix(path: Path, precision: str = "float32") -> None:
     """Raise UserError for a file that `write_embeddings` cannot write."""
+    if precision != "float32" and path.suffix != ".safetensors":
+        raise UserError(f"{path}: --precision {precision} is written as .safetensors only")
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: give a name that ends in {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
@@ -74,22 +78,25 @@ def check_suffix(path: Path) -> None:
             raise UserError(f"{path}: .parquet needs pyarrow; {hint}") from None
 
 
-def write_embeddings(found: Embedded, path: Path, origin: Origin) -> list[Path]:
+def write_embeddings(
+    found: Embedded, path: Path, origin: Origin, *, precision: str = "float32"
+) -> list[Path]:
     """Write features with the names of their rows and their origin; return the files.
 
-    `.safetensors`: `image_features` (n, d), `text_features` (m, d), `image_of_text` (m,), `keys`
-    and `captions` as JSON in bytes (uint8), and the origin in its metadata. `.npy`:
+    `.safetensors`: `image_features` (n, d), `text_features` (m, d), `image_of_text` (m,),
+    `image_ids` (n,), `keys` and `captions` as JSON in bytes (uint8), and the origin in its
+    metadata. With the precision int8 or binary, features are as `codes.coded` says. `.npy`:
     NAME.images.npy and NAME.texts.npy with NAME.json. `.parquet`: one table, a row an image
     or a caption: kind, key, caption, features; the origin in its schema's metadata.
 
     Raises UserError where a file cannot be written.
     """
-    check_suffix(path)
+    check_suffix(path, precision)
     names = {"keys": found.keys, "captions": found.captions}
     if path.suffix == ".safetensors":
         encoded = {name: _as_bytes(rows) for name, rows in names.items()}
         with atomic_output(path) as temporary:
-            _write_safetensors(found, temporary, encoded, origin)
+            _write_safetensors(found, temporary, encoded | coded(found, precision), origin)
         return [path]
     if path.suffix == ".parquet":
         with atomic_output(path) as temporary:
@@ -119,14 +126,9 @@ def _as_bytes(rows: list[str]) -> Tensor:
 
 
 def _write_safetensors(
-    found: Embedded, path: Path, names: dict[str, Tensor], origin: Origin
+    found: Embedded, path: Path, tensors: dict[str, Tensor], origin: Origin
 ) -> None:
-    tensors = {
-        **names,
-        "image_features": found.image_features,
-        "text_features": found.text_features,
-        "image_of_text": found.image_of_text,
-    }
+    tensors |= {"image_of_text": found.image_of_text, "image_ids": found.image_ids}
     try:
         save_file(tensors, path, origin)
     except SafetensorError as error:  # it wraps the system's error

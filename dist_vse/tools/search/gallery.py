@@ -4,7 +4,7 @@ Such a file says whose features it holds, so that a stale one is refused: a hash
 weights, the data set's fingerprint and the split. Shapes: n images, d embedding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,11 @@ from dist_vse.common.errors import UserError, first_line
 from dist_vse.common.reading import BadFileError, parse_json
 from dist_vse.data.index import Index
 from dist_vse.evaluation.evaluate import Embedded
+from dist_vse.losses.nested import first_features
+from dist_vse.tools.search.codes import Bits, Int8Codes, binary_top_k, int8_top_k
 
 Origin = dict[str, str]
+_CODES = ("image_low", "image_step", "image_bits", "image_center", "text_center")
 _MAX_BYTES = 1 << 37
 """Of all keys, or of all captions: a billion captions of a hundred letters."""
 _WHAT = {"weights": "another model", "data": "another data set", "split": "another split"}
@@ -30,7 +33,39 @@ class Gallery:
 
     keys: list[str]
     captions: list[str]  # the first one of each image
-    features: Tensor  # float32 (n, d), of unit length
+    features: Tensor  # float32 (n, d), of unit length; no rows where there are codes
+    codes: Int8Codes | None = None
+    bits: Bits | None = None
+    text_center: Tensor | None = None  # (d,), of the bits of texts
+
+    @property
+    def width(self) -> int:
+        """Numbers of a feature."""
+        return self.features.shape[1]
+
+    def at_width(self, width: int | None) -> "Gallery":
+        """Return the first `width` numbers of each feature; None: all.
+
+        Raises UserError for more than there are, and for less of those in fewer bits.
+        """
+        if width is None or width == self.width:
+            return self
+        if self.codes is not None or width > self.width:
+            raise UserError(
+                f"--width ({width}) does not fit the index, whose features have {self.width} "
+                "numbers; write one with `dist-vse embed --width`"
+            )
+        return replace(self, features=first_features(self.features, width))
+
+    def search_codes(self, by_text: Tensor, by_image: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k best cosines and rows (q, k), by the bits if there are any."""
+        assert self.codes is not None
+        queries = torch.cat([by_text, by_image])
+        if self.bits is None or self.text_center is None:
+            return int8_top_k(queries, self.codes, k)
+        kinds = zip((self.text_center, self.bits.center), (by_text, by_image), strict=True)
+        centers = torch.cat([center.expand_as(of_kind) for center, of_kind in kinds])
+        return binary_top_k(queries, centers, self.bits, self.codes, k)
 
 
 def origin(model: nn.Module, index: Index, split: str) -> Origin:
@@ -55,6 +90,7 @@ def read_gallery(path: Path, wanted: Origin) -> Gallery:
         with safe_open(path, "pt") as file:
             noted = file.metadata() or {}
             features, rows = (file.get_tensor(n) for n in ("image_features", "image_of_text"))
+            more = {n: file.get_tensor(n) for n in _CODES if n in file.keys()}  # noqa: SIM118
             names = [bytes(file.get_tensor(n).numpy()) for n in ("keys", "captions")]
         keys, captions = (parse_json(text, list, max_bytes=_MAX_BYTES) for text in names)
         written_for = {name: noted[name] for name in wanted}
@@ -66,7 +102,14 @@ def read_gallery(path: Path, wanted: Origin) -> Gallery:
         if written_for[name] != value:
             detail = f" ({written_for[name]})" if name == "split" else ""
             raise UserError(f"{path}: stale, it is of {_WHAT[name]}{detail}; {remedy} --split ...")
-    return _gallery(keys, captions, features, rows)
+    codes = bits = None
+    if "image_step" in more:
+        codes = Int8Codes(features, more["image_low"], more["image_step"])
+        features = features[:0].float()
+    if "image_bits" in more:
+        bits = Bits(more["image_bits"], more["image_center"])
+    found = _gallery(keys, captions, features, rows)
+    return replace(found, codes=codes, bits=bits, text_center=more.get("text_center"))
 
 
 def _gallery(keys: list[str], captions: list[str], features: Tensor, of_text: Tensor) -> Gallery:

@@ -15,6 +15,8 @@ from dist_vse.common.terminal import plain
 from dist_vse.evaluation.examples import NEIGHBOURS
 from dist_vse.evaluation.retrieval import neighbours, top_k
 from dist_vse.evaluation.retrieval.checks import check_finite
+from dist_vse.evaluation.width import check_width
+from dist_vse.losses.nested import first_features
 from dist_vse.tools.report.images import thumbnails
 from dist_vse.tools.report.neighbours import Neighbours, all_keys
 from dist_vse.tools.search.embed import embed_split, open_data, open_model
@@ -36,11 +38,13 @@ def search(
     faiss: bool = False,
     index_file: Path | None = None,
     allow_pipe: bool = False,
+    width: int | None = None,
 ) -> list[Found]:
     """Search a split, print a table a query, and write the sheet if one is asked for.
 
     The search is exact, in float64; with `faiss` in float32. The images' features are read from
-    `index_file`, which `dist-vse embed` wrote, or else computed now.
+    `index_file`, which `dist-vse embed` wrote, or else computed now. Features in int8 or bits are
+    searched as such. `width` takes the first numbers of each feature.
     Raises UserError where nothing is asked, a file cannot be read or written, or features are not
     finite.
     """
@@ -59,16 +63,25 @@ def search(
             model = open_model(location)
             if sheet is not None and distributed.is_main_process():
                 check_output(sheet)
+            check_width(width, model.dim)
             by_text = model.encode_texts(queries.texts)
             by_image = model.encode_images(queries.images)
             check_finite(by_image, by_text)
-            gallery = (
-                read_gallery(index_file, origin(model.model, index, split)) if index_file else None
-            )
+            gallery = None
+            if index_file:
+                gallery = read_gallery(index_file, origin(model.model, index, split))
+                gallery = gallery.at_width(width)
+                if faiss and gallery.codes is not None:
+                    raise UserError(f"{index_file}: --faiss is for float32; leave it out")
         if gallery is None:
-            gallery = gallery_of(embed_split(model, index, split))
-        check_finite(gallery.features, by_text)
-        scores, rows = find(torch.cat([by_text, by_image]), gallery.features, top)
+            gallery = gallery_of(embed_split(model, index, split, width))
+        if gallery.width < model.dim:
+            by_text, by_image = (first_features(x, gallery.width) for x in (by_text, by_image))
+        if gallery.codes is None:
+            check_finite(gallery.features, by_text)
+            scores, rows = find(torch.cat([by_text, by_image]), gallery.features, top)
+        else:
+            scores, rows = gallery.search_codes(by_text, by_image, top)
         found = [
             Found(
                 name,
