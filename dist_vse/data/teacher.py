@@ -18,6 +18,8 @@ from dist_vse.common.reading import BadFileError, parse_json
 from dist_vse.data.index import image_id
 from dist_vse.data.samples import Batch
 
+MAX_BYTES = 1 << 37
+"""Of all captions: a billion of a hundred letters."""
 REMEDY = "write it with `dist-vse embed TEACHER FILE.safetensors --data DIR --split SPLIT`"
 
 
@@ -38,7 +40,9 @@ class Teacher:
                     file.get_tensor(name)
                     for name in ("image_features", "text_features", "image_ids")
                 )
-                captions = parse_json(bytes(file.get_tensor("captions").numpy()), list)
+                captions = parse_json(
+                    bytes(file.get_tensor("captions").numpy()), list, max_bytes=MAX_BYTES
+                )
         except (SafetensorError, KeyError, BadFileError, OSError) as error:
             raise UserError(
                 f"loss.teacher: {path}: no file of `dist-vse embed` ({first_line(error)}); {REMEDY}"

@@ -96,6 +96,14 @@ def test_near_pairs_are_no_negatives(name: str, by: str) -> None:
     assert abs(exact[0] - _gradients(dense_loss, case, whole, None)[0]) > 1e-3
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_duplicates_as_positives_stay(name: str) -> None:
+    case = Case(name, 10, groups=6, duplicates="positive", weight=0.4)
+    whole, options = slice(None), {"ignore_above": 0.3}
+    exact = _gradients(dense_loss, case, whole, None, **options)
+    assert error(_gradients(global_loss, case, whole, None, tile=3, **options), exact) < 1e-10
+
+
 def test_a_copy_of_the_caption_is_left_out_at_a_margin_of_0() -> None:
     """Its similarity is that of the own pair, but for the last bits."""
     case = Case("convse++", 64, width=48)

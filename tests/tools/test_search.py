@@ -319,3 +319,24 @@ def test_a_sheet_shows_texts_as_they_are(tmp_path: Path) -> None:
     write_sheet(tmp_path / "x.html", found, {"k": "data:,"}, set(), {}, names)
     page = (tmp_path / "x.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;" in page and "a &lt;b&gt;query" in page
+
+
+def test_widths_and_codes_by_command(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, run_dir = str(tmp_path / "val.safetensors"), str(trained)
+    embed = ["embed", run_dir, file, "--split", "val", "--width", "16", "--precision", "binary"]
+    assert cli.main(embed) == 0
+    assert "% of the first 10 images in float32 are found (64 captions" in capsys.readouterr().out
+    with safe_open(file, "pt") as opened:
+        assert opened.get_tensor("image_features").shape == (32, 16)
+        assert opened.get_tensor("image_bits").shape == (32, 2)
+    assert cli.main(["search", run_dir, *QUERY, "--index", file]) == 0
+    assert cli.main(["search", run_dir, *QUERY, "--width", "16"]) == 0
+    assert cli.main(["search", run_dir, *QUERY, "--index", file, "--width", "8"]) == 2
+    assert "--width (8) does not fit the index" in capsys.readouterr().err
+    assert cli.main(["eval", run_dir, "--split", "val", "--width", "16"]) == 0
+    result = json.loads((trained / "eval-val-width16.json").read_text())
+    assert result["protocol"] == "plain, width 16" and 0 <= result["trained"]["t2i_r1"] <= 100
+    assert cli.main(["eval", run_dir, "--split", "val", "--width", "9999"]) == 2
+    assert "--width (9999) must be from 1 to" in capsys.readouterr().err
