@@ -16,7 +16,7 @@ from dist_vse.losses.matmul import Matmul
 from dist_vse.losses.tiles import Tile
 from dist_vse.losses.transport import Block
 
-ROUNDINGS = 16  # similarities closer than that are equal: copies must not be told apart
+ROUNDINGS = 16  # similarities closer than that are equal: so that copies count as equal
 
 
 class NearPairs:
