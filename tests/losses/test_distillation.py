@@ -126,9 +126,8 @@ def test_a_run_learns_from_stored_features_on_any_number_of_ranks(
         more = ["total_steps=3", "log_every=1", "optim.name=sgd", "optim.lr=0.05"]
         more += [f"loss.teacher={file}", "loss.distill_weight=0.5", "loss.ignore_above=0"]
         more += [f"loss.transport={transport}", "seed=5"]
-        assert run_distributed(run, world_size, settings(shards, run_dir, *more)) == (
-            [0] * world_size
-        )
+        overrides = settings(shards, run_dir, *more)
+        assert run_distributed(run, world_size, overrides, timeout=110) == [0] * world_size
         curves.append([read_logged(run_dir, n) for n in ("loss", "distillation", "ignored_share")])
     assert curves[1][0] == pytest.approx(curves[0][0], abs=1e-4)
     assert curves[1][1] == pytest.approx(curves[0][1], abs=1e-4)
