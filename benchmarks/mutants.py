@@ -270,7 +270,7 @@ MUTANTS = (
         "(some >= (bars.bar[stop - 1] - doubt).float()[:, None])",
         "(some >= bars.bar[stop - 1].float()[:, None])",
         "tests/evaluation/retrieval/test_scoring.py",
-        "float64",
+        "float64 or ties_with",
     ),
     Mutant(
         "scoring-rounding",

@@ -270,3 +270,18 @@ def test_scores_are_multiplied_in_whole_precision(monkeypatch: pytest.MonkeyPatc
         assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_what_ties_with_the_last_right_answer_is_found_below_its_rounding() -> None:
+    """Equal in float64, and about half of the wrong ones are less in float32."""
+    images = unit(64, 32, 0).repeat_interleave(2, 1) / 2**0.5  # pairs of equal numbers
+    noise = torch.nn.functional.normalize(
+        unit(64, 64, 1) - images * (unit(64, 64, 1) * images).sum(1, True)
+    )
+    second = 0.7 * images + 0.7 * noise
+    wrong = second.unflatten(1, (32, 2)).flip(2).flatten(1)  # each pair swapped: the same score
+    texts, rows = torch.cat([images, second, wrong]), torch.arange(64)
+    pairs = torch.cat([own_pairs(rows), torch.stack([rows, rows + 64])], 1)
+    pairs = torch.cat([pairs, torch.stack([rows + 64, rows + 128])], 1)
+    i2t, _ = rank_all(torch.cat([images, unit(64, 64, 2)]), texts, pairs)
+    assert i2t.precision[:64].tolist() == pytest.approx([0.75] * 64)  # mean of its two orders
