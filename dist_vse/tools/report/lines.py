@@ -20,6 +20,7 @@ _FIELDS = {
     "train": ("samples_seen", "loss", "lr", "pairs_per_s", "memory_gib"),
     "eval": ("samples_seen", "split", "num_images", "num_texts", "rsum", *RETRIEVAL),
 }
+_FIGURES = (float, int)  # what JSON's numbers become; a bool is none
 _LOW, _HIGH, _COUNT = " low", " high", " count"  # of a mean: extremes by field, number of lines
 
 
@@ -28,15 +29,19 @@ class Lines:
     """Lines of one kind by step; of a step that was run twice, the later one."""
 
     _found: dict[int, Line] = field(default_factory=dict)
-    _ends: dict[int, Line] = field(default_factory=dict)  # the first and the last one
+    _ends: list[Line] = field(default_factory=list)  # the first and the last one
     _width: int = 1  # lines that one of `_found` is the mean of
 
     def add(self, line: Line) -> None:
         """Take a line; once there are too many, neighbours are merged."""
         step = line["step"]
         self._found[step] = line
-        ends = {*self._ends, step}
-        self._ends = {s: line if s == step else self._ends[s] for s in (min(ends), max(ends))}
+        if not self._ends:
+            self._ends = [line, line]
+        if step <= self._ends[0]["step"]:
+            self._ends[0] = line
+        if step >= self._ends[1]["step"]:
+            self._ends[1] = line
         if len(self._found) > MAX_LINES:
             self._merge()
             if len(self._found) > MAX_LINES // 2:
@@ -49,12 +54,12 @@ class Lines:
     @property
     def first(self) -> Line:
         """The line of the lowest step, as it was written."""
-        return self._ends[min(self._ends)]
+        return self._ends[0]
 
     @property
     def last(self) -> Line:
         """The line of the highest step, as it was written."""
-        return self._ends[max(self._ends)]
+        return self._ends[1]
 
     def by_step(self) -> list[Line]:
         """Return all lines, or means of equally many neighbours."""
@@ -65,11 +70,14 @@ class Lines:
     def _merge(self) -> None:
         merged: dict[int, Line] = {}
         part: list[Line] = []
+        count = 0
         for step in sorted(self._found):
-            part.append(self._found[step])
-            if sum(line.get(_COUNT, 1) for line in part) >= self._width:
+            line = self._found[step]
+            part.append(line)
+            count += line.get(_COUNT, 1)
+            if count >= self._width:
                 merged[step] = _mean(part)
-                part = []
+                part, count = [], 0
         if part:
             merged[step] = _mean(part)
         self._found = merged
@@ -153,18 +161,21 @@ def _what_is_wrong(line: Line, kind: str) -> str:
 
 def is_figure(value: object) -> bool:
     """Return whether a value from JSON is a number; a run that diverged has NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) in _FIGURES
 
 
 def _numbers(line: Line) -> Line:
     """Return the numbers of a line, and its split: no line of a long file holds more."""
-    return {name: v for name, v in line.items() if is_figure(v) or name == "split"}
+    return {name: v for name, v in line.items() if type(v) in _FIGURES or name == "split"}
 
 
 def _mean(lines: Sequence[Line]) -> Line:
     """Return the mean of each value of some lines, with its extremes and their number."""
     if len(lines) == 1:
         return lines[0]
+    names = list(lines[0])
+    if _COUNT not in lines[0] and all(list(line) == names for line in lines):
+        return _mean_of_equals(names, lines)
     merged: Line = {_COUNT: sum(line.get(_COUNT, 1) for line in lines), _LOW: {}, _HIGH: {}}
     for name in {name: None for line in lines for name in line}:
         having = [line for line in lines if name in line and is_figure(line[name])]
@@ -176,4 +187,21 @@ def _mean(lines: Sequence[Line]) -> Line:
         merged[name] = total / sum(weights)
         merged[_LOW][name] = min(line.get(_LOW, line)[name] for line in having)
         merged[_HIGH][name] = max(line.get(_HIGH, line)[name] for line in having)
+    return merged
+
+
+def _mean_of_equals(names: Sequence[str], lines: Sequence[Line]) -> Line:
+    """Do as `_mean` for lines of the same values, none a mean: nearly all are merged here."""
+    merged: Line = {_COUNT: len(lines), _LOW: {}, _HIGH: {}}
+    for name, values in zip(
+        names, zip(*(line.values() for line in lines), strict=True), strict=True
+    ):
+        if name == "split":
+            continue
+        total = sum(values)
+        if not math.isfinite(total):
+            values = tuple(filter(math.isfinite, values)) or values
+            total = sum(values)
+        merged[name] = total / len(values)
+        merged[_LOW][name], merged[_HIGH][name] = min(values), max(values)
     return merged
