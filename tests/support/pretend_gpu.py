@@ -294,6 +294,7 @@ def pretend_gpu() -> Iterator[GpuLog]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
-        torch._C._ensureCUDADeviceGuardSet()  # as FakeTensorMode does where there is no GPU
+        # As FakeTensorMode does where there is no GPU; older PyTorch has no such function.
+        getattr(torch._C, "_ensureCUDADeviceGuardSet", lambda: None)()
         stack.enter_context(_OnGpu())  # type: ignore[no-untyped-call]
         yield _log
