@@ -1,6 +1,6 @@
 """Training: `accelerate launch -m dist_vse.train CONFIG [key=value ...]`.
 
-The launcher only starts the processes; the DeepSpeed engine is driven directly.
+The launcher only starts the processes; the engine is driven directly.
 """
 
 import os
@@ -273,9 +273,9 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
     split = run.config.data.eval_split
     batches = build_eval_batches(run.config, run.index, run.tokenizer, split)
     average_statistics(run.engine.module)
-    with run.engine.evaluation_weights():
+    with run.engine.evaluation_weights() as model:
         evaluation = evaluate(
-            run.engine.module,
+            model,
             watchdog.each(batches),
             distributed.device(),
             precision=run.config.engine.precision,

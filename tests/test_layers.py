@@ -40,7 +40,11 @@ LEVEL = {name: level for level, name in enumerate(LAYERS)}
 
 CARRIED = "dist_vse/tools/export/transformers_modeling.py"  # copied into exports, not imported
 OWNERS = {
-    "torch.distributed": {"dist_vse/distributed/", "dist_vse/common/cpu.py"},
+    "torch.distributed": {
+        "dist_vse/distributed/",
+        "dist_vse/common/cpu.py",
+        "dist_vse/engine/fsdp2.py",
+    },
     "deepspeed": {"dist_vse/engine/"},
     "timm": {"dist_vse/models/", CARRIED},
     "transformers": {"dist_vse/models/", CARRIED},

@@ -150,7 +150,11 @@ class TrainConfig:
         )
         keep, engine = self.cache.keep_graphs, self.engine
         check(
-            engine.coalesce or engine.zero_stage < 3 or keep == AUTO or int(keep) <= 1,
+            engine.name != "deepspeed"
+            or engine.coalesce
+            or engine.zero_stage < 3
+            or keep == AUTO
+            or int(keep) <= 1,
             f"cache.keep_graphs ({keep}) must be 0, 1 or auto under engine.zero_stage=3 with "
             "engine.coalesce=false (more would give wrong gradients); or set engine.coalesce=true",
         )
@@ -158,16 +162,19 @@ class TrainConfig:
         check(
             not needs_whole_tensors(self.optim) or engine.zero_stage == 0,
             f"optim.name={self.optim.name} needs whole tensors, and engine.zero_stage="
-            f"{engine.zero_stage} hands it flat pieces of them: set engine.zero_stage=0",
+            f"{engine.zero_stage} hands it pieces of them: set engine.zero_stage=0, with "
+            "engine.name=deepspeed",
+        )
+        whole_gradients = engine.name == "deepspeed" and engine.zero_stage < 3
+        check(
+            not self.batch_report or whole_gradients,
+            "batch_report=true is for engine.name=deepspeed with engine.zero_stage 0 to 2: others "
+            "have no whole gradients",
         )
         check(
-            not self.batch_report or engine.zero_stage < 3,
-            "batch_report=true is for engine.zero_stage 0 to 2: ZeRO 3 has no whole gradients",
-        )
-        check(
-            not self.model.compile or engine.zero_stage < 3,
-            f"model.compile={str(self.model.compile).lower()} is for engine.zero_stage 0 to 2: "
-            "ZeRO 3 fetches parameters inside of what would be compiled",
+            not self.model.compile or whole_gradients,
+            f"model.compile={str(self.model.compile).lower()} is for engine.name=deepspeed with "
+            "engine.zero_stage 0 to 2: others fetch parameters inside of what would be compiled",
         )
         check(
             self.model.compile != GRAPHS or keep in (0, 1),

@@ -8,6 +8,7 @@ from dist_vse.losses.options import DUPLICATES, KERNELS, TRANSPORTS
 from dist_vse.losses.registry import check_name
 
 GRAPHS = "graphs"  # of model.compile
+ENGINES = ("deepspeed", "fsdp2")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 MIN_LEARNED_TEMPERATURE = 0.01  # as CLIP bounds it
 
@@ -291,22 +292,36 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How parameters, gradients and optimizer states are spread: DeepSpeed's ZeRO."""
+    """How parameters, gradients and optimizer states are spread over the ranks."""
 
     zero_stage: int = 1
-    """0 replicates all; 1 spreads optimizer states, 2 gradients too, 3 parameters too."""
+    """0 replicates all; 1 spreads optimizer states, 2 gradients too, 3 parameters too. Of fsdp2, 2
+    keeps parameters gathered during a step, 3 gathers them block by block."""
     precision: str = "fp32"
     """fp32; tf32 (a GPU rounds the factors of products and convolutions to 10 bits; the same as
     fp32 on a CPU); bf16 (autocast: parameters and statistics stay float32); or fp16 (the same, for
     GPUs without bfloat16: losses are scaled, and a step whose gradients overflow is skipped)."""
     coalesce: bool = True
-    """ZeRO 2 and 3: one gradient reduction a step, for whole gradients in memory until then;
-    false reduces at every chunk. ZeRO 0 and 1 always reduce once."""
+    """Stages 2 and 3: one gradient reduction a step, for whole gradients in memory until then;
+    false reduces at every chunk. Stages 0 and 1 always reduce once."""
+    name: str = "deepspeed"
+    """deepspeed (ZeRO 0 to 3) or fsdp2 (PyTorch's `fully_shard`, zero_stage 2 or 3)."""
 
     def __post_init__(self) -> None:
         stage = self.zero_stage
+        one_of("engine.name", self.name, ENGINES)
         check(stage in (0, 1, 2, 3), f"engine.zero_stage ({stage}) must be 0, 1, 2 or 3")
+        check(
+            self.name != "fsdp2" or stage >= 2,
+            f"engine.name=fsdp2 spreads gradients and optimizer states, and engine.zero_stage="
+            f"{stage} does not: set engine.zero_stage to 2, or to 3 to spread parameters too",
+        )
         one_of("engine.precision", self.precision, PRECISIONS)
+
+    @property
+    def title(self) -> str:
+        """The engine and its stage, in words for a table."""
+        return f"{'FSDP2' if self.name == 'fsdp2' else 'ZeRO'} {self.zero_stage}"
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,13 @@ _CHANGES_NO_NUMBER = (  # DeepSpeed's own log, and how it cuts its messages
 )
 
 
-def conflicts(environment: Mapping[str, str], ours: Mapping[str, Any]) -> list[str]:
+def conflicts(
+    environment: Mapping[str, str], ours: Mapping[str, Any], *, fsdp2: bool = False
+) -> list[str]:
     """Say, a line each, what the launcher asks for and the run does otherwise.
 
     `ours` describes the run as a DeepSpeed configuration would; "auto" in it is not known yet.
+    `fsdp2` says that the run has FSDP2 and not DeepSpeed.
     Raises UserError if the launcher's file can't be read.
     """
     known = _flat(ours)
@@ -78,7 +81,7 @@ def conflicts(environment: Mapping[str, str], ours: Mapping[str, Any]) -> list[s
     known |= {f"{name}.enabled": name == half for name in ("bf16", "fp16")}
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if environment.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        return _of_accelerate(environment, precision, half)
+        return _of_accelerate(environment, precision, half, fsdp2=fsdp2)
     asked = _asked(environment)
     if precision in ("bf16", "fp16"):
         asked[f"{precision}.enabled"] = True
@@ -94,23 +97,26 @@ def conflicts(environment: Mapping[str, str], ours: Mapping[str, Any]) -> list[s
         differences.append(
             f"the launcher asks DeepSpeed for {name}={_plain(value)}, the run {does}{where}"
         )
-    return differences + _of_accelerate(environment, "no", None)
+    return differences + _of_accelerate(environment, "no", None, fsdp2=fsdp2)
 
 
-def _of_accelerate(environment: Mapping[str, str], precision: str, half: str | None) -> list[str]:
+def _of_accelerate(
+    environment: Mapping[str, str], precision: str, half: str | None, *, fsdp2: bool
+) -> list[str]:
     """Say what accelerate was asked for that it does by itself, without DeepSpeed."""
+    engine = "PyTorch's FSDP2" if fsdp2 else "DeepSpeed's ZeRO"
     asked = {
         f"mixed precision {precision}": (
             precision not in ("no", half),
             f"has {half or 'fp32'}; set engine.precision in its config",
         ),
         "FSDP": (
-            environment.get("ACCELERATE_USE_FSDP") == "true",
-            "has DeepSpeed's ZeRO; set engine.zero_stage in its config",
+            environment.get("ACCELERATE_USE_FSDP") == "true" and not fsdp2,
+            f"has {engine}; set engine.name in its config",
         ),
         "Megatron-LM": (
             environment.get("ACCELERATE_USE_MEGATRON_LM") == "true",
-            "has DeepSpeed's ZeRO; set engine.zero_stage in its config",
+            f"has {engine}; set engine.zero_stage in its config",
         ),
         f"dynamo backend {environment.get('ACCELERATE_DYNAMO_BACKEND', '').lower()}": (
             environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",

@@ -6,9 +6,12 @@ is a power of two, which rounds nothing. PyTorch's GradScaler looks at one rank'
 and under ZeRO each rank has others.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from dist_vse.common.errors import UserError
@@ -59,3 +62,11 @@ class LossScale:
         """Take the state of a checkpoint."""
         value, steps, skipped = state.tolist()
         self.value, self.steps, self.skipped = value, int(steps), int(skipped)
+
+
+def load_loss_scale(scale: LossScale, files: Sequence[Path]) -> None:
+    """Take the loss scale out of a checkpoint's files, if it has one: rank 0's has it."""
+    for path in files[:1]:
+        with safe_open(path, "pt") as first:
+            if KEY in first.keys():  # noqa: SIM118 - a safetensors file is no dict
+                scale.load(first.get_tensor(KEY))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dist_vse.common.errors import UserError
@@ -22,7 +21,7 @@ from dist_vse.distributed import rank, world_size
 from dist_vse.engine import deepspeed_internals as internals
 from dist_vse.engine.finite import all_finite
 from dist_vse.engine.gradient_reduction import GradientReduction
-from dist_vse.engine.loss_scale import KEY, LossScale
+from dist_vse.engine.loss_scale import LossScale, load_loss_scale
 from dist_vse.engine.optimizer import set_learning_rate
 from dist_vse.engine.optimizer_state import (
     Fragment,
@@ -80,13 +79,15 @@ def zero_config(
     return described
 
 
-def max_live_graphs(stage: int, *, coalesce: bool) -> int | None:
+def max_live_graphs(config: EngineConfig) -> int | None:
     """Return how many chunks' graphs may stand at once; None is no bound.
 
-    ZeRO 3 that reduces at every chunk gives wrong gradients, without a word, where two or more
-    forwards wait for their backward.
+    DeepSpeed's ZeRO 3 that reduces at every chunk gives wrong gradients, without a word, where two
+    or more forwards wait for their backward.
     """
-    return 1 if stage == 3 and not coalesce else None
+    return (
+        1 if config.name == "deepspeed" and config.zero_stage == 3 and not config.coalesce else None
+    )
 
 
 class ZeroEngine:
@@ -127,7 +128,7 @@ class ZeroEngine:
         self.clips = clip_norm > 0
         self._whole_norm = 0.0
         self.norms = StepNorms(optimizer, split=stage > 0)
-        self.max_live_graphs = max_live_graphs(stage, coalesce=config.coalesce)
+        self.max_live_graphs = max_live_graphs(config)
         self.loss_scale = self._own_loss_scale() if config.precision == "fp16" else None
         # One reduction for all chunks, at the price of whole gradients in memory for the step,
         # which ZeRO 0 and 1 hold anyway.
@@ -255,14 +256,14 @@ class ZeroEngine:
         return found
 
     @contextlib.contextmanager
-    def gathered_parameters(self, *, changed: bool = False) -> Iterator[None]:
-        """Hold every parameter whole on every rank inside the block (ZeRO 3 splits them).
+    def gathered_parameters(self, *, changed: bool = False) -> Iterator[DualEncoder]:
+        """Return the model, with every parameter whole on every rank (ZeRO 3 splits them).
 
         `changed` says that the block gives them new values, the same on all ranks. The ranks may
         run different numbers of forwards in the block.
         """
         if self.stage < 3:
-            yield
+            yield self.module
             return
         deepspeed = _import_deepspeed()
         modifier = 0 if changed else None
@@ -273,7 +274,7 @@ class ZeroEngine:
             deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier),
             internals.keep_gathered(parameters),
         ):
-            yield
+            yield self.module
             internals.forget_module_order(self.engine)
 
     def update_average(self, samples_seen: int, batch: int) -> None:
@@ -282,17 +283,17 @@ class ZeroEngine:
             self.average.update(samples_seen, batch)
 
     @contextlib.contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
-        """Hold whole on every rank what is to be evaluated: the averages, or else the weights."""
-        with self.gathered_parameters():
+    def evaluation_weights(self) -> Iterator[DualEncoder]:
+        """Return the model, whole on every rank, with the averages, or else with the weights."""
+        with self.gathered_parameters() as model:
             if self.average is None:
-                yield
+                yield model
             elif self.stage == 0:
                 with self.average.exchanged():
-                    yield
+                    yield model
             else:
                 with self.average.copied_to(self._trainable()):
-                    yield
+                    yield model
 
     def dump_optimizer(self) -> dict[str, Tensor]:
         """Copy this rank's fragments of the optimizer's state to host memory, by name.
@@ -327,10 +328,8 @@ class ZeroEngine:
     ) -> None:
         with self.gathered_parameters(changed=True):
             self.module.load_state_dict(weights, strict=False)  # adapters come without their base
-        if self.loss_scale is not None and files:
-            with safe_open(files[0], "pt") as first:
-                if KEY in first.keys():  # noqa: SIM118 - a safetensors file is no dict
-                    self.loss_scale.load(first.get_tensor(KEY))
+        if self.loss_scale is not None:
+            load_loss_scale(self.loss_scale, files)
         if self.whole_tensors:
             load_whole_state(self._trainable(), self.optimizer, files)
             return

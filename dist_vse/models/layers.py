@@ -61,6 +61,15 @@ def _block_patterns(trunk: nn.Module) -> list[str]:
     return best
 
 
+def blocks(trunk: nn.Module) -> list[nn.Module]:
+    """Return the members of a trunk's lists of equal blocks, inner ones before outer ones."""
+    found: dict[nn.Module, None] = {}
+    for module in reversed([*trunk.modules()]):
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(set(map(type, module))) == 1:
+            found |= {block: None for block in module if any(True for _ in block.parameters())}
+    return [*found]
+
+
 def is_position(name: str) -> bool:
     """Return whether a parameter's name is that of a position or class embedding."""
     return any(fnmatchcase(name, pattern) for pattern in POSITIONS)

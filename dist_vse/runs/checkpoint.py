@@ -4,7 +4,8 @@
 towers too, readable without this package), `rank-0.safetensors` ... (each rank's share of the
 optimizer's state and of averaged weights, and its random state) and `manifest.json` (step, data
 position, world size, ZeRO stage, score, size and checksum of every file). No file holds code: a
-stranger's checkpoint is safe to load. Any number of processes at any ZeRO stage resumes from it.
+stranger's checkpoint is safe to load. Any number of processes resumes from it, at any ZeRO stage
+or under FSDP2.
 Of a run with adapters (`model.lora`), `model.safetensors` holds all but the weights that stay.
 """
 
@@ -31,9 +32,9 @@ from dist_vse.common.host_copy import host_copy
 from dist_vse.common.log import logger
 from dist_vse.common.random_state import RandomState, random_state, restore
 from dist_vse.common.reading import BadFileError, is_count, is_number, read_json
+from dist_vse.engine import RunEngine
 from dist_vse.engine.deepspeed_internals import whole_shape
 from dist_vse.engine.weight_average import take_averages
-from dist_vse.engine.zero import ZeroEngine
 from dist_vse.models.lora import base_names
 
 WEIGHTS = "model.safetensors"
@@ -59,7 +60,7 @@ FileDigests = dict[str, dict[str, Any]]
 """Size and checksum of files, by their names."""
 
 
-def snapshot(engine: ZeroEngine) -> dict[str, Tensors]:
+def snapshot(engine: RunEngine) -> dict[str, Tensors]:
     """Copy what this rank saves to host memory: file names with their tensors.
 
     Every rank calls this. The copies stay as they are while training goes on.
@@ -69,9 +70,9 @@ def snapshot(engine: ZeroEngine) -> dict[str, Tensors]:
     if random.cuda is not None:
         own[_RANDOM_CUDA] = random.cuda.clone()
     files = {_rank_file(distributed.rank()): own}
-    with engine.gathered_parameters():
+    with engine.gathered_parameters() as model:
         if distributed.is_main_process():
-            files[WEIGHTS] = _whole_weights(engine.module)
+            files[WEIGHTS] = _whole_weights(model)
     return files
 
 
@@ -139,12 +140,12 @@ def _remove(path: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)  # the next start removes what a reader holds open
 
 
-def load_latest(folder: Path, engine: ZeroEngine) -> Progress | None:
+def load_latest(folder: Path, engine: RunEngine) -> Progress | None:
     """Load the newest whole checkpoint into a fresh engine; return None if there is none.
 
     Every rank calls this, and all load the same one; it may come from another number of
-    processes and another ZeRO stage. Damaged ones that are newer are set aside. Raises UserError
-    if there are checkpoints and none is whole, or if it doesn't fit the model.
+    processes, and another ZeRO stage or engine. Damaged ones that are newer are set aside. Raises
+    UserError if there are checkpoints and none is whole, or if it doesn't fit the model.
     """
     path = None
     with distributed.raise_on_all_ranks(), writing(folder):

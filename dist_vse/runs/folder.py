@@ -28,6 +28,7 @@ _MAY_CHANGE = (
     "patience",
     "profile",
     "batch_report",
+    "engine.name",
     "engine.zero_stage",
     "engine.coalesce",
     "data.num_workers",

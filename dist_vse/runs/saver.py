@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError, writing
-from dist_vse.engine.zero import ZeroEngine
+from dist_vse.engine import RunEngine
 from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import FileDigests, Progress
 from dist_vse.runs.lease import Lease
@@ -54,7 +54,7 @@ class Saver:
         """Return whether the last checkpoint is older than it should be by the clock."""
         return self.minutes > 0 and time.monotonic() - self._last >= 60 * self.minutes
 
-    def start(self, engine: ZeroEngine, progress: Progress, *, score: float | None) -> None:
+    def start(self, engine: RunEngine, progress: Progress, *, score: float | None) -> None:
         """Copy the state and begin to write it; the checkpoint appears with `settle`.
 
         Raises UserError if the previous checkpoint could not be written.

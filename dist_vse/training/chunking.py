@@ -55,7 +55,7 @@ def choose_chunks(config: TrainConfig, model: DualEncoder) -> Chunking:
         rank_batch_size=config.global_batch_size // distributed.world_size(),
         chunk_size=chunk_size,
         keep_graphs=None if isinstance(keep_graphs, str) else keep_graphs,
-        max_live_graphs=max_live_graphs(config.engine.zero_stage, coalesce=config.engine.coalesce),
+        max_live_graphs=max_live_graphs(config.engine),
         memory_gib=config.cache.memory_gib,
         precision=config.engine.precision,
     )

@@ -14,7 +14,7 @@ from dist_vse.data.index import Index, read_index
 from dist_vse.data.precomputed import Features
 from dist_vse.data.streams import TrainSet, open_train_sets
 from dist_vse.data.teacher import Teacher
-from dist_vse.engine.zero import ZeroEngine
+from dist_vse.engine import RunEngine
 from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.models.precision import use_precision
 from dist_vse.models.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ class Run:
     index: Index
     train_sets: list[TrainSet]
     tokenizer: Tokenizer
-    engine: ZeroEngine
+    engine: RunEngine
     keep_graphs: int
     features: Features | None
     teacher: Teacher | None

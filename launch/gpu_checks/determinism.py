@@ -84,8 +84,8 @@ def _train(rig: Rig, first: int, count: int) -> None:
 
 
 def _weights(rig: Rig) -> dict[str, Tensor]:
-    with rig.engine.gathered_parameters():
-        named = rig.engine.module.named_parameters()
+    with rig.engine.gathered_parameters() as model:
+        named = model.named_parameters()
         return {name: p.detach().float().cpu().clone() for name, p in named}
 
 

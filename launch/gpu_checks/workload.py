@@ -8,7 +8,7 @@ from dist_vse import distributed
 from dist_vse.config import ImageConfig, ModelConfig, TextConfig, TrainConfig, load_config
 from dist_vse.config.sections import EngineConfig
 from dist_vse.data.samples import Batch
-from dist_vse.engine.zero import ZeroEngine
+from dist_vse.engine import RunEngine
 from dist_vse.launch.gpu_checks.finding import Task
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
@@ -30,7 +30,7 @@ class Rig:
     """An engine that can take steps on one made-up batch."""
 
     config: TrainConfig
-    engine: ZeroEngine
+    engine: RunEngine
     batch: Batch
     keep_graphs: int
 

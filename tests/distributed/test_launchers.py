@@ -154,11 +154,12 @@ def test_a_launchers_contradictions_are_told(tmp_path: Path) -> None:
     assert launcher_conflicts(config, asked) == [
         "the launcher asks for mixed precision bf16, the run has fp32; set engine.precision in its "
         "config",
-        "the launcher asks for FSDP, the run has DeepSpeed's ZeRO; set engine.zero_stage in its "
-        "config",
+        "the launcher asks for FSDP, the run has DeepSpeed's ZeRO; set engine.name in its config",
         "the launcher asks for dynamo backend inductor, the run does without; set model.compile in "
         "its config",
     ]
+    fsdp2 = load_config(ROOT / CONFIG, ["engine.name=fsdp2", "engine.zero_stage=3"])
+    assert launcher_conflicts(fsdp2, {"ACCELERATE_USE_FSDP": "true"}) == []
     bf16 = load_config(ROOT / CONFIG, ["engine.precision=bf16"])
     assert launcher_conflicts(bf16, {"ACCELERATE_MIXED_PRECISION": "bf16"}) == []
     path.write_text("{")

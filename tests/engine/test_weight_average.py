@@ -10,16 +10,18 @@ from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
+from dist_vse.engine import RunEngine
 from dist_vse.engine.optimizer_state import Fragment
 from dist_vse.engine.weight_average import WeightAverage, take_averages
-from dist_vse.engine.zero import ZeroEngine
+from dist_vse.models.dual_encoder import DualEncoder
 from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress
 from tests.support.distributed import run_distributed
+from tests.support.engines import FSDP2
 from tests.support.savers import B, build_engine, open_saver, take_step
 from tests.support.tiny import tiny_model
 
-STAGES = (0, 1, 2, 3)
+STAGES = (0, 1, 2, 3, FSDP2 + 3)
 HORIZON, STEPS = 2 * B, 4  # the mean of the first two steps, then exponential
 
 
@@ -56,29 +58,29 @@ def test_whole_averages_come_from_the_files_of_all_ranks(tmp_path: Path) -> None
     assert average.dump()["ema/average/a/1"].tolist() == [1, 3]
 
 
-def _weights(engine: ZeroEngine) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+def _weights(model: DualEncoder) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def _averages(engine: ZeroEngine) -> dict[str, Tensor]:
-    with engine.gathered_parameters():
-        before = _weights(engine)
-    with engine.evaluation_weights():
-        averages = _weights(engine)
-    with engine.gathered_parameters():
-        changed = [name for name, p in _weights(engine).items() if not torch.equal(p, before[name])]
+def _averages(engine: RunEngine) -> dict[str, Tensor]:
+    with engine.gathered_parameters() as model:
+        before = _weights(model)
+    with engine.evaluation_weights() as model:
+        averages = _weights(model)
+    with engine.gathered_parameters() as model:
+        changed = [name for name, p in _weights(model).items() if not torch.equal(p, before[name])]
     assert not changed, (engine.stage, changed)
     return averages
 
 
-def _train(engine: ZeroEngine, first: int) -> list[dict[str, Tensor]]:
+def _train(engine: RunEngine, first: int) -> list[dict[str, Tensor]]:
     """Take the steps from `first` on; return the weights after each."""
     found = []
     for step in range(first, STEPS):
         take_step(engine, step)
         engine.update_average((step + 1) * B, B)
-        with engine.gathered_parameters():
-            found.append(_weights(engine))
+        with engine.gathered_parameters() as model:
+            found.append(_weights(model))
     return found
 
 
@@ -87,7 +89,8 @@ def _average_all(folder: Path, sources: list[Path]) -> dict[int, dict[str, Tenso
     found = {}
     for stage in STAGES:
         engine = build_engine(stage, "sgd", HORIZON)
-        held = engine.average.dump() if engine.average is not None else {}
+        state = engine.dump_optimizer()
+        held = {name: values for name, values in state.items() if name.startswith("ema/")}
         trained = sum(p.numel() for p in tiny_model().parameters())
         if stage > 0:  # each rank has its share
             share = sum(values.numel() for values in held.values())
@@ -162,4 +165,4 @@ def test_every_stage_and_number_of_ranks_has_the_same_average(tmp_path: Path) ->
             for stage in STAGES:
                 error = max(_errors(found[stage], expected))
                 assert error < 1e-5, (world_size, stage, error)
-        sources = [folder / "0", folder / "3"]
+        sources = [folder / "0", folder / "3", folder / str(FSDP2 + 3)]

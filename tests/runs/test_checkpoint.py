@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
-from dist_vse.engine.zero import ZeroEngine
+from dist_vse.engine import RunEngine
 from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress
 from tests.support.distributed import run_distributed
+from tests.support.engines import FSDP2
 from tests.support.savers import (
     B,
     TellingEngine,
@@ -28,12 +29,12 @@ from tests.support.savers import (
 )
 from tests.support.tiny import tiny_model
 
-SOURCES = [(1, 0), (2, 2), (4, 3)]
+SOURCES = [(1, 0), (2, 2), (4, 3), (2, FSDP2 + 3)]
 
 
-def _parameters(engine: ZeroEngine) -> Tensor:
-    with engine.gathered_parameters():
-        return torch.cat([p.detach().flatten().clone() for p in engine.module.parameters()])
+def _parameters(engine: RunEngine) -> Tensor:
+    with engine.gathered_parameters() as model:
+        return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
 
 
 def _whole_state(files: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -68,7 +69,7 @@ def _load_everywhere(folders: list[Path], name: str) -> dict[tuple[int, int], tu
     """Load every source at every stage; return whether all came back, and a step's result."""
     results = {}
     for number, folder in enumerate(folders):
-        for stage in (0, 1, 2, 3):
+        for stage in (0, 1, 2, 3, FSDP2 + 3):
             engine = build_engine(stage, name)
             assert checkpoint.load_latest(folder, engine) == Progress(2, 2 * B, [[0, 0]])
             path = checkpoint.latest(folder)
@@ -80,10 +81,8 @@ def _load_everywhere(folders: list[Path], name: str) -> dict[tuple[int, int], tu
                 torch.equal(expected[key], found[key]) for key in expected
             )
             weights = load_file(path / checkpoint.WEIGHTS)
-            with engine.gathered_parameters():
-                same &= all(
-                    torch.equal(weights[k], v) for k, v in engine.module.state_dict().items()
-                )
+            with engine.gathered_parameters() as model:
+                same &= all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
             assert len(expected) >= 10
             take_step(engine, 2)
             results[number, stage] = (same, _parameters(engine))

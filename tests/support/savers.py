@@ -9,37 +9,31 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.config import EngineConfig, OptimConfig
+from dist_vse.config import OptimConfig
+from dist_vse.engine import RunEngine
 from dist_vse.engine.optimizer import build_optimizer
-from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.runs import lease
 from dist_vse.runs.checkpoint import Progress
 from dist_vse.runs.saver import Saver
 from dist_vse.training.grad_cache import train_step
+from tests.support.engines import build
 from tests.support.tiny import tiny_batch, tiny_model
 
 B = 16  # rows of a global batch
 
 
-def build_engine(stage: int, name: str = "adamw", average_samples: int = 0) -> ZeroEngine:
-    """Build an engine whose image trunk is frozen."""
+def build_engine(stage: int, name: str = "adamw", average_samples: int = 0) -> RunEngine:
+    """Build the engine of a stage (see `engines.build`); its image trunk is frozen."""
     model = tiny_model()
     for parameter in model.image.trunk.parameters():
         parameter.requires_grad_(False)  # DeepSpeed's own export forgets frozen towers
-    rows = B // distributed.world_size()
     optim = OptimConfig(name=name, lr=0.01, weight_decay=0.1, momentum=0.9)
     optimizer = build_optimizer(model, optim)
-    return ZeroEngine(
-        model,
-        optimizer,
-        EngineConfig(stage),
-        rank_batch_size=rows,
-        average_samples=average_samples,
-    )
+    return build(model, optimizer, stage, batch_size=B, average_samples=average_samples)
 
 
-def take_step(engine: ZeroEngine, step: int) -> None:
+def take_step(engine: RunEngine, step: int) -> None:
     """Train on this rank's rows of the step's batch."""
     rank, rows = distributed.rank(), B // distributed.world_size()
     images, tokens = (x[rank * rows : (rank + 1) * rows] for x in tiny_batch(B, step))
@@ -74,7 +68,7 @@ class TellingEngine:
         return {"optim/a/0": torch.full((250_000,), float(self.step))}
 
     def gathered_parameters(self) -> Any:
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(self.module)
 
     def load(self, weights: dict[str, Tensor], files: Sequence[Path]) -> None:
         self.step = int(weights["bias"][0])

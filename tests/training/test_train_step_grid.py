@@ -7,7 +7,7 @@ loads the initial weights again.
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,11 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.config import EngineConfig, OptimConfig
-from dist_vse.engine import Engine, gradient_reduction, zero
+from dist_vse.config import OptimConfig
+from dist_vse.engine import Engine, RunEngine, gradient_reduction, zero
 from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
-from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.losses.kernel_choice import choose_kernels
@@ -32,6 +31,7 @@ from dist_vse.models.text import TransformerTrunk
 from dist_vse.training.grad_cache import train_step
 from dist_vse.training.prefetch_to_device import Chunk
 from tests.support.distributed import run_distributed
+from tests.support.engines import FSDP2, build
 from tests.support.tiny import VOCABULARY, tiny_batch
 
 B = 32  # pairs in the global batch
@@ -39,7 +39,7 @@ STEPS = 3
 RATE = 0.05  # SGD: Adam would hide a wrong scale
 LOSSES = ("convse", "convse++")
 CHUNKS = (1, 2, 4, 8)
-STAGES = (None, 0, 1, 2, 3)  # None is the plain engine
+STAGES = (None, 0, 1, 2, 3, FSDP2 + 3)  # None is the plain engine
 CLIP = 0.1
 
 
@@ -70,9 +70,8 @@ def _engine(stage: int | None, clip_norm: float = 0.0, coalesce: bool = True) ->
     model = _model()
     if stage is None:
         return PlainEngine(model, _sgd(model), clip_norm)
-    rows = B // distributed.world_size()
-    config = EngineConfig(zero_stage=stage, coalesce=coalesce)
-    return ZeroEngine(model, _sgd(model), config, rank_batch_size=rows, clip_norm=clip_norm)
+    sgd = _sgd(model)
+    return build(model, sgd, stage, batch_size=B, clip_norm=clip_norm, coalesce=coalesce)
 
 
 def _parameters(model: DualEncoder) -> Tensor:
@@ -116,11 +115,11 @@ def _error(
         chunks = _rank_chunks(engine.module, step, num_chunks)
         loss = GlobalLoss(loss_name, LossOptions(kernels=kernels))
         train_step(engine, loss, chunks, keep_graphs=kept)
-    if isinstance(engine, ZeroEngine):
-        with engine.gathered_parameters():
-            found = _parameters(engine.module)
-    else:
+    if isinstance(engine, PlainEngine):
         found = _parameters(engine.module)
+    else:
+        with cast(RunEngine, engine).gathered_parameters() as model:
+            found = _parameters(model)
     return float((found - expected).norm() / (expected - before).norm())
 
 
@@ -140,22 +139,23 @@ def _errors_of_the_grid(
     for stage in stages:
         engine, start = _engine(stage), _model().state_dict()
         for case in cases:
-            if isinstance(engine, ZeroEngine):
-                engine.load(start, [])  # SGD has no state
-            else:
+            if isinstance(engine, PlainEngine):
                 engine.module.load_state_dict(start)
+            else:
+                cast(RunEngine, engine).load(start, [])  # SGD has no state
             errors[(stage, *case)] = _error(engine, *case)
     return errors
 
 
 def _errors_beside_the_grid() -> dict[tuple[Any, ...], float]:
     errors: dict[tuple[Any, ...], float] = {}
-    for stage, kept in ((1, 2), (2, 0), (2, 2), (3, 0), (3, 1)):
+    of_fsdp2 = (FSDP2 + 2, 3), (FSDP2 + 3, 0), (FSDP2 + 3, 4)
+    for stage, kept in ((1, 2), (2, 0), (2, 2), (3, 0), (3, 1), *of_fsdp2):
         engine = _engine(stage, coalesce=False)
         errors["every chunk reduced", stage, kept] = _error(engine, "convse", 4, kept)
-    for stage in STAGES:
+    for stage in (*STAGES, FSDP2 + 2):
         engine = _engine(stage, CLIP)
-        errors["clipped", stage] = _error(engine, "convse", 2, 1, CLIP)
+        errors["clipped", stage] = _error(engine, "convse", 4, 2, CLIP)
     return errors
 
 
@@ -178,9 +178,9 @@ def _errors_of_fused_kernels() -> dict[tuple[Any, ...], float]:
 
 def test_some_cases_equal_one_process_with_the_whole_batch() -> None:
     cases = [("convse", 4, 1), ("convse++", 1, 1)]
-    for errors in run_distributed(_errors_of_the_grid, 2, (None, 1, 3), cases):
+    for errors in run_distributed(_errors_of_the_grid, 2, (None, 1, 3, FSDP2 + 3), cases):
         assert not {case: error for case, error in errors.items() if not error < 1e-5}
-        assert len(errors) == 3 * 2
+        assert len(errors) == 4 * 2
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_parameters_equal_one_process_with_the_whole_batch(world_size: int) -> N
 def test_so_do_clipping_and_a_reduction_at_every_chunk() -> None:
     for errors in run_distributed(_errors_beside_the_grid, 2, timeout=180):
         assert not {case: error for case, error in errors.items() if not error < 1e-5}
-        assert len(errors) == 5 + 5
+        assert len(errors) == 8 + 7
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from dist_vse.common import step_timer
 from dist_vse.config import TrainConfig
 from dist_vse.data.samples import Batch
 from dist_vse.data.streams import open_train_sets
+from dist_vse.engine import RunEngine
 from dist_vse.engine.deepspeed_internals import whole_shape
-from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.registry import find_loss
 from dist_vse.models.build import build_model
 from dist_vse.models.tokenizer import AnyWords, Tokenizer
@@ -37,7 +37,7 @@ class StepHarness:
     """A run without its folder: what takes steps."""
 
     config: TrainConfig
-    engine: ZeroEngine
+    engine: RunEngine
     batches: Iterator[Batch]
     keep_graphs: int
     flops: Flops

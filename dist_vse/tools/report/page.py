@@ -124,7 +124,7 @@ def _run_facts(record: Record) -> dict[str, str]:
         "Text encoder": (start or text.kind) + (", frozen" if text.all_frozen else ""),
         "Shared space": f"{config.model.embed_dim:,} dimensions",
         "Optimizer": f"{config.optim.name}, learning rate {config.optim.lr:g}",
-        "Engine": f"ZeRO {config.engine.zero_stage}, {config.engine.precision}",
+        "Engine": f"{config.engine.title}, {config.engine.precision}",
         "Throughput, median": f"{figure(rate)} pairs/s",
         "Peak memory of a rank": f"{figure(last['memory_gib'])} GiB",
         "Seed": str(config.seed),

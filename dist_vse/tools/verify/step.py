@@ -106,8 +106,8 @@ def _take_step(
     value = step()
     while engine.loss_scale is not None and not engine.loss_scale.steps:  # it was skipped
         value = step()
-    with engine.gathered_parameters():
-        return value, _copy(engine.module)
+    with engine.gathered_parameters() as model:
+        return value, _copy(model)
 
 
 def _copy(model: DualEncoder) -> dict[str, Tensor]:
@@ -132,6 +132,6 @@ def _describe(config: TrainConfig, small: TrainConfig) -> str:
     fewer = f" (the config: {wanted})" if chunks != wanted else ""
     clipped = ", clipped" if small.optim.clip_norm else ""
     return (
-        f"a step, ZeRO {small.engine.zero_stage}, {chunks} chunks a rank{fewer}, "
+        f"a step, {small.engine.title}, {chunks} chunks a rank{fewer}, "
         f"{small.engine.precision}{clipped}"
     )
