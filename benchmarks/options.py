@@ -165,6 +165,7 @@ def _add_install(install: argparse.ArgumentParser) -> None:
             "train",
             "open_clip",
             "lora",
+            "suites",
             "onnx",
             "faiss",
             "parquet",

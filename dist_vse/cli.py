@@ -158,11 +158,20 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="use the first N numbers of each embedding (models with loss.widths; default: all)",
     )
+    parser.add_argument("--suite", help="mteb: run tasks of other people's instead of a split")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], metavar="TASK", help="of the suite, by name"
+    )
 
 
 def _eval(args: argparse.Namespace) -> int:
     if min(args.recall) < 1 or args.bootstrap < 0:
         raise UserError("--recall takes numbers from 1 on, --bootstrap from 0 on")
+
+    if args.suite is not None:
+        from dist_vse.tools.suites.run import run_suite
+
+        return run_suite(args.run_dir, args.suite, args.tasks)
 
     from dist_vse.evaluation.command import eval_run
 

@@ -22,12 +22,15 @@ from dist_vse.common import signals, step_timer
 from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger, setup_logging
 from dist_vse.config import TrainConfig, flat_config, load_config
+from dist_vse.config.evaluation import VAL_LOSS, score_of
 from dist_vse.data.samples import Batch
 from dist_vse.data.teacher import with_teacher
 from dist_vse.distributed import watchdog
 from dist_vse.evaluation.batches import build_eval_batches
 from dist_vse.evaluation.evaluate import evaluate
 from dist_vse.evaluation.examples import save_examples
+from dist_vse.evaluation.sets import EvalSet, evaluate_sets, open_eval_sets
+from dist_vse.evaluation.val_loss import validation_loss
 from dist_vse.losses.global_loss import LossOutput
 from dist_vse.models.dual_encoder import average_statistics
 from dist_vse.models.image import set_training_input
@@ -85,6 +88,8 @@ def _run(config: TrainConfig) -> int:
     torch.manual_seed(config.seed + 1000 * distributed.rank())  # dropout differs between ranks
     run = set_up(config)
     config = run.config  # with all that was left to be found
+    with distributed.raise_on_all_ranks():
+        sets = open_eval_sets(config)
     progress = checkpoint.load_latest(run.run_dir / CHECKPOINTS, run.engine)
     if progress is None:
         progress = Progress(0, 0, [])
@@ -106,14 +111,16 @@ def _run(config: TrainConfig) -> int:
     trace = run.run_dir / TRACE_NAME if config.profile else None
     watching = watchdog.watching(watchdog.limit_s())
     with watching, step_timer.listening(run.meter.clock), profiled(trace) as traced:
-        progress, ended = _train(run, progress, traced)
+        progress, ended = _train(run, sets, progress, traced)
     if ended or progress.step == config.total_steps:
         return 0
     logger.info("stopped at step %d and saved: the same command continues", progress.step)
     return INTERRUPTED
 
 
-def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Progress, bool]:
+def _train(
+    run: Run, sets: list[EvalSet], progress: Progress, traced: Callable[[], None]
+) -> tuple[Progress, bool]:
     """Loop over the steps until the last one or any rank's wish to stop; each ends in `traced`.
 
     Return where the run stands, and whether its patience ended it.
@@ -146,7 +153,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
     early_stop = read_early_stop(run.run_dir, config.best_metric, config.patience)
     collapse = CollapseWatch(config.loss, config.horizon)
     if progress.step == 0:
-        early_stop.add(_evaluate(run, progress, recorder))
+        early_stop.add(_evaluate(run, sets, progress, recorder))
     meter.reset()
     bar = progress_bar(config.total_steps, progress.step)
     stopped = False
@@ -190,7 +197,7 @@ def _train(run: Run, progress: Progress, traced: Callable[[], None]) -> tuple[Pr
         score = None
         # Who was asked to stop saves first: the time that is left may be short.
         if last or (_due(progress.step, config.eval_every) and not stopped):
-            score = _evaluate(run, progress, recorder)
+            score = _evaluate(run, sets, progress, recorder)
             early_stop.add(score)
             meter.reset()
         if save or early_stop.ends:
@@ -268,8 +275,11 @@ def _log(
     run.meter.reset()
 
 
-def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
-    """Measure retrieval, of the averaged weights if there are; return its `best_metric`."""
+def _evaluate(run: Run, sets: list[EvalSet], progress: Progress, recorder: Recorder) -> float:
+    """Measure and record retrieval and the further sets; return the score.
+
+    Of the averaged weights, if there are.
+    """
     split = run.config.data.eval_split
     batches = build_eval_batches(run.config, run.index, run.tokenizer, split)
     average_statistics(run.engine.module)
@@ -280,8 +290,12 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
             distributed.device(),
             precision=run.config.engine.precision,
         )
+        watchdog.progress()
+        metrics = evaluation.metrics | evaluate_sets(model, sets, run.config, run.tokenizer)
+        if run.config.eval_loss:
+            loss = validation_loss(model, evaluation.split, run.config, progress.samples_seen)
+            metrics[VAL_LOSS] = loss
     watchdog.progress()
-    metrics = evaluation.metrics
     values: dict[str, float | int | str] = {"samples_seen": progress.samples_seen, "split": split}
     with run.exclusive_write():
         recorder.write("eval", progress.step, {**values, **metrics})
@@ -293,7 +307,9 @@ def _evaluate(run: Run, progress: Progress, recorder: Recorder) -> float:
         metrics["t2i_r1"],
         metrics["rsum"],
     )
-    return float(metrics[run.config.best_metric])
+    score = score_of(run.config.best_metric, metrics)
+    assert score is not None, run.config.best_metric
+    return score
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

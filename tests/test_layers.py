@@ -51,7 +51,11 @@ OWNERS = {
     "peft": {"dist_vse/models/"},
     "webdataset": {"dist_vse/data/"},
     "submitit": {"launch/"},
-    "open_clip": {"dist_vse/tools/verify/", "dist_vse/models/pretrained/"},
+    "open_clip": {
+        "dist_vse/tools/verify/",
+        "dist_vse/models/pretrained/",
+        "dist_vse/models/class_names.py",
+    },
 }
 
 

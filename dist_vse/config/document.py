@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import ModuleType
 from typing import get_args, get_type_hints
 
-from dist_vse.config import encoders, optimizers, schema, sections
+from dist_vse.config import encoders, evaluation, optimizers, schema, sections
 from dist_vse.config.schema import TrainConfig
 
 _HEAD = """# Settings of a run
@@ -18,7 +18,7 @@ file, or behind it as `key=value`.
 
 def document() -> str:
     """Return every setting with its default and its docstring, as Markdown."""
-    words = docstrings(sections, encoders, optimizers, schema)
+    words = docstrings(sections, encoders, evaluation, optimizers, schema)
     return "\n".join([_HEAD, *tables(TrainConfig, "The run", words)])
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.local_path import require_local
-from dist_vse.config.checks import AUTO, at_least, check, number_or_auto, one_of
+from dist_vse.config.checks import AUTO, at_least, check, number_or_auto
+from dist_vse.config.evaluation import EvalSetConfig, check_sets
 from dist_vse.config.optimizers import OptimConfig, needs_whole_tensors, state_tensors
 from dist_vse.config.sections import (
     GRAPHS,
@@ -23,10 +24,6 @@ from dist_vse.config.sections import (
 )
 
 DEFAULT_CHUNK = 64  # pairs, where nothing is tried
-BEST_METRICS = (
-    "rsum",
-    *(f"{way}_{part}" for way in ("i2t", "t2i") for part in ("r1", "r5", "r10", "map")),
-)
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,17 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     keep_best: int = 0
-    """Further checkpoints that are kept: those of the highest best_metric, of the steps that were
+    """Further checkpoints that are kept: those of the best best_metric, of the steps that were
     evaluated as well."""
+    eval_sets: list[EvalSetConfig] = field(default_factory=list)
+    """Further sets to evaluate on, besides `data.eval_split`: `[{name: coco, index: DIR,
+    split: test, protocol: coco-5k}, {name: imagenet, zeroshot: DIR, classes: imagenet}]`."""
+    eval_loss: bool = False
+    """Evaluate the loss too (`val_loss`): over batches of global_batch_size of the eval_split, each
+    image with its first caption."""
     best_metric: str = "rsum"
     """Metric of an evaluation by which keep_best and patience judge: rsum, or i2t_ or t2i_ with r1,
-    r5, r10 or map."""
+    r5, r10 or map; NAME/metric of an item of eval_sets; or val_loss, the lower the better."""
     patience: int = 0
     """Evaluations without a better best_metric after which the run ends; 0 goes on to the end."""
     batch_report: bool = False
@@ -107,7 +110,7 @@ class TrainConfig:
         at_least(0, eval_every=self.eval_every, checkpoint_every=self.checkpoint_every)
         at_least(0, checkpoint_samples=self.checkpoint_samples, keep_best=self.keep_best)
         at_least(0, checkpoint_minutes=self.checkpoint_minutes, patience=self.patience)
-        one_of("best_metric", self.best_metric, BEST_METRICS)
+        check_sets(self.eval_sets, self.best_metric, val_loss=self.eval_loss)
         check(
             self.patience == 0 or self.eval_every > 0,
             f"patience ({self.patience}) counts evaluations: set eval_every as well",

@@ -110,7 +110,7 @@ def embed(
     with (
         distributed.raise_on_all_ranks(),
         torch.no_grad(),
-        _eval_mode(model),
+        eval_mode(model),
         evaluation_autocast(device, precision),
     ):
         for batch in batches:
@@ -201,7 +201,7 @@ def _mean(values: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _eval_mode(model: Encoders) -> Iterator[None]:
+def eval_mode(model: Encoders) -> Iterator[None]:
     """Put every module into eval mode; afterwards each is as it was."""
     modes = {module: module.training for module in model.modules()}
     try:

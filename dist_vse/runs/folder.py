@@ -24,6 +24,8 @@ _MAY_CHANGE = (
     "checkpoint_minutes",
     "keep_checkpoints",
     "keep_best",
+    "eval_sets",
+    "eval_loss",
     "best_metric",
     "patience",
     "profile",

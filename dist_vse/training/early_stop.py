@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_vse import distributed
-from dist_vse.common.reading import is_number, json_lines
+from dist_vse.common.reading import json_lines
+from dist_vse.config.evaluation import score_of
 from dist_vse.runs.files import METRICS_NAME
 
 
@@ -31,7 +32,7 @@ def read_early_stop(run_dir: Path, metric: str, patience: int) -> EarlyStop:
     scores: list[float] = []
     with distributed.raise_on_all_ranks():
         if distributed.is_main_process() and (run_dir / METRICS_NAME).is_file():
-            for _, line in json_lines(run_dir / METRICS_NAME):
-                if line.get("kind") == "eval" and is_number(line.get(metric)):
-                    scores.append(float(line[metric]))
+            lines = (line for _, line in json_lines(run_dir / METRICS_NAME))
+            found = [score_of(metric, line) for line in lines if line.get("kind") == "eval"]
+            scores = [score for score in found if score is not None]
     return EarlyStop(patience, distributed.broadcast_object(scores))

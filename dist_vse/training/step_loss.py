@@ -1,10 +1,12 @@
 """The loss of a step, as the run's config and its schedules have it."""
 
 from dataclasses import replace
+from typing import Protocol
+
+from torch import Tensor
 
 from dist_vse import distributed
 from dist_vse.config import TrainConfig
-from dist_vse.data.samples import Batch
 from dist_vse.losses.distillation import DistilledLoss, Teacher
 from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.losses.nested import NestedLoss
@@ -13,8 +15,28 @@ from dist_vse.losses.tiles import default_tile
 from dist_vse.training.schedule import temperature, warmup_fraction
 
 
+class PairIds(Protocol):
+    """What says which pairs of a batch share an image or a caption."""
+
+    @property
+    def image_ids(self) -> Tensor:
+        """int64 (b,)."""
+
+    @property
+    def text_ids(self) -> Tensor:
+        """int64 (b,)."""
+
+    @property
+    def negative_ids(self) -> Tensor | None:
+        """int64 (m,) of texts without an image."""
+
+    @property
+    def teacher(self) -> tuple[Tensor, Tensor] | None:
+        """A teacher's features of the pairs."""
+
+
 def build_loss(
-    config: TrainConfig, batch: Batch, samples_seen: int, *, max_tile: int | None = None
+    config: TrainConfig, batch: PairIds, samples_seen: int, *, max_tile: int | None = None
 ) -> GlobalLoss | NestedLoss | DistilledLoss:
     """Return the loss of this rank's batch, in the step that starts after `samples_seen` pairs.
 

@@ -21,6 +21,7 @@ from dist_vse import cli
 from dist_vse.common.errors import UserError
 from dist_vse.data.index import read_index
 from dist_vse.data.reader import ShardReader
+from dist_vse.evaluation.class_folder import _read_folder
 from dist_vse.evaluation.evaluate import Embedded
 from dist_vse.evaluation.retrieval import top_k
 from dist_vse.tools.search.embed import embed_split, open_model
@@ -28,7 +29,7 @@ from dist_vse.tools.search.found import Found, Queries
 from dist_vse.tools.search.picture import draw_sheet, wrap
 from dist_vse.tools.search.run import search
 from dist_vse.tools.search.sheet import write_sheet
-from dist_vse.tools.search.zeroshot import _read_folder, class_features, zeroshot
+from dist_vse.tools.search.zeroshot import class_features, zeroshot
 from tests.support.datasets import describe, draw, write_dataset
 from tests.support.runs import trained_run
 

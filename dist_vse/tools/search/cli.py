@@ -169,13 +169,15 @@ def add_zeroshot(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="DIR", type=Path, required=True, help="a folder of images for each class"
     )
     parser.add_argument(
-        "--classes", metavar="FILE", type=Path, help="lines FOLDER<TAB>NAME (default: the folders)"
+        "--classes",
+        metavar="FILE",
+        help="lines FOLDER<TAB>NAME, or imagenet: folders named by WordNet id (default: the "
+        "folders' names)",
     )
     parser.add_argument(
         "--templates",
         metavar="FILE",
-        type=Path,
-        help="lines with a {} for the name (default, as CLIP's: a photo of a {}.)",
+        help="lines with a {} for the name, or clip: CLIP's 80 (default: a photo of a {}.)",
     )
     parser.add_argument(
         "--top",
