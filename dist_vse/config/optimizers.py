@@ -82,7 +82,7 @@ class OptimConfig:
         one_of("optim.name", self.name, tuple(OPTIMIZERS))
         for key in ("beta1", "beta2", "momentum"):
             check(
-                OPTIMIZERS[self.name].factory != _TIMM
+                not OPTIMIZERS[self.name].from_timm
                 or getattr(self, key) == getattr(type(self), key),
                 f"optim.{key} is not for {self.name}: give its own arguments in optim.options",
             )
@@ -129,6 +129,11 @@ class OptimizerSpec:
     or counts steps where pieces lose it. ZeRO 1 to 3 hand over flat pieces of many parameters."""
     second_group: bool = False
     """Whether it steps embeddings by another rule, in groups with `use_fallback`."""
+
+    @property
+    def from_timm(self) -> bool:
+        """Whether timm builds it, by the name that it has there."""
+        return self.factory == _TIMM
 
 
 def _adam_settings(optim: OptimConfig) -> dict[str, Any]:

@@ -30,9 +30,11 @@ class Group:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Build the optimizer of the trainable parameters, in their groups.
 
-    Raises UserError for options that it does not take.
+    Raises UserError for options that it does not take, and for one that this timm lacks.
     """
     spec = OPTIMIZERS[config.name]
+    if spec.from_timm:
+        _check_timm(config.name)
     groups: list[dict[str, Any]] = [
         {
             "params": group.params,
@@ -53,6 +55,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     except (TypeError, ValueError) as error:
         raise UserError(f"optim.options of {config.name}: {first_line(error)}") from error
     return optimizer
+
+
+def _check_timm(name: str) -> None:
+    import timm  # slow to import, and needed for its own optimizers only
+    from timm.optim import list_optimizers
+
+    if name not in list_optimizers():
+        raise UserError(
+            f"optim.name={name}: the installed timm {timm.__version__} does not have it; "
+            "install a newer timm"
+        )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
