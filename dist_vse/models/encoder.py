@@ -18,6 +18,7 @@ def load_encoder(folder: str, dropout: float) -> Any:
     """
     # Slow to import, and needed for this kind only.
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # or every rank draws one
@@ -31,8 +32,9 @@ def load_encoder(folder: str, dropout: float) -> Any:
         for name, value in vars(config).items():
             if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
                 setattr(config, name, dropout)
-        both = getattr(config, "is_encoder_decoder", False)  # T5: half of it reads captions
-        encoder, loading = (AutoModelForTextEncoding if both else AutoModel).from_pretrained(
+        # T5: half of it reads captions. A folder of that half alone says so in no field.
+        halves = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+        encoder, loading = (AutoModelForTextEncoding if halves else AutoModel).from_pretrained(
             folder,
             config=config,
             local_files_only=True,

@@ -15,6 +15,7 @@ from transformers import (
     RobertaConfig,
     RobertaModel,
     T5Config,
+    T5EncoderModel,
     T5Model,
     XLNetConfig,
     XLNetModel,
@@ -143,13 +144,13 @@ def test_pretrained_errors(bert: Path, tmp_path: Path) -> None:
 
 
 def test_half_of_t5_and_models_without_a_table_of_positions(tmp_path: Path) -> None:
-    T5Model(
-        T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    ).save_pretrained(tmp_path / "t5")
+    t5 = T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5Model(t5).save_pretrained(tmp_path / "t5")
+    T5EncoderModel(t5).save_pretrained(tmp_path / "t5_half")
     XLNetModel(
         XLNetConfig(vocab_size=11, d_model=8, n_layer=1, n_head=2, d_inner=8)
     ).save_pretrained(tmp_path / "xlnet")
-    for name in ("t5", "xlnet"):
+    for name in ("t5", "t5_half", "xlnet"):
         assert load(tmp_path / name)(TOKENS).shape == (len(TOKENS), 8)
 
 
