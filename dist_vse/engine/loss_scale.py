@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dist_vse.common.errors import UserError
@@ -66,6 +65,8 @@ class LossScale:
 
 def load_loss_scale(scale: LossScale, files: Sequence[Path]) -> None:
     """Take the loss scale out of a checkpoint's files, if it has one: rank 0's has it."""
+    from safetensors import safe_open  # the library without the system does without it
+
     for path in files[:1]:
         with safe_open(path, "pt") as first:
             if KEY in first.keys():  # noqa: SIM118 - a safetensors file is no dict
