@@ -89,6 +89,7 @@ class _ById:
 
 
 def with_teacher(batches: Iterator[Batch], teacher: Teacher | None) -> Iterator[Batch]:
-    """Yield the batches, with the teacher's features if there is one."""
-    for batch in batches:
-        yield batch if teacher is None else replace(batch, teacher=teacher.features(batch))
+    """Return the batches, with the teacher's features if there is one."""
+    if teacher is None:
+        return batches
+    return (replace(batch, teacher=teacher.features(batch)) for batch in batches)
