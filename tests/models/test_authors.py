@@ -184,11 +184,12 @@ def _loss(name: str) -> GlobalLoss:
 def _gradients(theirs: "Oracle | Authors", loss: Tensor) -> dict[str, Tensor]:
     """Return the gradients of all that they train, by our names."""
     named = [dict(module.named_parameters()) for module in theirs.modules_of()]
-    learned = [{n: p for n, p in part.items() if p.requires_grad} for part in named]
-    values = torch.autograd.grad(loss, [p for part in learned for p in part.values()])
-    found = iter(values)
-    image, text = ({n: next(found) for n in part} for part in learned)
-    return renamed(image, text)
+    learned = [p for part in named for p in part.values() if p.requires_grad]
+    found = dict(zip(learned, torch.autograd.grad(loss, learned), strict=True))
+    # A frozen trunk stays in: without one, the names are those of precomputed features.
+    image, text = ({n: found.get(p, p) for n, p in part.items()} for part in named)
+    kept = {id(gradient) for gradient in found.values()}
+    return {n: value for n, value in renamed(image, text).items() if id(value) in kept}
 
 
 def _compare(theirs: "Oracle | Authors", name: str, dtype: torch.dtype) -> dict[str, float]:

