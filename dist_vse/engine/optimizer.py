@@ -3,6 +3,7 @@
 import importlib
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -58,12 +59,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def _check_timm(name: str) -> None:
-    import timm  # slow to import, and needed for its own optimizers only
-    from timm.optim import list_optimizers
-
-    if name not in list_optimizers():
+    if name not in importlib.import_module("timm.optim").list_optimizers():
         raise UserError(
-            f"optim.name={name}: the installed timm {timm.__version__} does not have it; "
+            f"optim.name={name}: the installed timm {version('timm')} does not have it; "
             "install a newer timm"
         )
 
