@@ -90,6 +90,7 @@ def test_the_stream_resumes_on_another_world_size(
     assert resumed == [expected for expected, _ in reference[step : step + 8]]
 
 
+@pytest.mark.slow
 def test_workers_resume_too(index: Index, reference: list[tuple[str, NDArray[np.int64]]]) -> None:
     (stream,) = start(index, num_workers=1, state=reference[6][1])
     assert digest([next(stream)]) == reference[7][0]

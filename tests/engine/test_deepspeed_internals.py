@@ -337,6 +337,7 @@ def _parts_of_a_weights_gather() -> list[str]:
     return parts.told
 
 
+@pytest.mark.slow
 def test_time_collectives() -> None:
     for told in run_distributed(_parts_of_a_weights_gather, 2):
         assert "reduce" in told, "DeepSpeed calls no function of `deepspeed.comm` any more"
@@ -402,6 +403,7 @@ def test_quiet_warnings() -> None:
     assert [str(one.message) for one in seen] == ["another"]
 
 
+@pytest.mark.slow
 def test_quiet_log() -> None:
     (loud,), (quiet,) = (run_distributed(_messages_of_deepspeed, 1, q) for q in (False, True))
     assert any("untested optimizer" in text for text in loud)

@@ -103,6 +103,7 @@ def _train_all(cases: list[tuple[int | None, float, bool]]) -> list[dict[str, An
     return [_train(case) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("world_size", "cases"),
@@ -177,6 +178,7 @@ def _continue(folder: Path, stage: int, from_stage: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("from_stage", "stage", "gap"), [(1, 1, 0.0), pytest.param(3, 0, 1e-6, marks=SLOW)]
 )

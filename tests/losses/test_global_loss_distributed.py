@@ -230,6 +230,7 @@ def _in_bf16(counts: tuple[int, ...]) -> dict[str, float]:
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_captions_that_travel_rounded_stay_near(world_size: int) -> None:
     for errors in run_distributed(_in_bf16, world_size, RAGGED[world_size]):
