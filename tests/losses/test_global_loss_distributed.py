@@ -72,6 +72,7 @@ def _compare(
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "world_size", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
 )
@@ -194,6 +195,7 @@ def _one_bad_rank(name: str, transport: str) -> float:
     return case.run(global_loss, transport=transport, tile=2).item()
 
 
+@pytest.mark.slow
 def test_a_bad_rank_is_seen_by_all() -> None:
     for name, transport in zip(NAMES, itertools.cycle(("gather", "ring")), strict=False):
         losses = run_distributed(_one_bad_rank, 2, name, transport)

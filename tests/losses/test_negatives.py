@@ -69,6 +69,7 @@ def _errors() -> dict[str, float]:
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "world_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))]
 )

@@ -99,6 +99,7 @@ def _compare_all(transport: str) -> list[tuple[str, dict[str, int]]]:
     return [(name, _compare(name, {"transport": transport, "tile": 8})) for name in NAMES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["gather", pytest.param("ring", marks=pytest.mark.slow)])
 def test_two_ranks_have_the_numbers_of_the_cpu(transport: str) -> None:
     for of_rank in run_distributed(_compare_all, 2, transport, timeout=110):
@@ -116,6 +117,7 @@ def _compare_zero(cases: list[tuple[int, float]], spoilt: bool) -> list[dict[str
     return [_compare("convse", {"tile": 8}, *case) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("world_size", "cases"),
