@@ -26,9 +26,12 @@ from tests.support.streams import PLAIN, start, take, words
 
 
 def _with_negatives(number: int) -> Sample:
-    """Return a sample with 0 to 3 negatives; the first is a caption of the next sample."""
+    """Return a sample with 0 to 3 negatives; the first is a caption of the next sample.
+
+    They bring no new word: the vocabulary is the same where they are not read.
+    """
     sample = make_sample(number, size=16)
-    false = [make_sample(number + 1).captions[0], f"no {sample.captions[0]}", " ", "on a red a"]
+    false = [make_sample(number + 1).captions[0], f"a {sample.captions[0]}", " ", "on a red a"]
     fields = {"key": sample.key, "captions": sample.captions, "negatives": false[: number % 5]}
     return replace(sample, meta=json.dumps(fields).encode())
 
@@ -140,5 +143,4 @@ def test_a_run_does_not_depend_on_the_world_size(index: Index, tmp_path: Path) -
     assert curves[1] == pytest.approx(curves[0], abs=1e-4)
     plain = settings(index.root, tmp_path / "plain", "total_steps=3", "log_every=1", *sgd[:2])
     assert run_distributed(_run, 1, plain) == [0]
-    # Without negatives the vocabulary is another one too, so that this may be more or less.
-    assert abs(read_losses(tmp_path / "plain")[0] - curves[0][0]) > 0.05
+    assert read_losses(tmp_path / "plain")[0] < curves[0][0] - 0.05  # fewer negatives
