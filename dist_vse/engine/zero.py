@@ -6,7 +6,6 @@ that silently change the numbers are always set: `gradient_clipping` (its defaul
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dist_vse.common.log import logger
 from dist_vse.config import EngineConfig
 from dist_vse.distributed import rank, world_size
 from dist_vse.engine import deepspeed_internals as internals
+from dist_vse.engine.deepspeed_start import import_deepspeed
 from dist_vse.engine.finite import all_finite
 from dist_vse.engine.gradient_reduction import GradientReduction
 from dist_vse.engine.loss_scale import LossScale, load_loss_scale
@@ -34,8 +34,6 @@ from dist_vse.engine.step_norms import StepNorms
 from dist_vse.engine.weight_average import WeightAverage
 from dist_vse.models.dual_encoder import DualEncoder
 
-IMPORTS = ("torch._inductor.compile_fx", "deepspeed", "deepspeed.runtime.zero.stage3")
-"""Slow to import; for a server of which ranks are forked."""
 PERSISTENT = 100_000  # elements: ZeRO 3 keeps smaller parameters whole on every rank
 _LARGEST_BUCKET = 1 << 26  # elements
 _ALIGNMENT = 1 << 10  # DeepSpeed wants buckets in multiples of a small power of two
@@ -109,7 +107,7 @@ class ZeroEngine:
         The weights are averaged over about `average_samples` samples; 0 keeps no average.
         """
         assert not whole_tensors or config.zero_stage == 0, config.zero_stage
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         stage = config.zero_stage
         if stage == 3:
             _fetch_at_once(module)
@@ -265,7 +263,7 @@ class ZeroEngine:
         if self.stage < 3:
             yield self.module
             return
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         modifier = 0 if changed else None
         parameters: list[Any] = list(self.module.parameters())
         # Without `keep_gathered` each forward would split again what it used, and the next one
@@ -358,48 +356,3 @@ def _fetch_at_once(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) or getattr(module, "reads_inner", False):
             set_z3_leaf_module(module, True)
-
-
-def deepspeed_engine(module: nn.Module, stage: int, *, rate: float) -> Any:
-    """Return DeepSpeed's own engine with SGD, as its users start it: all else is its default.
-
-    ZeRO 3 parts small parameters as well, as it does the large ones of a model of real size.
-    """
-    deepspeed = _import_deepspeed()
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }
-    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=rate)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    return engine
-
-
-def whole_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies of a module's parameters, which ZeRO 3 may have parted; all ranks call this."""
-    deepspeed = _import_deepspeed()
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
-        return {name: p.detach().clone() for name, p in module.named_parameters()}
-
-
-def _import_deepspeed() -> Any:
-    """Import DeepSpeed without its log lines and without compiling anything."""
-    if world_size() == 1 and "LOCAL_RANK" not in os.environ:
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
-    import deepspeed
-
-    internals.skip_shared_memory_operator()
-    internals.time_collectives(deepspeed.comm)
-    internals.quiet_log()
-    internals.quiet_warnings()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
-    return deepspeed

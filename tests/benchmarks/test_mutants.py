@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import mutants
-from benchmarks.mutants import MUTANTS, Mutant, main
+from benchmarks.mutants import main
+from benchmarks.support.faults import MUTANTS, Mutant
 from tests.support.paths import ROOT
 
 

@@ -148,9 +148,10 @@ def test_backward_and_sync_are_the_loops_own() -> None:
 def _zero_steps() -> dict[int, dict[str, Tensor]]:
     """Return how far each parameter moves in a step of SGD with rate 1, by ZeRO's stage."""
     from dist_vse.config import EngineConfig
-    from dist_vse.engine.zero import _import_deepspeed, zero_config
+    from dist_vse.engine.deepspeed_start import import_deepspeed
+    from dist_vse.engine.zero import zero_config
 
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     batch = rows_of_rank(make_pairs(sum(COUNTS)), COUNTS, dist.get_rank())
     moved = {}
     for stage in (0, 1, 2, 3):

@@ -21,7 +21,7 @@ from dist_vse.common.log import setup_logging
 from dist_vse.common.reading import read_json
 from dist_vse.common.terminal import say
 from dist_vse.distributed.spawn import RankGroup, run_rank_groups
-from dist_vse.engine.zero import IMPORTS
+from dist_vse.engine.deepspeed_start import IMPORTS
 from dist_vse.runs.environment import describe_environment
 from dist_vse.tools.bench.checks import at_least_one, writable
 from dist_vse.tools.bench.scale_cases import Case, plan_cases, read_settings, share

@@ -12,7 +12,7 @@ from torch.multiprocessing.spawn import ProcessException
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import say
 from dist_vse.distributed.spawn import RankGroup, run_rank_groups
-from dist_vse.engine.zero import IMPORTS
+from dist_vse.engine.deepspeed_start import IMPORTS
 from dist_vse.tools.bench.table import Table
 from dist_vse.tools.verify.conformance.measure import (
     COLUMNS,

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dist_vse.engine.zero import deepspeed_engine, whole_parameters
+from dist_vse.engine.deepspeed_defaults import deepspeed_engine, whole_parameters
 from dist_vse.tools.verify.conformance.case import EVEN, Towers, own_pairs
 from dist_vse.tools.verify.conformance.measure import compare_towers, exact_gradients, verdict
 from dist_vse.tools.verify.conformance.peers import settings
