@@ -21,7 +21,7 @@ def test_one_step_is_exact_and_its_costs_are_counted(tmp_path: Path) -> None:
         assert row["pairs"] == 4096 and row["error"] < 1e-5
         # Captions' features are gathered, and their gradients come back.
         assert 1 <= row["sent"] / (2 * 2048 * 64 * 4) < 1.2
-        assert row["memory_gib"] < 0.2 and row["seconds"] > 0
+        assert row["memory_gib"] < 0.2 and row["seconds"] > 0 and row["cpu_s"] > 0
     assert plain["flop"] == 4 * plus["flop"] == 8 * 4096 * 2048 * 64
 
 

@@ -47,16 +47,16 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--pairs ({args.pairs}) must be at least {CHECKED} times --processes")
     settings = (args.pairs // args.processes, args.dim, tuple(args.losses))
     rows = run_on_ranks(measure_losses, args.processes, *settings)
-    header = "loss      pairs      s  products alone s  GFLOP a rank  sent MiB  memory GiB  error"
-    say(header)
+    say("loss      pairs      s   CPU s  products alone s  GFLOP a rank  sent MiB  GiB    error")
     for row in rows:
         say(
-            f"{row['loss']:<9} {row['pairs']:>7,} {row['seconds']:>6.1f} "
+            f"{row['loss']:<9} {row['pairs']:>7,} {row['seconds']:>6.1f} {row['cpu_s']:>6.1f} "
             f"{row['bound_s']:>17.1f} {row['flop'] / 1e9:>13,.0f} {row['sent'] / 2**20:>9.1f} "
-            f"{row['memory_gib']:>11.3f}  {row['error']:.1e}"
+            f"{row['memory_gib']:>5.3f}  {row['error']:.1e}"
         )
     say(
-        "memory: the largest rank's tensors besides its own features, which take "
+        "CPU s: of the busiest rank, and so are products alone: other programs on the machine "
+        "hardly change them; GiB: the largest rank's tensors besides its own features, which take "
         f"{rows[0]['features_gib']:.3f} GiB; error: of {2 * CHECKED * args.processes} rows and "
         "columns, against dense float64"
     )
@@ -97,16 +97,16 @@ def _measure(name: str, images: Tensor, texts: Tensor) -> dict[str, Any]:
         outputs[0].loss.backward()
 
     distributed.barrier()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     sent, allocated = measure(lambda: bytes_sent(step), images.device)
-    seconds = time.perf_counter() - start
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     total = len(images) * distributed.world_size()
     flop = PRODUCTS[name] * 2.0 * total * len(images) * images.shape[1]
     check = _check_softmax if name == "convse" else _check_hardest
     grads = [x.grad for x in leaves if x.grad is not None]
     error = max(check(loss.tiled, images, texts, grads[0]))
-    most = torch.tensor([error, allocated.peak, seconds, _peak_rss()], dtype=torch.float64)
-    error, peak, seconds, rss = distributed.all_reduce_max(most).tolist()
+    most = torch.tensor([error, allocated.peak, seconds, cpu_s, _peak_rss()], dtype=torch.float64)
+    error, peak, seconds, cpu_s, rss = distributed.all_reduce_max(most).tolist()
     return {
         "loss": name,
         "pairs": total,
@@ -114,6 +114,7 @@ def _measure(name: str, images: Tensor, texts: Tensor) -> dict[str, Any]:
         "processes": distributed.world_size(),
         "loss_value": float(outputs[0].loss.detach()),
         "seconds": seconds,
+        "cpu_s": cpu_s,
         "bound_s": flop / _product_speed(images, texts),
         "flop": flop,
         "sent": sent,
@@ -130,17 +131,17 @@ def _peak_rss() -> float:
 
 
 def _product_speed(images: Tensor, texts: Tensor) -> float:
-    """Return the operations a second of bare products, all ranks at work."""
+    """Return the operations a CPU second of bare products, all ranks at work."""
     height, width = tile_shape(CPU_TILE, dense=True)
     matmul, columns = Matmul(images, bf16=False), texts[:width].contiguous()
     rows = slice(0, min(height, len(images)))
     matmul.similarities(rows, columns)
     distributed.barrier()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < SAMPLE_S:
+    count, start = 0, time.process_time()
+    while time.process_time() - start < SAMPLE_S:
         matmul.similarities(rows, columns)
         count += 1
-    spent = time.perf_counter() - start
+    spent = time.process_time() - start
     return count * 2.0 * rows.stop * len(columns) * images.shape[1] / spent
 
 
