@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_vse.common.arguments import parse_arguments
 from dist_vse.common.consent import add_allow_pipe
 from dist_vse.common.errors import UserError
 from dist_vse.common.extras import needs_train
@@ -53,18 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; overrides may stand behind options.
-
-    Before Python 3.12.7 argparse ends a list of positional arguments at the first option, and takes
-    `submit CONFIG --cluster FILE key=value` for an error.
-    """
-    parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
-    if rest and not (hasattr(args, "overrides") and all(_is_override(word) for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides = [*args.overrides, *rest]
-    return args
+    return parse_arguments(_parser(), arguments)
 
 
 def _require_local(args: argparse.Namespace) -> None:
@@ -73,10 +63,6 @@ def _require_local(args: argparse.Namespace) -> None:
         for path in given if isinstance(given, list) else [given]:
             if isinstance(path, Path):
                 require_local(path)
-
-
-def _is_override(word: str) -> bool:
-    return "=" in word and not word.startswith("-")
 
 
 def _parser() -> argparse.ArgumentParser:

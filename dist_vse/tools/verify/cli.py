@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_vse.common.arguments import parse_arguments
 from dist_vse.common.errors import UserError
 from dist_vse.common.terminal import say
 
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dist_vse.tools.verify")
     add_arguments(parser)
     try:
-        return run(parser.parse_args(arguments))
+        return run(parse_arguments(parser, arguments))
     except UserError as error:
         say(f"error: {error}", file=sys.stderr)
         return 2
