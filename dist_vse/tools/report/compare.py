@@ -6,11 +6,13 @@ from pathlib import Path
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import flat_config
+from dist_vse.config.evaluation import VAL_LOSS
 from dist_vse.tools.report.chart import Series, legend, line_figure
 from dist_vse.tools.report.lines import extremes, points
 from dist_vse.tools.report.page import document, write_page
 from dist_vse.tools.report.record import Record, Result, read_record
 from dist_vse.tools.report.results import RESULT_ROWS, cell, table_title
+from dist_vse.tools.report.sets import measured_sets
 
 COLOURS = 6
 """Runs that the page has colours for."""
@@ -29,7 +31,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     records = [read_record(run_dir) for run_dir in run_dirs]
     names = _names(run_dirs)
     parts = [_header(names), _settings(records, names), _results(records, names)]
-    parts.append(_charts(records, names))
+    parts += [_sets(records, names), _charts(records, names)]
     return write_page(document("Runs side by side", "\n".join(parts)), out)
 
 
@@ -84,6 +86,22 @@ def _results(records: Sequence[Record], names: Sequence[str]) -> str:
     return f"<h2>Retrieval</h2>{note if several else ''}{''.join(tables)}"
 
 
+def _sets(records: Sequence[Record], names: Sequence[str]) -> str:
+    """Show what each run measured in training besides its split, at its last evaluation."""
+    measured = [{one.title: one for one in measured_sets(record)} for record in records]
+    tables = []
+    for title in dict.fromkeys(title for of_run in measured for title in of_run):
+        of_runs = [of_run.get(title) for of_run in measured]
+        shown = next(one for one in of_runs if one is not None).groups
+        columns = [one.columns.get("trained", {}) if one else {} for one in of_runs]
+        groups: list[_Group] = [
+            (group, [(label, [cell(f, c.get(f)) for c in columns]) for f, label in fields.items()])
+            for group, fields in shown.items()
+        ]
+        tables.append(_table(names, groups, escape(f"{title}, last evaluation")))
+    return f"<h2>Further sets</h2>{''.join(tables)}" if tables else ""
+
+
 def _result_table(found: Sequence[Result | None], names: Sequence[str], several: bool) -> str:
     """Show a result of one kind for each run; `several` data sets are named in the title."""
     one = next(result for result in found if result is not None)
@@ -130,6 +148,7 @@ def _charts(records: Sequence[Record], names: Sequence[str]) -> str:
     for title, unit, kind, field, from_zero in (
         ("rsum", "sum of six recalls", "eval", "rsum", True),
         ("Loss", "of the training batch", "train", "loss", False),
+        ("Validation loss", "of the evaluated split", "eval", VAL_LOSS, False),
         ("Throughput", "pairs a second", "train", "pairs_per_s", True),
         ("Memory", "peak of a rank, GiB", "train", "memory_gib", True),
     ):

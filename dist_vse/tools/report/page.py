@@ -17,6 +17,7 @@ from dist_vse.tools.report.neighbours import all_keys
 from dist_vse.tools.report.numbers import figure
 from dist_vse.tools.report.record import Record, read_record
 from dist_vse.tools.report.results import result_tables
+from dist_vse.tools.report.sets import set_tables
 from dist_vse.tools.report.style import STYLE
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -50,6 +51,7 @@ def _parts(record: Record, index: Index | None, images: dict[str, str] | None) -
     return [
         sections.header(record),
         result_tables(record),
+        set_tables(record),
         sections.charts(record),
         batch_section(record),
         sections.examples(record, images),

@@ -113,13 +113,22 @@ def _tested(content: dict[str, Any]) -> Result:
 
 def _watched(evals: Lines, examples: dict[str, Any] | None, data: str) -> Result:
     """Return the result that training itself measured, from the first to the last evaluation."""
-    first, last = evals.first, evals.last
-    columns = {"untrained": first} if first["step"] == 0 else {}
-    if last["step"] > 0:
-        columns["trained"] = last
+    last, columns = evals.last, watched_columns(evals)
     if examples is not None and examples["split"] == last["split"]:
         columns["chance"] = examples["chance"]
     return Result(last["split"], "plain", data, f"step {last['step']}", columns, {})
+
+
+def watched_columns(evals: Lines, prefix: str = "") -> dict[str, dict[str, float]]:
+    """Return what begins with the prefix, without it, before training and at the end."""
+    columns = {"untrained": evals.first} if evals.first["step"] == 0 else {}
+    if evals.last["step"] > 0:
+        columns["trained"] = evals.last
+    found = {
+        name: {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
+        for name, line in columns.items()
+    }
+    return {name: values for name, values in found.items() if values}
 
 
 def _read_json(path: Path, *needed: str) -> dict[str, Any]:

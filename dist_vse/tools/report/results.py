@@ -1,11 +1,14 @@
 """The tables of retrieval: which metrics they show, and how."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
+from dist_vse.config.evaluation import VAL_LOSS
 from dist_vse.tools.report.record import Record, Result
 
-RESULT_ROWS: dict[str, dict[str, str]] = {
+Groups = Mapping[str | None, Mapping[str, str]]
+"""The rows of a table, in groups with a title or without: fields and their labels."""
+RESULT_ROWS: Groups = {
     "Image to text": {
         "i2t_r1": "R@1, %",
         "i2t_r5": "R@5, %",
@@ -46,28 +49,36 @@ def table_title(result: Result, *details: str) -> str:
 
 
 def _result_table(record: Record, result: Result) -> str:
-    names = (record.column_name(name) for name in result.columns)
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     other = [f"data {result.data[:8]}"] if record.on_other_data(result) else []
+    title = table_title(result, result.checkpoint, *other)
+    columns = {record.column_name(name): values for name, values in result.columns.items()}
+    return column_table(title, columns, RESULT_ROWS, result.intervals)
+
+
+def column_table(
+    title: str,
+    columns: Mapping[str, Mapping[str, float]],
+    groups: Groups,
+    intervals: Mapping[str, Sequence[float]] | None = None,
+) -> str:
+    """Show columns side by side; `intervals` are of the fields of the column `trained`."""
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     rows = []
-    for group, fields in RESULT_ROWS.items():
-        rows.append(f'<tr class="group"><th colspan="{len(result.columns) + 1}">{group}</th></tr>')
+    for group, fields in groups.items():
+        if group is not None:
+            rows.append(f'<tr class="group"><th colspan="{len(columns) + 1}">{group}</th></tr>')
         for field, label in fields.items():
             cells = "".join(
-                f'<td class="{name}">{_value(result, name, field)}</td>' for name in result.columns
+                f'<td class="{name}">{cell(field, values.get(field), band)}</td>'
+                for name, values in columns.items()
+                for band in [(intervals or {}).get(field) if name == "trained" else None]
             )
             rows.append(f'<tr><th scope="row">{label}</th>{cells}</tr>')
     return (
-        '<div class="card scroll"><table><caption>'
-        f"{table_title(result, result.checkpoint, *other)}</caption>"
+        f'<div class="card scroll"><table><caption>{title}</caption>'
         f"<thead><tr><td></td>{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-
-
-def _value(result: Result, column: str, field: str) -> str:
-    band = result.intervals.get(field) if column == "trained" else None
-    return cell(field, result.columns[column].get(field), band)
 
 
 def cell(field: str, value: float | None, band: Sequence[float] | None = None) -> str:
@@ -76,6 +87,8 @@ def cell(field: str, value: float | None, band: Sequence[float] | None = None) -
         return ""
     if band is not None:
         return f"{cell(field, value)} [{cell(field, band[0])}, {cell(field, band[1])}]"
+    if field == VAL_LOSS:
+        return f"{value:,.3f}"
     if field.endswith("_medr"):
         return f"{value:,.0f}"
     return f"{value:,.1f}" if value >= 1 or value == 0 else f"{value:.2g}"

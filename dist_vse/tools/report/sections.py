@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from dist_vse.config.evaluation import VAL_LOSS
 from dist_vse.losses.registry import loss_label
 from dist_vse.tools.report.chart import Series, line_figure
 from dist_vse.tools.report.lines import extremes, points
@@ -12,54 +13,50 @@ from dist_vse.tools.report.neighbours import hidden_part, thumbnail
 from dist_vse.tools.report.numbers import ordinal
 from dist_vse.tools.report.record import Record
 from dist_vse.tools.report.results import cell
+from dist_vse.tools.report.sets import RECALL_CURVES, set_charts
 
 
 @dataclass(frozen=True)
 class _Chart:
     title: str
     unit: str
-    kind: str  # of the metrics' lines
-    lines: dict[str, str]  # label -> field
+    lines: dict[str, str]  # label -> field, which lines of training or of evaluations have
     from_zero: bool = True
 
 
 _CHARTS = (
-    _Chart("Loss", "of the training batch", "train", {"loss": "loss"}, from_zero=False),
+    _Chart(
+        "Loss",
+        "of a global batch",
+        {"training": "loss", "validation": VAL_LOSS},
+        from_zero=False,
+    ),
     _Chart(
         "Recall",
         "% of queries",
-        "eval",
-        {
-            "image to text R@1": "i2t_r1",
-            "text to image R@1": "t2i_r1",
-            "image to text R@10": "i2t_r10",
-            "text to image R@10": "t2i_r10",
-        },
+        RECALL_CURVES,
     ),
-    _Chart("Throughput", "pairs a second, all ranks", "train", {"pairs/s": "pairs_per_s"}),
-    _Chart("Memory", "peak of a rank, GiB", "train", {"memory": "memory_gib"}),
+    _Chart("Throughput", "pairs a second, all ranks", {"pairs/s": "pairs_per_s"}),
+    _Chart("Memory", "peak of a rank, GiB", {"memory": "memory_gib"}),
     _Chart(
         "Similarity",
         "mean cosine in the batch",
-        "train",
         {"right pairs": "positive_similarity", "hardest wrong ones": "hardest_similarity"},
         from_zero=False,
     ),
     _Chart(
         "Active negatives",
         "share of rows, by the margin",
-        "train",
         {"active": "active_share"},
     ),
     _Chart(
         "Alignment and uniformity",
         "lower is better for both",
-        "train",
         {"alignment": "alignment", "uniformity": "uniformity"},
         from_zero=False,
     ),
-    _Chart("Temperature", "t of the loss", "train", {"temperature": "temperature"}),
-    _Chart("Learning rate", "", "train", {"learning rate": "lr"}),
+    _Chart("Temperature", "t of the loss", {"temperature": "temperature"}),
+    _Chart("Learning rate", "", {"learning rate": "lr"}),
 )
 
 
@@ -99,13 +96,13 @@ def header(record: Record) -> str:
 def charts(record: Record) -> str:
     """Draw each chart whose numbers the metrics hold."""
     drawn = []
-    lines = {"train": record.metrics.train.by_step(), "eval": record.metrics.evals.by_step()}
+    evals = record.metrics.evals.by_step()
+    lines = [*record.metrics.train.by_step(), *evals]
     for chart in _CHARTS:
-        own = lines[chart.kind]
         series = [
-            Series(label, f"s{number}", found, extremes(own, field))
+            Series(label, f"s{number}", found, extremes(lines, field))
             for number, (label, field) in enumerate(chart.lines.items(), 1)
-            if (found := points(own, "step", field))
+            if (found := points(lines, "step", field))
         ]
         if series:
             drawn.append(
@@ -117,6 +114,7 @@ def charts(record: Record) -> str:
                     x_label="steps",
                 )
             )
+    drawn[2:2] = [set_charts(item, evals) for item in record.config.eval_sets]
     bad = record.metrics.left_out
     note = f'<p class="note">Damaged lines of the metrics are left out: {escape(bad)}.</p>'
     return f'<h2>Training</h2>{note if bad else ""}<div class="charts">{"".join(drawn)}</div>'

@@ -2,11 +2,15 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dist_vse.common.errors import UserError
+from dist_vse.config import dump_config, load_config
+from dist_vse.config.evaluation import EvalSetConfig
 from dist_vse.data.index import read_index
 from dist_vse.evaluation.examples import save_examples
 from dist_vse.tools.report import write_comparison, write_report
@@ -15,6 +19,7 @@ from tests.support.reports import (
     Page,
     cells,
     evaluation,
+    metrics_lines,
     report,
     write_environment,
     write_result,
@@ -203,3 +208,57 @@ def test_another_data_set(run_dir: Path, tmp_path: Path) -> None:
         write_report(run_dir, tmp_path / "other", run_dir / "report.html")
     with pytest.raises(UserError, match="no such index"):
         write_report(run_dir, tmp_path / "nowhere", run_dir / "report.html")
+
+
+def _with_further_sets(run_dir: Path) -> None:
+    """Add what a run with `eval_sets` and `eval_loss` would have logged."""
+    sets = [
+        {"name": "a <b>", "split": "dev", "protocol": "coco-1k", "index": "x"},
+        {"name": "shapes", "zeroshot": "images"},
+        {"name": "later", "split": "test"},  # of a run that was given it, but not yet measured it
+    ]
+    config = load_config(run_dir / "config.yaml")
+    items = [EvalSetConfig(**item) for item in sets]
+    (run_dir / "config.yaml").write_text(dump_config(replace(config, eval_sets=items)))
+    lines = [json.loads(line) for line in metrics_lines()]
+    for line, noise, loss in ((lines[0], 9, 4.25), (lines[-1], 0.2, 1.0625)):
+        line |= {f"a <b>/{k}": v for k, v in evaluation(noise).metrics.items()}
+        line |= {"shapes/top1": 30 / loss, "shapes/mean_per_class": 7.0, "shapes/chance": 12.5}
+        line["val_loss"] = loss
+    (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_further_sets_and_the_validation_loss_have_tables_and_curves(run_dir: Path) -> None:
+    plain = report(run_dir)
+    assert "Further sets" not in plain.text and "validation" not in plain.text
+    _with_further_sets(run_dir)
+    page = report(run_dir)
+    tables = dict(re.findall(r"<caption>(.*?)</caption>(.*?)</table>", page.source))
+    assert list(tables)[1:] == [
+        "“a &lt;b&gt;”: split “dev”, coco-1k",
+        "“shapes”: zero-shot classification",
+        "Validation loss, split “val”",
+    ]
+    of_split, of_classes, of_loss = (cells(body) for body in list(tables.values())[1:])
+    rsums = [f"{evaluation(noise).metrics['rsum']:.1f}" for noise in (9, 0.2)]
+    assert of_split["sum of the six recalls (rsum)"] == rsums
+    assert of_classes["top 1, %"] == ["7.1", "28.2", "12.5"]
+    assert of_classes.keys() == {"top 1, %", "mean per class, %"}  # of too few for the first five
+    assert of_loss["mean over global batches"] == ["4.250", "1.062"]
+    charts = re.findall(r"<h3>(.*?)</h3>.*?aria-label=\"(.*?)\"", page.source)
+    assert [title for title, _ in charts[:4]] == ["Loss", "Recall", "a &lt;b&gt;", "shapes"]
+    assert "validation from 4.25 to 1.06" in charts[0][1] and "training from" in charts[0][1]
+    assert "top 1 from 7.06 to 28.2; mean per class from 7 to 7" in charts[3][1]
+
+
+def test_a_comparison_shows_them_of_every_run_that_has_them(run_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    _with_further_sets(other)
+    page = Page(write_comparison([run_dir, other], tmp_path / "both.html"))
+    tables = dict(re.findall(r"<caption>(.*?)</caption>(.*?)</table>", page.source))
+    of_classes = cells(tables["“shapes”: zero-shot classification, last evaluation"])
+    assert of_classes["top 1, %"] == ["", "28.2"]
+    loss = cells(tables["Validation loss, split “val”, last evaluation"])
+    assert loss["mean over global batches"] == ["", "1.062"]
+    assert "<h3>Validation loss</h3>" in page.source
