@@ -1,10 +1,12 @@
 """Runs a function on several processes of this machine, one thread each, over gloo."""
 
+import multiprocessing
 import os
 import pickle
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +88,7 @@ def _work(
         "DS_ACCELERATOR": "cpu",  # gloo and the CPU, whatever else the machine has
     }
     torch.set_num_threads(1)
+    threading.Thread(target=_exit_with_the_parent, daemon=True).start()
     with distributed.process_group():
         try:
             value = fn(*args)
@@ -97,3 +100,14 @@ def _work(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _exit_with_the_parent() -> None:
+    """End this process when its parent is gone.
+
+    torch sends it SIGINT then, which a job in a shell's background ignores.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
