@@ -144,9 +144,16 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="use the first N numbers of each embedding (models with loss.widths; default: all)",
     )
-    parser.add_argument("--suite", help="mteb: run tasks of other people's instead of a split")
     parser.add_argument(
-        "--tasks", nargs="+", default=[], metavar="TASK", help="of the suite, by name"
+        "--suite",
+        help="mteb or clip_benchmark: run tasks of other people's instead of a split",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="of the suite, by name; of clip_benchmark also folders in its WebDataset layout",
     )
 
 

@@ -12,7 +12,8 @@ from dist_vse.common.log import setup_logging
 from dist_vse.common.terminal import plain
 from dist_vse.tools.search.embed import open_model
 
-SUITES = {"mteb": "mteb"}  # modules of ours and packages
+SUITES = {"mteb": "mteb", "clip_benchmark": "clip-benchmark"}  # modules of ours and packages
+_EXAMPLES = {"mteb": "Flickr30kT2IRetrieval", "clip_benchmark": "wds/cifar10"}
 
 
 def run_suite(location: Path, suite: str, tasks: Sequence[str]) -> int:
@@ -26,7 +27,7 @@ def run_suite(location: Path, suite: str, tasks: Sequence[str]) -> int:
         raise UserError(f"--suite {suite} is unknown; choose from {', '.join(SUITES)}")
     if not tasks:
         raise UserError(
-            f"--suite {suite} needs --tasks, such as Flickr30kT2IRetrieval; the suite lists them"
+            f"--suite {suite} needs --tasks, such as {_EXAMPLES[suite]}; the suite lists them"
         )
     model = open_model(location)
     out = location / "suites" / suite
