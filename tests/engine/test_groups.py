@@ -1,5 +1,6 @@
 """Parameter groups: rates, decay and frozen layers, the same for every stage and world size."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
 from dist_vse.config import (
-    EngineConfig,
     ImageConfig,
     LossConfig,
     ModelConfig,
@@ -20,8 +20,8 @@ from dist_vse.config import (
     TextConfig,
 )
 from dist_vse.config.optimizers import GroupConfig
+from dist_vse.engine import RunEngine
 from dist_vse.engine.optimizer import build_optimizer, parameter_groups
-from dist_vse.engine.zero import ZeroEngine
 from dist_vse.losses.global_loss import GlobalLoss
 from dist_vse.models.build import build_model
 from dist_vse.models.dual_encoder import DualEncoder
@@ -31,11 +31,14 @@ from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress
 from dist_vse.training.grad_cache import train_step
 from tests.support.distributed import run_distributed
+from tests.support.engines import FSDP2
+from tests.support.engines import build as build_engine
 from tests.support.savers import open_saver
 from tests.support.tiny import tiny_batch, tiny_model
 from tests.support.tiny_clip import build, write_hf, write_open_clip
 
 B = 8  # pairs in the global batch
+STAGES = (0, 1, 2, 3, FSDP2 + 2, FSDP2 + 3)
 GROUPS = [
     GroupConfig("image", lr_scale=0.5),
     GroupConfig("text.head", lr_scale=3.0, weight_decay=0.25),
@@ -53,18 +56,13 @@ def _groups(model: nn.Module, optim: OptimConfig) -> dict[str, tuple[float, floa
     return {name: (group.lr_scale, group.weight_decay) for group in found for name in group.names}
 
 
-def _engine(optim: OptimConfig, stage: int) -> ZeroEngine:
-    model, rows = tiny_model(), B // distributed.world_size()
-    return ZeroEngine(
-        model,
-        build_optimizer(model, optim),
-        EngineConfig(stage),
-        rank_batch_size=rows,
-        clip_norm=optim.clip_norm,
-    )
+def _engine(optim: OptimConfig, stage: int) -> RunEngine:
+    model = tiny_model()
+    optimizer = build_optimizer(model, optim)
+    return build_engine(model, optimizer, stage, batch_size=B, clip_norm=optim.clip_norm)
 
 
-def _step(engine: ZeroEngine, number: int, rate: float) -> None:
+def _step(engine: RunEngine, number: int, rate: float) -> None:
     rank, rows = distributed.rank(), B // distributed.world_size()
     images, tokens = (x[rank * rows : (rank + 1) * rows] for x in tiny_batch(B, number))
     engine.set_learning_rate(rate)
@@ -72,9 +70,9 @@ def _step(engine: ZeroEngine, number: int, rate: float) -> None:
     train_step(engine, GlobalLoss("info_nce"), [chunk])
 
 
-def _weights(engine: ZeroEngine) -> dict[str, Tensor]:
-    with engine.gathered_parameters():
-        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+def _weights(engine: RunEngine) -> dict[str, Tensor]:
+    with engine.gathered_parameters() as model:
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def _updates(optim: OptimConfig, stage: int) -> dict[str, Tensor]:
@@ -113,7 +111,7 @@ def _worst_ratio() -> dict[int, float]:
     sgd = OptimConfig("sgd", lr=OPTIM.lr, weight_decay=0.0)
     plain = _updates(sgd, 0)
     norm = torch.cat([u.double().flatten() for u in plain.values()]).norm().item() / sgd.lr
-    for stage in range(4):
+    for stage in STAGES:
         assert _norm_when_clipped(replace(sgd, clip_norm=norm / 3), stage) == pytest.approx(
             norm, rel=1e-4
         )
@@ -126,8 +124,8 @@ def _worst_ratio() -> dict[int, float]:
     return worst
 
 
-def _continue_elsewhere(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the weights after two steps with momentum: at one stage, and with a change of it."""
+def _continue_elsewhere(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Return the weights after two steps with momentum: at one stage, and with changes of it."""
     optim = replace(OPTIM, lr=0.1, momentum=0.9)
     engine = _engine(optim, 1)
     _step(engine, 0, optim.lr)
@@ -135,13 +133,16 @@ def _continue_elsewhere(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tens
     saver.start(engine, Progress(1, B, [[0, 0]]), score=None)
     saver.finish()
     _step(engine, 1, optim.lr / 2)
-    other = _engine(optim, 3)
-    checkpoint.load_latest(folder, other)
-    _step(other, 1, optim.lr / 2)
-    return _weights(engine), _weights(other)
+    others = []
+    for stage in (3, FSDP2 + 3):
+        other = _engine(optim, stage)
+        checkpoint.load_latest(folder, other)
+        _step(other, 1, optim.lr / 2)
+        others.append(_weights(other))
+    return _weights(engine), others
 
 
-def _both(folder: Path) -> tuple[dict[int, float], dict[str, Tensor], dict[str, Tensor]]:
+def _both(folder: Path) -> tuple[dict[int, float], dict[str, Tensor], list[dict[str, Tensor]]]:
     return _worst_ratio(), *_continue_elsewhere(folder)
 
 
@@ -150,9 +151,9 @@ def _both(folder: Path) -> tuple[dict[int, float], dict[str, Tensor], dict[str, 
 def test_updates_are_in_the_ratio_of_the_rates_also_after_a_resume_at_another_stage(
     world_size: int, tmp_path: Path
 ) -> None:
-    for worst, same, other in run_distributed(_both, world_size, tmp_path, timeout=120):
-        assert max(worst.values()) < 1e-6, worst
-        for name, value in same.items():
+    for worst, same, others in run_distributed(_both, world_size, tmp_path, timeout=120):
+        assert len(worst) == len(STAGES) and max(worst.values()) < 1e-6, worst
+        for other, (name, value) in itertools.product(others, same.items()):
             torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
 
 
