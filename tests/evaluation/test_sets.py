@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from dist_vse.common.errors import UserError
 from dist_vse.config import TrainConfig
 from dist_vse.config.evaluation import EvalSetConfig, score_of
 from dist_vse.data.index import read_index
 from dist_vse.evaluation.class_folder import read_class_folder
+from dist_vse.evaluation.zeroshot import accuracies
 from dist_vse.losses.dense_loss import dense_loss
 from dist_vse.models.class_names import clip_templates, imagenet_names
 from dist_vse.runs import checkpoint
@@ -83,6 +85,25 @@ def test_names_and_templates_come_from_a_library(tmp_path: Path) -> None:
     folder = read_class_folder(tmp_path, "imagenet", "clip")
     assert folder.names == ["tench", "Persian cat"]
     assert len(folder.texts) == 160 and folder.texts[80] == "a bad photo of a Persian cat."
+
+
+@pytest.mark.slow
+def test_accuracies_of_ten_classes_are_those_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="needs the extra `suites`")
+    generator = torch.Generator().manual_seed(0)
+    weights = normalize(torch.randn(10, 16, generator=generator), dim=1)
+    sizes = [3, 9, 1, 4, 7, 2, 8, 5, 6, 3]
+    right = torch.repeat_interleave(torch.arange(10), torch.tensor(sizes))
+    noise = torch.randn(len(right), 16, generator=generator)
+    features = normalize(weights[right] + 0.9 * noise, dim=1)
+    found = accuracies(features.split(sizes), weights, top=None)
+    scores = (features.double() @ weights.double().T).numpy()
+    for k in (1, 5):
+        theirs = metrics.top_k_accuracy_score(right.numpy(), scores, k=k)
+        assert found[f"top{k}"] == pytest.approx(100 * theirs) and found[f"top{k}"] < 100
+    theirs = metrics.balanced_accuracy_score(right.numpy(), scores.argmax(1))
+    assert found["mean_per_class"] == pytest.approx(100 * theirs) != pytest.approx(found["top1"])
+    assert found["chance"] == 10
 
 
 @pytest.mark.slow

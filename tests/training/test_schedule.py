@@ -18,6 +18,8 @@ from dist_vse.models.tokenizer import WordTokenizer
 from dist_vse.training.schedule import learning_rate, temperature, warmup_fraction
 from dist_vse.training.step_loss import build_loss
 from tests.support.datasets import write_dataset
+from tests.support.distributed import run_distributed
+from tests.support.runs import read_lines, run, settings
 
 
 def test_the_rate_rises_to_its_peak_and_ends_at_zero() -> None:
@@ -85,6 +87,28 @@ def test_two_epochs_read_every_sample_twice(tmp_path: Path) -> None:
     )
     read = Counter(i for _ in range(config.total_steps) for i in next(batches).image_ids.tolist())
     assert len(read) == 64 and set(read.values()) == {2}
+
+
+def _run_both(settings_of: list[list[str]]) -> list[int | str]:
+    return [run(overrides) for overrides in settings_of]
+
+
+@pytest.mark.slow
+def test_runs_of_other_batches_see_the_same_pairs_at_the_same_rates(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "shards", {"train": 64, "val": 8})
+    more = ["epochs=2", "log_every=1", "optim.schedule=cosine", "optim.warmup_samples=48"]
+    overrides = [
+        settings(tmp_path / "shards", tmp_path / str(batch), *more, f"global_batch_size={batch}")
+        for batch in (32, 64)
+    ]
+    assert run_distributed(_run_both, 1, overrides) == [[0, 0]]
+    rates = []
+    for batch in (32, 64):
+        lines = [line for line in read_lines(tmp_path / str(batch)) if line["kind"] == "train"]
+        assert len(lines) == 128 / batch and lines[-1]["samples_seen"] == 128
+        rates.append({line["samples_seen"] - batch: line["lr"] for line in lines})
+    common = rates[0].keys() & rates[1].keys()
+    assert common == {0, 64} and all(rates[0][n] == rates[1][n] for n in common)
 
 
 def test_a_scheduled_temperature_goes_from_start_to_end() -> None:
