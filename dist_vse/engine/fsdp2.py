@@ -243,6 +243,9 @@ def _shard(
             policy = MixedPrecisionPolicy() if block in inside else half
             units.append(fully_shard(block, mp_policy=policy, **how))
     units.append(fully_shard(model, mesh=mesh, reshard_after_forward=False))
+    if device().type == "cpu":
+        for unit in units:  # the gloo of PyTorch 2.8 takes a sum for the average, without a word
+            unit.set_force_sum_reduction_for_comms(True)
     # A frozen trunk runs outside of the model's forward.
     register_fsdp_forward_method(model, "prepare")
     return units

@@ -128,7 +128,8 @@ def _gradients_of_outputs(
     output = loss(images, texts, log_scale.mean(0, True), bias.mean(0, True), *negatives)
     mean_loss = all_reduce_mean(output.loss.detach().clone())
     grads = torch.autograd.grad(output.loss, leaves, allow_unused=True, materialize_grads=True)
-    by_output = (_split_like(grad, encoded, i) for i, grad in enumerate(grads))
+    # Constants: PyTorch 2.8 lets the zeros of what took no part require a gradient.
+    by_output = (_split_like(grad.detach(), encoded, i) for i, grad in enumerate(grads))
     return output._replace(loss=mean_loss), list(zip(*by_output, strict=True))
 
 
