@@ -134,7 +134,7 @@ class _Pass:
     def __init__(
         self, rows: Tensor, columns: Tensor, teacher: tuple[Tensor, Tensor], options: LossOptions
     ) -> None:
-        count = torch.tensor([len(rows)], device=rows.device)
+        count = torch.tensor([len(rows)])  # on the host: no GPU is waited for
         counts = distributed.gather_rows(count).tolist()
         self.layout = Layout(tuple(counts), distributed.rank())
         self.matmul, self.of_teacher = (Matmul(x, bf16=False) for x in (rows, teacher[0]))

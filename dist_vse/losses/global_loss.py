@@ -9,6 +9,7 @@ gradients of parameters over the ranks then has exactly the gradient of one proc
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -28,7 +29,14 @@ from dist_vse.losses.near_pairs import NearPairs
 from dist_vse.losses.negatives import Negatives, WithNegatives
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.positives import OwnPairs, Positives
-from dist_vse.losses.preflight import Metadata, exchange_metadata, off_unit, refuse
+from dist_vse.losses.preflight import (
+    Metadata,
+    News,
+    describe,
+    exchange_metadata,
+    off_unit,
+    refuse,
+)
 from dist_vse.losses.registry import LossSpec, find_loss
 from dist_vse.losses.statistics import summarize
 from dist_vse.losses.tiled import Kernels, TermInputs, TiledLoss
@@ -113,52 +121,66 @@ class GlobalLoss:
         Raises UserError for arguments that do not fit together or that differ between the ranks,
         the same on all of them.
         """
-        fault = self._fault or self._find_fault(image_features, text_features, negatives)
-        if fault is not None:
-            refuse(fault, image_features.device)
-        spec, options = find_loss(self.name), self.options
-        if options.temperature is not None:
-            log_scale = torch.full_like(log_scale, -math.log(options.temperature))
-        dtype = torch.promote_types(
-            torch.promote_types(image_features.dtype, text_features.dtype), torch.float32
-        )
-        device = image_features.device
-        has_kernels = spec.fused is not None
+        features = image_features, text_features, negatives
+        return compute_together([self], [features], log_scale, bias)[0]
+
+    def _prepare(
+        self, features: "Features", log_scale: Tensor, bias: Tensor, kernels: str
+    ) -> "_Prepared":
+        """Look at this rank's features, for what the other ranks must know of them."""
+        image_features, text_features, negatives = features
+        spec = find_loss(self.name)
+        dtype = _statistics_dtype(features)
+        scale = log_scale.to(dtype).exp()
+        images, captions = image_features.to(dtype), text_features.to(dtype)  # (b, d)
+        unit = torch.ones_like(scale)
+        rows = images
+        if spec.similarity_unit is not None:
+            unit = spec.similarity_unit(scale)
+            rows = images * unit
+        texts = captions if negatives is None else torch.cat([captions, negatives.to(dtype)])
+        inputs = rows, texts, bias.to(dtype)
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        with torch.no_grad():
+            own = OwnPairs.of(rows, captions, texts)
+            agreed = self._agreed(rows, gradient=keep, kernels=kernels)
+            agreed["negatives"] = negatives is not None
+            off = off_unit(images, texts) if self._unit_length else None
+            num_negatives = len(texts) - len(captions)
+            news = describe(own, num_negatives, log_scale, bias, agreed, off_unit=off)
+        return _Prepared(images, inputs, own, scale, unit, keep, kernels, news)
+
+    def _finish(self, prepared: "_Prepared", metadata: Metadata) -> LossOutput:
+        """Compute the loss, by what the ranks have exchanged."""
+        images, inputs, own, scale, unit, keep, kernels, _ = prepared
+        captions = inputs[1][: len(images)]
+        spec = find_loss(self.name)
+        with torch.no_grad():
+            tiled = self._build(spec, metadata, inputs, own, unit, fused=kernels == "fused")
+            local_total = tiled.forward(keep=keep)
+            total, stats = summarize(
+                local_total, tiled, images, captions, unit=unit, margin=self.options.margin
+            )
+        loss = _Total.apply(*inputs, tiled, total.to(scale.dtype))
+        loss = (loss * spec.loss_unit(scale, max(1, metadata.layout.total))).view(())
+        return LossOutput(loss, stats | {"temperature": 1 / scale.detach().view(())})
+
+    def _choose_kernels(self, features: "Features") -> str:
+        """Return what computes the loss, `fused` or `tiled`."""
+        images, _, negatives = features
+        options = self.options
         only_tiled = options.only_tiled or (
             "there are negatives" if negatives is not None else None
         )
         kernels, reason = choose_kernels(
-            options.kernels, has_kernels, dtype, device, only_tiled=only_tiled
+            options.kernels,
+            find_loss(self.name).fused is not None,
+            _statistics_dtype(features),
+            images.device,
+            only_tiled=only_tiled,
         )
         log_choice(options.kernels, kernels, reason)
-        with torch.autocast(image_features.device.type, enabled=False):
-            scale = log_scale.to(dtype).exp()
-            images, captions = image_features.to(dtype), text_features.to(dtype)  # (b, d)
-            unit = torch.ones_like(scale)
-            rows = images
-            if spec.similarity_unit is not None:
-                unit = spec.similarity_unit(scale)
-                rows = images * unit
-            texts = captions if negatives is None else torch.cat([captions, negatives.to(dtype)])
-            inputs = rows, texts, bias.to(dtype)
-            keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-            with torch.no_grad():
-                own = OwnPairs.of(rows, captions, texts)
-                agreed = self._agreed(rows, gradient=keep, kernels=kernels)
-                agreed["negatives"] = negatives is not None
-                off = off_unit(images, texts) if self._unit_length else None
-                num_negatives = len(texts) - len(captions)
-                metadata = exchange_metadata(
-                    own, num_negatives, log_scale, bias, agreed, off_unit=off
-                )
-                tiled = self._build(spec, metadata, inputs, own, unit, fused=kernels == "fused")
-                local_total = tiled.forward(keep=keep)
-                total, stats = summarize(
-                    local_total, tiled, images, captions, unit=unit, margin=options.margin
-                )
-            loss = _Total.apply(*inputs, tiled, total.to(dtype))
-            loss = (loss * spec.loss_unit(scale, max(1, metadata.layout.total))).view(())
-        return LossOutput(loss, stats | {"temperature": 1 / scale.detach().view(())})
+        return kernels
 
     def _agreed(self, rows: Tensor, *, gradient: bool, kernels: str) -> dict[str, object]:
         """Return what must be the same on all ranks, by name."""
@@ -310,6 +332,55 @@ class GlobalLoss:
         if self._prefetched.rows not in (0, rows):
             return f"{self._prefetched.rows} rows were prefetched, but the loss is given {rows}"
         return None
+
+
+Features = tuple[Tensor, Tensor, Tensor | None]
+"""Of images and texts (b, d), and of negatives (m, d) if there are any."""
+
+
+class _Prepared(NamedTuple):
+    """A loss's arguments in the dtype of its statistics, and what the other ranks must know."""
+
+    images: Tensor
+    inputs: tuple[Tensor, Tensor, Tensor]  # rows, texts, bias
+    own: OwnPairs
+    scale: Tensor
+    unit: Tensor
+    keep: bool
+    kernels: str
+    news: News
+
+
+def compute_together(
+    losses: Sequence[GlobalLoss], features: Sequence[Features], log_scale: Tensor, bias: Tensor
+) -> list[LossOutput]:
+    """Compute losses of one batch, each of its own features; the host waits once for all of them.
+
+    Raises UserError as GlobalLoss does.
+    """
+    device = features[0][0].device
+    for loss, own in zip(losses, features, strict=True):
+        fault = loss._fault or loss._find_fault(*own)
+        if fault is not None:
+            refuse(fault, device, losses=len(losses))
+    scheduled = losses[0].options.temperature
+    if scheduled is not None:
+        log_scale = torch.full_like(log_scale, -math.log(scheduled))
+    with torch.autocast(device.type, enabled=False):
+        prepared = [
+            loss._prepare(own, log_scale, bias, loss._choose_kernels(own))
+            for loss, own in zip(losses, features, strict=True)
+        ]
+        metadata = exchange_metadata([each.news for each in prepared])
+        return [
+            loss._finish(own, known)
+            for loss, own, known in zip(losses, prepared, metadata, strict=True)
+        ]
+
+
+def _statistics_dtype(features: Features) -> torch.dtype:
+    of_both = torch.promote_types(features[0].dtype, features[1].dtype)
+    return torch.promote_types(of_both, torch.float32)
 
 
 # More than eight parameters: a batch's features and ids, each of which may be left out.

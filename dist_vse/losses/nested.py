@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dist_vse.losses.global_loss import GlobalLoss, LossOutput
+from dist_vse.losses.global_loss import GlobalLoss, LossOutput, compute_together
 
 
 class NestedLoss:
@@ -45,16 +45,16 @@ class NestedLoss:
 
         `loss_WIDTH` among these is the loss of a smaller one. Raises UserError as GlobalLoss does.
         """
-        outputs = [
-            loss(
+        features = [
+            (
                 first_features(image_features, width),
                 first_features(text_features, width),
-                log_scale,
-                bias,
                 None if negatives is None else first_features(negatives, width),
             )
-            for loss, width in self._losses
+            for _, width in self._losses
         ]
+        losses = [loss for loss, _ in self._losses]
+        outputs = compute_together(losses, features, log_scale, bias)
         of_widths = {
             f"loss_{width}": output.loss.detach()
             for output, (_, width) in zip(outputs, self._losses, strict=True)

@@ -32,7 +32,15 @@ class Metadata:
     """How many negatives each rank has."""
 
 
-def exchange_metadata(
+@dataclass(frozen=True)
+class News:
+    """What a rank tells the others of its arguments to a loss."""
+
+    numbers: Tensor  # (NUMBERS,) float64
+    settings: Mapping[str, object]  # and scalars, alike on all ranks
+
+
+def describe(
     own: OwnPairs,
     num_negatives: int,
     log_scale: Tensor,
@@ -40,13 +48,11 @@ def exchange_metadata(
     settings: Mapping[str, object],
     *,
     off_unit: Tensor | None = None,
-) -> Metadata:
-    """Exchange a few numbers a rank; the host waits for the device here.
+) -> News:
+    """Say what the other ranks must know; log_scale and bias are (1,).
 
     `off_unit` () is by how much the length of this rank's features may differ from 1, if that
-    matters. Raises UserError, the same on every rank, where a rank refused its arguments, where
-    log_scale (1,), bias (1,) or the settings differ between ranks, or for features of no unit
-    length.
+    matters.
     """
     infinity = own.similarities.new_full((1,), float("inf"))
     here = [
@@ -61,13 +67,34 @@ def exchange_metadata(
     ]
     numbers = torch.stack([x.double() for x in here])
     code = zlib.crc32(repr(settings).encode())
-    there = _exchange(torch.cat([numbers, numbers.new_full((1,), code)])).T.tolist()
-    counts, negatives, row_norms, column_norms, smallest, log_scales, biases, off, codes = there
-    if min(counts) < 0:
+    scalars = {"log_scale": log_scale.detach(), "bias": bias.detach()}
+    return News(torch.cat([numbers, numbers.new_full((1,), code)]), {**settings, **scalars})
+
+
+def exchange_metadata(news: Sequence[News]) -> list[Metadata]:
+    """Exchange what the ranks tell each other of one or several losses, in one message.
+
+    The host waits for the device here. Raises UserError, the same on every rank, where a rank
+    refused its arguments, where the scalars or the settings differ between ranks, or for features
+    of no unit length.
+    """
+    there = _exchange(torch.cat([each.numbers for each in news])).tolist()  # (W, numbers)
+    if min(row[0] for row in there) < 0:
         raise distributed.first_failure(distributed.all_gather_object(None))
+    starts = range(0, len(news) * NUMBERS, NUMBERS)
+    return [
+        _read([row[start : start + NUMBERS] for row in there], each)
+        for start, each in zip(starts, news, strict=True)
+    ]
+
+
+def _read(there: list[list[float]], here: News) -> Metadata:
+    """Return what all ranks' numbers (W, NUMBERS) of a loss say."""
+    columns = zip(*there, strict=True)
+    counts, negatives, row_norms, column_norms, smallest, log_scales, biases, off, codes = columns
     if len(set(codes)) > 1 or _spread(log_scales) > CLOSE or _spread(biases) > CLOSE:
-        model = {"log_scale": float(log_scale), "bias": float(bias)}
-        raise UserError(_difference(distributed.all_gather_object({**settings, **model})))
+        settings = {k: float(v) if isinstance(v, Tensor) else v for k, v in here.settings.items()}
+        raise UserError(_difference(distributed.all_gather_object(settings)))
     if max(off) > UNIT:
         raise UserError(
             f"the features must be of unit length; on rank {off.index(max(off))} one's length is "
@@ -80,12 +107,12 @@ def exchange_metadata(
     return Metadata(layout, max(row_norms) * max(column_norms), min(smallest), of_negatives)
 
 
-def refuse(fault: str, device: torch.device) -> NoReturn:
+def refuse(fault: str, device: torch.device, *, losses: int) -> NoReturn:
     """Raise UserError for this rank's `fault`, here and on the ranks in `exchange_metadata`.
 
-    The other ranks' features lie on such a device.
+    The other ranks have the news of so many losses, and their features lie on such a device.
     """
-    _exchange(torch.full((NUMBERS,), -1.0, dtype=torch.float64, device=device))
+    _exchange(torch.full((losses * NUMBERS,), -1.0, dtype=torch.float64, device=device))
     raise distributed.first_failure(distributed.all_gather_object(UserError(fault)))
 
 

@@ -125,10 +125,15 @@ class DualEncoder(nn.Module):
         which is computed unless it is given.
         """
         self._begin()
-        texts = _prepare(self.text, "tokens", "text_hidden", _joined(tokens, negatives))
-        if negatives is not None:
-            (name, both), *_ = texts.items()
-            texts[name], texts["negatives"] = both[: len(tokens)], both[len(tokens) :]
+        if negatives is None:
+            texts = _prepare(self.text, "tokens", "text_hidden", tokens)
+        elif self.text.frozen:
+            (both,) = _prepare(
+                self.text, "tokens", "text_hidden", _joined(tokens, negatives)
+            ).values()
+            texts = {"text_hidden": both[: len(tokens)], "negatives": both[len(tokens) :]}
+        else:  # where they lie: a GPU copies from pinned memory
+            texts = {"tokens": tokens, "negatives": negatives}
         if image_hidden is not None:
             assert self.image.frozen, "the outputs of a trunk that learns change"
             return {"image_hidden": image_hidden, **texts}

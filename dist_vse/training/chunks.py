@@ -30,7 +30,8 @@ def make_chunks(
         for p in zip(*(x.split(size) for x in parts.values()), strict=True)
     ]
     if batch.negatives is not None:  # whichever chunk encodes them
-        for piece, negatives in zip(pieces, batch.negatives.tensor_split(len(pieces)), strict=True):
+        texts = batch.negatives.pin_memory() if here.type == "cuda" else batch.negatives
+        for piece, negatives in zip(pieces, texts.tensor_split(len(pieces)), strict=True):
             piece["negatives"] = negatives
     with autocast(here, config.engine.precision):
         return [model.prepare(**piece) for piece in pieces]

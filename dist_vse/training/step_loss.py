@@ -9,6 +9,7 @@ from dist_vse import distributed
 from dist_vse.config import TrainConfig
 from dist_vse.losses.distillation import DistilledLoss, Teacher
 from dist_vse.losses.global_loss import GlobalLoss
+from dist_vse.losses.layout import sent
 from dist_vse.losses.nested import NestedLoss
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.tiles import default_tile
@@ -45,6 +46,10 @@ def build_loss(
     widths, options = config.loss.widths, loss_options(config, samples_seen)
     if max_tile is not None:
         options = replace(options, tile=min(max_tile, default_tile(distributed.device())))
+    teacher: tuple[Tensor, Tensor] | None = None
+    if batch.teacher is not None:
+        images, captions = (sent(x, distributed.device()) for x in batch.teacher)
+        teacher = images, captions
     losses = [
         GlobalLoss(
             config.loss.name,
@@ -52,18 +57,16 @@ def build_loss(
             image_ids=batch.image_ids,
             text_ids=batch.text_ids,
             negative_ids=batch.negative_ids,
-            teacher=batch.teacher,
+            teacher=teacher,
         )
         for _ in range(1 + len(widths))
     ]
     loss = NestedLoss(losses, widths) if widths else losses[0]
     if config.loss.distill_weight == 0:
         return loss
-    assert batch.teacher is not None
-    teacher = Teacher(
-        *batch.teacher, config.loss.distill_temperature, weight=config.loss.distill_weight
-    )
-    return DistilledLoss(loss, teacher, options)
+    assert teacher is not None
+    teaching = Teacher(*teacher, config.loss.distill_temperature, weight=config.loss.distill_weight)
+    return DistilledLoss(loss, teaching, options)
 
 
 def has_bf16_products(config: TrainConfig) -> bool:

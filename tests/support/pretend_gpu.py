@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -37,6 +37,7 @@ _READ_BACK = {
     "is_nonzero",
     "masked_select",
     "nonzero",
+    "repeat_interleave",
     "unique_consecutive",
     "unique_dim",
 }
@@ -264,6 +265,8 @@ def pretend_gpu() -> Iterator[GpuLog]:
     def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
         made = plain_tensor(data, **kwargs)
         on_gpu = device is not None and torch.device(device).type == "cuda"
+        if on_gpu:  # copied there from memory that is not pinned
+            _log.wait("tensor")
         return GpuTensor(made) if on_gpu else made
 
     patches: list[tuple[Any, str, Any]] = [
@@ -298,3 +301,15 @@ def pretend_gpu() -> Iterator[GpuLog]:
         getattr(torch._C, "_ensureCUDADeviceGuardSet", lambda: None)()
         stack.enter_context(_OnGpu())  # type: ignore[no-untyped-call]
         yield _log
+
+
+def move(model: nn.Module) -> None:
+    """Put a model onto the pretend GPU, as `model.to` does."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                moved = GpuTensor(parameter.detach())
+                module._parameters[name] = nn.Parameter(moved, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = GpuTensor(buffer)

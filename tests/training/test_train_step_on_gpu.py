@@ -21,7 +21,7 @@ from dist_vse.training.grad_cache import train_step
 from dist_vse.training.replay_check import compare_passes
 from tests.support.distributed import run_distributed
 from tests.support.loss_cases import NAMES, step_loss
-from tests.support.pretend_gpu import GpuTensor, pretend_gpu
+from tests.support.pretend_gpu import GpuTensor, move, pretend_gpu
 from tests.support.tiny import tiny_batch, tiny_model
 
 ROWS, CHUNK = 12, 5  # a rank's: chunks of 5, 5 and 2
@@ -60,18 +60,6 @@ def _step(
     return [output.loss, *(p.detach() for p in model.parameters())]
 
 
-def _move(model: DualEncoder) -> None:
-    """Put a model onto the pretend GPU, as `model.to` does."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                moved = GpuTensor(parameter.detach())
-                module._parameters[name] = nn.Parameter(moved, parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = GpuTensor(buffer)
-
-
 def _compare(
     name: str, options: dict[str, Any], stage: int | None = None, clip_norm: float = 0.0
 ) -> dict[str, int]:
@@ -79,7 +67,7 @@ def _compare(
     right = _step(tiny_model(dropout=0.3), name, options, stage, clip_norm)
     model = tiny_model(dropout=0.3)
     with pretend_gpu() as gpu:
-        _move(model)
+        move(model)
         found = _step(model, name, options, stage, clip_norm)
     # ZeRO 0 clips as PyTorch does; ZeRO 3 always takes a norm, and splits parameters by the host.
     takes_norm = stage == 3 or (stage in (1, 2) and clip_norm > 0)
@@ -161,7 +149,7 @@ def test_no_float16_in_a_bf16_run(
         vocab_size=50, pad_id=0, word_dim=8, width=64, depth=2, dropout=0, grad_checkpointing=False
     )
     with pretend_gpu():
-        _move(model)
+        move(model)
         found = compare_passes(model, image_size=32, num_tokens=8, precision="bf16")
     assert found.error == 0.0
     assert found.in_float16 == (culprit and f"{culprit} (GRU)")
