@@ -63,7 +63,7 @@ def record_environment(
     words = sha256_of_file(vocabulary)[:16] if vocabulary.is_file() else ""
     if step > 0 and former is not None:
         _check_same(run_dir, former, data, words, allow)
-        _tell_touched(former.get("shards"), shards or {})
+        _tell_touched(former, data, shards or {})
     line = {"step": step, **describe_environment(), "data": data, "vocabulary": words}
     line["shards"] = dict(shards or {})
     if loss is not None:
@@ -124,11 +124,15 @@ def _local_shards(index: Index) -> list[Shard]:
     return [shard for shard in shards if not is_remote(shard.path)]
 
 
-def _tell_touched(former: object, now: Mapping[str, str]) -> None:
-    """Warn of data sets whose local shards were touched since the last start."""
-    before = former if isinstance(former, dict) else {}
-    for place, state in now.items():
-        if before.get(place, state) != state:
+def _tell_touched(
+    former: Mapping[str, Any], data: Mapping[str, str], shards: Mapping[str, str]
+) -> None:
+    """Warn of data sets whose local shards were touched since the last start, moved ones too."""
+    noted = former.get("shards")
+    noted = noted if isinstance(noted, dict) else {}
+    states = {former["data"].get(place): state for place, state in noted.items()}
+    for place, state in shards.items():
+        if states.get(data[place], state) != state:
             logger.warning(
                 "%s: shards have other sizes or times than when the run stopped; to compare their "
                 "bytes with the index, set resume.verify_shards=true",

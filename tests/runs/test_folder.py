@@ -1,5 +1,6 @@
 """The config in a run's folder: what a later start may change, and what it is told."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,16 +64,22 @@ def test_other_data_may_be_allowed(tmp_path: Path) -> None:
 
 def test_a_shard_that_changed_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = write_dataset(tmp_path / "data", {"train": [3, 3]})
-    data = {str(index.root): index.fingerprint()}
 
     def start(step: int) -> None:
         state = {str(index.root): shards_state(index)}
-        record_environment(tmp_path, step, data, shards=state)
+        record_environment(tmp_path, step, {str(index.root): index.fingerprint()}, shards=state)
 
     start(0)
     start(5)
     verify_shards(index)
+    index = read_index(index.root.rename(tmp_path / "moved"))
+    start(5)
     assert not caplog.messages
+    index = read_index(shutil.copytree(index.root, tmp_path / "copy", copy_function=shutil.copy))
+    start(5)
+    (said,) = caplog.messages  # a copy has other times
+    assert said.startswith(f"{tmp_path / 'copy'}: shards have other sizes or times")
+    caplog.clear()
     path = index.root / "train-00001.tar"
     content = bytearray(path.read_bytes())
     content[600] ^= 1
