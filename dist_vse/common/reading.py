@@ -6,6 +6,7 @@ size is bounded, and so is the depth to which it nests (by Python's own limit).
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -35,7 +36,8 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
         if not path.is_file():  # a named pipe would block
             raise BadFileError("no such file")
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, max_bytes) + 1)  # a buffer of all of that is made first
         if len(data) > max_bytes:
             raise BadFileError(f"has more than {max_bytes:,} bytes")
         return data.decode()
@@ -139,6 +141,8 @@ def read_array(path: Path, *, memory_map: bool = False) -> "NDArray[Any]":
         raise BadFileError(first_line(error)) from error
     if not isinstance(array, np.ndarray):  # an archive of several
         raise BadFileError("holds no single array")
+    if array.dtype.kind not in "biuf":
+        raise BadFileError(f"holds {array.dtype}, no numbers")
     return array
 
 

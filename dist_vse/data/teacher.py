@@ -9,17 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dist_vse.common.errors import UserError, first_line
-from dist_vse.common.reading import BadFileError, parse_json
+from dist_vse.common.errors import UserError
+from dist_vse.common.reading import BadFileError
+from dist_vse.data.embedded_file import TEACHER, read_embedded
 from dist_vse.data.index import image_id
 from dist_vse.data.samples import Batch
 
-MAX_BYTES = 1 << 37
-"""Of all captions: a billion of a hundred letters."""
 REMEDY = "write it with `dist-vse embed TEACHER FILE.safetensors --data DIR --split SPLIT`"
 
 
@@ -32,24 +30,16 @@ class Teacher:
     def __init__(self, path: Path) -> None:
         """Open a file. Raises UserError if it is none of `dist-vse embed`, or one in fewer bits."""
         self.path = path
-        if not path.is_file():
-            raise UserError(f"loss.teacher: {path}: no such file; {REMEDY}")
         try:
-            with safe_open(path, "pt") as file:
-                images, texts, ids = (
-                    file.get_tensor(name)
-                    for name in ("image_features", "text_features", "image_ids")
-                )
-                captions = parse_json(
-                    bytes(file.get_tensor("captions").numpy()), list, max_bytes=MAX_BYTES
-                )
-        except (SafetensorError, KeyError, BadFileError, OSError) as error:
-            raise UserError(
-                f"loss.teacher: {path}: no file of `dist-vse embed` ({first_line(error)}); {REMEDY}"
-            ) from error
+            file = read_embedded(path, TEACHER)
+        except BadFileError as error:
+            raise UserError(f"loss.teacher: {path}: {error}; {REMEDY}") from error
+        images, texts, ids = (
+            file.tensors[name] for name in ("image_features", "text_features", "image_ids")
+        )
         if not (images.is_floating_point() and texts.is_floating_point()):
             raise UserError(f"loss.teacher: {path}: holds {images.dtype}; write it in float32")
-        text_ids = torch.tensor([image_id(caption) for caption in captions], dtype=torch.int64)
+        text_ids = torch.tensor([image_id(caption) for caption in file.captions], dtype=torch.int64)
         self._images, self._texts = _ById(ids, images), _ById(text_ids, texts)
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:

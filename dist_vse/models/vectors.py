@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_vse.common.errors import UserError, first_line
+from dist_vse.common.errors import UserError
+from dist_vse.common.reading import BadFileError, read_array, read_text
 from dist_vse.config import ImageConfig, TextConfig
 from dist_vse.models.tokenizer import Vocabulary
 
 CAPTIONS, VECTORS = "captions.txt", "vectors.npy"
+_MAX_BYTES = 1 << 37  # of all captions: a billion of a hundred letters
 
 
 class StoredVectors(nn.Module):
@@ -82,12 +84,13 @@ class CaptionTokenizer:
 def read_captions(folder: Path) -> list[str]:
     """Return the captions of a folder. Raises UserError if it holds none."""
     try:
-        return (folder / CAPTIONS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(folder / CAPTIONS, max_bytes=_MAX_BYTES)
+    except BadFileError as error:
         raise UserError(
-            f"{folder / CAPTIONS}: can't be read ({first_line(error)}); model.text.weights is a "
+            f"{folder / CAPTIONS}: can't be read ({error}); model.text.weights is a "
             f"folder with {CAPTIONS} and {VECTORS} where model.text.kind=vectors"
         ) from error
+    return text.removesuffix("\n").split("\n")
 
 
 def build_stored_vectors(config: ImageConfig, grad_checkpointing: bool) -> StoredVectors:
@@ -104,12 +107,19 @@ def build_caption_vectors(
     """
     path = Path(str(config.weights)) / VECTORS
     try:
-        table = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: can't be read ({first_line(error)}); write it again") from error
-    if table.ndim != 2 or len(table) != vocabulary.vocab_size or not np.isfinite(table).all():
+        table = read_array(path)
+    except BadFileError as error:
+        raise UserError(f"{path}: can't be read ({error}); write it again") from error
+    with np.errstate(over="ignore"):  # a number too large for float32 is not finite, either
+        table = table.astype(np.float32)
+    if (
+        table.ndim != 2
+        or not table.size
+        or len(table) != vocabulary.vocab_size
+        or not np.isfinite(table).all()
+    ):
         raise UserError(
             f"{path}: holds an array of shape {table.shape}, and must hold {vocabulary.vocab_size} "
             f"rows of finite numbers, one for each line of {CAPTIONS}; write both again"
         )
-    return CaptionVectors(torch.from_numpy(table.astype(np.float32)), vocabulary.pad_id)
+    return CaptionVectors(torch.from_numpy(table), vocabulary.pad_id)

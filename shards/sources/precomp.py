@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_vse.common.errors import UserError
+from dist_vse.common.reading import BadFileError, read_array
 from dist_vse.data.vectors import vector_file
 from dist_vse.shards.record import Record
 from dist_vse.shards.sources.paths import existing_file, existing_folder, read_lines
@@ -42,10 +43,10 @@ def _read_split(folder: Path, name: str, stored: StoredImages) -> Iterator[Recor
     lines = read_lines(existing_file(folder / f"{name}_caps.txt"))
     captions = [line.strip() for line in (lines if lines[-1] else lines[:-1])]
     try:
-        array = np.load(where, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        array = read_array(where, memory_map=True)
+    except BadFileError as error:
         raise UserError(f"{where}: can't be read ({error}); copy it again") from error
-    if array.ndim != 2:
+    if array.ndim != 2 or not array.shape[1]:
         raise UserError(
             f"{where}: has the shape {array.shape}, and must be (images, numbers); average the "
             "regions of an image first: numpy.save(path, array.mean(1))"

@@ -99,6 +99,11 @@ def test_a_line_that_is_too_long_is_empty_from_the_end(
     assert list(lines_from_end(tmp_path / "x")) == [b"", b"c", b"", b"a"]
 
 
+def _array(descr: str, shape: tuple[int, ...]) -> bytes:
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(16)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -109,6 +114,8 @@ def test_a_line_that_is_too_long_is_empty_from_the_end(
         b"\x93NUMPY\x01\x00\x05\x00\xff{}[(",
         b"\x80\x04N.",
         b"PK\x05\x06" + bytes(18),
+        _array("<f4", (1 << 40, 1 << 10)),
+        *(_array(descr, (2,)) for descr in ("<U2", "<c8", "<M8[s]", "|O")),
     ],
 )
 def test_whatever_an_array_holds_is_one_kind_of_error(content: bytes, tmp_path: Path) -> None:

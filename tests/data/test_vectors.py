@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from dist_vse.cli import main
 from dist_vse.common.errors import UserError
-from dist_vse.config import ImageConfig, load_config
+from dist_vse.config import ImageConfig, TextConfig, load_config
 from dist_vse.data.decode import BadSampleError, Transform, decode_image
 from dist_vse.data.vectors import check_vector, vector_file
-from dist_vse.models.vectors import CAPTIONS, VECTORS, CaptionTokenizer
+from dist_vse.models.vectors import CAPTIONS, VECTORS, CaptionTokenizer, build_caption_vectors
 from dist_vse.shards.sample_checks import check_image
 from dist_vse.shards.sources.precomp import read_precomp
 from tests.support.datasets import draw, encode
@@ -139,3 +139,32 @@ def test_precomputed_features_train_without_images(tmp_path: Path) -> None:
     assert main(["eval", str(tmp_path / "two"), "--split", "test"]) == 0
     assert main(["report", str(tmp_path / "two")]) == 0
     assert main(["export", str(tmp_path / "two"), str(tmp_path / "out")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("array", "why"),
+    [
+        (np.array([["a", "b"]] * 3), "holds <U1, no numbers"),
+        (np.zeros((3, 2), np.complex64), "holds complex64, no numbers"),
+        (np.zeros((3, 0), np.float32), r"an array of shape \(3, 0\)"),
+        (np.full((3, 2), 1e300), "rows of finite numbers"),
+        (np.zeros(3, np.float32), r"an array of shape \(3,\)"),
+    ],
+)
+def test_vectors_of_captions_are_finite_numbers(
+    array: np.ndarray, why: str, tmp_path: Path
+) -> None:
+    (tmp_path / CAPTIONS).write_text("one\ntwo\n")
+    np.save(tmp_path / VECTORS, array)
+    config = TextConfig(kind="vectors", weights=str(tmp_path))
+    with pytest.raises(UserError, match=why):
+        build_caption_vectors(config, CaptionTokenizer(tmp_path, 8), False)
+
+
+def test_precomp_takes_numbers_alone(tmp_path: Path) -> None:
+    _write(tmp_path, "dev", np.array([["a", "b"]] * 2), ["a", "b"])
+    with pytest.raises(UserError, match=r"dev_ims\.npy: can't be read \(holds <U1, no numbers"):
+        next(read_precomp(tmp_path, scratch=tmp_path))
+    (tmp_path / "dev_ims.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"dev_ims\.npy: can't be read"):
+        next(read_precomp(tmp_path, scratch=tmp_path))

@@ -10,20 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dist_vse.common.errors import UserError, first_line
-from dist_vse.common.reading import BadFileError, parse_json
+from dist_vse.common.errors import UserError
+from dist_vse.common.reading import BadFileError
+from dist_vse.data.embedded_file import read_embedded
 from dist_vse.data.index import Index
 from dist_vse.evaluation.evaluate import Embedded
 from dist_vse.losses.nested import first_features
 from dist_vse.tools.search.codes import Bits, Int8Codes, binary_top_k, int8_top_k
 
 Origin = dict[str, str]
-_CODES = ("image_low", "image_step", "image_bits", "image_center", "text_center")
-_MAX_BYTES = 1 << 37
-"""Of all keys, or of all captions: a billion captions of a hundred letters."""
 _WHAT = {"weights": "another model", "data": "another data set", "split": "another split"}
 
 
@@ -84,31 +81,24 @@ def read_gallery(path: Path, wanted: Origin) -> Gallery:
     Raises UserError if it is none, or of another model, data set or split than wanted.
     """
     remedy = f"write it with `dist-vse embed RUN {path.with_suffix('.safetensors')}`"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {remedy}")
     try:
-        with safe_open(path, "pt") as file:
-            noted = file.metadata() or {}
-            features, rows = (file.get_tensor(n) for n in ("image_features", "image_of_text"))
-            more = {n: file.get_tensor(n) for n in _CODES if n in file.keys()}  # noqa: SIM118
-            names = [bytes(file.get_tensor(n).numpy()) for n in ("keys", "captions")]
-        keys, captions = (parse_json(text, list, max_bytes=_MAX_BYTES) for text in names)
-        written_for = {name: noted[name] for name in wanted}
-    except (SafetensorError, KeyError, BadFileError, OSError) as error:
-        raise UserError(
-            f"{path}: no file of `dist-vse embed` ({first_line(error)}); {remedy}"
-        ) from error
+        file = read_embedded(path)
+    except BadFileError as error:
+        raise UserError(f"{path}: {error}; {remedy}") from error
     for name, value in wanted.items():
-        if written_for[name] != value:
-            detail = f" ({written_for[name]})" if name == "split" else ""
+        if file.origin.get(name) != value:
+            detail = f" ({file.origin.get(name)})" if name == "split" else ""
             raise UserError(f"{path}: stale, it is of {_WHAT[name]}{detail}; {remedy} --split ...")
-    codes = bits = None
+    more, codes, bits = file.tensors, None, None
+    features = more["image_features"]
     if "image_step" in more:
         codes = Int8Codes(features, more["image_low"], more["image_step"])
         features = features[:0].float()
+    elif not bool(features.isfinite().all()):
+        raise UserError(f"{path}: has features that are not finite; {remedy}")
     if "image_bits" in more:
         bits = Bits(more["image_bits"], more["image_center"])
-    found = _gallery(keys, captions, features, rows)
+    found = _gallery(file.keys, file.captions, features.float(), more["image_of_text"])
     return replace(found, codes=codes, bits=bits, text_center=more.get("text_center"))
 
 
