@@ -58,7 +58,15 @@ class LossScale:
         return {KEY: torch.tensor(numbers, dtype=torch.float64)}
 
     def load(self, state: Tensor) -> None:
-        """Take the state of a checkpoint."""
+        """Take the state of a checkpoint. Raises UserError if these are not three such numbers."""
+        if (
+            state.shape != (3,)
+            or not bool(state.double().isfinite().all())
+            or bool((state < 0).any())
+        ):
+            raise UserError(
+                "the checkpoint's loss scale is no loss scale of ours; continue from an older one"
+            )
         value, steps, skipped = state.tolist()
         self.value, self.steps, self.skipped = value, int(steps), int(skipped)
 

@@ -6,6 +6,7 @@ parameters share (Adam's step) under `optim/KEY`. So a rank of another world siz
 the elements that it needs by name and position.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from dist_vse.common.errors import UserError
 from dist_vse.common.host_copy import host_copy
+from dist_vse.common.terminal import short
 
 _PREFIX = "optim"
 _WHOLE, _GROUPS = "whole", "group"  # of optimizers that step whole parameters
 _NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float}
+_START = re.compile(r"\d{1,18}", re.ASCII)
 _COUNTS = {"step", "k"}  # what some of timm's optimizers count in their groups
 
 
@@ -109,19 +112,25 @@ def dump_whole_state(
 def load_whole_state(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, files: Sequence[Path]
 ) -> None:
-    """Give a fresh optimizer the state of whole parameters. Raises UserError if there is none."""
+    """Give a fresh optimizer the state of whole parameters.
+
+    Raises UserError if there is none, or one of other parameters.
+    """
     found = set()
     for path in files:
         with safe_open(path, "pt") as file:
             for place in file.keys():  # noqa: SIM118 - a safetensors file is no dict
                 kind, *rest = place.split("/", 3)
                 if kind == _GROUPS:
-                    key, type_name = rest
+                    if len(rest) != 2 or rest[0] not in _COUNTS:
+                        raise _unknown(place)
                     for group in optimizer.param_groups:
-                        group[key] = _of_type(file.get_tensor(place), type_name)
+                        group[rest[0]] = _of_type(file.get_tensor(place), rest[1], place)
                 elif kind == _WHOLE:
+                    if len(rest) != 3 or rest[2] not in parameters:
+                        raise _unknown(place)
                     key, type_name, name = rest
-                    value = _of_type(file.get_tensor(place), type_name)
+                    value = _of_type(file.get_tensor(place), type_name, place)
                     if torch.is_tensor(value) and value.ndim:
                         value = value.to(parameters[name].device)
                     optimizer.state[parameters[name]][key] = value
@@ -133,9 +142,27 @@ def load_whole_state(
         )
 
 
-def _of_type(value: Tensor, type_name: str) -> Any:
+def _count(value: Tensor, name: str) -> Tensor:
+    """Return a number that all parameters share: steps, or a product of factors."""
+    if not bool(value.double().isfinite()) or value < 0:
+        raise _unknown(name)
+    return value
+
+
+def _unknown(name: str) -> UserError:
+    return UserError(
+        f"the checkpoint holds {short(name)}, which no optimizer of ours writes so; continue from "
+        "an older checkpoint, or start from its weights by model.from_run"
+    )
+
+
+def _of_type(value: Tensor, type_name: str, place: str) -> Any:
     # A clone: tensors that are read twice from a file share its memory.
-    return _NUMBERS[type_name](value.item()) if type_name in _NUMBERS else value.clone()
+    if type_name not in _NUMBERS:
+        return value.clone()
+    if value.ndim or not bool(value.double().isfinite()):
+        raise _unknown(place)
+    return _NUMBERS[type_name](value.item())
 
 
 def _to_tensor(value: object) -> Tensor | None:
@@ -156,13 +183,17 @@ class SavedFragments:
                 if not name.startswith(prefix + "/"):
                     continue
                 _, key, *place = name.split("/")
-                if not place:
-                    self.numbers[key] = file.get_tensor(name)
+                shape = file.get_slice(name).get_shape()
+                if not place and shape == []:
+                    self.numbers[key] = _count(file.get_tensor(name), name)
                     continue
-                (length,) = file.get_slice(name).get_shape()
-                run = (int(place[-1]), length, file, name)
+                if len(place) < 2 or len(shape) != 1 or not _START.fullmatch(place[-1]):
+                    raise _unknown(name)
+                run = (int(place[-1]), shape[0], file, name)
                 self._runs[key, "/".join(place[:-1])].append(run)
         self.keys = sorted({key for key, _ in self._runs})
+        if "exp_avg_sq" in self.keys and "step" not in self.numbers:  # Adam counts its steps
+            raise UserError("the checkpoint lacks the optimizer's step; continue from an older one")
 
     def names(self, key: str) -> set[str]:
         """Return the parameters of which there are fragments."""

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -156,6 +156,11 @@ def load_latest(folder: Path, engine: RunEngine) -> Progress | None:
         return None
     manifest = read_manifest(path)
     world_size, stage = manifest["world_size"], manifest["zero_stage"]
+    if world_size == 0:
+        raise UserError(
+            f"{path}: holds weights alone, without an optimizer's state; start a run from it by "
+            "model.from_run"
+        )
     with distributed.raise_on_all_ranks():
         engine.load(_read_weights(path, engine.module), rank_files(path, world_size))
     if (world_size, stage) != (distributed.world_size(), engine.stage):
@@ -164,11 +169,23 @@ def load_latest(folder: Path, engine: RunEngine) -> Progress | None:
             *(path, world_size, stage, distributed.world_size(), engine.stage),
         )
     if world_size == distributed.world_size():
-        own = load_file(path / _rank_file(distributed.rank()))
-        restore(RandomState(own[_RANDOM_CPU], own.get(_RANDOM_CUDA)))
+        with distributed.raise_on_all_ranks():
+            _restore_random(path / _rank_file(distributed.rank()))
     else:  # no rank's state fits: draw other numbers than those drawn at the start
         torch.manual_seed(torch.initial_seed() + 7919 * manifest["step"])
     return Progress(manifest["step"], manifest["samples_seen"], manifest["streams"])
+
+
+def _restore_random(path: Path) -> None:
+    """Go on with the random numbers that a rank saved. Raises UserError if these are none."""
+    own = load_file(path)
+    try:
+        restore(RandomState(own[_RANDOM_CPU], own.get(_RANDOM_CUDA)))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: holds no random state of ours ({first_line(error)}); remove this checkpoint "
+            "to continue from an older one"
+        ) from error
 
 
 def _set_damaged_aside(folder: Path) -> Path | None:
@@ -218,10 +235,17 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
+def check_whole(path: Path) -> None:
+    """Raise UserError unless a checkpoint that the user names is as it was written."""
+    if (fault := find_fault(path)) is not None:
+        raise UserError(f"{path}: {fault}; name another checkpoint")
+
+
 def load_weights(path: Path, model: nn.Module, *, fit: Fit | None = None) -> None:
     """Load the whole weights of a checkpoint's folder into a model, after `fit` has changed them.
 
-    Of a run that averages its weights, the averages. Raises UserError if they don't fit.
+    Of a run that averages its weights, the averages. Raises UserError if they don't fit. Whether
+    the files are as they were written, `latest` and `check_whole` find out.
     """
     # All that a checkpoint holds was found there; adapters leave the rest as it is.
     model.load_state_dict(_read_weights(path, model, fit, averaged=True), strict=False)
@@ -257,7 +281,9 @@ def _checksum(manifest: Mapping[str, Any]) -> str:
 
 
 def _is_place(place: object) -> bool:
-    return isinstance(place, list) and len(place) == 2 and all(is_count(n) for n in place)
+    """Return whether these are an epoch, which multiplies a number of samples, and a position."""
+    right = isinstance(place, list) and len(place) == 2 and all(is_count(n) for n in place)
+    return right and cast(list[int], place)[0] < 1 << 32
 
 
 def _is_receipt(name: str, digest: object) -> bool:
@@ -288,7 +314,7 @@ def _read_weights(
         weights = load_file(path / WEIGHTS)
         if averaged:
             weights = take_averages(weights, sorted(path.glob("rank-*.safetensors")))
-    except (SafetensorError, FileNotFoundError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path / WEIGHTS}: can't be read ({first_line(error)})") from error
     weights = fit(weights, model) if fit is not None else weights
     _check_base(path, model)

@@ -18,6 +18,9 @@ from dist_vse.runs import checkpoint
 from dist_vse.runs.files import CHECKPOINTS, VOCABULARY_NAME
 from dist_vse.runs.folder import find_run, open_run
 
+MAX_STARTS = 32
+"""Runs of adapters, each the start of the next."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -72,6 +75,7 @@ def build_start(config: TrainConfig, tokenizer: Tokenizer) -> DualEncoder:
 
 def _take_weights(model: DualEncoder, path: Path, config: TrainConfig) -> None:
     """Load the checkpoint of `model.from_run`, its adapters merged."""
+    _check_chain(path)
     before, loss = open_run(find_run(path)[0]), config.loss
     own = {"log_scale": model.log_scale.detach().clone(), "bias": model.bias.detach().clone()}
     same = before.loss.name == loss.name
@@ -86,8 +90,26 @@ def _take_weights(model: DualEncoder, path: Path, config: TrainConfig) -> None:
         checkpoint.check_fit(weights, model, path)
         model.load_state_dict(weights)
     else:
+        checkpoint.check_whole(path)
         checkpoint.load_weights(path, model, fit=fit_positions)
     model.load_state_dict(own, strict=False)
+
+
+def _check_chain(path: Path) -> None:
+    """Raise UserError for runs of adapters that start from each other, or from too many others."""
+    first, passed = path, set[Path]()
+    while True:
+        run_dir = find_run(path)[0].resolve()
+        if run_dir in passed or len(passed) == MAX_STARTS:
+            raise UserError(
+                f"model.from_run={first}: its run starts from other runs of adapters (model.lora) "
+                f"without an end ({run_dir}); export one with `dist-vse export --merge`"
+            )
+        passed.add(run_dir)
+        model = open_run(run_dir).model
+        if not model.lora.rank or model.from_run is None:
+            return
+        path = Path(model.from_run)
 
 
 def run_tokenizer(config: TrainConfig, run_dir: Path, *, build: bool) -> Tokenizer:
@@ -125,6 +147,8 @@ def load_trained(run_dir: Path, model: DualEncoder, asked: Path | None = None) -
 
     Raises UserError if there is no such checkpoint, or if it doesn't fit the model.
     """
+    if asked is not None:
+        checkpoint.check_whole(asked)
     path = asked or checkpoint.latest(run_dir / CHECKPOINTS)
     if path is None:
         raise UserError(f"{run_dir / CHECKPOINTS}: no whole checkpoint yet; train the run first")

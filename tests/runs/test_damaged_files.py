@@ -60,6 +60,7 @@ def test_any_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
         {"step": 1.5},
         {"step": None},
         {"streams": [[0]]},
+        {"streams": [[1 << 40, 0]]},
         {"streams": None},
         {"score": "high"},
     ],

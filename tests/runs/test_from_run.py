@@ -14,7 +14,7 @@ from dist_vse.models.build import build_model
 from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress
 from dist_vse.runs.resolve import resolve
-from dist_vse.runs.trained import build_start
+from dist_vse.runs.trained import build_start, load_trained
 from dist_vse.tools.report.page import write_report
 from tests.support.datasets import write_dataset
 from tests.support.distributed import run_distributed
@@ -81,6 +81,30 @@ def test_what_contradicts_the_run_is_named(tmp_path: Path) -> None:
             resolve(load_config(None, [start, wrong]))
     with pytest.raises(UserError, match="no run here"):
         resolve(load_config(None, [f"model.from_run={tmp_path / 'none'}"]))
+
+
+def test_a_named_checkpoint_must_be_whole(tmp_path: Path) -> None:
+    config = _write_run(tmp_path / "a")
+    step = tmp_path / "a" / "checkpoints" / "step-000003"
+    model = build_model(config.model, config.loss, _Words(), seed=0)
+    assert load_trained(tmp_path / "a", model, step) == step
+    weights = bytearray((step / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (step / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"model\.safetensors has changed since it was written"):
+        load_trained(tmp_path / "a", model, step)
+    start = load_config(None, [f"model.from_run={step}", *MODEL, *TEXT])
+    with pytest.raises(UserError, match="has changed since it was written; name another"):
+        build_start(start, _Words())  # type: ignore[arg-type]
+
+
+def test_runs_of_adapters_that_start_from_each_other_are_one_line(tmp_path: Path) -> None:
+    adapters = ["model.lora.rank=2", f"model.from_run={tmp_path / 'a'}"]
+    config = load_config(None, [*MODEL, *TEXT, *adapters])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").write_text(dump_config(config))
+    with pytest.raises(UserError, match=r"starts from other runs of adapters .* without an end"):
+        build_start(config, _Words())  # type: ignore[arg-type]
 
 
 def _two_runs(first: list[str], second: list[str]) -> list[int | str]:

@@ -19,6 +19,7 @@ from dist_vse.common.errors import UserError
 from dist_vse.config import LossConfig
 from dist_vse.models.build import build_model
 from dist_vse.models.tokenizer import AnyWords, WordTokenizer
+from dist_vse.runs.checkpoint import load_latest
 from dist_vse.runs.trained import open_trained
 from dist_vse.tools.convse.names import model_shape, renamed
 from dist_vse.tools.convse.vocabulary import read_vocabulary
@@ -117,6 +118,8 @@ def test_an_imported_run_has_their_features_and_is_evaluated(tmp_path: Path, mlp
             model.encode_texts(tokens), functional.normalize(state, dim=1), atol=1e-6
         )
     assert cli.main(["eval", str(out), "--split", "test"]) in (0, 2)  # 2: random weights collapse
+    with pytest.raises(UserError, match=r"weights alone.*start a run from it by model\.from_run"):
+        load_latest(out / "checkpoints", None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="holds a run already"):
         cli.COMMANDS["import"].run(cli._parse(arguments))
 
