@@ -47,6 +47,9 @@ TEXT_ENCODERS = {
 
 WORD_RULES = ("plain", "treebank")  # functions of dist_vse.models.words
 
+MAX_DEPTH = 1000
+"""Layers of a text encoder from scratch; a config of somebody else's may ask for a billion."""
+
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -196,6 +199,8 @@ class TextConfig:
             "model.text.weights brings its own",
         )
         at_least(1, model__text__max_tokens=self.max_tokens, model__text__depth=self.depth)
+        at_least(1, model__text__width=self.width, model__text__word_dim=self.word_dim)
+        check(self.depth <= MAX_DEPTH, f"model.text.depth ({self.depth}) is above {MAX_DEPTH:,}")
         share(model__text__dropout=self.dropout)
         check(
             bool(self.spec.tokenizer) == (self.weights is not None),

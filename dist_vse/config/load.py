@@ -68,6 +68,32 @@ def load_yaml(path: str | Path | None, schema: type[T], overrides: Sequence[str]
     return config
 
 
+def from_mapping(content: object, schema: type[T]) -> T:
+    """Turn settings out of JSON, each key of them, into a frozen dataclass.
+
+    Raises UserError for an unknown key or a value of another type; nothing in it is computed.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        if _holds_text(content, "${"):
+            raise UserError("holds ${...}, which is for YAML")
+        _check_keys(content, schema, schema)
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content)))
+    except (OmegaConfBaseException, RecursionError, TypeError) as error:
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{key}: {first_line(error)}" if key else first_line(error)) from error
+
+
+def _holds_text(content: object, part: str) -> bool:
+    if isinstance(content, dict):
+        content = [*content.keys(), *content.values()]
+    if isinstance(content, list):
+        return any(_holds_text(value, part) for value in content)
+    return isinstance(content, str) and part in content
+
+
 def dump_config(config: TrainConfig) -> str:
     """Return the whole config as YAML; `load_config` reads it back to an equal one."""
     from omegaconf import OmegaConf

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,8 @@ def build_model(
                 grad_checkpointing=config.grad_checkpointing,
             )
         else:
-            parts = _build_parts(config, vocabulary)
+            with _within_memory():
+                parts = _build_parts(config, vocabulary)
     if config.compile:
         _check_compiler()
         mode = "reduce-overhead" if config.compile == GRAPHS else None
@@ -110,6 +113,20 @@ def _build_parts(config: ModelConfig, vocabulary: Vocabulary) -> Parts:
         image_trunk.dim, config.image.projection, normalize=config.image.normalize
     )
     return Parts(image_trunk, text_trunk, nn.Sequential(*before, *image_head), text_head)
+
+
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    """Turn PyTorch's error of a model that this machine cannot hold into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "too large" not in str(error):
+            raise
+        raise UserError(
+            "model: this machine has too little memory for these sizes; lower model.text.width, "
+            "model.embed_dim or model.head_hidden, or take a smaller model.image.name"
+        ) from error
 
 
 def _check_compiler() -> None:

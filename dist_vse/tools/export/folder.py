@@ -13,20 +13,23 @@ README.md              how to use it, with this package and without
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
-from dist_vse.common.reading import BadFileError, read_json
+from dist_vse.common.reading import BadFileError, is_count, is_file_name, read_json
+from dist_vse.common.terminal import short
 from dist_vse.common.version import __version__
-from dist_vse.config import ImageConfig, LoraConfig, ModelConfig, TextConfig
+from dist_vse.config import ModelConfig
+from dist_vse.config.load import from_mapping
 
 DESCRIPTION = "dist_vse.json"
 HEADS = "heads.safetensors"
 ADAPTERS = "adapters.safetensors"
 IMAGE, TEXT, MODEL = "image", "text", "model"
 FORMAT = 1
+MAX_WORDS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,22 @@ def read_description(folder: Path) -> Description:
         content = read_json(path)
         if content["format"] != FORMAT:
             raise UserError(f"{path}: format {content['format']}, but this version reads {FORMAT}")
-        model: dict[str, Any] = content["model"]
-        for part in (model["image"], model["text"]):
-            part["weights"] = str(folder / part["weights"]) if part["weights"] else None
-        if model.get("pretrained"):
-            model["pretrained"] = str(folder / model["pretrained"])
-        shape = {k: v for k, v in model.items() if k not in ("image", "text", "lora")}
-        config = ModelConfig(
-            image=ImageConfig(**model["image"]),
-            text=TextConfig(**model["text"]),
-            lora=LoraConfig(**model.get("lora", {})),
-            **shape,
-        )
-        return Description(config, content["vocab_size"], content["pad_id"], content["source"])
-    except (BadFileError, KeyError, TypeError, AttributeError) as error:
+        config = from_mapping(content["model"], ModelConfig)
+        vocab_size, pad_id, source = (content[name] for name in ("vocab_size", "pad_id", "source"))
+        if not (is_count(vocab_size) and is_count(pad_id) and pad_id < vocab_size < MAX_WORDS):
+            raise BadFileError("vocab_size and pad_id must be numbers")
+        for part in (config.image.weights, config.text.weights, config.pretrained):
+            if part is not None and not all(map(is_file_name, part.split("/"))):
+                raise BadFileError(f"weights outside of the folder: {short(part)}")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (BadFileError, KeyError) as error:
         raise UserError(f"{path}: is damaged ({error!r}); export the model again") from error
+
+    def inside(part: str | None) -> str | None:
+        return str(folder / part) if part is not None else None
+
+    image = replace(config.image, weights=inside(config.image.weights))
+    text = replace(config.text, weights=inside(config.text.weights))
+    model = replace(config, image=image, text=text, pretrained=inside(config.pretrained))
+    return Description(model, vocab_size, pad_id, source)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_vse.common.errors import UserError
+from dist_vse.common.errors import UserError, first_line
 from dist_vse.config import LoraConfig, LossConfig, ModelConfig
 from dist_vse.data.decode import BadSampleError, Transform, decode_image
 from dist_vse.data.image_file import narrowed, orientation, turned
@@ -134,9 +135,10 @@ def build(folder: Path) -> DualEncoder:
             adapters = load_file(folder / ADAPTERS)
             if unknown := model.load_state_dict(adapters, strict=False).unexpected_keys:
                 raise KeyError(unknown[0])
-    except (RuntimeError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: is damaged ({reason}); export the model again") from error
+    except (RuntimeError, OSError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: is damaged ({first_line(error)}); export the model again"
+        ) from error
     return model.eval()
 
 

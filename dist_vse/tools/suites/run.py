@@ -1,5 +1,7 @@
 """Run a suite on a run's model, print its metrics, and keep its files in the run's folder."""
 
+import errno
+import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -8,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_vse.common.errors import UserError, writing
+from dist_vse.common.files import check_output, write_text
 from dist_vse.common.log import setup_logging
 from dist_vse.common.terminal import plain
 from dist_vse.tools.search.embed import open_model
@@ -31,10 +34,12 @@ def run_suite(location: Path, suite: str, tasks: Sequence[str]) -> int:
         )
     model = open_model(location)
     out = location / "suites" / suite
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    check_output(out / "x.json")
     try:
-        found = import_module(f"dist_vse.tools.suites.{suite}").run(model, tasks, out)
+        with tempfile.TemporaryDirectory() as scratch:
+            found = import_module(f"dist_vse.tools.suites.{suite}").run(model, tasks, Path(scratch))
+            with writing(out):
+                take_over(Path(scratch), out)
     except ModuleNotFoundError as error:
         raise UserError(
             f"--suite {suite} needs the package {SUITES[suite]} ({error.name} is missing); "
@@ -46,3 +51,14 @@ def run_suite(location: Path, suite: str, tasks: Sequence[str]) -> int:
             table.add_row(plain(task), plain(key), f"{value:.4f}")
     Console().print(table)
     return 0
+
+
+def take_over(scratch: Path, out: Path) -> None:
+    """Write the suite's files into the folder, each by one rename.
+
+    Somebody else may have made the folder: a link in it is replaced, and not followed.
+    """
+    if out.is_symlink() or out.parent.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link")
+    for path in sorted(scratch.glob("*.json")):
+        write_text(out / path.name, path.read_text(encoding="utf-8"))
