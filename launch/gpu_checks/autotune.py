@@ -74,7 +74,7 @@ FACTORS = {  # the most common first: what the time does not suffice for is left
 def autotune(task: Task) -> Finding:
     """Try every shape for every kernel and kind of factors; write the fastest to the cache."""
     path = cache_path(torch.cuda.get_device_name())
-    limit_s = task.limit_s - SPARE_S
+    limit_s = task.left_s() - SPARE_S
     return tune(torch.device("cuda"), path, FACTORS, ROWS, WIDTH, limit_s=limit_s)
 
 

@@ -105,34 +105,37 @@ def run_check(number: int, place: Place, options: Options, earlier: Sequence[Row
 
     if check.gpus > place.gpus:
         return row(SKIPPED, "needs a GPU" if check.gpus == 1 else f"needs {check.gpus} GPUs")
+    if check.gpus > 1 and place.ranks > place.gpus:
+        return row(SKIPPED, "needs a GPU a rank: of a shared one its times mean nothing")
     task = Task(
         number,
         on_gpu=place.gpus > 0,
         folder="",
-        limit_s=options.limit_s,
+        ends=0.0,
         config=options.config,
         overrides=list(options.overrides),
         earlier={str(row.number): row.figures for row in earlier},
     )
     if check.warm_up and place.gpus:
-        found = _run(replace(task, warm_up=True, limit_s=WARM_UP * options.limit_s), place)
+        found = _run(replace(task, warm_up=True), place, WARM_UP * options.limit_s)
         if not found.ok:
             return row(FAIL, f"while compiling, before the check: {found.words}", found.figures)
         figures["warm_up_s"] = round(time.monotonic() - began, 1)
+        task = replace(task, warmed=found.figures)
         began = time.monotonic()
-    found = _run(task, place)
+    found = _run(task, place, options.limit_s)
     return row(OK if found.ok else FAIL, found.words, found.figures)
 
 
-def _run(task: Task, place: Place) -> Finding:
+def _run(task: Task, place: Place, limit_s: float) -> Finding:
     """Run a check, or what compiles before it, in processes of its own."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         path = folder / "task.json"
-        path.write_text(json.dumps(asdict(replace(task, folder=name))), encoding="utf-8")
+        task = replace(task, folder=name, ends=time.monotonic() + limit_s)
+        path.write_text(json.dumps(asdict(task)), encoding="utf-8")
         ranks = {NO_GROUP: None, ALL: place.ranks}.get(find_check(task.number).group, 1)
         arguments = ["-m", "dist_vse.launch.gpu_checks.child", str(path)]
-        limit_s = task.limit_s
         ended = run_ranks(arguments, ranks, place, folder, limit_s=limit_s, grace_s=GRACE_S)
         result = folder / RESULT
         if result.is_file() and not any(one.code for one in ended):

@@ -55,7 +55,7 @@ def _run_pair(kind: str, limit: float, place: Place, task: Task) -> list[Ended]:
         2,
         place,
         folder,
-        limit_s=min(limit + LATEST, task.limit_s - 5),
+        limit_s=min(limit + LATEST, task.left_s() - 5),
         extra={"DIST_VSE_HANG_S": str(limit)},
     )
 

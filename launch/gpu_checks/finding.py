@@ -1,5 +1,6 @@
 """What a check is given, and what it returns."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,8 @@ class Task:
     on_gpu: bool
     folder: str
     """For files; it is removed after the check."""
-    limit_s: float
-    """Seconds after which the check is ended."""
+    ends: float
+    """When the check is ended, by `time.monotonic`, which all processes share."""
     warm_up: bool = False
     """Only compile what the check will run."""
     config: str | None = None
@@ -21,6 +22,12 @@ class Task:
     overrides: list[str] = field(default_factory=list)
     earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Figures of the checks that ran before, by number."""
+    warmed: dict[str, Any] = field(default_factory=dict)
+    """Figures of what compiled before this check."""
+
+    def left_s(self) -> float:
+        """Return the seconds that are left."""
+        return self.ends - time.monotonic()
 
     def earlier_figure(self, number: int, name: str) -> float | None:
         """Return a figure of an earlier check, None where it has not run or has none."""

@@ -25,7 +25,7 @@ from dist_vse.training.batches import build_train_batches
 PHOTOGRAPHS = 2048
 HEIGHT, WIDTH, QUALITY = 480, 640, 90
 BATCH = 512  # pairs that are asked for at a time
-SECONDS = 15.0
+SECONDS, SPARE_S = 15.0, 10.0  # of measuring, and of the limit for what comes after it
 SPARE = 1.2  # times the step's need
 
 
@@ -33,7 +33,7 @@ def check_input(task: Task) -> Finding:
     """Measure the run's stream alone, and the copy to the GPU; compare with check 9's rate."""
     config = _config(task)
     workers = max(1, config.data.num_workers)
-    rate = _rate(config, Path(task.folder))
+    rate = _rate(config, Path(task.folder), ends=task.ends - SPARE_S)
     pin_s, copy_s = _copies(config)
     need = task.earlier_figure(9, "pairs_per_s")
     figures: dict[str, Any] = {
@@ -64,7 +64,8 @@ def _config(task: Task) -> TrainConfig:
     if config.data.index:
         return config
     index = make_photographs(Path(task.folder), PHOTOGRAPHS)
-    workers = max(1, len(os.sched_getaffinity(0)) - 2)
+    # A rank's share of the cores: every GPU of the machine will want its own.
+    workers = max(1, len(os.sched_getaffinity(0)) // torch.cuda.device_count() - 2)
     data = replace(config.data, index=str(index), num_workers=workers, num_streams=workers * 4)
     return replace(config, data=data)
 
@@ -90,7 +91,7 @@ def make_photographs(folder: Path, count: int) -> Path:
     return out
 
 
-def _rate(config: TrainConfig, folder: Path) -> float:
+def _rate(config: TrainConfig, folder: Path, *, ends: float) -> float:
     """Return the pairs a second of the training stream, its first batch left out."""
     sets = open_train_sets(config.data)
     tokenizer = run_tokenizer(config, folder, build=True)
@@ -99,10 +100,10 @@ def _rate(config: TrainConfig, folder: Path) -> float:
     small = replace(config, global_batch_size=batch * distributed.world_size(), chunk_size=batch)
     batches = build_train_batches(small, sets, tokenizer, Progress(0, 0, []))
     next(batches)
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < SECONDS:
+    count, began = 0, time.monotonic()
+    while not count or time.monotonic() < min(began + SECONDS, ends):
         count += len(next(batches).images)
-    return count / (time.perf_counter() - began)
+    return count / (time.monotonic() - began)
 
 
 def _copies(config: TrainConfig) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from dist_vse.training.flops import peak_of
 SIDE = 8192  # of products
 CONVOLUTION = (256, 256, 28)  # images, channels, side
 BYTES = 1 << 30
+LAUNCHES = 2000
 CLOSE = 0.7  # of the data sheet
 TERA, GB = 1e12, 1e9
 
@@ -149,12 +150,13 @@ def _copy_rates(here: torch.device) -> dict[str, float]:
 def _costs(here: torch.device) -> dict[str, float]:
     """Return what a launch takes the host, and AdamW an element."""
     x = torch.zeros(1, device=here)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(2000):
-        x.add_(1)
-    torch.cuda.synchronize()
-    launch_us = (time.perf_counter() - started) / 2000 * 1e6
+    for count in (100, LAUNCHES):  # the first ones load the kernel
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(count):
+            x.add_(1)
+        torch.cuda.synchronize()
+    launch_us = (time.perf_counter() - started) / LAUNCHES * 1e6
     parameter = torch.nn.Parameter(torch.zeros(1 << 26, device=here))
     parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.AdamW([parameter], fused=True)

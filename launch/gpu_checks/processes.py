@@ -36,6 +36,7 @@ class Place:
             "NCCL_HOSTID": f"pretended-host-{rank}",
             "NCCL_SOCKET_IFNAME": "lo",
             "NCCL_IB_DISABLE": "1",
+            "NCCL_NET": "Socket",  # and no plug-in of a cloud's
             "NCCL_MULTI_RANK_GPU_ENABLE": "1",
         }
 

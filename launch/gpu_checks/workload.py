@@ -91,6 +91,8 @@ def build_rig(config: TrainConfig) -> Rig:
     chunking = agree(choose_chunks(config, model))
     config = settle_kernels(replace(config, chunk_size=chunking.chunk_size)).config
     batch = made_up_batch(config, config.global_batch_size // distributed.world_size())
+    if distributed.device().type == "cuda":  # as the buffers of a run are, once for all steps
+        batch = replace(batch, images=batch.images.pin_memory(), tokens=batch.tokens.pin_memory())
     return Rig(config, build_engine(config, model), batch, chunking.keep_graphs)
 
 
