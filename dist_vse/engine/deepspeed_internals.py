@@ -1,7 +1,7 @@
 """Everything that we assume about DeepSpeed beyond its documentation.
 
 Each function below is one assumption, read in the source of DeepSpeed 0.19.8, and has a test of
-its own in `tests/engine/test_deepspeed_internals.py`. No other module touches an attribute of
+its own in `tests/engine/test_deepspeed_*.py`. No other module touches an attribute of
 DeepSpeed that is not documented. An attribute that must be there is read by `_private` or set by
 `_replace`, so a version that lacks it raises `MissingInternalError`, which `ZeroEngine` answers.
 `wire_dtype` and `whole_shape` read marks whose absence is an answer.

@@ -1,4 +1,4 @@
-"""Each assumption about DeepSpeed holds in the installed version, and a missing one is answered."""
+"""What else we assume about DeepSpeed holds, and an assumption that fails is answered."""
 
 import logging
 import sys
@@ -7,315 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
-from dist_vse import distributed
 from dist_vse.common import step_timer
 from dist_vse.common.errors import UserError
 from dist_vse.common.log import logger
-from dist_vse.config import EngineConfig, OptimConfig
 from dist_vse.engine import deepspeed_internals as internals
-from dist_vse.engine import zero
-from dist_vse.engine.optimizer import build_optimizer
 from dist_vse.engine.plain import PlainEngine
-from dist_vse.engine.zero import ZeroEngine
-from dist_vse.losses.global_loss import GlobalLoss
-from dist_vse.models.dual_encoder import DualEncoder
-from dist_vse.training.grad_cache import train_step
-from tests.support.collectives import Collectives
 from tests.support.distributed import run_distributed
 from tests.support.paths import ROOT
-from tests.support.tiny import tiny_batch, tiny_model
-
-B = 8  # pairs in the global batch
-RATE = 0.05
-
-
-def _sgd(model: DualEncoder, momentum: float = 0.0) -> torch.optim.Optimizer:
-    optim = OptimConfig("sgd", lr=RATE, weight_decay=0.0, momentum=momentum)
-    return build_optimizer(model, optim)
-
-
-def _engine(stage: int, precision: str = "fp32", momentum: float = 0.0) -> ZeroEngine:
-    model, rows = tiny_model(), B // distributed.world_size()
-    config = EngineConfig(stage, precision)
-    return ZeroEngine(model, _sgd(model, momentum), config, rank_batch_size=rows)
-
-
-def _rank_batch(model: DualEncoder, step: int) -> dict[str, Tensor]:
-    rank, rows = distributed.rank(), B // distributed.world_size()
-    images, tokens = (x[rank * rows : (rank + 1) * rows] for x in tiny_batch(B, step))
-    return model.prepare(images=images, tokens=tokens)
-
-
-def _train(engine: Any, steps: int) -> Tensor:
-    """Train with two chunks; return all parameters in one vector."""
-    for step in range(steps):
-        batch = _rank_batch(engine.module, step)
-        halves = zip(*(value.chunk(2) for value in batch.values()), strict=True)
-        chunks = [dict(zip(batch, half, strict=True)) for half in halves]
-        train_step(engine, GlobalLoss("convse"), chunks)
-    return nn.utils.parameters_to_vector(engine.module.parameters()).detach().clone()
-
-
-class _NoReduction:
-    """Stands in for ours, and leaves each rank its own gradients."""
-
-    def start(self) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-def _step_without_reduction(stage: int) -> tuple[dict[str, int], float, float]:
-    """Return the reductions of a step that nobody reduces, and the error of its update."""
-    engine = _engine(stage)
-    assert engine.reduction is not None
-    engine.reduction = _NoReduction()  # type: ignore[assignment]
-    alone = tiny_model()
-    outputs = alone(**_rank_batch(alone, 0))
-    sum(output.sum() for output in outputs).backward()
-    expected = {
-        name: p.detach() - RATE * p.grad
-        for name, p in alone.named_parameters()
-        if p.grad is not None
-    }
-    with Collectives() as counted, engine.accumulation():
-        outputs = engine(**_rank_batch(engine.module, 0))
-        engine.backward(sum(output.sum() for output in outputs), last=True)
-    engine.step()
-    error = moved = 0.0
-    start = dict(tiny_model().named_parameters())
-    for fragment in engine._fragments():
-        part = slice(fragment.start, fragment.start + fragment.length)
-        found = fragment.within(fragment.flat).detach()
-        error += float((found - expected[fragment.name].flatten()[part]).norm())
-        moved += float((found - start[fragment.name].flatten()[part]).norm())
-    return dict(counted.calls), error, moved
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_take_over_reduction(stage: int) -> None:
-    for calls, error, moved in run_distributed(_step_without_reduction, 2, stage):
-        assert calls == {}, "DeepSpeed reduces gradients in another place as well"
-        assert error < 1e-5 * moved, "DeepSpeed changes gradients that are averages already"
-
-
-def _slices_and_fragments(stage: int) -> dict[str, Any]:
-    engine = _engine(stage)
-    names = {id(p): name for name, p in engine.module.named_parameters()}
-    slices = internals.gradient_slices(engine.engine, engine.module, stage)
-    own = [s for s in slices if s.owner in (None, distributed.rank())]
-    return {
-        "order": list(dict.fromkeys(names[id(s.parameter)] for s in slices)),
-        "covered": sum(s.length for s in slices),
-        "own": sorted((names[id(s.parameter)], s.start, s.length) for s in own),
-        "updated": sorted((f.name, f.start, f.length) for f in engine._fragments() if f.length),
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_gradient_slices(stage: int) -> None:
-    trainable = [(name, p) for name, p in tiny_model().named_parameters() if p.requires_grad]
-    for found in run_distributed(_slices_and_fragments, 3, stage):
-        assert found["covered"] == sum(p.numel() for _, p in trainable)
-        assert found["order"] == [name for name, _ in trainable]
-        assert found["own"] == found["updated"], "ranks own other gradients than they update"
-
-
-def _averages(stage: int) -> tuple[float, float, bool]:
-    """Return the length of what the optimizer will read, that of its movement, and what is left."""
-    engine = _engine(stage)
-    start = _fragments_of(engine)
-    with engine.accumulation():
-        outputs = engine(**_rank_batch(engine.module, 0))
-        engine.backward(sum(output.sum() for output in outputs), last=True)
-    averages = internals.averaged_gradients(engine.engine, engine.module, stage)
-    length = float(torch.cat([x.flatten() for x in averages]).norm())
-    engine.step()
-    moved = float((_fragments_of(engine) - start).norm()) / RATE
-    left = internals.averaged_gradients(engine.engine, engine.module, stage)
-    return length, moved, bool(left)
-
-
-def _fragments_of(engine: ZeroEngine) -> Tensor:
-    return torch.cat([f.within(f.flat).detach().clone() for f in engine._fragments()])
-
-
-@pytest.mark.parametrize(
-    "stage", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2, 3))]
-)
-def test_averaged_gradients(stage: int) -> None:
-    for length, moved, left in run_distributed(_averages, 2, stage):
-        assert length == pytest.approx(moved, rel=1e-3), "the optimizer reads others"
-        assert not left, "they stay after a step"
-
-
-def _loss_scales(stage: int) -> tuple[float, float]:
-    """Return by what a float16 run's gradients are multiplied, and what its update divides by."""
-    lengths = []
-    for factor in (1.0, 256.0):
-        engine = _engine(stage, "fp16")
-        assert engine.loss_scale is not None
-        engine.loss_scale.value = factor
-        start = _fragments_of(engine)
-        with engine.accumulation():
-            outputs = engine(**_rank_batch(engine.module, 0))
-            engine.backward(sum(output.sum() for output in outputs), last=True)
-        averages = internals.averaged_gradients(engine.engine, engine.module, stage)
-        lengths.append(float(torch.cat([x.flatten() for x in averages]).norm()))
-        engine.step()
-        lengths.append(float((_fragments_of(engine) - start).norm()))
-    return lengths[2] / lengths[0], lengths[3] / lengths[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_take_over_loss_scale(stage: int) -> None:
-    for multiplied, moved in run_distributed(_loss_scales, 1, stage):
-        assert multiplied == pytest.approx(256, rel=0.05)
-        assert moved == pytest.approx(1, rel=0.05)
-
-
-def _wire_dtypes(precision: str) -> dict[str, torch.dtype]:
-    module = _engine(1, precision).module
-    return {name: internals.wire_dtype(p) for name, p in module.named_parameters()}
-
-
-@pytest.mark.slow
-def test_wire_dtype() -> None:
-    kinds = ("bf16", "fp32", "fp16")
-    (found,), (plain,), (half,) = (run_distributed(_wire_dtypes, 1, kind) for kind in kinds)
-    assert half == plain, "float16's sums of the ranks would overflow"
-    lowered = {
-        f"{name}.{own}"
-        for name, module in tiny_model().named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        for own, _ in module.named_parameters(recurse=False)
-    }
-    assert {name for name, dtype in found.items() if dtype == torch.bfloat16} == lowered
-    assert {found[name] for name in found.keys() - lowered} == {torch.float32}
-    assert set(plain.values()) == {torch.float32}
-
-
-def _fragments_after_training(stage: int) -> tuple[dict[str, list[tuple[int, int]]], bool, bool]:
-    """Return the fragments, if they hold the model's weights, and if they have a state."""
-    zero.PERSISTENT = 0  # ZeRO 3 splits small parameters too
-    engine = _engine(stage, momentum=0.9)
-    _train_split(engine)
-    fragments, same, kept = engine._fragments(), True, True
-    places: dict[str, list[tuple[int, int]]] = {}
-    with engine.gathered_parameters():
-        whole = {name: p.detach().flatten() for name, p in engine.module.named_parameters()}
-        for f in fragments:
-            places.setdefault(f.name, []).append((f.start, f.length))
-            same &= torch.equal(f.within(f.flat), whole[f.name][f.start : f.start + f.length])
-            kept &= "momentum_buffer" in engine.optimizer.state[f.flat]
-    return places, same, kept
-
-
-def _train_split(engine: ZeroEngine) -> None:
-    batch = _rank_batch(engine.module, 0)
-    train_step(engine, GlobalLoss("convse"), [batch])
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_state_fragments(stage: int) -> None:
-    ranks = run_distributed(_fragments_after_training, 2, stage)
-    for places, same, kept in ranks:
-        assert same, "a fragment's flat tensor does not hold the weights of its place"
-        assert kept, "the optimizer that was given keeps no state for what DeepSpeed updates"
-        if stage == 0:
-            assert places == ranks[0][0]
-    trainable = [(name, p) for name, p in tiny_model().named_parameters() if p.requires_grad]
-    for name, parameter in trainable:
-        places = ranks[0][0].get(name, [])
-        if stage > 0:
-            places = places + ranks[1][0].get(name, [])
-        held = [i for start, length in places for i in range(start, start + length)]
-        assert sorted(held) == list(range(parameter.numel())), name
-
-
-def _split_after_a_forward() -> tuple[int, int]:
-    """Return how many parameters a forward has split again, without `keep_gathered` and with."""
-    import deepspeed
-
-    zero.PERSISTENT = 0
-    engine = _engine(3)
-    counts = []
-    for keep in (False, True):
-        parameters = list(engine.module.parameters())
-        held = parameters if keep else []
-        with (
-            torch.no_grad(),
-            deepspeed.zero.GatheredParameters(parameters),
-            internals.keep_gathered(held),
-        ):
-            engine(**_rank_batch(engine.module, 0))
-            counts.append(sum(p.numel() == 0 for p in parameters))
-    return counts[0], counts[1]
-
-
-@pytest.mark.slow
-def test_keep_gathered() -> None:
-    for without, kept in run_distributed(_split_after_a_forward, 2):
-        assert without > 10, "a forward splits nothing: `keep_gathered` is needed no more"
-        assert kept == 0
-
-
-def _train_around_forwards(stage: int, batches: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return the weights after training around forwards, and after as much training alone.
-
-    A rank runs as many forwards as `batches` says, as in an evaluation.
-    """
-    zero.PERSISTENT = 0
-    found = []
-    for evaluates in (True, False):
-        engine = _engine(stage)
-        for _ in range(3):  # the order of modules is recorded by the third step
-            _train(engine, 3)
-            if not evaluates:
-                continue
-            with engine.gathered_parameters(), torch.no_grad():
-                engine.module.eval()
-                for step in range(batches[distributed.rank()]):
-                    batch = _rank_batch(engine.module, step)
-                    engine.module.encode_images(batch["images"])
-                    engine.module.encode_texts(batch["tokens"])
-                engine.module.train()
-        with engine.gathered_parameters():
-            parameters = engine.module.parameters()
-            found.append(nn.utils.parameters_to_vector(parameters).detach().clone())
-    return found[0], found[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("batches", [(1, 0), (0, 2)])
-def test_forget_module_order(stage: int, batches: tuple[int, ...]) -> None:
-    """Ranks that run different numbers of forwards go on training, and to the bit (no hang)."""
-    for around, alone in run_distributed(_train_around_forwards, 2, stage, batches, timeout=45):
-        assert torch.equal(around, alone)
-
-
-def _whole_shapes() -> tuple[dict[str, torch.Size], set[int]]:
-    zero.PERSISTENT = 0
-    parameters = dict(_engine(3).module.named_parameters())
-    shapes = {name: internals.whole_shape(p) for name, p in parameters.items()}
-    return shapes, {p.numel() for p in parameters.values()}
-
-
-@pytest.mark.slow
-def test_whole_shape() -> None:
-    expected = {name: p.shape for name, p in tiny_model().named_parameters()}
-    for shapes, sizes in run_distributed(_whole_shapes, 2):
-        assert shapes == expected
-        assert sizes == {0}, "parameters are not split: the test shows nothing"
-    assert internals.whole_shape(torch.zeros(2, 3)) == (2, 3)
+from tests.support.tiny import tiny_model
+from tests.support.zero_engines import build_engine, rank_batch, sgd, train
 
 
 class _Parts:
@@ -327,9 +29,9 @@ class _Parts:
 
 
 def _parts_of_a_weights_gather() -> list[str]:
-    engine, parts = _engine(1), _Parts()
+    engine, parts = build_engine(1), _Parts()
     with engine.accumulation():
-        outputs = engine(**_rank_batch(engine.module, 0))
+        outputs = engine(**rank_batch(engine.module, 0))
         engine.backward(sum(output.sum() for output in outputs), last=True)
     step_timer.begin("step")
     with step_timer.listening(parts):
@@ -386,7 +88,7 @@ def _messages_of_deepspeed(quiet: bool) -> list[str]:
         internals.quiet_log = lambda: None
     messages = _Messages()
     logging.getLogger("DeepSpeed").addHandler(messages)
-    _engine(1)
+    build_engine(1)
     return messages.texts
 
 
@@ -428,8 +130,8 @@ def _fall_back(stage: int, name: str) -> tuple[Tensor, bool, list[str]]:
     _hide(name)
     messages = _Messages()
     logger.addHandler(messages)
-    engine = _engine(stage)
-    return _train(engine, 2), engine.reduction is None, messages.texts
+    engine = build_engine(stage)
+    return train(engine, 2), engine.reduction is None, messages.texts
 
 
 @pytest.mark.slow
@@ -445,7 +147,7 @@ def _fall_back(stage: int, name: str) -> tuple[Tensor, bool, list[str]]:
 def test_without_an_internal_deepspeed_reduces_by_itself(stage: int, name: str) -> None:
     model = tiny_model()
     start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    expected = _train(PlainEngine(model, _sgd(model)), 2)  # one process, the whole batch
+    expected = train(PlainEngine(model, sgd(model)), 2)  # one process, the whole batch
     for rank, (found, fell_back, told) in enumerate(run_distributed(_fall_back, 2, stage, name)):
         assert fell_back
         assert (found - expected).norm() < 1e-5 * (expected - start).norm()
@@ -456,7 +158,7 @@ def test_without_an_internal_deepspeed_reduces_by_itself(stage: int, name: str) 
 def _refused(stage: int, name: str) -> str:
     _hide(name)
     with pytest.raises(UserError) as error:
-        _engine(stage)
+        build_engine(stage)
     return str(error.value)
 
 

@@ -18,6 +18,8 @@ from tests.support.distributed import run_distributed
 from tests.support.pretend_gpu import GpuTensor
 from tests.support.tiny import tiny_batch, tiny_model
 
+MILLION = 1 << 20  # elements of 4 bytes
+
 
 def _reduced(owner: int | None) -> Tensor:
     x = torch.full((3,), 1.0 + distributed.rank())
@@ -45,14 +47,29 @@ def test_buckets_hold_every_slice_once_and_one_owner_and_type_each() -> None:
     assert [[s.length for s in b] for b in buckets] == [[30], [4, 4, 5], [12], [3]]
 
 
-def test_buckets_are_larger_on_a_gpu() -> None:
-    def lengths(move: Callable[[Tensor], Tensor]) -> list[int]:
-        parameters = [nn.Parameter(move(torch.zeros(1 << 20))) for _ in range(12)]
-        slices = [GradientSlice(p, 0, p.numel(), None, p.dtype) for p in parameters]
-        return [len(bucket._slices) for bucket in GradientReduction(slices)._buckets]
+def test_messages_are_larger_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sent:
+        def __init__(self, message: Tensor, owner: int | None) -> None:
+            sizes.append(message.numel() // MILLION)
 
-    assert lengths(lambda x: x) == [1] * 12
-    assert lengths(GpuTensor) == [8, 4]  # 8 x 2^20 elements of 4 bytes: 32 MB
+        def wait(self) -> None:
+            pass
+
+    def messages(move: Callable[[Tensor], Tensor]) -> list[int]:
+        sizes.clear()
+        parameters = [nn.Parameter(move(torch.zeros(MILLION))) for _ in range(9)]
+        reduction = GradientReduction(
+            [GradientSlice(p, 0, MILLION, 1, p.dtype) for p in parameters]
+        )
+        reduction.start()
+        reduction.finish()
+        return sizes
+
+    sizes: list[int] = []
+    monkeypatch.setattr(gradient_reduction, "AsyncReduce", Sent)
+    monkeypatch.setattr(gradient_reduction, "world_size", lambda: 2)
+    assert messages(lambda x: x) == [1] * 9
+    assert messages(GpuTensor) == [8, 1]  # of at most 32 MB
 
 
 class _Net(nn.Module):
