@@ -75,7 +75,9 @@ def test_wrong_weights_are_found_by_sharding(tmp_path: Path) -> None:
     lines[0]["caption_weights"], lines[1]["caption_weights"] = [1, 2], [1]
     source.write_text("\n".join(map(json.dumps, lines)))
     run_shard("jsonl", source, tmp_path / "out", "--max-bad", "1", "--workers", "1")
-    assert _skipped(tmp_path / "out") == {"1.png": "caption_weights must be 2 numbers from 0 on"}
+    assert _skipped(tmp_path / "out") == {
+        "1.png": "caption_weights must be 2 numbers from 0 on, below 1e+12"
+    }
     run_shard("index", tmp_path / "out" / "train-00000.tar", "--out", tmp_path / "index")
     side = "".join(p.read_text() for p in (tmp_path / "index").glob("*.jsonl"))
     assert '"caption_weights": [1, 2]' in side

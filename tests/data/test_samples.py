@@ -100,3 +100,13 @@ def test_a_crop_depends_on_nothing_but_seed_epoch_and_sample(tmp_path: Path) -> 
 def test_captions_that_are_no_list_of_texts_are_bad(captions: str) -> None:
     with pytest.raises(BadSampleError, match="broken metadata"):
         parse_meta(f'{{"key": "k", "captions": {captions}}}'.encode())
+
+
+@pytest.mark.parametrize(
+    "weights", ["[1%s, 1]" % ("0" * 400), "[1e308, 1e308]", "[5e-324, 0]", "[-1, 2]", "[true, 1]"]
+)
+def test_weights_that_cannot_be_summed_or_drawn_by_are_bad(weights: str) -> None:
+    meta = f'{{"key": "k", "captions": ["a", "b"], "caption_weights": {weights}}}'
+    with pytest.raises(BadSampleError, match="caption_weights must be 2 numbers"):
+        parse_meta(meta.encode())
+    assert parse_meta(meta.replace(weights, "[1e-12, 1e12]").encode()).weights == (1e-12, 1e12)
