@@ -23,13 +23,19 @@ from dist_vse.models.tokenizer import Vocabulary
 
 
 def build_model(
-    config: ModelConfig, loss: LossConfig, vocabulary: Vocabulary, *, seed: int = 0
+    config: ModelConfig,
+    loss: LossConfig,
+    vocabulary: Vocabulary,
+    *,
+    seed: int = 0,
+    trains: bool = True,
 ) -> DualEncoder:
     """Build the model on the CPU, with the same weights on every rank and in every run.
 
     The loss decides the temperature and the bias, and whether they are learned. The random state
-    of the process is left as it was. Raises UserError for an unknown model, weights that do not
-    fit it, or where nothing can be compiled.
+    of the process is left as it was. A model that only reads (`trains` is false) imports no loss
+    from outside: a run's folder names it, which somebody else may have made. Raises UserError for
+    an unknown model, weights that do not fit it, or where nothing can be compiled.
     """
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: it would seed the GPUs as well, which the fork does not restore.
@@ -55,7 +61,7 @@ def build_model(
         temperature=loss.temperature,
         learn_temperature=loss.learn_temperature,
         bias=loss.bias,
-        learn_bias=find_loss(loss.name).learns_bias,
+        learn_bias=trains and find_loss(loss.name).learns_bias,
     )
     if config.compile == GRAPHS:
         model.use_cuda_graphs()

@@ -46,10 +46,15 @@ def add_adapters(model: DualEncoder, config: ModelConfig, *, seed: int) -> None:
 
 
 def base_names(model: nn.Module) -> set[str]:
-    """Return the parameters that a checkpoint leaves out: those under adapters, and frozen ones."""
+    """Return the parameters that a checkpoint leaves out: those under adapters, and frozen ones.
+
+    The temperature and the bias are always saved: who only reads the model does not know whether
+    its loss learns them.
+    """
     if not getattr(model, "has_adapters", False):
         return set()
-    return {name for name, p in model.named_parameters() if not p.requires_grad}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return frozen - {"log_scale", "bias"}
 
 
 def base_digest(model: nn.Module) -> str:

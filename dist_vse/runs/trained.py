@@ -52,11 +52,11 @@ def build_for_checkpoint(config: TrainConfig, tokenizer: Tokenizer) -> DualEncod
     `build_start` does.
     """
     if config.model.lora.rank:
-        return build_start(config, tokenizer)
-    return build_model(config.model, config.loss, tokenizer, seed=config.seed)
+        return build_start(config, tokenizer, trains=False)
+    return build_model(config.model, config.loss, tokenizer, seed=config.seed, trains=False)
 
 
-def build_start(config: TrainConfig, tokenizer: Tokenizer) -> DualEncoder:
+def build_start(config: TrainConfig, tokenizer: Tokenizer, *, trains: bool = True) -> DualEncoder:
     """Build a run's model as it is before the first step, with the weights of `model.from_run`.
 
     A temperature goes on where both runs learn it for the same loss, a bias where the loss is the
@@ -64,7 +64,7 @@ def build_start(config: TrainConfig, tokenizer: Tokenizer) -> DualEncoder:
     UserError if the weights can't be read or don't fit.
     """
     whole = replace(config.model, lora=LoraConfig())
-    model = build_model(whole, config.loss, tokenizer, seed=config.seed)
+    model = build_model(whole, config.loss, tokenizer, seed=config.seed, trains=trains)
     if config.model.from_run is not None:
         _take_weights(model, Path(config.model.from_run), config)
     if config.model.lora.rank:

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from dist_vse.common.errors import UserError
 from dist_vse.config import TrainConfig, dump_config, load_config
 from dist_vse.models.build import build_model
+from dist_vse.models.tokenizer import WordTokenizer
 from dist_vse.runs import checkpoint
 from dist_vse.runs.checkpoint import Progress
 from dist_vse.runs.resolve import resolve
-from dist_vse.runs.trained import build_start, load_trained
+from dist_vse.runs.trained import build_start, load_trained, open_trained
 from dist_vse.tools.report.page import write_report
 from tests.support.datasets import write_dataset
 from tests.support.distributed import run_distributed
@@ -96,6 +97,21 @@ def test_a_named_checkpoint_must_be_whole(tmp_path: Path) -> None:
     start = load_config(None, [f"model.from_run={step}", *MODEL, *TEXT])
     with pytest.raises(UserError, match="has changed since it was written; name another"):
         build_start(start, _Words())  # type: ignore[arg-type]
+
+
+def test_reading_a_run_imports_no_loss_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_run(tmp_path / "a", "model.text.kind=gru")
+    WordTokenizer([f"w{n}" for n in range(26)], 8).save(tmp_path / "a" / "vocabulary.json")
+    path = tmp_path / "a" / "config.yaml"
+    path.write_text(path.read_text().replace("name: convse\n", "name: evil:LOSS\n"))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')\nLOSS = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    trained = open_trained(tmp_path / "a")
+    assert trained.config.loss.name == "evil:LOSS" and not (tmp_path / "PWNED").exists()
+    with pytest.raises(UserError, match="is a int, not a LossSpec"):
+        build_start(trained.config, trained.tokenizer)  # a training imports it
 
 
 def test_runs_of_adapters_that_start_from_each_other_are_one_line(tmp_path: Path) -> None:
