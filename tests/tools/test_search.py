@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_vse import cli
@@ -24,6 +25,8 @@ from dist_vse.data.reader import ShardReader
 from dist_vse.evaluation.class_folder import _read_folder
 from dist_vse.evaluation.evaluate import Embedded
 from dist_vse.evaluation.retrieval import top_k
+from dist_vse.runs import checkpoint
+from dist_vse.runs.checkpoint import Progress
 from dist_vse.tools.search.embed import embed_split, open_model
 from dist_vse.tools.search.found import Found, Queries
 from dist_vse.tools.search.picture import draw_sheet, wrap
@@ -182,14 +185,17 @@ def test_slips_are_one_line(
 
 
 def changed(trained: Path, folder: Path, value: float) -> Path:
-    """Return the checkpoint of a copy of the run, one of its weights set to `value`."""
+    """Return the checkpoint of a copy of the run, written with one of its weights at `value`."""
     shutil.copytree(trained, folder)
-    (checkpoint,) = (folder / "checkpoints").glob("step-*")
-    weights = load_file(checkpoint / "model.safetensors")
+    (path,) = (folder / "checkpoints").glob("step-*")
+    weights = load_file(path / "model.safetensors")
     name = next(name for name in sorted(weights) if name.startswith("image.head"))
     weights[name].view(-1)[0] = value
-    save_file(weights, checkpoint / "model.safetensors")
-    return checkpoint
+    manifest = checkpoint.read_manifest(path)
+    digests = manifest.pop("files") | checkpoint.write_files(path, {"model.safetensors": weights})
+    progress = Progress(*(manifest.pop(field.name) for field in fields(Progress)))
+    checkpoint.write_manifest(path, progress, digests, **manifest)
+    return path
 
 
 def test_searches_in_written_features_and_refuses_stale_ones(
