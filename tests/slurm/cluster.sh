@@ -125,6 +125,7 @@ restart() {
     for p in $(pids ctl); do
         [[ $(tr '\0' ' ' <"/proc/$p/cmdline") != /usr/sbin/slurmctld* ]] || { kill -9 "$p"; break; }
     done
+    until_ok test ! -e "/proc/$p/exe"  # it holds the port and its file of the process id until it is gone
     setsid nsenter --target "$(pids ctl | head -n 1)" --net --uts --ipc --pid --mount \
         /usr/sbin/slurmctld -D </dev/null >>"$D/log/ctl.boot" 2>&1 &
     until_ok "$D/bin/scontrol" ping
