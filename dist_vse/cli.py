@@ -40,7 +40,7 @@ class Command:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit code; 2 after a UserError, which is one line."""
     accept_any_text()
-    args = _parse(arguments)
+    args = parse_arguments(_parser(), arguments)
     try:
         _require_local(args)
         with needs_train(f"dist-vse {args.command}"):
@@ -51,10 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted", file=sys.stderr)
         return 130
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    return parse_arguments(_parser(), arguments)
 
 
 def _require_local(args: argparse.Namespace) -> None:

@@ -96,7 +96,7 @@ MUTANTS = (
     ),
     Mutant(
         "second-derivative",
-        f"{LOSSES}/global_loss.py",
+        f"{LOSSES}/total.py",
         "if torch.is_grad_enabled():  # alike",
         "if False:  # alike",
         f"{TESTS}/test_preflight.py",

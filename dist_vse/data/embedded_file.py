@@ -19,7 +19,6 @@ MAX_BYTES = 1 << 37
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NAMES = ("keys", "captions")
 
-
 TEACHER = ("image_features", "text_features", "image_ids", "captions")
 """What a teacher's file must hold, which any program may write."""
 ALL = (*TEACHER, "image_of_text", "keys")

@@ -7,7 +7,7 @@ CAPTION_WEIGHTS = "caption_weights"
 """How often each caption is drawn: one number a caption."""
 NEGATIVES = "negatives"
 """Texts that are false of the image, such as its captions with two words exchanged."""
-LEAST, MOST = 1e-12, 1e12
+MIN_WEIGHT, MAX_WEIGHT = 1e-12, 1e12
 OPTIONAL_FIELDS = (CAPTION_WEIGHTS, NEGATIVES)
 
 
@@ -33,8 +33,9 @@ def negatives(fields: Mapping[str, Any]) -> tuple[str, ...]:
 def caption_weights(fields: Mapping[str, Any], num_captions: int) -> tuple[float, ...]:
     """Return the weights of a sample's captions; none where there is no such field.
 
-    Raises ValueError for what is no list of as many numbers, or for zeros alone. A sum of other
-    numbers than `LEAST` to `MOST` could be infinite, or too small to draw by.
+    A weight is 0, or from `MIN_WEIGHT` to `MAX_WEIGHT`: captions can't be drawn by a sum that is
+    infinite or too small. Raises ValueError for what is no list of as many weights, or for zeros
+    alone.
     """
     value = fields.get(CAPTION_WEIGHTS)
     if value is None:
@@ -42,7 +43,8 @@ def caption_weights(fields: Mapping[str, Any], num_captions: int) -> tuple[float
     fits = isinstance(value, list) and len(value) == num_captions
     if not fits or not all(type(x) in (int, float) and _can_weigh(x) for x in value):
         raise ValueError(
-            f"{CAPTION_WEIGHTS} must be {num_captions} numbers from 0 on, below {MOST:g}"
+            f"{CAPTION_WEIGHTS} must be {num_captions} numbers: 0, or {MIN_WEIGHT:g} to "
+            f"{MAX_WEIGHT:g}"
         )
     if value and not any(value):
         raise ValueError(f"{CAPTION_WEIGHTS} are all 0: no caption could be drawn")
@@ -50,4 +52,4 @@ def caption_weights(fields: Mapping[str, Any], num_captions: int) -> tuple[float
 
 
 def _can_weigh(number: float) -> bool:
-    return number == 0 or LEAST <= number <= MOST
+    return number == 0 or MIN_WEIGHT <= number <= MAX_WEIGHT

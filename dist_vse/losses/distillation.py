@@ -12,7 +12,7 @@ of the teacher. z are the model's logits, y the teacher's.
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from dist_vse.losses.matmul import Matmul
 from dist_vse.losses.nested import NestedLoss
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.tiles import default_tile, ranges, tile_shape
+from dist_vse.losses.total import TotalOverRanks
 from dist_vse.losses.transport import Block, Gather, Ring, Transport, WithTeacher
 
 
@@ -90,7 +91,7 @@ def divergence(
         with torch.no_grad():
             run = _Pass(rows.detach(), columns.detach(), of_teacher, options)
             total = run.forward()
-        summed: Tensor = _Total.apply(rows, columns, run, total)
+        summed: Tensor = TotalOverRanks.apply(run.backward, total.to(dtype), rows, columns)
         return summed / (2 * max(1, run.layout.total))
 
 
@@ -189,20 +190,3 @@ class _Pass:
         for rows in ranges(0, len(self.matmul.features), height):
             for columns in ranges(block.columns.start, block.columns.stop, width):
                 yield rows, columns
-
-
-class _Total(torch.autograd.Function):
-    """Gives the sum that a pass found the gradient that the same pass will find."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, columns: Tensor, run: _Pass, total: Tensor) -> Tensor:
-        ctx.run = run
-        return total.to(rows.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
-            row_grad, column_grad = ctx.run.backward()
-        factor = grad * distributed.world_size()
-        return row_grad.mul_(factor), column_grad.mul_(factor), None, None

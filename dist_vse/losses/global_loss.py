@@ -11,15 +11,14 @@ gradients of parameters over the ranks then has exactly the gradient of one proc
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dist_vse import distributed
-from dist_vse.common.errors import UserError
 from dist_vse.common.uncompiled import uncompiled
 from dist_vse.common.units import GIB
+from dist_vse.losses.argument_faults import Features, fault_of_features, fault_of_name
 from dist_vse.losses.async_gather import PrefetchedGather
 from dist_vse.losses.fused import Epilogues, FusedPass
 from dist_vse.losses.kernel_choice import choose_kernels, log_choice
@@ -30,17 +29,18 @@ from dist_vse.losses.negatives import Negatives, WithNegatives
 from dist_vse.losses.options import LossOptions
 from dist_vse.losses.positives import OwnPairs, Positives
 from dist_vse.losses.preflight import (
+    ArgumentSummary,
     Metadata,
-    News,
-    describe,
     exchange_metadata,
     off_unit,
     refuse,
+    summarize_arguments,
 )
 from dist_vse.losses.registry import LossSpec, find_loss
 from dist_vse.losses.statistics import summarize
 from dist_vse.losses.tiled import Kernels, TermInputs, TiledLoss
 from dist_vse.losses.tiles import default_tile
+from dist_vse.losses.total import TotalOverRanks
 from dist_vse.losses.transport import Gather, Ring, Transport, WithTeacher
 
 _MAY_DIFFER = ("memory_gib", "tile")  # between ranks: they change no number
@@ -86,7 +86,8 @@ class GlobalLoss:
         self._text_ids, self._negative_ids = (
             None if x is None else x.cpu() for x in (text_ids, negative_ids)
         )
-        self._fault = self.options.fault() or _unknown(name)  # raised on all ranks, when called
+        # Raised on all ranks, when called.
+        self._fault = self.options.fault() or fault_of_name(name)
         self._captions_in_bf16 = (
             self._fault is None and self.options.bf16_products and find_loss(name).captions_in_bf16
         )
@@ -104,7 +105,6 @@ class GlobalLoss:
         if self._fault is None:
             self._prefetched.send(text_features)
 
-    @uncompiled
     def __call__(
         self,
         image_features: Tensor,
@@ -124,8 +124,19 @@ class GlobalLoss:
         features = image_features, text_features, negatives
         return compute_together([self], [features], log_scale, bias)[0]
 
+    def _find_fault(self, features: Features) -> str | None:
+        """Say what is wrong with this rank's arguments, if anything is."""
+        return self._fault or fault_of_features(
+            self.name,
+            features,
+            ids=self._ids,
+            negative_ids=self._negative_ids,
+            teacher=self._teacher,
+            prefetched=self._prefetched.rows,
+        )
+
     def _prepare(
-        self, features: "Features", log_scale: Tensor, bias: Tensor, kernels: str
+        self, features: Features, log_scale: Tensor, bias: Tensor, kernels: str
     ) -> "_Prepared":
         """Look at this rank's features, for what the other ranks must know of them."""
         image_features, text_features, negatives = features
@@ -147,8 +158,8 @@ class GlobalLoss:
             agreed["negatives"] = negatives is not None
             off = off_unit(images, texts) if self._unit_length else None
             num_negatives = len(texts) - len(captions)
-            news = describe(own, num_negatives, log_scale, bias, agreed, off_unit=off)
-        return _Prepared(images, inputs, own, scale, unit, keep, kernels, news)
+            summary = summarize_arguments(own, num_negatives, log_scale, bias, agreed, off_unit=off)
+        return _Prepared(images, inputs, own, scale, unit, keep, kernels, summary)
 
     def _finish(self, prepared: "_Prepared", metadata: Metadata) -> LossOutput:
         """Compute the loss, by what the ranks have exchanged."""
@@ -161,11 +172,15 @@ class GlobalLoss:
             total, stats = summarize(
                 local_total, tiled, images, captions, unit=unit, margin=self.options.margin
             )
-        loss = _Total.apply(*inputs, tiled, total.to(scale.dtype))
+
+        def gradients() -> tuple[Tensor | None, ...]:
+            return *tiled.backward(), tiled.take_bias_grad()
+
+        loss = TotalOverRanks.apply(gradients, total.to(scale.dtype), *inputs)
         loss = (loss * spec.loss_unit(scale, max(1, metadata.layout.total))).view(())
         return LossOutput(loss, stats | {"temperature": 1 / scale.detach().view(())})
 
-    def _choose_kernels(self, features: "Features") -> str:
+    def _choose_kernels(self, features: Features) -> str:
         """Return what computes the loss, `fused` or `tiled`."""
         images, _, negatives = features
         options = self.options
@@ -299,44 +314,6 @@ class GlobalLoss:
             return Ring(travelling, layout)
         return Gather(travelling, layout, gathered)
 
-    def _find_fault(
-        self, image_features: Tensor, text_features: Tensor, negatives: Tensor | None
-    ) -> str | None:
-        """Say what is wrong with this rank's arguments, if anything is."""
-        if image_features.ndim != 2 or image_features.shape != text_features.shape:
-            return (
-                f"image_features {tuple(image_features.shape)} and text_features "
-                f"{tuple(text_features.shape)} must have one shape (rows, embedding)"
-            )
-        if not (image_features.is_floating_point() and text_features.is_floating_point()):
-            return (
-                f"image_features ({image_features.dtype}) and text_features "
-                f"({text_features.dtype}) must be of a floating type"
-            )
-        rows = len(image_features)
-        if any(x.shape != (rows,) or x.dtype != torch.int64 for x in self._ids):
-            shapes = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in self._ids)
-            return f"ids ({shapes}) must be int64, one a row ({rows} rows)"
-        if negatives is not None:
-            if not find_loss(self.name).takes_negatives:
-                return (
-                    f"loss.name={self.name} takes no negatives; choose another, or leave them out"
-                )
-            if negatives.ndim != 2 or negatives.shape[1] != image_features.shape[1]:
-                return f"negatives {tuple(negatives.shape)} must be (number, embedding)"
-            ids = self._negative_ids
-            if ids is not None and (ids.shape != negatives.shape[:1] or ids.dtype != torch.int64):
-                return f"negative_ids {ids.dtype} {tuple(ids.shape)} must be int64, one a negative"
-        if self._teacher is not None and (fault := _teacher_fault(self._teacher, rows)):
-            return fault
-        if self._prefetched.rows not in (0, rows):
-            return f"{self._prefetched.rows} rows were prefetched, but the loss is given {rows}"
-        return None
-
-
-Features = tuple[Tensor, Tensor, Tensor | None]
-"""Of images and texts (b, d), and of negatives (m, d) if there are any."""
-
 
 class _Prepared(NamedTuple):
     """A loss's arguments in the dtype of its statistics, and what the other ranks must know."""
@@ -348,9 +325,10 @@ class _Prepared(NamedTuple):
     unit: Tensor
     keep: bool
     kernels: str
-    news: News
+    summary: ArgumentSummary
 
 
+@uncompiled
 def compute_together(
     losses: Sequence[GlobalLoss], features: Sequence[Features], log_scale: Tensor, bias: Tensor
 ) -> list[LossOutput]:
@@ -360,7 +338,7 @@ def compute_together(
     """
     device = features[0][0].device
     for loss, own in zip(losses, features, strict=True):
-        fault = loss._fault or loss._find_fault(*own)
+        fault = loss._find_fault(own)
         if fault is not None:
             refuse(fault, device, losses=len(losses))
     scheduled = losses[0].options.temperature
@@ -371,7 +349,7 @@ def compute_together(
             loss._prepare(own, log_scale, bias, loss._choose_kernels(own))
             for loss, own in zip(losses, features, strict=True)
         ]
-        metadata = exchange_metadata([each.news for each in prepared])
+        metadata = exchange_metadata([each.summary for each in prepared])
         return [
             loss._finish(own, known)
             for loss, own, known in zip(losses, prepared, metadata, strict=True)
@@ -409,47 +387,3 @@ def global_loss(
         teacher=teacher,
     )
     return loss(image_features, text_features, log_scale, bias, negatives)
-
-
-def _unknown(name: str) -> str | None:
-    """Say why there is no such loss, if there is none."""
-    try:
-        find_loss(name)
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def _teacher_fault(teacher: tuple[Tensor, Tensor], rows: int) -> str | None:
-    """Say why features are no teacher's of so many pairs, if they are none."""
-    images, captions = teacher
-    if images.ndim == 2 and images.shape == captions.shape and len(images) == rows:
-        return None
-    shapes = f"{tuple(images.shape)} and {tuple(captions.shape)}"
-    return f"the teacher's features {shapes} must have one shape ({rows}, its embedding)"
-
-
-class _Total(torch.autograd.Function):
-    """Gives the total that a tiled pass found the gradient that the same pass will find."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, captions: Tensor, bias: Tensor, tiled: TiledLoss, total: Tensor
-    ) -> Tensor:
-        ctx.tiled = tiled
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tiled: TiledLoss = ctx.tiled
-        if torch.is_grad_enabled():  # alike on all ranks, and before anything is sent
-            raise UserError(
-                "the loss over the global batch has no second derivative; take its gradient "
-                "without create_graph=True"
-            )
-        with torch.autocast(grad.device.type, enabled=False):
-            row_grad, column_grad = tiled.backward()
-        factor = grad * distributed.world_size()
-        bias_grad = tiled.take_bias_grad()
-        bias_grad = None if bias_grad is None else bias_grad * factor
-        return row_grad.mul_(factor), column_grad.mul_(factor), bias_grad, None, None

@@ -33,14 +33,14 @@ class Metadata:
 
 
 @dataclass(frozen=True)
-class News:
+class ArgumentSummary:
     """What a rank tells the others of its arguments to a loss."""
 
     numbers: Tensor  # (NUMBERS,) float64
     settings: Mapping[str, object]  # and scalars, alike on all ranks
 
 
-def describe(
+def summarize_arguments(
     own: OwnPairs,
     num_negatives: int,
     log_scale: Tensor,
@@ -48,8 +48,8 @@ def describe(
     settings: Mapping[str, object],
     *,
     off_unit: Tensor | None = None,
-) -> News:
-    """Say what the other ranks must know; log_scale and bias are (1,).
+) -> ArgumentSummary:
+    """Sum up what the other ranks must know; log_scale and bias are (1,).
 
     `off_unit` () is by how much the length of this rank's features may differ from 1, if that
     matters.
@@ -68,27 +68,29 @@ def describe(
     numbers = torch.stack([x.double() for x in here])
     code = zlib.crc32(repr(settings).encode())
     scalars = {"log_scale": log_scale.detach(), "bias": bias.detach()}
-    return News(torch.cat([numbers, numbers.new_full((1,), code)]), {**settings, **scalars})
+    return ArgumentSummary(
+        torch.cat([numbers, numbers.new_full((1,), code)]), {**settings, **scalars}
+    )
 
 
-def exchange_metadata(news: Sequence[News]) -> list[Metadata]:
-    """Exchange what the ranks tell each other of one or several losses, in one message.
+def exchange_metadata(summaries: Sequence[ArgumentSummary]) -> list[Metadata]:
+    """Exchange the summaries of one or several losses, in one message.
 
     The host waits for the device here. Raises UserError, the same on every rank, where a rank
     refused its arguments, where the scalars or the settings differ between ranks, or for features
     of no unit length.
     """
-    there = _exchange(torch.cat([each.numbers for each in news])).tolist()  # (W, numbers)
+    there = _exchange(torch.cat([each.numbers for each in summaries])).tolist()  # (W, numbers)
     if min(row[0] for row in there) < 0:
         raise distributed.first_failure(distributed.all_gather_object(None))
-    starts = range(0, len(news) * NUMBERS, NUMBERS)
+    starts = range(0, len(summaries) * NUMBERS, NUMBERS)
     return [
         _read([row[start : start + NUMBERS] for row in there], each)
-        for start, each in zip(starts, news, strict=True)
+        for start, each in zip(starts, summaries, strict=True)
     ]
 
 
-def _read(there: list[list[float]], here: News) -> Metadata:
+def _read(there: list[list[float]], here: ArgumentSummary) -> Metadata:
     """Return what all ranks' numbers (W, NUMBERS) of a loss say."""
     columns = zip(*there, strict=True)
     counts, negatives, row_norms, column_norms, smallest, log_scales, biases, off, codes = columns
@@ -110,7 +112,7 @@ def _read(there: list[list[float]], here: News) -> Metadata:
 def refuse(fault: str, device: torch.device, *, losses: int) -> NoReturn:
     """Raise UserError for this rank's `fault`, here and on the ranks in `exchange_metadata`.
 
-    The other ranks have the news of so many losses, and their features lie on such a device.
+    The other ranks exchange summaries of so many losses, from features on such a device.
     """
     _exchange(torch.full((losses * NUMBERS,), -1.0, dtype=torch.float64, device=device))
     raise distributed.first_failure(distributed.all_gather_object(UserError(fault)))

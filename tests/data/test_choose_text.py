@@ -65,7 +65,7 @@ def test_labels_and_weights_stay_with_their_captions() -> None:
     fields |= {"languages": ["en", "de", "fr"], "caption_weights": [1, 2, 3.5]}
     assert parse_meta(json.dumps(fields).encode()) == Meta("k", ("a", "b"), ("en", "fr"), (1, 3.5))
     for wrong in ([1, 2], [1, 2, -3], [1, 2, "3"], 7, [1, 2, float("inf")]):
-        with pytest.raises(BadSampleError, match="caption_weights must be 3 numbers from 0 on"):
+        with pytest.raises(BadSampleError, match="caption_weights must be 3 numbers: 0, or 1e-12"):
             parse_meta(json.dumps({**fields, "caption_weights": wrong}).encode())
 
 
@@ -76,7 +76,7 @@ def test_wrong_weights_are_found_by_sharding(tmp_path: Path) -> None:
     source.write_text("\n".join(map(json.dumps, lines)))
     run_shard("jsonl", source, tmp_path / "out", "--max-bad", "1", "--workers", "1")
     assert _skipped(tmp_path / "out") == {
-        "1.png": "caption_weights must be 2 numbers from 0 on, below 1e+12"
+        "1.png": "caption_weights must be 2 numbers: 0, or 1e-12 to 1e+12"
     }
     run_shard("index", tmp_path / "out" / "train-00000.tar", "--out", tmp_path / "index")
     side = "".join(p.read_text() for p in (tmp_path / "index").glob("*.jsonl"))

@@ -22,6 +22,7 @@ def note_pid_and_wait(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.timeout(50)
 def test_ranks_end_with_a_killed_parent_that_ignores_sigint(tmp_path: Path) -> None:
     """As a shell's background job does: its children ignore SIGINT too."""

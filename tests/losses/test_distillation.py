@@ -67,6 +67,13 @@ def _errors(temperatures: tuple[float, ...] = (0.1, 0.01)) -> dict[str, float]:
     return errors
 
 
+def test_a_second_derivative_is_refused() -> None:
+    leaves = Case("convse", COUNT).leaves(torch.float64)[:3]
+    value = divergence(*leaves, _teacher(slice(None), 0.1), LossOptions())
+    with pytest.raises(UserError, match="no second derivative"):
+        torch.autograd.grad(value, leaves, create_graph=True)
+
+
 def test_the_divergence_is_that_of_the_dense_formula() -> None:
     assert max(_errors().values()) < 1e-10
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torchvision import models
 
 from dist_vse import cli
+from dist_vse.common.arguments import parse_arguments
 from dist_vse.common.errors import UserError
 from dist_vse.config import LossConfig
 from dist_vse.models.build import build_model
@@ -121,7 +122,7 @@ def test_an_imported_run_has_their_features_and_is_evaluated(tmp_path: Path, mlp
     with pytest.raises(UserError, match=r"weights alone.*start a run from it by model\.from_run"):
         load_latest(out / "checkpoints", None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="holds a run already"):
-        cli.COMMANDS["import"].run(cli._parse(arguments))
+        cli.COMMANDS["import"].run(parse_arguments(cli._parser(), arguments))
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
             f"{row['memory_gib']:>5.3f}  {row['error']:.1e}"
         )
     say(
-        "CPU s: of the busiest rank, and so are products alone: other programs on the machine "
-        "hardly change them; GiB: the largest rank's tensors besides its own features, which take "
-        f"{rows[0]['features_gib']:.3f} GiB; error: of {2 * CHECKED * args.processes} rows and "
-        "columns, against dense float64"
+        "CPU s: of the busiest rank; products alone: CPU seconds too; other programs on the "
+        "machine hardly change these; GiB: the largest rank's tensors besides its own features, "
+        f"which take {rows[0]['features_gib']:.3f} GiB; error: of {2 * CHECKED * args.processes} "
+        "rows and columns, against dense float64"
     )
     if args.out is not None:
         Path(args.out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -77,10 +77,10 @@ def _measure(embedder: Embedder, data: Any, batches: DataLoader[Any]) -> Metrics
         return {"mean_average_precision": each.mean().item()}
     hits = logits.topk(min(5, logits.shape[1])).indices == right[:, None]
     of_class = [hits[right == c, 0].double().mean() for c in right.unique()]
-    found = {f"acc{k}": hits[:, :k].any(1).double().mean().item() for k in (1, 5)}
-    if logits.shape[1] < 5:
-        del found["acc5"]
-    return found | {"mean_per_class_recall": torch.stack(of_class).mean().item()}
+    accuracies = {
+        f"acc{k}": hits[:, :k].any(1).double().mean().item() for k in (1, 5) if k <= logits.shape[1]
+    }
+    return accuracies | {"mean_per_class_recall": torch.stack(of_class).mean().item()}
 
 
 class _Encoders(nn.Module):

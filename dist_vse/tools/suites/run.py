@@ -34,7 +34,7 @@ def run_suite(location: Path, suite: str, tasks: Sequence[str]) -> int:
         )
     model = open_model(location)
     out = location / "suites" / suite
-    check_output(out / "x.json")
+    check_output(out / f"{suite}.json")  # before it runs for hours
     try:
         with tempfile.TemporaryDirectory() as scratch:
             found = import_module(f"dist_vse.tools.suites.{suite}").run(model, tasks, Path(scratch))
