@@ -49,13 +49,15 @@ def run_workers(
         return
     ended, end = multiprocessing.get_context("spawn").Pipe(duplex=False)
     atexit.register(end.close)  # before multiprocessing waits for its children
+    made_by_workers = _Items(items, ended)
     loader = DataLoader(
-        _Items(items, ended),
+        made_by_workers,
         batch_size=None,
         sampler=tasks,
         num_workers=num_workers,
         prefetch_factor=prefetch,
         multiprocessing_context="spawn",
+        worker_init_fn=made_by_workers.start,
         generator=torch.Generator(),  # else the loader draws from the global random state
     )
     try:
@@ -105,6 +107,15 @@ class _Items(Dataset[Any]):
         self._items, self._ended = items, ended
         self._generator: Generator[Any, Any, None] | None = None
 
+    def start(self, worker: int) -> None:
+        """Prepare a worker's process before its first task: the trainer may be gone by then.
+
+        PyTorch's own look at the parent does not see one that died before the worker ran.
+        """
+        for number in IGNORED_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        threading.Thread(target=self._exit_with_the_trainer, daemon=True).start()
+
     def __getitem__(self, task: object) -> bytes:
         # Pickled here: if the queue's own thread can't pickle an item, the trainer waits forever.
         item = self._next(task)
@@ -127,9 +138,6 @@ class _Items(Dataset[Any]):
     def _begin(self) -> Generator[Any, Any, None]:
         worker = get_worker_info()
         assert worker is not None
-        for number in IGNORED_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        threading.Thread(target=self._exit_with_the_trainer, daemon=True).start()
         return self._items(worker.id, worker.num_workers)
 
     def _exit_with_the_trainer(self) -> None:

@@ -17,7 +17,7 @@ from dist_vse.data.index import Shard, is_remote
 from dist_vse.data.shard_cache import fetch
 from tests.support.far_shards import cache, far_shards
 from tests.support.flaky_server import STALL_S, Server, serve
-from tests.support.waiting import wait_until
+from tests.support.waiting import is_running, wait_until
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def test_a_stalled_command_is_ended_with_all_that_it_started(shard: Shard, tmp_p
         fetch(replace(shard, path=stalls), cache(tmp_path / "cache"))
     shell, sleeper = map(int, pids.read_text().split())
     assert shell != sleeper
-    assert not _runs(shell)
-    wait_until(lambda: not _runs(sleeper), "the end of a killed process", patience_s=10)
+    assert not is_running(shell)
+    wait_until(lambda: not is_running(sleeper), "the end of a killed process", patience_s=10)
 
 
 @pytest.mark.parametrize("scheme", ["pipe", "file", "memory"])
@@ -143,14 +143,6 @@ def test_a_url_may_hold_any_letter(shard: Shard, server: Server, tmp_path: Path)
         (tmp_path / "far" / "ü b.tar").write_bytes(source.read_bytes())
         path = fetch(replace(shard, path=server.url(name)), cache(tmp_path / name))
         assert path.read_bytes() == source.read_bytes()
-
-
-def _runs(pid: int) -> bool:
-    """Return whether a process lives; one that only waits to be reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(

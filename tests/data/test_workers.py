@@ -17,6 +17,7 @@ import torch
 from dist_vse.common.errors import UserError
 from dist_vse.data.workers import run_workers
 from tests.support.paths import ROOT
+from tests.support.waiting import is_running, wait_until
 
 
 def numbers(worker: int, num_workers: int) -> Generator[int, None, None]:
@@ -69,6 +70,24 @@ def test_a_worker_without_shared_memory_is_told() -> None:
         next(items)
 
 
+def end_the_trainer(note: Path) -> Iterator[None]:
+    """End this process before it has sent its worker a task; note the worker's number."""
+    (worker,) = multiprocessing.active_children()
+    note.write_text(str(worker.pid))
+    os._exit(0)
+    yield
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_ends_whose_trainer_ended_before_the_first_task(tmp_path: Path) -> None:
+    note = tmp_path / "worker"
+    command = [sys.executable, "-m", __name__, str(note)]
+    subprocess.run(command, stderr=subprocess.DEVNULL, timeout=60, check=True)
+    worker = int(note.read_text())
+    wait_until(lambda: not is_running(worker), "the worker's end", 30)
+
+
 ABANDON = """
 import multiprocessing, sys
 from dist_vse.data.workers import run_workers
@@ -106,3 +125,7 @@ def test_workers_end_with_a_trainer_that(how: str, tmp_path: Path) -> None:
     trainer.stdout.close()
     os.close(worker)
     assert ready
+
+
+if __name__ == "__main__":
+    next(run_workers(numbers, num_workers=1, prefetch=1, tasks=end_the_trainer(Path(sys.argv[1]))))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 PATIENCE_S = 150
@@ -16,3 +17,11 @@ def wait_until(done: Callable[[], Any], what: str, patience_s: float = PATIENCE_
             return value
         time.sleep(0.1)
     raise AssertionError(f"waited {patience_s} s for {what}")
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process lives; one that only waits to be reaped does not. Needs /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
