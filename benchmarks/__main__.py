@@ -9,6 +9,7 @@ import importlib
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.options import BENCHMARKS
 from dist_vse.common.errors import UserError
@@ -36,12 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, command: str) -> None:
-    from benchmarks.result import print_result, write_result
-    from dist_vse.tools.bench.checks import writable
+    from benchmarks.result import write_result
+    from dist_vse.common.files import check_output
+    from dist_vse.tools.bench.report import print_tables
 
-    writable("--out", args.out)
+    if args.out is not None:
+        check_output(args.out)
     result = importlib.import_module(f"benchmarks.{args.benchmark}").run(args)
-    print_result(result)
+    print_tables(result.tables)
     if args.out is not None:
         write_result(args.out, args.benchmark, command, result)
         print(f"wrote {args.out}")
@@ -54,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (help_text, add_options) in BENCHMARKS.items():
         benchmark = benchmarks.add_parser(name, help=help_text)
         add_options(benchmark)
-        benchmark.add_argument("--out", metavar="FILE", help="write the result as JSON")
+        benchmark.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
     benchmarks.add_parser("render", help="make docs/benchmarks/ from benchmarks/results/")
     return parser
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from dist_vse.runs.environment import describe_environment
 from dist_vse.tools.bench.table import Table
@@ -29,18 +28,8 @@ class Result:
     tables: list[Table]
 
 
-def print_result(result: Result) -> None:
-    """Print the tables."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    for table in result.tables:
-        console.print(table.as_rich())
-
-
-def write_result(path: str | Path, benchmark: str, command: str, result: Result) -> None:
+def write_result(path: Path, benchmark: str, command: str, result: Result) -> None:
     """Write a result with its command, date, machine and versions."""
-    path = Path(path)
     content = {
         "benchmark": benchmark,
         **_written_by_hand(path),

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
 from dist_vse.common.errors import writing
+from dist_vse.common.local_path import require_local
 
 READ_BYTES = 1 << 20
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -70,25 +71,46 @@ def write_json_lines(path: Path, records: Iterable[object]) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raise UserError unless a file can be written there. Makes its folder."""
+    """Raise UserError unless a file can be written there, on this machine. Makes its folder."""
+    require_local(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        if not _is_stream(path):
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
 
 
 @contextlib.contextmanager
 def atomic_output(path: Path) -> Iterator[Path]:
     """Do as `atomic_write` for a file that the user asked for, and make its folder.
 
+    A device or pipe, such as /dev/stdout, gets the content at the end; a rename would replace it.
     Raises UserError if the system refuses.
     """
     with writing(path):
+        if _is_stream(path):
+            with tempfile.TemporaryDirectory() as folder:
+                temporary = Path(folder) / "content"
+                yield temporary
+                with path.open("ab") as stream:  # what a redirection holds already stays
+                    stream.write(temporary.read_bytes())
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             yield temporary
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether the user names a device or a pipe.
+
+    A link counts if it is the system's, as /dev/stdout is: others may come with a stranger's
+    folder.
+    """
+    if path.is_symlink():
+        return path.absolute().parts[1] in ("dev", "proc")
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def is_leftover(path: str | PurePath) -> bool:

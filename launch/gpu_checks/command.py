@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_vse.common.errors import UserError, writing
+from dist_vse.common.errors import UserError
+from dist_vse.common.files import atomic_output, check_output, write_json
 from dist_vse.common.terminal import say
 from dist_vse.launch.gpu_checks.catalog import ALL, CHECKS, NO_GROUP, find_check
 from dist_vse.launch.gpu_checks.child import RESULT
@@ -63,8 +64,7 @@ def check_gpus(options: Options) -> int:
     """Run the checks, print a line for each; return 2 if any failed."""
     place = find_place(options.device, options.ranks)
     if options.json is not None:
-        with writing(options.json):  # now, not after minutes
-            options.json.touch()
+        check_output(options.json)  # now, not after minutes
     say(_heading(place), flush=True)
     rows: list[Row] = []
     began = time.monotonic()
@@ -174,5 +174,5 @@ def _write(path: Path, place: Place, rows: Sequence[Row]) -> None:
         "ranks": place.ranks,
         "checks": [asdict(row) for row in rows],
     }
-    with writing(path):
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with atomic_output(path) as temporary:
+        write_json(temporary, content, indent=1)

@@ -55,8 +55,7 @@ def test_bench_loss_writes_times_traffic_errors_and_memory(tmp_path: Path) -> No
         (["--processes", "0"], r"--processes \(0\) must be at least 1"),
         (["--repeats", "0"], r"--repeats \(0\) must be at least 1"),
         (["--rows", "--memory", "1001"], r"multiple of --processes \(2\); nearest: 1000"),
-        (["--rows", "8", "--out", "/"], r"--out / cannot be written"),
-        (["--rows", "8", "--out", "missing/loss.json"], r"--out missing/loss.json cannot be"),
+        (["--rows", "8", "--out", "/"], r"/: can't be written .*it is a folder"),
     ],
 )
 def test_options_that_make_no_sense_are_one_line(

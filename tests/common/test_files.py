@@ -8,7 +8,13 @@ import torch
 
 from dist_vse.common import files
 from dist_vse.common.errors import UserError
-from dist_vse.common.files import atomic_output, atomic_write, sha256_of_file, write_json
+from dist_vse.common.files import (
+    atomic_output,
+    atomic_write,
+    check_output,
+    sha256_of_file,
+    write_json,
+)
 from dist_vse.runs import checkpoint
 
 
@@ -62,6 +68,31 @@ def test_an_output_makes_its_folder_or_names_the_refusal(tmp_path: Path) -> None
         atomic_output(tmp_path / "file" / "a.txt"),
     ):
         pass
+
+
+def test_a_pipe_is_written_into_and_stays_one(tmp_path: Path) -> None:
+    named = tmp_path / "pipe"
+    os.mkfifo(named)
+    reading, writing = os.pipe()
+    opened = os.open(named, os.O_RDWR | os.O_NONBLOCK)
+    for path, end in ((named, opened), (Path(f"/dev/fd/{writing}"), reading)):
+        check_output(path)
+        with atomic_output(path) as temporary:
+            write_json(temporary, {"a": 1})
+        assert os.read(end, 100) == b'{"a": 1}\n'
+    assert named.is_fifo() and [*tmp_path.iterdir()] == [named]
+    for end in (reading, writing, opened):
+        os.close(end)
+
+
+def test_a_planted_link_to_a_pipe_is_replaced(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "report.html"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    check_output(link)
+    with atomic_output(link) as temporary:
+        temporary.write_text("page")
+    assert link.read_text() == "page" and not link.is_symlink() and pipe.is_fifo()
 
 
 def test_the_checksum_is_that_of_sha256sum(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from dist_vse import cli
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import check_output
 from dist_vse.common.local_path import require_local
-from dist_vse.tools.bench.checks import writable
 
 S3 = "s3://bucket/run"
 
@@ -22,6 +22,9 @@ S3 = "s3://bucket/run"
         ["plan", "demo", f"output_dir={S3}"],
         ["plan", "demo", "--out", S3],
         ["plan", "demo", "--calibrate", S3],
+        ["bench", "scale", "--page", S3],
+        ["bench", "million", "--out", S3],
+        ["doctor", "--gpu", "--json", S3],
         ["shard", "jsonl", "pairs.jsonl", S3],
         ["shard", "index", "tars", "--out", S3],
         ["config", "copy", "demo", S3],
@@ -53,5 +56,5 @@ def test_what_is_a_path_stays_one() -> None:
     for path in (Path(S3), "gs://b", "hf://x/y", "https://x/y", "s3:/b"):
         with pytest.raises(UserError, match="is no local path"):
             require_local(path)
-    with pytest.raises(UserError, match=r"--page s3://bucket/run: s3:// is no local path"):
-        writable("--page", S3)
+    with pytest.raises(UserError, match=r"s3://bucket/run: s3:// is no local path"):
+        check_output(Path(S3))

@@ -15,7 +15,7 @@ from dist_vse.tools.bench import million
 def test_one_step_is_exact_and_its_costs_are_counted(tmp_path: Path) -> None:
     out = tmp_path / "m.json"
     assert cli.main(["bench", "million", "--pairs", "4096", "--out", str(out)]) == 0
-    plus, plain = json.loads(out.read_text())
+    plus, plain = json.loads(out.read_text())["rows"]
     assert (plus["loss"], plain["loss"]) == ("convse++", "convse")
     for row in (plus, plain):
         assert row["pairs"] == 4096 and row["error"] < 1e-5
@@ -34,8 +34,25 @@ def test_the_check_sees_a_wrong_gradient(name: str, monkeypatch: pytest.MonkeyPa
         rows, columns = right(tiled)
         return rows * 1.001, columns
 
-    (row,) = million.measure_losses(600, 16, (name,))
+    row = million.measure_loss(600, 16, name)
     assert row["error"] < 1e-5
     monkeypatch.setattr(million.TiledLoss, "backward", wrong)
-    (row,) = million.measure_losses(600, 16, (name,))
+    row = million.measure_loss(600, 16, name)
     assert row["error"] > 5e-4
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--pairs", "1001"], "--pairs (1001) must be a multiple of --processes (2)"),
+        (["--pairs", "6"], "at least 4 a process"),
+        (["--processes", "0"], "--processes (0) must be at least 1"),
+        (["--dim", "0"], "--dim (0) must be at least 1"),
+        (["--out", "/"], "it is a folder); give a path that can be written"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_hour(
+    words: list[str], fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "million", *words]) == 2
+    assert fault in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """`dist-vse bench`: the options of its measurements."""
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,7 @@ def _add_million(million: argparse.ArgumentParser) -> None:
         choices=["convse++", "convse"],
         help="[convse++ convse]",
     )
-    million.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
+    million.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
 
 
 def _add_scale(scale: argparse.ArgumentParser) -> None:
@@ -77,6 +78,6 @@ def _add_scale(scale: argparse.ArgumentParser) -> None:
         "--read", nargs="+", default=[], metavar="FILE", help="measure nothing; join such files"
     )
     scale.add_argument("--baseline", metavar="FILE", help="an earlier --out, to compare with")
-    scale.add_argument("--page", metavar="FILE", help="write plots as one HTML page")
+    scale.add_argument("--page", type=Path, metavar="FILE", help="write plots as one HTML page")
     scale.add_argument("--task", metavar="I/N", help="measure one share of N, for a job array")
-    scale.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
+    scale.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")

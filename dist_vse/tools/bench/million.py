@@ -7,11 +7,10 @@ b rows on this rank, N pairs, d embedding, W ranks, k rows or columns that are c
 """
 
 import argparse
-import json
 import resource
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional
 
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import check_output
 from dist_vse.common.memory import measure
 from dist_vse.common.terminal import say
 from dist_vse.common.units import GIB
@@ -31,6 +31,9 @@ from dist_vse.losses.options import LossOptions
 from dist_vse.losses.softmax import SharedSoftmax
 from dist_vse.losses.tiled import TiledLoss
 from dist_vse.losses.tiles import CPU_TILE, tile_shape
+from dist_vse.tools.bench.checks import at_least_one
+from dist_vse.tools.bench.report import describe_measurement, print_tables, write_report
+from dist_vse.tools.bench.table import Table
 from dist_vse.tools.bench.traffic import bytes_sent
 
 TEMPERATURE, MARGIN = 0.1, 0.2
@@ -41,38 +44,77 @@ PRODUCTS = {"convse": 4, "convse++": 1}
 """Products of N x b x d: similarities, again in backward, and two for the gradients; or one."""
 
 
+COLUMNS = (
+    *("loss", "pairs", "s", "CPU s", "products alone", "/ products"),
+    *("TFLOP a rank", "MiB sent", "GiB", "error"),
+)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, and write the numbers; return 0."""
-    if args.pairs < CHECKED * args.processes or args.processes < 1:
-        raise UserError(f"--pairs ({args.pairs}) must be at least {CHECKED} times --processes")
-    settings = (args.pairs // args.processes, args.dim, tuple(args.losses))
-    rows = run_on_ranks(measure_losses, args.processes, *settings)
-    say("loss      pairs      s   CPU s  products alone s  GFLOP a rank  sent MiB  GiB    error")
-    for row in rows:
-        say(
-            f"{row['loss']:<9} {row['pairs']:>7,} {row['seconds']:>6.1f} {row['cpu_s']:>6.1f} "
-            f"{row['bound_s']:>17.1f} {row['flop'] / 1e9:>13,.0f} {row['sent'] / 2**20:>9.1f} "
-            f"{row['memory_gib']:>5.3f}  {row['error']:.1e}"
-        )
-    say(
-        "CPU s: of the busiest rank; products alone: CPU seconds too; other programs on the "
-        "machine hardly change these; GiB: the largest rank's tensors besides its own features, "
-        f"which take {rows[0]['features_gib']:.3f} GiB; error: of {2 * CHECKED * args.processes} "
-        "rows and columns, against dense float64"
-    )
-    if args.out is not None:
-        Path(args.out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        say(f"wrote {args.out}")
+    """Measure every loss in processes of its own, print a table, write numbers; return 0.
+
+    The file is written after every loss: one takes an hour.
+    """
+    _check(args)
+    report: dict[str, Any] = describe_measurement("million", _words(args)) | {"rows": []}
+    for loss in args.losses:
+        rows = args.pairs // args.processes
+        row = run_on_ranks(measure_loss, args.processes, rows, args.dim, loss)
+        report["rows"].append(row)
+        say(f"{loss}: {row['seconds']:,.1f} s")
+        if args.out is not None:
+            write_report(args.out, report, [_table(report["rows"])])
+    print_tables([_table(report["rows"])])
     return 0
 
 
-def measure_losses(rows: int, dim: int, losses: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Measure each loss on `rows` pairs a rank; every rank calls this."""
+def _check(args: argparse.Namespace) -> None:
+    at_least_one(processes=args.processes, dim=args.dim)
+    if args.pairs < CHECKED * args.processes or args.pairs % args.processes:
+        raise UserError(
+            f"--pairs ({args.pairs}) must be a multiple of --processes ({args.processes}), and at "
+            f"least {CHECKED} a process"
+        )
+    if args.out is not None:
+        check_output(args.out)
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    sizes = ["--pairs", args.pairs, "--dim", args.dim, "--processes", args.processes]
+    return [*map(str, sizes), "--losses", *args.losses]
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    first = rows[0]
+    table = Table(
+        "One step, forward and backward",
+        COLUMNS,
+        note=(
+            f"d = {first['dim']}, {first['processes']} processes of one thread. CPU s: of the "
+            "busiest rank; products alone: CPU seconds of bare matrix products as large, by their "
+            "speed in the same run. Other programs on the machine hardly change these two. GiB: "
+            "the largest rank's tensors besides its own features, which take "
+            f"{first['features_gib']:.3f} GiB. Error: of "
+            f"{2 * CHECKED * first['processes']} rows and columns, against dense float64."
+        ),
+    )
+    for row in rows:
+        table.add_row(
+            *(row["loss"], f"{row['pairs']:,}", f"{row['seconds']:,.1f}", f"{row['cpu_s']:,.1f}"),
+            *(f"{row['bound_s']:,.1f}", f"{row['cpu_s'] / row['bound_s']:.2f}"),
+            *(f"{row['flop'] / 1e12:,.2f}", f"{row['sent'] / 2**20:,.1f}"),
+            *(f"{row['memory_gib']:.3f}", f"{row['error']:.1e}"),
+        )
+    return table
+
+
+def measure_loss(rows: int, dim: int, name: str) -> dict[str, Any]:
+    """Measure a loss on `rows` pairs a rank; every rank calls this."""
     generator = torch.Generator().manual_seed(distributed.rank())
     images = functional.normalize(torch.randn(rows, dim, generator=generator), dim=1)
     noise = torch.randn(rows, dim, generator=generator) / dim**0.5
     texts = functional.normalize(images + noise, dim=1)
-    return [_measure(name, images, texts) for name in losses]
+    return _measure(name, images, texts)
 
 
 class _Watched(GlobalLoss):

@@ -1,36 +1,29 @@
 """`dist-vse bench scale`: speed, memory and traffic of a step over processes and settings."""
 
 import argparse
-import datetime
-import json
 import multiprocessing
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from dist_vse import distributed
 from dist_vse.common.errors import UserError
+from dist_vse.common.files import check_output
 from dist_vse.common.log import setup_logging
 from dist_vse.common.reading import read_json
 from dist_vse.common.terminal import say
 from dist_vse.distributed.spawn import RankGroup, run_rank_groups
 from dist_vse.engine.deepspeed_start import IMPORTS
-from dist_vse.runs.environment import describe_environment
-from dist_vse.tools.bench.checks import at_least_one, writable
+from dist_vse.tools.bench.checks import at_least_one
+from dist_vse.tools.bench.report import describe_measurement, print_tables, write_report
 from dist_vse.tools.bench.scale_cases import Case, plan_cases, read_settings, share
 from dist_vse.tools.bench.scale_page import write_page
 from dist_vse.tools.bench.scale_rows import Row, compare, compare_with_baseline, join, together
 from dist_vse.tools.bench.scale_run import Budget, RoundRobin, measure
 from dist_vse.tools.bench.scale_tables import tables
 
-TABLE_WIDTH = 160
 START = "forkserver"
 
 
@@ -64,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace, processes: Sequence[int]) -> list[Case]:
     at_least_one(rounds=args.rounds, steps=args.steps)
-    writable("--out", args.out)
-    writable("--page", args.page)
+    for path in filter(None, (args.out, args.page)):
+        check_output(path)
     if sorted(set(processes)) != list(processes) or processes[0] < 1:
         raise UserError(f"--processes {processes} must be rising numbers from 1 on")
     cases = plan_cases(args.settings, processes, args.vary, independent=args.independent)
@@ -101,25 +94,20 @@ def measure_here(cases: Sequence[Case], budget: Budget) -> list[Row]:
 def _report(args: argparse.Namespace, rows: list[Row]) -> dict[str, Any]:
     path, overrides = read_settings(args.settings)
     return {
-        "benchmark": "scale",
-        **describe_environment(),
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
+        **describe_measurement("scale", _words(args)),
         "settings": list(args.settings),
         "config": path,
         "overrides": overrides,
-        "command": _command(args),
         "rounds": args.rounds,
         "steps": args.steps,
         "rows": rows,
     }
 
 
-def _command(args: argparse.Namespace) -> str:
+def _words(args: argparse.Namespace) -> list[str]:
     words = [*args.settings, "--processes", *map(str, args.processes)]
     words += ["--vary", *args.vary] * bool(args.vary) + ["--stream"] * args.stream
-    words += ["--rounds", str(args.rounds), "--steps", str(args.steps)]
-    return shlex.join(["dist-vse", "bench", "scale", *words])
+    return [*words, "--rounds", str(args.rounds), "--steps", str(args.steps)]
 
 
 def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -127,18 +115,12 @@ def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
     compare(rows)
     if args.baseline is not None:
         compare_with_baseline(rows, _read(args.baseline)["rows"])
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
     shown = tables(rows)
-    for table in shown:
-        console.print(table.as_rich())
+    print_tables(shown)
     if args.out is not None:
-        content = report | {"tables": [asdict(table) for table in shown]}
-        Path(args.out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        say(f"wrote {args.out}")
+        write_report(args.out, report, shown)
     if args.page is not None:
-        write_page(report, Path(args.page))
+        write_page(report, args.page)
         say(f"wrote {args.page}")
 
 
@@ -151,16 +133,3 @@ def _read(path: str) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: can't be read ({error})") from None
     raise UserError(f"{path}: no numbers of `dist-vse bench scale --out`")
-
-
-def _commit() -> str | None:
-    """Return the commit of this code, with a + where it was changed; None outside of git."""
-    try:
-        asked = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"],
-            capture_output=True,
-            text=True,
-        )
-    except FileNotFoundError:
-        return None
-    return asked.stdout.strip() or None

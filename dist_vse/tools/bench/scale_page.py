@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dist_vse.common.files import atomic_output
 from dist_vse.common.step_timer import OTHER, PARTS
 from dist_vse.tools.bench.scale_cases import BASE, INDEPENDENT, STRONG, WEAK
 from dist_vse.tools.bench.scale_rows import label
@@ -39,7 +40,8 @@ def write_page(report: dict[str, Any], path: Path) -> None:
             MEMORY,
         ),
     ]
-    path.write_text(document("Scaling", "\n".join(parts)), encoding="utf-8")
+    with atomic_output(path) as temporary:
+        temporary.write_text(document("Scaling", "\n".join(parts)), encoding="utf-8")
 
 
 def _mib(memory: dict[str, int]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_vse import distributed
-from dist_vse.common.errors import writing
+from dist_vse.common.files import atomic_output
 from dist_vse.common.step_timer import OTHER, Clock, begin, listening
 from dist_vse.common.units import GIB
 from dist_vse.config import TrainConfig
@@ -65,9 +65,9 @@ def save_hardware(hardware: Hardware, path: Path, measured: str) -> None:
     """Write the file that plans read; `measured` becomes its first line."""
     from omegaconf import OmegaConf
 
-    with writing(path):
-        text = OmegaConf.to_yaml(OmegaConf.create(_rounded(asdict(hardware))))
-        path.write_text(f"# {measured}\n{text}", encoding="utf-8")
+    text = OmegaConf.to_yaml(OmegaConf.create(_rounded(asdict(hardware))))
+    with atomic_output(path) as temporary:
+        temporary.write_text(f"# {measured}\n{text}", encoding="utf-8")
 
 
 def fastest(work: Callable[[], Any], rounds: int) -> float:

@@ -2,13 +2,13 @@
 
 import argparse
 import datetime
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_vse.common.errors import UserError, writing
+from dist_vse.common.errors import UserError
+from dist_vse.common.files import atomic_output, check_output, write_json
 from dist_vse.common.terminal import plain, say
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--rounds ({args.rounds}), --vocabulary ({args.vocabulary}): at least 1")
     if args.from_doctor is not None and args.calibrate is None:
         raise UserError(f"--from-doctor {args.from_doctor} needs --calibrate FILE, which it writes")
+    for path in filter(None, (args.out, args.calibrate)):
+        check_output(path)
     if args.calibrate is not None:
         return _calibrate_gpu(args) if args.from_doctor else _calibrate(args, config)
 
@@ -275,6 +277,6 @@ def _console() -> Any:
 def _write(path: Path | None, content: dict[str, Any]) -> None:
     if path is None:
         return
-    with writing(path):
-        path.write_text(json.dumps({"plan": 1, **content}, indent=1) + "\n", encoding="utf-8")
+    with atomic_output(path) as temporary:
+        write_json(temporary, {"plan": 1, **content}, indent=1)
     say(f"wrote {path}")
