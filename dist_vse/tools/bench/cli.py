@@ -25,8 +25,8 @@ def _add_million(million: argparse.ArgumentParser) -> None:
         "Take one exact step (forward and backward) of ConVSE++ and of ConVSE over made-up "
         "features, on processes of this machine with one thread each. Reports time, operations, "
         "bytes and memory, and compares some rows and columns with dense float64. A million pairs "
-        "are expected to take 28 minutes with ConVSE++ and 70 with ConVSE on two quiet cores, by "
-        "the square of the pairs from 131,072: --pairs 131072 takes two minutes."
+        "took 28 minutes with ConVSE++ and 64 with ConVSE on two cores (docs/benchmarks/losses.md)"
+        "; --pairs 131072 takes two minutes."
     )
     million.add_argument("--pairs", type=int, default=2**20, metavar="N", help="[1048576]")
     million.add_argument("--dim", type=int, default=64, metavar="D", help="embedding [64]")
