@@ -123,16 +123,7 @@ def test_time_limit_requeue_preemption_and_node_loss_cost_nothing(
     cluster("scontrol", "requeue", job.job_id)
     release(tmp_path, 8)
     _wait_at(tmp_path, 12, 2)
-    urgent = cluster(
-        "sbatch",
-        "--parsable",
-        "-p",
-        "high",
-        "-N3",
-        "--exclusive",
-        "--output=/dev/null",
-        "--wrap=true",
-    ).strip()
+    urgent = cluster.sbatch("-p", "high", "-N3", "--exclusive", "--wrap=true")
     wait_until(lambda: cluster.job(job.job_id, "PreemptTime") != "None", "the preemption")
     release(tmp_path, 12)
     _wait_at(tmp_path, 17, 2)
@@ -336,7 +327,7 @@ def test_signals_of_scancel_and_a_controller_started_again_cost_nothing(
 def test_a_job_cancelled_in_the_queue_starts_nothing_and_a_sweep_outlives_a_bad_run(
     cluster: Cluster, data: Path, tmp_path: Path
 ) -> None:
-    holder = cluster("sbatch", "--parsable", "-N3", "--exclusive", "--wrap=sleep 600").strip()
+    holder = cluster.sbatch("-N3", "--exclusive", "--wrap=sleep 600")
     wait_until(lambda: cluster.job(holder, "JobState") == "RUNNING", "the holder")
     job = submit(_plan(data, tmp_path, 1, settings=["total_steps=1"]))
     assert cluster.job(job.job_id, "JobState") == "PENDING"
