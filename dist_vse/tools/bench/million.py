@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         if args.out is not None:
             write_report(args.out, report, [_table(report["rows"])])
     print_tables([_table(report["rows"])])
+    if args.out is not None:
+        say(f"wrote {args.out}")
     return 0
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 
 from dist_vse.common.files import atomic_output, write_json
-from dist_vse.common.terminal import say
 from dist_vse.runs.environment import describe_environment
 from dist_vse.tools.bench.table import Table
 
@@ -39,11 +38,10 @@ def print_tables(tables: Sequence[Table]) -> None:
 
 
 def write_report(path: Path, report: dict[str, Any], tables: Sequence[Table]) -> None:
-    """Write a report with its tables, and say so."""
+    """Write a report with its tables. Raises UserError if the system refuses."""
     content = report | {"tables": [asdict(table) for table in tables]}
     with atomic_output(path) as temporary:
         write_json(temporary, content, indent=1)
-    say(f"wrote {path}")
 
 
 def _commit() -> str | None:

@@ -119,6 +119,7 @@ def _finish(args: argparse.Namespace, report: dict[str, Any]) -> None:
     print_tables(shown)
     if args.out is not None:
         write_report(args.out, report, shown)
+        say(f"wrote {args.out}")
     if args.page is not None:
         write_page(report, args.page)
         say(f"wrote {args.page}")
