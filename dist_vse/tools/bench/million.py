@@ -10,7 +10,7 @@ import argparse
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,10 +44,18 @@ PRODUCTS = {"convse": 4, "convse++": 1}
 """Products of N x b x d: similarities, again in backward, and two for the gradients; or one."""
 
 
-COLUMNS = (
-    *("loss", "pairs", "s", "CPU s", "products alone", "/ products"),
-    *("TFLOP a rank", "MiB sent", "GiB", "error"),
-)
+FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "pairs": lambda row: f"{row['pairs']:,}",
+    "seconds": lambda row: f"{row['seconds']:,.1f}",
+    "CPU seconds": lambda row: f"{row['cpu_s']:,.1f}",
+    "CPU seconds of the products alone": lambda row: f"{row['bound_s']:,.1f}",
+    "/ products alone": lambda row: f"{row['cpu_s'] / row['bound_s']:.2f}",
+    "TFLOP of a rank's products": lambda row: f"{row['flop'] / 1e12:,.2f}",
+    "MiB that a rank sends": lambda row: f"{row['sent'] / 2**20:,.1f}",
+    "GiB of a rank besides its features": lambda row: f"{row['memory_gib']:.3f}",
+    "error": lambda row: f"{row['error']:.1e}",
+}
+"""Rows of the table."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,25 +96,16 @@ def _words(args: argparse.Namespace) -> list[str]:
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     first = rows[0]
-    table = Table(
-        "One step, forward and backward",
-        COLUMNS,
-        note=(
-            f"d = {first['dim']}, {first['processes']} processes of one thread. CPU s: of the "
-            "busiest rank; products alone: CPU seconds of bare matrix products as large, by their "
-            "speed in the same run. Other programs on the machine hardly change these two. GiB: "
-            "the largest rank's tensors besides its own features, which take "
-            f"{first['features_gib']:.3f} GiB. Error: of "
-            f"{2 * CHECKED * first['processes']} rows and columns, against dense float64."
-        ),
+    note = (
+        f"d = {first['dim']}, {first['processes']} processes of one thread; the busiest or largest "
+        "rank. Products alone: bare matrix products as large, by their speed in the same run. "
+        "Other programs on the machine hardly change CPU seconds. Features of a rank take "
+        f"{first['features_gib']:.3f} GiB. Error: of {2 * CHECKED * first['processes']} rows and "
+        "columns, against dense float64."
     )
-    for row in rows:
-        table.add_row(
-            *(row["loss"], f"{row['pairs']:,}", f"{row['seconds']:,.1f}", f"{row['cpu_s']:,.1f}"),
-            *(f"{row['bound_s']:,.1f}", f"{row['cpu_s'] / row['bound_s']:.2f}"),
-            *(f"{row['flop'] / 1e12:,.2f}", f"{row['sent'] / 2**20:,.1f}"),
-            *(f"{row['memory_gib']:.3f}", f"{row['error']:.1e}"),
-        )
+    table = Table("", ["one step", *(row["loss"] for row in rows)], note=note)
+    for name, figure in FIGURES.items():
+        table.add_row(name, *map(figure, rows))
     return table
 
 
