@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dist_vse.common.files import atomic_output
 from dist_vse.runs.environment import describe_environment
 from dist_vse.tools.bench.table import Table
 
@@ -41,7 +42,9 @@ def write_result(path: Path, benchmark: str, command: str, result: Result) -> No
         "tables": [asdict(table) for table in result.tables],
         "figures": result.figures,
     }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_output(path) as temporary:
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")
 
 
 def describe_machine() -> dict[str, Any]:

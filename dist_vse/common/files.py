@@ -102,6 +102,17 @@ def atomic_output(path: Path) -> Iterator[Path]:
             yield temporary
 
 
+def output_json(path: Path, content: object, *, more_follows: bool = False) -> None:
+    """Write a JSON file that the user asked for, by `atomic_output`.
+
+    With `more_follows` it will be written again with more in it: a pipe gets the last one alone.
+    """
+    if more_follows and _is_stream(path):
+        return
+    with atomic_output(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def _is_stream(path: Path) -> bool:
     """Whether the user names a device or a pipe.
 

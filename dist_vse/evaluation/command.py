@@ -1,7 +1,6 @@
 """`dist-vse eval`: a run's retrieval on a split, compared with the untrained model and chance."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from dist_vse import distributed
 from dist_vse.common.errors import writing
-from dist_vse.common.files import atomic_output, check_output
+from dist_vse.common.files import check_output, output_json
 from dist_vse.common.log import logger, setup_logging
 from dist_vse.common.terminal import plain
 from dist_vse.config import TrainConfig
@@ -139,9 +138,7 @@ def _open(
 
 
 def _save(task: _Task, content: dict[str, Any], trained: Evaluation) -> None:
-    with atomic_output(task.path) as temporary:
-        text = json.dumps({**content, "intervals": trained.intervals}, indent=1) + "\n"
-        temporary.write_text(text, encoding="utf-8")
+    output_json(task.path, {**content, "intervals": trained.intervals})
     if task.usual:
         examples = task.run_dir / EXAMPLES_NAME
         with writing(examples):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vse.common.errors import UserError
-from dist_vse.common.files import atomic_output, check_output, write_json
+from dist_vse.common.files import check_output, output_json
 from dist_vse.common.terminal import say
 from dist_vse.launch.gpu_checks.catalog import ALL, CHECKS, NO_GROUP, find_check
 from dist_vse.launch.gpu_checks.child import RESULT
@@ -72,7 +72,8 @@ def check_gpus(options: Options) -> int:
         rows.append(run_check(number, place, options, earlier=rows))
         say(_line(rows[-1]), flush=True)
         if options.json is not None:
-            _write(options.json, place, rows)
+            more = len(rows) < len(options.checks)
+            _write(options.json, place, rows, more_follows=more)
     counts = {status: sum(row.status == status for row in rows) for status in (OK, FAIL, SKIPPED)}
     words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     say(f"{len(rows)} checks in {time.monotonic() - began:.0f} s: {words}")
@@ -165,7 +166,7 @@ def _line(row: Row) -> str:
     return f"{row.status:8}{row.number:2}  {row.name:12} {row.seconds:4.0f} s  {row.words}"
 
 
-def _write(path: Path, place: Place, rows: Sequence[Row]) -> None:
+def _write(path: Path, place: Place, rows: Sequence[Row], *, more_follows: bool) -> None:
     content = {
         "doctor_gpu": FORMAT,
         "command": shlex.join(["dist-vse", *sys.argv[1:]]),
@@ -174,5 +175,4 @@ def _write(path: Path, place: Place, rows: Sequence[Row]) -> None:
         "ranks": place.ranks,
         "checks": [asdict(row) for row in rows],
     }
-    with atomic_output(path) as temporary:
-        write_json(temporary, content, indent=1)
+    output_json(path, content, more_follows=more_follows)

@@ -12,6 +12,7 @@ from dist_vse.common.files import (
     atomic_output,
     atomic_write,
     check_output,
+    output_json,
     sha256_of_file,
     write_json,
 )
@@ -83,6 +84,18 @@ def test_a_pipe_is_written_into_and_stays_one(tmp_path: Path) -> None:
     assert named.is_fifo() and [*tmp_path.iterdir()] == [named]
     for end in (reading, writing, opened):
         os.close(end)
+
+
+def test_a_pipe_gets_only_the_last_of_several_contents(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    file = tmp_path / "file"
+    for path in (Path(f"/dev/fd/{writing}"), file):
+        output_json(path, [1], more_follows=True)
+    assert file.read_text() == "[\n 1\n]\n"  # what a killed process leaves
+    output_json(Path(f"/dev/fd/{writing}"), {})
+    assert os.read(reading, 100) == b"{}\n"
+    os.close(reading)
+    os.close(writing)
 
 
 def test_a_planted_link_to_a_pipe_is_replaced(tmp_path: Path) -> None:

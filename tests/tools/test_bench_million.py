@@ -8,6 +8,7 @@ import pytest
 from torch import Tensor
 
 from dist_vse import cli
+from dist_vse.common.errors import UserError
 from dist_vse.tools.bench import million
 
 
@@ -23,6 +24,25 @@ def test_one_step_is_exact_and_its_costs_are_counted(tmp_path: Path) -> None:
         assert 1 <= row["sent"] / (2 * 2048 * 64 * 4) < 1.2
         assert row["memory_gib"] < 0.2 and row["seconds"] > 0 and row["cpu_s"] > 0
     assert plain["flop"] == 4 * plus["flop"] == 8 * 4096 * 2048 * 64
+
+
+@pytest.mark.slow
+def test_a_loss_that_fails_costs_nothing_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, right = tmp_path / "m.json", million.run_on_ranks
+
+    def fail_at_convse(fn: Any, world_size: int, *args: Any) -> Any:
+        if "convse" in args:
+            raise UserError("out of memory")
+        return right(fn, world_size, *args)
+
+    monkeypatch.setattr(million, "run_on_ranks", fail_at_convse)
+    assert cli.main(["bench", "million", "--pairs", "512", "--out", str(out)]) == 2
+    report = json.loads(out.read_text())
+    assert [row["loss"] for row in report["rows"]] == ["convse++"]
+    assert report["command"].startswith("dist-vse bench million --pairs 512 ")
+    assert report["tables"][0]["columns"] == ["one step", "convse++"]
 
 
 @pytest.mark.slow

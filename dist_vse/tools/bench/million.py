@@ -43,16 +43,16 @@ SAMPLE_S = 1.0  # for the speed of bare products
 PRODUCTS = {"convse": 4, "convse++": 1}
 """Products of N x b x d: similarities, again in backward, and two for the gradients; or one."""
 
-
 FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "pairs": lambda row: f"{row['pairs']:,}",
     "seconds": lambda row: f"{row['seconds']:,.1f}",
     "CPU seconds": lambda row: f"{row['cpu_s']:,.1f}",
     "CPU seconds of the products alone": lambda row: f"{row['bound_s']:,.1f}",
-    "/ products alone": lambda row: f"{row['cpu_s'] / row['bound_s']:.2f}",
+    "times the products alone": lambda row: f"{row['cpu_s'] / row['bound_s']:.2f}",
     "TFLOP of a rank's products": lambda row: f"{row['flop'] / 1e12:,.2f}",
     "MiB that a rank sends": lambda row: f"{row['sent'] / 2**20:,.1f}",
     "GiB of a rank besides its features": lambda row: f"{row['memory_gib']:.3f}",
+    "GiB of a whole process, its check included": lambda row: f"{row['process_gib']:.2f}",
     "error": lambda row: f"{row['error']:.1e}",
 }
 """Rows of the table."""
@@ -65,13 +65,14 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     report: dict[str, Any] = describe_measurement("million", _words(args)) | {"rows": []}
-    for loss in args.losses:
+    for number, loss in enumerate(args.losses, 1):
         rows = args.pairs // args.processes
         row = run_on_ranks(measure_loss, args.processes, rows, args.dim, loss)
         report["rows"].append(row)
         say(f"{loss}: {row['seconds']:,.1f} s")
         if args.out is not None:
-            write_report(args.out, report, [_table(report["rows"])])
+            more = number < len(args.losses)
+            write_report(args.out, report, [_table(report["rows"])], more_follows=more)
     print_tables([_table(report["rows"])])
     if args.out is not None:
         say(f"wrote {args.out}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dist_vse.common.files import atomic_output, write_json
+from dist_vse.common.files import output_json
 from dist_vse.runs.environment import describe_environment
 from dist_vse.tools.bench.table import Table
 
@@ -37,11 +37,12 @@ def print_tables(tables: Sequence[Table]) -> None:
         console.print(table.as_rich())
 
 
-def write_report(path: Path, report: dict[str, Any], tables: Sequence[Table]) -> None:
-    """Write a report with its tables. Raises UserError if the system refuses."""
+def write_report(
+    path: Path, report: dict[str, Any], tables: Sequence[Table], *, more_follows: bool = False
+) -> None:
+    """Write a report with its tables by `output_json`."""
     content = report | {"tables": [asdict(table) for table in tables]}
-    with atomic_output(path) as temporary:
-        write_json(temporary, content, indent=1)
+    output_json(path, content, more_follows=more_follows)
 
 
 def _commit() -> str | None:

@@ -57,12 +57,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace, processes: Sequence[int]) -> list[Case]:
     at_least_one(rounds=args.rounds, steps=args.steps)
-    for path in filter(None, (args.out, args.page)):
-        check_output(path)
     if sorted(set(processes)) != list(processes) or processes[0] < 1:
         raise UserError(f"--processes {processes} must be rising numbers from 1 on")
     cases = plan_cases(args.settings, processes, args.vary, independent=args.independent)
-    return share(cases, args.task)
+    cases = share(cases, args.task)
+    for path in filter(None, (args.out, args.page)):
+        check_output(path)
+    return cases
 
 
 def _budget(args: argparse.Namespace) -> Budget:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_vse.common.errors import UserError
-from dist_vse.common.files import atomic_output, check_output, write_json
+from dist_vse.common.files import check_output, output_json
 from dist_vse.common.terminal import plain, say
 
 if TYPE_CHECKING:
@@ -277,6 +277,5 @@ def _console() -> Any:
 def _write(path: Path | None, content: dict[str, Any]) -> None:
     if path is None:
         return
-    with atomic_output(path) as temporary:
-        write_json(temporary, {"plan": 1, **content}, indent=1)
+    output_json(path, {"plan": 1, **content})
     say(f"wrote {path}")
